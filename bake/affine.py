@@ -1,0 +1,328 @@
+"""``AffineMap``: an immutable affine map of activations, x ↦ A x + b, in three forms.
+
+``LowRankMap`` holds A = I + L R by its thin factors, ``DiagonalMap`` holds A = diag(s),
+``DenseMap`` holds A. Activations are rows, so the linear part of a map acts on a batch as
+``x @ A.T``. Maps are values: no device management, no model, no mutation. Arithmetic is float64
+unless a map was moved by ``to``.
+
+The design follows concept-erasure's ``LeaceEraser`` (thin factors, full matrix only on request)
+and lineax's operators (an abstract contract, final leaves).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from bake.errors import DirectionError
+
+EPSILON = 2.0**-52  # float64 machine epsilon
+
+
+def tolerance(width: int) -> float:
+    """Return the relative error that a chain of float64 products over ``width`` terms may carry.
+
+    Each dot product of d terms errs by at most d·ε relative to the sum of magnitudes; a map is the
+    result of a handful of such products (orthonormalisation, an inverse, a composition), hence
+    the factor of 64.
+    """
+    return 64 * width * EPSILON
+
+
+class AffineMap(ABC):
+    """An affine map x ↦ A x + b of ℝᵈ to itself; the contract of its three forms."""
+
+    bias: Float[Tensor, " d"]
+    """The constant b, [d]."""
+
+    @property
+    def width(self) -> int:
+        """The dimension d that the map acts on."""
+        return self.bias.shape[0]
+
+    def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return A x + b for every row of x."""
+        return self.linear(x) + self.bias
+
+    @abstractmethod
+    def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return A x for every row of x."""
+
+    @abstractmethod
+    def adjoint(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Return Aᵀ x for every row of x: for a weight that reads x ↦ W x, the rows of W A."""
+
+    @abstractmethod
+    def delta_factors(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
+        """Return thin factors (L, R) with A − I = L R and k the rank of A − I."""
+
+    @abstractmethod
+    def with_bias(self, bias: Float[Tensor, " d"]) -> "AffineMap":
+        """Return the map with the same linear part and another constant."""
+
+    @abstractmethod
+    def transpose(self) -> "AffineMap":
+        """Return the linear map x ↦ Aᵀ x; the inverse of an orthogonal map's linear part."""
+
+    @abstractmethod
+    def scatter(self, indices: Tensor, width: int) -> "AffineMap":
+        """Return the map of ℝʷⁱᵈᵗʰ that acts as this one on ``indices``, elsewhere as identity."""
+
+    @abstractmethod
+    def to(self, *args: object, **kwargs: object) -> "AffineMap":
+        """Return the map with its tensors moved as ``Tensor.to`` moves them."""
+
+    def matrix(self) -> Float[Tensor, "d d"]:
+        """Return A as a full matrix."""
+        return self.linear(torch.eye(self.width, dtype=self.bias.dtype, device=self.bias.device)).T
+
+    def after(self, first: "AffineMap") -> "AffineMap":
+        """Return the composition x ↦ self(first(x)), in the thinnest form that holds it."""
+        if self.width != first.width:
+            raise DirectionError(f"cannot compose maps of widths {self.width} and {first.width}")
+        bias = self(first.bias)
+        if isinstance(self, DiagonalMap) and isinstance(first, DiagonalMap):
+            return DiagonalMap(self.scale * first.scale, bias)
+        if isinstance(self, LowRankMap) and isinstance(first, LowRankMap):
+            # (I + L1 R1)(I + L0 R0) = I + [L1, A1 L0] [R1; R0]
+            left = torch.cat([self.left, self.linear(first.left.T).T], dim=1)
+            right = torch.cat([self.right, first.right])
+            if left.shape[1] < self.width:
+                return LowRankMap(left, right, bias)
+        return DenseMap(self.linear(first.matrix().T).T, bias)
+
+    def is_linear(self) -> bool:
+        """Whether the constant is zero."""
+        return not bool(self.bias.any())
+
+    def is_translation(self) -> bool:
+        """Whether A is the identity, so that the map only adds its constant."""
+        return self.delta_factors()[0].shape[1] == 0
+
+    def is_identity(self) -> bool:
+        """Whether the map changes nothing."""
+        return self.is_linear() and self.is_translation()
+
+    def idempotence_error(self) -> float:
+        """Return the largest entry of A² − A, relative to the largest of A."""
+        matrix = self.matrix()
+        return float((matrix @ matrix - matrix).abs().max() / matrix.abs().max())
+
+    def is_idempotent(self) -> bool:
+        """Whether A² = A, to rounding: applying the linear part again changes nothing."""
+        return self.idempotence_error() <= tolerance(self.width)
+
+    def is_orthogonal(self) -> bool:
+        """Whether AᵀA = I, to rounding: the map keeps the norm of every difference."""
+        left, right = self.delta_factors()
+        # AᵀA − I = RᵀLᵀ + LR + RᵀLᵀLR vanishes outside span(L, Rᵀ): test it on a basis of that.
+        basis, _ = torch.linalg.qr(torch.cat([left, right.T], dim=1))
+        image = self.linear(basis.T)
+        error = image @ image.T - basis.T @ basis
+        return error.numel() == 0 or float(error.abs().max()) <= tolerance(self.width)
+
+    def left_null(self) -> Float[Tensor, "m d"]:
+        """Return orthonormal rows F with F A = 0: what of the output the map makes constant."""
+        left, right = self.delta_factors()
+        rank = left.shape[1]
+        if rank == 0:
+            return right
+        # F(I + LR) = 0 puts F in the row space of R: F = cR with c(I + RL) = 0.
+        core = torch.eye(rank, dtype=left.dtype, device=left.device) + right @ left
+        u, singular, _ = torch.linalg.svd(core)
+        null = u[:, singular <= tolerance(self.width) * max(1.0, float(singular.max()))]
+        basis: Tensor = torch.linalg.qr((null.T @ right).T)[0]
+        return basis.T
+
+
+def _check(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not tensor.is_floating_point():
+            raise DirectionError(f"a map needs floating-point factors, not {tensor.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise DirectionError("a map has a factor that is not finite (NaN or infinity)")
+
+
+def thin_factors(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
+    """Return (L, R) with L R = matrix, k its numerical rank, and orthonormal rows in R."""
+    u, singular, vh = torch.linalg.svd(matrix, full_matrices=False)
+    scale = max(1.0, float(singular.max())) if singular.numel() else 1.0
+    keep = singular > tolerance(matrix.shape[0]) * scale
+    return u[:, keep] * singular[keep], vh[keep]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankMap(AffineMap):
+    """x ↦ x + L(Rx) + b, for L [d, k], R [k, d], b [d]; k may be 0 (a translation)."""
+
+    left: Float[Tensor, "d k"]
+    right: Float[Tensor, "k d"]
+    bias: Float[Tensor, " d"]
+
+    def __post_init__(self) -> None:
+        _check(self.left, self.right, self.bias)
+
+    @override
+    def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x + (x @ self.right.T) @ self.left.T
+
+    @override
+    def adjoint(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x + (x @ self.left) @ self.right
+
+    @override
+    def delta_factors(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
+        if self.left.shape[1] == 0:
+            return self.left, self.right
+        # The QR factors reduce the SVD of the d × d product to one of k × k.
+        q_left, r_left = torch.linalg.qr(self.left)
+        q_right, r_right = torch.linalg.qr(self.right.T)
+        u, singular, vh = torch.linalg.svd(r_left @ r_right.T)
+        scale = max(1.0, float(singular.max()))
+        keep = singular > tolerance(self.width) * scale
+        return q_left @ (u[:, keep] * singular[keep]), vh[keep] @ q_right.T
+
+    @override
+    def transpose(self) -> "LowRankMap":
+        return LowRankMap(self.right.T, self.left.T, torch.zeros_like(self.bias))
+
+    @override
+    def with_bias(self, bias: Float[Tensor, " d"]) -> "LowRankMap":
+        return LowRankMap(self.left, self.right, bias)
+
+    @override
+    def scatter(self, indices: Tensor, width: int) -> "LowRankMap":
+        rank = self.left.shape[1]
+        left = self.left.new_zeros(width, rank).index_copy(0, indices, self.left)
+        right = self.right.new_zeros(rank, width).index_copy(1, indices, self.right)
+        return LowRankMap(left, right, self.bias.new_zeros(width).index_copy(0, indices, self.bias))
+
+    @override
+    def to(self, *args: object, **kwargs: object) -> "LowRankMap":
+        left, right, bias = (t.to(*args, **kwargs) for t in (self.left, self.right, self.bias))  # type: ignore[call-overload]
+        return LowRankMap(left, right, bias)
+
+    @override
+    def idempotence_error(self) -> float:
+        """Return the largest entry of A² − A = L (I + R L) R, without a d × d product."""
+        if self.left.shape[1] == 0:
+            return 0.0
+        core = torch.eye(self.left.shape[1], dtype=self.left.dtype) + self.right @ self.left
+        r_left = torch.linalg.qr(self.left)[1]
+        r_right = torch.linalg.qr(self.right.T)[1]
+        return float(torch.linalg.matrix_norm(r_left @ core @ r_right.T, ord=2))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DiagonalMap(AffineMap):
+    """x ↦ s ⊙ x + b, for s [d], b [d]."""
+
+    scale: Float[Tensor, " d"]
+    bias: Float[Tensor, " d"]
+
+    def __post_init__(self) -> None:
+        _check(self.scale, self.bias)
+
+    @override
+    def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x * self.scale
+
+    @override
+    def adjoint(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x * self.scale
+
+    @override
+    def delta_factors(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
+        (changed,) = torch.nonzero(self.scale != 1, as_tuple=True)
+        right = self.scale.new_zeros(changed.numel(), self.width)
+        right[torch.arange(changed.numel()), changed] = 1
+        return right.T * (self.scale[changed] - 1), right
+
+    @override
+    def transpose(self) -> "DiagonalMap":
+        return DiagonalMap(self.scale, torch.zeros_like(self.bias))
+
+    @override
+    def with_bias(self, bias: Float[Tensor, " d"]) -> "DiagonalMap":
+        return DiagonalMap(self.scale, bias)
+
+    @override
+    def scatter(self, indices: Tensor, width: int) -> "DiagonalMap":
+        scale = self.scale.new_ones(width).index_copy(0, indices, self.scale)
+        return DiagonalMap(scale, self.bias.new_zeros(width).index_copy(0, indices, self.bias))
+
+    @override
+    def to(self, *args: object, **kwargs: object) -> "DiagonalMap":
+        scale, bias = (t.to(*args, **kwargs) for t in (self.scale, self.bias))  # type: ignore[call-overload]
+        return DiagonalMap(scale, bias)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseMap(AffineMap):
+    """x ↦ A x + b, for A [d, d], b [d]."""
+
+    full: Float[Tensor, "d d"]
+    bias: Float[Tensor, " d"]
+
+    def __post_init__(self) -> None:
+        _check(self.full, self.bias)
+
+    @override
+    def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x @ self.full.T
+
+    @override
+    def adjoint(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return x @ self.full
+
+    @override
+    def matrix(self) -> Float[Tensor, "d d"]:
+        return self.full
+
+    @override
+    def delta_factors(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
+        return thin_factors(
+            self.full - torch.eye(self.width, dtype=self.full.dtype, device=self.full.device)
+        )
+
+    @override
+    def transpose(self) -> "DenseMap":
+        return DenseMap(self.full.T, torch.zeros_like(self.bias))
+
+    @override
+    def with_bias(self, bias: Float[Tensor, " d"]) -> "DenseMap":
+        return DenseMap(self.full, bias)
+
+    @override
+    def scatter(self, indices: Tensor, width: int) -> "DenseMap":
+        full = torch.eye(width, dtype=self.full.dtype, device=self.full.device)
+        full[indices.unsqueeze(1), indices.unsqueeze(0)] = self.full
+        return DenseMap(full, self.bias.new_zeros(width).index_copy(0, indices, self.bias))
+
+    @override
+    def to(self, *args: object, **kwargs: object) -> "DenseMap":
+        full, bias = (t.to(*args, **kwargs) for t in (self.full, self.bias))  # type: ignore[call-overload]
+        return DenseMap(full, bias)
+
+
+def chain(maps: Iterable[AffineMap], width: int) -> AffineMap:
+    """Return the composition of maps in the order in which they are applied."""
+    result: AffineMap | None = None
+    for step in maps:
+        result = step if result is None else step.after(result)
+    return identity(width) if result is None else result
+
+
+def identity(width: int) -> LowRankMap:
+    """Return the map of ℝʷⁱᵈᵗʰ that changes nothing."""
+    return translation(torch.zeros(width, dtype=torch.float64))
+
+
+def translation(shift: Float[Tensor, " d"]) -> LowRankMap:
+    """Return x ↦ x + shift."""
+    empty = shift.new_zeros(shift.shape[0], 0)
+    return LowRankMap(empty, empty.T, shift)

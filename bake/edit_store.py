@@ -1,0 +1,85 @@
+"""Write edits to one safetensors file and read them back: what an artifact carries to be verified.
+
+Each distinct map is stored once, in float64, as the tensors of its form; the metadata's ``edits``
+is a JSON list of kind, concept, sites and map number.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
+from bake.edits import Edit, EditKind, WeightUpdate
+from bake.errors import InputError
+from bake.sites import parse_site
+
+FORMAT = "bake-edits"
+_FORMS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "lowrank": (LowRankMap, ("left", "right", "bias")),
+    "diagonal": (DiagonalMap, ("scale", "bias")),
+    "dense": (DenseMap, ("full", "bias")),
+    "update": (WeightUpdate, ("left", "right")),
+}
+
+
+def dump_edits(edits: Sequence[Edit]) -> bytes:
+    """Return the file that holds the edits; the same edits give the same bytes."""
+    numbers: dict[int, int] = {}
+    tensors: dict[str, Tensor] = {}
+    rows: list[dict[str, Any]] = []
+    for edit in edits:
+        number = numbers.setdefault(id(edit.map), len(numbers))
+        form, fields = next(
+            (form, fields) for form, (kind, fields) in _FORMS.items() if type(edit.map) is kind
+        )
+        for name in fields:
+            tensors[f"{number}.{name}"] = getattr(edit.map, name).clone().contiguous()
+        rows.append(
+            {
+                "kind": str(edit.kind),
+                "concept": edit.concept,
+                "sites": [str(site) for site in edit.sites],
+                "map": number,
+                "form": form,
+            }
+        )
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
+    content: bytes = save(tensors, metadata={"format": FORMAT, "version": "1", "edits": text})
+    return content
+
+
+def load_edits(path: Path) -> tuple[Edit, ...]:
+    """Return the edits of a file that ``dump_edits`` made.
+
+    Raises:
+        InputError: the file is missing, or is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the edits cannot be read: {error}", where=str(path)) from error
+    if metadata.get("format") != FORMAT or metadata.get("version") != "1":
+        raise InputError(f"the file is not in the format {FORMAT} 1", where=str(path))
+    try:
+        maps: dict[int, AffineMap | WeightUpdate] = {}
+        return tuple(_edit(row, tensors, maps) for row in json.loads(metadata["edits"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the edits are malformed: {error!r}", where=str(path)) from error
+
+
+def _edit(
+    row: dict[str, Any], tensors: dict[str, Tensor], maps: dict[int, AffineMap | WeightUpdate]
+) -> Edit:
+    number = int(row["map"])
+    if number not in maps:
+        kind, fields = _FORMS[row["form"]]
+        maps[number] = kind(*(tensors[f"{number}.{name}"] for name in fields))
+    sites = tuple(parse_site(site) for site in row["sites"])
+    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, maps[number])

@@ -1,0 +1,280 @@
+"""``Edit``: one map at some sites, the value that the plan and the reference share.
+
+One constructor per kind of edit. Each takes fitted vectors in any floating dtype, checks them and
+returns float64 maps; nothing here knows a model.
+
+| kind     | map                                | used by                                       |
+|----------|------------------------------------|-----------------------------------------------|
+| ablate   | x − s U Uᵀ x, U orthonormal        | directional ablation (arXiv 2406.11717)       |
+| affine   | x − P(x − μ) + α r                 | affine concept editing (arXiv 2411.09003)     |
+| erase    | x − L R (x − μ), R L = I           | LEACE (arXiv 2306.03819)                      |
+| offset   | x + c v                            | CAA (arXiv 2312.06681), ActAdd, ITI           |
+| scale    | s ⊙ x + b                          | AcT (arXiv 2410.23054), AurA                  |
+| rotate   | Q x, Q orthogonal                  | rotations, reflections                        |
+| linear   | A x + b                            | learned maps                                  |
+| update   | W + u vᵀ, on a weight              | ROME (arXiv 2202.05262)                       |
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, translation
+from bake.errors import DirectionError
+from bake.sites import Site
+
+# Fitted artifacts are stored in float32 at best: what is idempotent or orthogonal to this error was
+# meant to be so, and is restored to it in float64; what is further away is taken as it is.
+STORAGE_TOLERANCE = 1e-4
+
+
+class EditKind(StrEnum):
+    """The kinds of edit a recipe can ask for."""
+
+    ABLATE = "ablate"
+    AFFINE = "affine"
+    ERASE = "erase"
+    OFFSET = "offset"
+    SCALE = "scale"
+    ROTATE = "rotate"
+    LINEAR = "linear"
+    UPDATE = "update"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightUpdate:
+    """A ready update of one weight: y = W x becomes y = (W + left right) x."""
+
+    left: Float[Tensor, "out k"]
+    right: Float[Tensor, "k in"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """One map, applied at each of some sites.
+
+    A ``WeightUpdate`` stands at the output site of the weight that it changes (``attn_out.l``,
+    ``mlp_out.l``, ``q.l``, ``k.l``, ``v.l``, ``mlp_gate.l``, ``mlp_up.l``). Where several edits
+    meet at one site, they apply in the order in which they are listed.
+    """
+
+    kind: EditKind
+    concept: str
+    sites: tuple[Site, ...]
+    map: AffineMap | WeightUpdate
+
+
+def ablate(vectors: Float[Tensor, "*k d"], *, strength: float = 1.0) -> LowRankMap:
+    """Return x ↦ x − s U Uᵀ x, with U an orthonormal basis of the vectors, [d] or [k, d].
+
+    Raises:
+        DirectionError: a vector is zero or not finite, or the vectors are linearly dependent.
+    """
+    basis = orthonormal(vectors)
+    return LowRankMap(-strength * basis.T, basis, basis.new_zeros(basis.shape[1]))
+
+
+def affine(
+    vectors: Float[Tensor, "*k d"],
+    *,
+    mean: Float[Tensor, " d"] | None = None,
+    alpha: float = 0.0,
+    strength: float = 1.0,
+) -> LowRankMap:
+    """Return x ↦ x − P(x − μ) + α r: the component along the vectors becomes that of μ + α r.
+
+    P is the orthogonal projector onto the span of the vectors, μ is ``mean`` (zero when absent) and
+    r the vector as it was fitted, not normalised, so that α = 1 moves by one difference of class
+    means; with several vectors r is their sum. ``strength`` s blends: x ↦ x + s (h(x) − x).
+
+    Raises:
+        DirectionError: as for ``ablate``, or a mean of another width.
+    """
+    basis = orthonormal(vectors)
+    raw = _matrix(vectors, "a direction").sum(dim=0)
+    target = alpha * raw
+    if mean is not None:
+        target = target + basis.T @ (basis @ _vector(mean, "the mean", basis.shape[1]))
+    return LowRankMap(-strength * basis.T, basis, strength * target)
+
+
+def erase(
+    left: Float[Tensor, "d k"],
+    right: Float[Tensor, "k d"],
+    *,
+    mean: Float[Tensor, " d"] | None = None,
+    strength: float = 1.0,
+) -> LowRankMap:
+    """Return x ↦ x − s L R (x − μ), LEACE's oblique projection.
+
+    A pair of factors with R L = I to storage precision is restored to R L = I in float64, so that
+    the map is idempotent; factors that are further away (LEACE with a constrained trace) are taken
+    as they are, and the plan refuses them where idempotence is needed.
+
+    Raises:
+        DirectionError: factors of different shapes, not finite, or zero.
+    """
+    left64, right64 = _matrix(left.T, "the left factor").T, _matrix(right, "the right factor")
+    if left64.shape != right64.T.shape:
+        raise DirectionError(
+            "an eraser's factors do not fit: "
+            f"left {list(left64.shape)}, right {list(right64.shape)}",
+            fix="left is [d, k] and right is [k, d]",
+        )
+    left64, right64 = LowRankMap(
+        left64, right64, right64.new_zeros(right64.shape[1])
+    ).delta_factors()
+    if left64.shape[1] == 0:
+        raise DirectionError("an eraser erases nothing: its factors multiply to zero")
+    gram = right64 @ left64
+    if float((gram - torch.eye(gram.shape[0], dtype=gram.dtype)).abs().max()) <= STORAGE_TOLERANCE:
+        left64 = left64 @ torch.linalg.inv(gram)
+    shift = right64.new_zeros(right64.shape[1])
+    if mean is not None:
+        shift = left64 @ (right64 @ _vector(mean, "the mean", right64.shape[1]))
+    return LowRankMap(-strength * left64, right64, strength * shift)
+
+
+def offset(vector: Float[Tensor, " d"], *, coefficient: float = 1.0) -> LowRankMap:
+    """Return x ↦ x + c v.
+
+    Raises:
+        DirectionError: the vector is zero or not finite.
+    """
+    return translation(coefficient * _vector(vector, "a direction"))
+
+
+def scale(factor: Float[Tensor, " d"], *, shift: Float[Tensor, " d"] | None = None) -> DiagonalMap:
+    """Return x ↦ s ⊙ x + b, per channel or neuron.
+
+    Raises:
+        DirectionError: values that are not finite, or widths that differ.
+    """
+    factor64 = _finite(factor, "the scale")
+    if shift is None:
+        return DiagonalMap(factor64, torch.zeros_like(factor64))
+    return DiagonalMap(factor64, _finite(shift, "the shift", factor64.shape[0]))
+
+
+def rotate(matrix: Float[Tensor, "d d"]) -> DenseMap:
+    """Return x ↦ Q x for the orthogonal matrix nearest to ``matrix``.
+
+    Raises:
+        DirectionError: the matrix is not orthogonal to storage precision.
+    """
+    given = _matrix(matrix, "the rotation")
+    u, _, vh = torch.linalg.svd(given)
+    nearest = u @ vh
+    error = float((given - nearest).abs().max())
+    if error > STORAGE_TOLERANCE:
+        raise DirectionError(
+            f"the matrix of a rotation is not orthogonal: it is {error:.1e} from the nearest one",
+            fix='use kind = "linear" for a map that is no rotation',
+        )
+    return DenseMap(nearest, nearest.new_zeros(nearest.shape[0]))
+
+
+def rotate_plane(plane: Float[Tensor, "2 d"], *, degrees: float) -> LowRankMap:
+    """Return the rotation by an angle in the plane of two vectors, from the first to the second.
+
+    Raises:
+        DirectionError: the vectors span no plane.
+    """
+    basis = orthonormal(plane)
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[cosine - 1, -sine], [sine, cosine - 1]], dtype=torch.float64)
+    return LowRankMap(basis.T @ turn, basis, basis.new_zeros(basis.shape[1]))
+
+
+def reflect(vector: Float[Tensor, " d"]) -> LowRankMap:
+    """Return the Householder reflection x ↦ x − 2 r rᵀ x, r the unit vector.
+
+    Raises:
+        DirectionError: the vector is zero or not finite.
+    """
+    return ablate(vector, strength=2.0)
+
+
+def linear(matrix: Float[Tensor, "d d"], *, shift: Float[Tensor, " d"] | None = None) -> DenseMap:
+    """Return x ↦ A x + b.
+
+    Raises:
+        DirectionError: values that are not finite, or a matrix that is not square.
+    """
+    full = _matrix(matrix, "the matrix")
+    if full.shape[0] != full.shape[1]:
+        raise DirectionError(f"a linear edit needs a square matrix, not {list(full.shape)}")
+    bias = full.new_zeros(full.shape[0])
+    return DenseMap(full, bias if shift is None else _vector(shift, "the shift", full.shape[0]))
+
+
+def update(left: Float[Tensor, "*k out"], right: Float[Tensor, "*k in"]) -> WeightUpdate:
+    """Return the weight update W + Σ left_i right_iᵀ, as ROME stores it: vectors of one row each.
+
+    Raises:
+        DirectionError: different numbers of left and right vectors, or values that are not finite.
+    """
+    outer, inner = _matrix(left, "the left vector"), _matrix(right, "the right vector")
+    if outer.shape[0] != inner.shape[0]:
+        raise DirectionError(
+            f"an update has {outer.shape[0]} left and {inner.shape[0]} right vectors",
+            fix="give one right vector for every left one",
+        )
+    return WeightUpdate(outer.T, inner)
+
+
+def orthonormal(vectors: Float[Tensor, "*k d"]) -> Float[Tensor, "k d"]:
+    """Return an orthonormal basis, as rows, of the span of the vectors, [d] or [k, d].
+
+    The first basis vector keeps the direction and sign of the first vector.
+
+    Raises:
+        DirectionError: a vector is zero or not finite, or the vectors are linearly dependent.
+    """
+    rows = _matrix(vectors, "a direction")
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        raise DirectionError("a direction is zero", fix="fit it again, or name another layer")
+    if rows.shape[0] > rows.shape[1]:
+        raise DirectionError(f"{rows.shape[0]} directions of width {rows.shape[1]} are dependent")
+    basis, triangle = torch.linalg.qr((rows / norms).T)
+    pivots = torch.diagonal(triangle)
+    if float(pivots.abs().min()) <= STORAGE_TOLERANCE:
+        raise DirectionError(
+            "the directions of a subspace are linearly dependent",
+            why=f"one is only {float(pivots.abs().min()):.1e} of its length off the others' span",
+            fix="drop the directions that repeat others",
+        )
+    signed: Tensor = basis * pivots.sign()
+    return signed.T
+
+
+def _matrix(tensor: Tensor, what: str) -> Tensor:
+    rows = _finite(tensor, what)
+    return rows.unsqueeze(0) if rows.dim() == 1 else rows
+
+
+def _vector(tensor: Tensor, what: str, width: int | None = None) -> Tensor:
+    vector = _finite(tensor, what, width)
+    if vector.dim() != 1:
+        raise DirectionError(f"{what} is no vector: its shape is {list(vector.shape)}")
+    if width is None and not bool(vector.any()):
+        raise DirectionError(f"{what} is zero", fix="fit it again, or name another layer")
+    return vector
+
+
+def _finite(tensor: Tensor, what: str, width: int | None = None) -> Tensor:
+    if not tensor.is_floating_point():
+        raise DirectionError(f"{what} holds {tensor.dtype} values where floats are meant")
+    if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
+        raise DirectionError(
+            f"{what} holds values that are not finite (NaN or infinity), or none at all",
+            fix="look at it with `bake directions FILE` and fit it again",
+        )
+    if width is not None and tensor.shape[-1] != width:
+        raise DirectionError(f"{what} has width {tensor.shape[-1]} where {width} is meant")
+    return tensor.detach().to(device="cpu", dtype=torch.float64)

@@ -1,0 +1,181 @@
+"""Fold maps into one tensor: W' = O (W + U) I, tile by tile, in float64.
+
+A weight is read in tiles of rows, as it lies on disk, so memory does not grow with it. Maps within
+a row act on a tile alone. A thin map across rows, I + L R, needs R W first: one pass over the tiles
+accumulates it, a second one writes. Only a dense map across rows holds the matrix.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
+from bake.edits import WeightUpdate
+
+ReadRows = Callable[[int, int], Float[Tensor, "rows columns"]]
+"""Returns the rows from start to stop of a tensor, in storage dtype."""
+
+TILE_VALUES = 1 << 22  # 4 Mi values: 32 MB in float64
+Rows = Sequence[int] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightFold:
+    """What happens to one weight; the orientation is stated, never guessed from the shape.
+
+    ``outputs`` act on the output axis, each on its own rows of it (None: all), disjoint from the
+    others; ``input`` acts on what the layer reads. ``table`` marks an embedding, whose rows are
+    outputs that are looked up, so that a map's constant is added to every one of them.
+    """
+
+    shape: tuple[int, int]
+    output_axis: int
+    outputs: Sequence[tuple[Rows, AffineMap]] = ()
+    updates: Sequence[WeightUpdate] = ()
+    input: AffineMap | None = None
+    table: bool = False
+
+    @property
+    def tile_rows(self) -> int:
+        """How many rows make one tile."""
+        return max(1, TILE_VALUES // max(1, self.shape[1]))
+
+
+def fold_weight(read: ReadRows, fold: WeightFold) -> Iterator[Float[Tensor, "rows columns"]]:
+    """Yield the tiles of W', in float64, in storage order."""
+    mixers = [_Mixer(rows, map_) for rows, map_ in _across_rows(fold)]
+    if any(isinstance(mixer.map, DenseMap) for mixer in mixers):
+        whole = torch.cat([_within_rows(read, fold, *span) for span in _spans(fold)])
+        for mixer in mixers:
+            mixer.gather(whole, 0)
+            whole = mixer.finish(whole, 0)
+        yield whole
+        return
+    if any(mixer.needs_pass for mixer in mixers):
+        for span in _spans(fold):
+            tile = _within_rows(read, fold, *span)
+            for mixer in mixers:
+                mixer.gather(tile, span[0])
+    for span in _spans(fold):
+        tile = _within_rows(read, fold, *span)
+        for mixer in mixers:
+            tile = mixer.finish(tile, span[0])
+        yield tile
+
+
+def fold_bias(
+    bias: Float[Tensor, " m"],
+    fold: WeightFold,
+    *,
+    read: ReadRows | None = None,
+    shift: Float[Tensor, " n"] | None = None,
+    addend: Float[Tensor, " m"] | None = None,
+) -> Float[Tensor, " m"]:
+    """Return O (b + (W + U) shift) + addend, in float64.
+
+    Args:
+        bias: b, zeros where the layer has none.
+        fold: the maps of the layer; its ``input`` is not applied to ``shift``.
+        read: reads W; needed with ``shift``.
+        shift: the constant that the layer's input is moved by.
+        addend: a constant on the output side, added last.
+    """
+    result = bias.to(torch.float64)
+    if shift is not None:
+        assert read is not None
+        result = result + _product(read, fold, shift)
+    for rows, map_ in fold.outputs:
+        if rows is None:
+            result = map_(result)
+        else:
+            index = torch.tensor(rows)
+            result = result.index_copy(0, index, map_(result[index]))
+    return result if addend is None else result + addend
+
+
+def _product(read: ReadRows, fold: WeightFold, shift: Tensor) -> Tensor:
+    """Return (W + U) shift."""
+    total = shift.new_zeros(fold.shape[fold.output_axis])
+    for start, stop in _spans(fold):
+        tile = read(start, stop).to(torch.float64)
+        if fold.output_axis == 0:
+            total[start:stop] = tile @ shift
+        else:
+            total += tile.T @ shift[start:stop]
+    for update in fold.updates:
+        total = total + update.left @ (update.right @ shift)
+    return total
+
+
+def _spans(fold: WeightFold) -> Iterator[tuple[int, int]]:
+    rows = fold.shape[0]
+    for start in range(0, rows, fold.tile_rows):
+        yield start, min(start + fold.tile_rows, rows)
+
+
+def _within_rows(read: ReadRows, fold: WeightFold, start: int, stop: int) -> Tensor:
+    """Return one tile with updates added and every map within a row applied."""
+    tile = read(start, stop).to(torch.float64)
+    for update in fold.updates:
+        outer, inner = update.left, update.right.T
+        first, second = (outer, inner) if fold.output_axis == 0 else (inner, outer)
+        tile = tile + first[start:stop] @ second.T
+    if fold.output_axis == 0:
+        return tile if fold.input is None else fold.input.adjoint(tile)
+    for rows, map_ in fold.outputs:
+        apply = map_ if fold.table else map_.linear
+        if rows is None:
+            tile = apply(tile)
+        else:
+            index = torch.tensor(rows)
+            tile = tile.index_copy(1, index, apply(tile[:, index]))
+    return tile
+
+
+def _across_rows(fold: WeightFold) -> list[tuple[Rows, AffineMap]]:
+    """Return the maps that mix rows of the stored matrix."""
+    if fold.output_axis == 0:
+        return list(fold.outputs)
+    # Stored as [in, out]: y = Wᵀ A x reads the rows of Aᵀ W.
+    return [] if fold.input is None else [(None, fold.input.transpose())]
+
+
+class _Mixer:
+    """One linear map across the rows of a matrix that is seen tile by tile."""
+
+    def __init__(self, rows: Rows, map_: AffineMap) -> None:
+        self.map = map_
+        self.rows = None if rows is None else torch.tensor(rows)
+        self.needs_pass = isinstance(map_, LowRankMap) and map_.left.shape[1] > 0
+        self.gathered: Tensor | None = None
+
+    def _local(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return positions within the tile, and the map's indices that they stand for."""
+        if self.rows is None:
+            return torch.arange(count), torch.arange(start, start + count)
+        inside = (self.rows >= start) & (self.rows < start + count)
+        (indices,) = torch.nonzero(inside, as_tuple=True)
+        return self.rows[indices] - start, indices
+
+    def gather(self, tile: Tensor, start: int) -> None:
+        """Add one tile's part of R W."""
+        if not isinstance(self.map, LowRankMap):
+            return
+        local, indices = self._local(start, tile.shape[0])
+        part = self.map.right[:, indices] @ tile[local]
+        self.gathered = part if self.gathered is None else self.gathered + part
+
+    def finish(self, tile: Tensor, start: int) -> Tensor:
+        """Return the tile with the map applied."""
+        local, indices = self._local(start, tile.shape[0])
+        if isinstance(self.map, LowRankMap):
+            if self.gathered is None or local.numel() == 0:
+                return tile
+            return tile.index_add(0, local, self.map.left[indices] @ self.gathered)
+        if isinstance(self.map, DiagonalMap):
+            return tile.index_copy(0, local, self.map.scale[indices].unsqueeze(1) * tile[local])
+        assert isinstance(self.map, DenseMap)
+        return tile.index_copy(0, local, self.map.full[indices][:, indices] @ tile[local])

@@ -1,0 +1,113 @@
+"""``Hooks``: the edits of a recipe sorted by the place at which each of them fires."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bake.affine import AffineMap, chain
+from bake.edits import Edit, WeightUpdate
+from bake.errors import DirectionError, UsageError
+from bake.families import Layout
+from bake.sites import STREAM_KINDS, Site, SiteKind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hook:
+    """One edit at one of its sites."""
+
+    edit: int
+    """Index of the edit in the recipe."""
+    site: Site
+    map: AffineMap
+
+
+class Hooks:
+    """Every edit at every site, in the order in which hooks fire: by place, then as listed."""
+
+    def __init__(self, edits: Sequence[Edit], layout: Layout) -> None:
+        self._maps: defaultdict[Site, list[Hook]] = defaultdict(list)
+        self._updates: defaultdict[Site, list[tuple[int, WeightUpdate]]] = defaultdict(list)
+        self._layout = layout
+        for index, edit in enumerate(edits):
+            for site in edit.sites:
+                place = Site(site.kind, site.layer)
+                if isinstance(edit.map, WeightUpdate):
+                    _check_update(edit.map, site, layout)
+                    self._updates[place].append((index, edit.map))
+                else:
+                    _check_width(edit, site, layout)
+                    self._maps[place].append(Hook(index, site, edit.map))
+
+    def at(self, *sites: Site) -> list[Hook]:
+        """Return the hooks at places that are reached one after another."""
+        return [hook for site in sites for hook in self._maps.get(site, ())]
+
+    def map_at(self, site: Site) -> AffineMap:
+        """Return the composed map at one place; per-head maps act on their slice."""
+        width = self._layout.width(site)
+        size = self._layout.dims["head_dim"]
+        maps = []
+        for hook in self.at(site):
+            if hook.site.head is None:
+                maps.append(hook.map)
+            else:
+                start = hook.site.head * size
+                maps.append(hook.map.scatter(torch.arange(start, start + size), width))
+        return chain(maps, width)
+
+    def edits_at(self, *sites: Site) -> frozenset[int]:
+        """Return the indices of the edits that act at some places."""
+        return frozenset(hook.edit for hook in self.at(*sites)) | {
+            index for site in sites for index, _ in self._updates.get(site, ())
+        }
+
+    def updates_at(self, site: Site) -> tuple[WeightUpdate, ...]:
+        """Return the weight updates that name a place."""
+        return tuple(update for _, update in self._updates.get(site, ()))
+
+
+def _check_width(edit: Edit, site: Site, layout: Layout) -> None:
+    assert isinstance(edit.map, AffineMap)
+    width = layout.width(site)
+    if edit.map.width != width:
+        raise DirectionError(
+            f"the direction {edit.concept!r} has width {edit.map.width}, but {site} has {width}",
+            fix="fit it on this model, or name the site that it was fitted at",
+        )
+
+
+def _check_update(update: WeightUpdate, site: Site, layout: Layout) -> None:
+    layout.width(site)
+    for branch in layout.branches:
+        if site == branch.output_site:
+            if len(branch.writes) != 1:
+                raise UsageError(
+                    f"an update at {site} names no single weight: it has {len(branch.writes)}"
+                )
+            writer = branch.writes[0]
+            inner = writer.shape[1 - writer.output_axis]
+            _check_shape(update, site, layout.width(site), inner)
+            return
+        for linear in branch.reads:
+            if any(part.site == site for part in linear.parts):
+                _check_shape(update, site, layout.width(site), layout.hidden)
+                return
+    kinds = [SiteKind.ATTN_OUT, SiteKind.MLP_OUT, SiteKind.Q, SiteKind.K, SiteKind.V]
+    raise UsageError(
+        f"an update cannot stand at {site}",
+        why="it changes a weight, and no weight writes this site alone"
+        if site.kind in STREAM_KINDS
+        else None,
+        fix=f"name one of {', '.join([*kinds, SiteKind.MLP_GATE, SiteKind.MLP_UP])}",
+    )
+
+
+def _check_shape(update: WeightUpdate, site: Site, outer: int, inner: int) -> None:
+    have = (update.left.shape[0], update.right.shape[1])
+    if have != (outer, inner):
+        raise DirectionError(
+            f"the update at {site} is {list(have)}, but the weight is {[outer, inner]}",
+            why="an update is [outputs, inputs] of the layer, whatever way it is stored",
+        )

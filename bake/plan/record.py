@@ -1,0 +1,62 @@
+"""A plan as JSON: what ``--json`` prints and ``bake.json`` keeps."""
+
+from math import prod
+from typing import Any
+
+from bake.plan.compile import ITEM_BYTES
+from bake.plan.types import BiasUpdate, Plan, TensorUpdate
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """Return everything of a plan but the values of its maps, which its digest stands for."""
+    return {
+        "digest": plan.digest,
+        "exactness": str(plan.exactness),
+        "family": plan.layout.family.name,
+        "findings": [
+            {
+                "kind": finding.kind,
+                "concept": finding.concept,
+                "sites": [str(site) for site in finding.sites],
+                "exactness": str(finding.exactness),
+                "reason": finding.reason,
+                "remedy": finding.remedy,
+            }
+            for finding in plan.findings
+        ],
+        "tensors": [_tensor(update, plan.layout.dtype) for update in plan.tensors],
+        "biases": [_bias(update) for update in plan.biases],
+        "config": [{"key": c.key, "old": c.old, "new": c.new} for c in plan.config],
+        "runtimes": [
+            {"runtime": v.runtime, "status": v.status, "reason": v.reason, "wanted": v.wanted}
+            for v in plan.runtimes
+        ],
+        "notes": list(plan.notes),
+        "created_bytes": plan.created_bytes,
+    }
+
+
+def _tensor(update: TensorUpdate, dtype: str) -> dict[str, Any]:
+    sides = [
+        *(["output"] if update.outputs else []),
+        *(["input"] if update.input is not None else []),
+        *(["update"] if update.updates else []),
+        *(["replaced"] if update.replacement is not None else []),
+    ]
+    return {
+        "name": update.name,
+        "source": update.source,
+        "shape": list(update.shape),
+        "output_axis": update.output_axis,
+        "sides": sides or ["copied"],
+        "bytes": prod(update.shape) * ITEM_BYTES[dtype],
+    }
+
+
+def _bias(update: BiasUpdate) -> dict[str, Any]:
+    return {
+        "name": update.name,
+        "size": update.size,
+        "created": update.create,
+        "zero": update.is_zero(),
+    }

@@ -1,0 +1,257 @@
+"""Fold the edits of the residual stream: what each write must become, and in which frame.
+
+Write y for the hooked stream and z for the baked one. At point p the hooked stream is
+y_p = h_p(y_{p−1} + w_p), with h_p(x) = A x + b and w_p the write between the points. The skip path
+has no weights, so the baked stream is z_p = z_{p−1} + w'_p. Let the streams agree up to an isometry
+that every norm passes through, y_p = T_p z_p. Then w'_p = T_pᵀ(A w_p + b) + (T_pᵀ A T_{p−1} − I) z,
+and the last term must not depend on the token. There are two ways:
+
+1. A − I acts only on functionals of y_{p−1} that are constant (``Known``), because a hook or a
+   write before left them so. The constant goes into a bias. A translation is the case A = I.
+2. A is orthogonal, and T_{p−1} = AᵀT_p: everything before p lives in a turned frame.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import AffineMap, LowRankMap, identity, tolerance
+from bake.families import Branch, Layout
+from bake.plan.hooks import Hook, Hooks
+from bake.plan.known import Known
+from bake.sites import Site, SiteKind
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One edit that cannot be folded at one site, with the reason and the remedy."""
+
+    edit: int
+    site: Site
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """What becomes of the writes into one point, in the hooked stream's frame."""
+
+    linear: AffineMap
+    """A, which acts on every write into the point."""
+    constant: Float[Tensor, " d"]
+    """What must be added at this point once, component hooks' constants included."""
+    frame: AffineMap
+    """T, with y = T z; its transpose acts last on what is written."""
+
+
+@dataclass(slots=True)
+class StreamFold:
+    """The folded stream: one ``Fold`` a point, and what could not be folded."""
+
+    folds: list[Fold] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    nulling: dict[int, AffineMap] = field(default_factory=dict)
+    """For a point behind a post-norm, the projector that the write is to be cleared of."""
+    nulled: set[int] = field(default_factory=set)
+    """Edits that are nulled where they cannot be exact."""
+
+
+@lru_cache(maxsize=64)
+def _factors(map_: AffineMap) -> tuple[Tensor, Tensor]:
+    return map_.delta_factors()
+
+
+@lru_cache(maxsize=64)
+def _orthogonal(map_: AffineMap) -> bool:
+    return map_.is_orthogonal()
+
+
+def fold_stream(layout: Layout, hooks: Hooks, *, nulling: bool) -> StreamFold:
+    """Return how every write changes so that the baked stream follows the hooked one."""
+    result = StreamFold()
+    known = Known(None, None)
+    turns: list[AffineMap] = []
+    linears: list[AffineMap] = []
+    constants: list[Tensor] = []
+    for point, sites in enumerate(layout.points):
+        step = _Point(layout, hooks, point, known, result)
+        for hook in hooks.at(*sites):
+            step.apply(hook)
+        step.close(nulling=nulling)
+        known = step.known
+        turns.append(step.turn)
+        linears.append(step.linear)
+        constants.append(step.settled())
+    frames = _frames(turns, layout.hidden)
+    result.folds = [Fold(*parts) for parts in zip(linears, constants, frames, strict=True)]
+    return result
+
+
+def _frames(turns: Sequence[AffineMap], width: int) -> list[AffineMap]:
+    """Return T for every point: T_last = I and T_{p−1} = Q_pᵀ T_p."""
+    frames: list[AffineMap] = [identity(width)]
+    for turn in reversed(turns[1:]):
+        frames.append(turn.transpose().after(frames[-1]))
+    return frames[::-1]
+
+
+class _Point:
+    """The state of the walk at one point: y = s + A w + k, s the skip path, w the writes."""
+
+    def __init__(
+        self, layout: Layout, hooks: Hooks, point: int, known: Known, result: StreamFold
+    ) -> None:
+        self.layout, self.hooks, self.point, self.known = layout, hooks, point, known
+        self.result = result
+        self.writes = [branch for branch in layout.branches if branch.target == point]
+        self.linear: AffineMap = identity(layout.hidden)
+        self.turn: AffineMap = identity(layout.hidden)
+        self.constant = torch.zeros(layout.hidden, dtype=torch.float64)
+        self.scale = 0.0
+        self.applied: list[Hook] = []
+        if point == 0:
+            self._add(hooks.map_at(Site(SiteKind.EMBED)).bias)
+        for branch in self.writes:
+            if branch.norm_out is None:
+                self._add(branch.gain * hooks.map_at(branch.output_site).bias)
+
+    def _add(self, term: Tensor) -> None:
+        self.constant = self.constant + term
+        self.scale = max(self.scale, float(term.abs().max()))
+
+    def apply(self, hook: Hook) -> None:
+        """Pass one hook: the skip path by one of the two ways, the writes and constants through."""
+        left, right = _factors(hook.map)
+        fixed = self.known.constant(right)
+        if fixed is not None:
+            self.constant = hook.map.linear(self.constant)
+            self._add(hook.map.bias)
+            self._add(left @ fixed)
+        elif _orthogonal(hook.map) and self._obstacle(hook.map) is None:
+            functionals = self.known.functionals
+            assert functionals is not None
+            self.known = self.known.turned(hook.map.linear(functionals))
+            self.turn = _linear_part(hook.map).after(self.turn)
+            self.constant = hook.map.linear(self.constant)
+            self._add(hook.map.bias)
+        else:
+            reason, remedy = self._refusal(hook)
+            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
+            return
+        self.linear = _linear_part(hook.map).after(self.linear)
+        self.applied.append(hook)
+
+    def close(self, *, nulling: bool) -> None:
+        """Settle the writes behind a post-norm, and note what is known after this point."""
+        nulls: list[Tensor] = []
+        if self.point == 0:
+            nulls.append(self._null(hooks_map=self.hooks.map_at(Site(SiteKind.EMBED))))
+            # Rows of the position tables are writes without a hook of their own.
+            if self.layout.positions:
+                nulls.append(self._null(hooks_map=identity(self.layout.hidden)))
+        for branch in self.writes:
+            if branch.norm_out is None:
+                nulls.append(self._null(hooks_map=self.hooks.map_at(branch.output_site)))
+            else:
+                nulls.append(self._behind_norm(branch, nulling=nulling))
+        for rows in nulls:
+            self.known = self.known.meet(rows)
+        self.known = self.known.shifted(self.settled())
+
+    def settled(self) -> Tensor:
+        """Return the constant of this point, zero where its terms cancel to rounding."""
+        if float(self.constant.abs().max()) <= tolerance(self.layout.hidden) * self.scale:
+            return torch.zeros_like(self.constant)
+        return self.constant
+
+    def _null(self, *, hooks_map: AffineMap) -> Tensor:
+        return self.linear.after(_linear_part(hooks_map)).left_null()
+
+    def _behind_norm(self, branch: Branch, *, nulling: bool) -> Tensor:
+        """Return what vanishes on a write that ends in a norm, where no linear map folds."""
+        nothing = self.constant.new_zeros(0, self.layout.hidden)
+        left, right = self.linear.delta_factors()
+        if left.shape[1] == 0:
+            return nothing
+        projector = float((left + right.T).abs().max()) <= tolerance(self.layout.hidden)
+        if nulling and projector:
+            self.result.nulling[self.point] = self.linear
+            self.result.nulled |= {hook.edit for hook in self.applied}
+            return right
+        norm = branch.norm_out
+        assert norm is not None
+        reason = (
+            f"{branch.live} writes through {norm.live}, and a projection does not pass through a "
+            "norm with a gain"
+        )
+        remedy = 'edit the modules\' outputs (at = ["attn_out.*", "mlp_out.*"]), which is exact'
+        if projector:
+            remedy += (
+                ', or allow = ["nulling"]: the direction leaves the stream, but every write is '
+                "rescaled"
+            )
+        for hook in self.applied:
+            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
+        return nothing
+
+    def _obstacle(self, turn: AffineMap) -> str | None:
+        """Return why the stream before this point cannot live in a turned frame, if so."""
+        ones = torch.ones(self.layout.hidden, dtype=torch.float64)
+        image = turn.linear(ones)
+        centred = min(float((image - ones).abs().max()), float((image + ones).abs().max()))
+        for branch in self.layout.branches:
+            if branch.target <= self.point and branch.norm_out is not None:
+                return f"{branch.live} writes through {branch.norm_out.live}, which does not turn"
+            norm = branch.norm_in
+            if branch.source < self.point and norm is not None and norm.kind == "layer":
+                if centred > tolerance(self.layout.hidden):
+                    return (
+                        f"{norm.live} is a LayerNorm: it subtracts the mean, which only a map that "
+                        "keeps the all-ones direction passes through"
+                    )
+        return None
+
+    def _refusal(self, hook: Hook) -> tuple[str, str]:
+        """Return reason and remedy for a hook that folds in neither way."""
+        if _orthogonal(hook.map):
+            reason = "an orthogonal map turns everything before it, but "
+            reason += str(self._obstacle(hook.map))
+            remedy = "edit module outputs (attn_out, mlp_out) or norm outputs (ln1_out, ln2_out)"
+        elif hook.map.is_idempotent():
+            before = self.layout.points[self.point - 1][0]
+            reason = f"the skip path carries the edited component from {before} past this site, "
+            reason += "and it has no weights"
+            remedy = 'apply the edit at every stream site (at = "resid"), or at module outputs '
+            remedy += '(at = ["attn_out.*", "mlp_out.*"]): both are exact, and both are other edits'
+        else:
+            error = hook.map.idempotence_error()
+            reason = f"the map is not idempotent (A² − A = {error:.1e}): it changes again what "
+            reason += "came through the skip path, which has no weights"
+            remedy = "use strength 1 and an idempotent map at every stream site, or edit module "
+            remedy += 'outputs (at = ["attn_out.*", "mlp_out.*"]), where any affine map is exact'
+        return reason, remedy
+
+
+def _linear_part(map_: AffineMap) -> AffineMap:
+    return map_ if map_.is_linear() else map_.with_bias(torch.zeros_like(map_.bias))
+
+
+def thin(map_: AffineMap) -> AffineMap:
+    """Return the same map with the fewest factors: composed projections repeat theirs."""
+    if isinstance(map_, LowRankMap):
+        left, right = map_.delta_factors()
+        return LowRankMap(left, right, map_.bias)
+    return map_
+
+
+def oblique(projector: AffineMap, gain: Float[Tensor, " d"]) -> LowRankMap:
+    """Return D⁻¹ P D, D = diag(gain): what P does behind a norm, done before it up to a scale.
+
+    Behind the norm D D⁻¹PD u = P D u: the direction of the write is that of the hooked one.
+    """
+    left, right = projector.delta_factors()
+    return LowRankMap(left / gain.unsqueeze(1), right * gain, torch.zeros_like(gain))

@@ -1,0 +1,171 @@
+"""``Plan``: what changes in which tensor, whether that is exact, and why. A value."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import AffineMap
+from bake.edits import Edit, WeightUpdate
+from bake.families import Layout
+from bake.sites import Site
+
+Status = Literal["loads", "refused", "unknown"]
+
+
+class Exactness(StrEnum):
+    """How the baked model relates to the hooked one."""
+
+    EXACT = "exact"
+    """The same function in real arithmetic."""
+    NULLING = "nulling"
+    """The direction is gone from the stream, but the function differs from the hooked one."""
+    APPROXIMATE = "approximate"
+    """Fitted, with a measured error."""
+    IMPOSSIBLE = "impossible"
+    """No stock weights compute it: refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the plan says of one edit at some sites."""
+
+    kind: str
+    concept: str
+    sites: tuple[Site, ...]
+    exactness: Exactness
+    reason: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartMap:
+    """A map on some rows of a linear layer's output; None stands for all of them."""
+
+    rows: Sequence[int] | None
+    map: AffineMap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorUpdate:
+    """A new weight: W' = O (W + update) I along its output and input axes.
+
+    For an embedding the output axis is 1: every row is one output, and a map's constant is part of
+    the weight. For a norm's gain or bias ``replacement`` is the new value, and the maps are empty.
+    """
+
+    name: str
+    source: str
+    """The base tensor that it is made from; another name when a tied head gets its own tensor."""
+    shape: tuple[int, ...]
+    output_axis: int
+    outputs: tuple[PartMap, ...] = ()
+    updates: tuple[WeightUpdate, ...] = ()
+    input: AffineMap | None = None
+    is_table: bool = False
+    """Whether rows are looked up (an embedding), so that constants go into them."""
+    replacement: Float[Tensor, " d"] | None = None
+
+    @property
+    def create(self) -> bool:
+        """Whether the checkpoint has no tensor of this name yet."""
+        return self.name != self.source
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BiasUpdate:
+    """A new bias: b' = O (b + (W + update) shift) + addend, with b zero where it is created."""
+
+    name: str
+    size: int
+    create: bool
+    weight: str | None = None
+    """The base weight that ``shift`` goes through."""
+    output_axis: int = 0
+    shift: Float[Tensor, " n"] | None = None
+    updates: tuple[WeightUpdate, ...] = ()
+    outputs: tuple[PartMap, ...] = ()
+    addend: Float[Tensor, " m"] | None = None
+
+    def is_zero(self) -> bool:
+        """Whether the bias is created and stays zero: a companion that a config flag demands."""
+        return (
+            self.create
+            and self.shift is None
+            and self.addend is None
+            and all(part.map.is_linear() for part in self.outputs)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigChange:
+    """One key of config.json; ``new`` None removes it."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeVerdict:
+    """Whether a runtime loads the planned checkpoint as it is meant."""
+
+    runtime: str
+    status: Status
+    reason: str
+    wanted: bool
+    """Whether the recipe names the runtime as a target."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Everything that an output needs to know."""
+
+    layout: Layout
+    edits: tuple[Edit, ...]
+    tensors: tuple[TensorUpdate, ...]
+    biases: tuple[BiasUpdate, ...]
+    config: tuple[ConfigChange, ...]
+    findings: tuple[Finding, ...]
+    runtimes: tuple[RuntimeVerdict, ...]
+    notes: tuple[str, ...]
+    """What the plan does beyond the edits themselves: untied head, opened bias slots, a recast."""
+    created_bytes: int
+    """Size of the tensors that the base checkpoint does not have."""
+
+    @property
+    def exactness(self) -> Exactness:
+        """The worst exactness among the findings; EXACT when there is none."""
+        found = {finding.exactness for finding in self.findings}
+        return max(found, key=list(Exactness).index, default=Exactness.EXACT)
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 over every update and change, as ``sha256:…``."""
+        content = {
+            "tensors": [_plain(update) for update in self.tensors],
+            "biases": [_plain(update) for update in self.biases],
+            "config": [_plain(change) for change in self.config],
+        }
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return a JSON value that stands for a part of a plan; tensors by their digest."""
+    if isinstance(value, Tensor):
+        data = value.detach().contiguous().numpy().tobytes()
+        return {"shape": list(value.shape), "sha256": hashlib.sha256(data).hexdigest()}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if hasattr(value, "__dataclass_fields__"):
+        fields = {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
