@@ -1,0 +1,36 @@
+"""Ask vLLM: its own loader, its own kernels, a checkpoint folder as a server would read it."""
+
+from pathlib import Path
+
+from bake.errors import CheckpointError
+from bake.verify.runtimes._exchange import serve
+from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
+
+NAME = "vLLM"
+
+# One process, so that an error reaches the worker's stderr and nothing outlives it.
+VARIABLES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def run(request: RuntimeRequest, python: Path, *, timeout: float = 900.0) -> RuntimeResult:
+    """Return vLLM's log-probabilities and greedy tokens for a checkpoint folder.
+
+    Args:
+        request: what to compute.
+        python: the interpreter of the environment that vLLM is installed in.
+        timeout: seconds until vLLM is killed; starting it takes 10 to 50 of them.
+
+    Raises:
+        CheckpointError: the model is no checkpoint folder.
+        RuntimeMissing: vLLM is not installed there.
+        RuntimeFailed: vLLM refused the model, crashed or took too long.
+    """
+    if not (request.model / "config.json").is_file():
+        raise CheckpointError(
+            "vLLM reads a checkpoint folder", where=f"{request.model}/config.json"
+        )
+    return serve(NAME, "_vllm_worker.py", request, python, timeout=timeout, variables=VARIABLES)
