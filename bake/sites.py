@@ -154,7 +154,7 @@ def _split(text: str) -> tuple[SiteKind, str | None, int | None]:
         near = difflib.get_close_matches(word, [*SiteKind, "resid"], n=1)
         raise UsageError(
             f"unknown site {text!r}",
-            fix=f"did you mean {near[0]!r}?"
+            fix=f"did you mean {str(near[0])!r}?"
             if near
             else f"the sites are resid, {', '.join(SiteKind)}",
         )

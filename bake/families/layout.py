@@ -158,7 +158,10 @@ class Layout:
 
 
 def resolve(
-    family: Family, config: Mapping[str, Json], shapes: Mapping[str, Shape], dtype: str
+    family: Family,
+    config: Mapping[str, Json],
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, str],
 ) -> Layout:
     """Return the layout of one model.
 
@@ -166,22 +169,26 @@ def resolve(
         family: its table.
         config: the parsed config.json.
         shapes: the shape of every tensor of the checkpoint, by name.
-        dtype: the storage dtype of the checkpoint, as safetensors names it.
+        dtypes: the storage dtype of every tensor, as safetensors names it.
 
     Raises:
         FamilyError: the config contradicts the table, or a tensor is claimed by nothing.
         CheckpointError: a tensor that the table names is missing or has another shape.
     """
-    return _Resolver(family, config, shapes, dtype).layout()
+    return _Resolver(family, config, shapes, dtypes).layout()
 
 
 class _Resolver:
     """Walks a table once, claiming tensors by name."""
 
     def __init__(
-        self, family: Family, config: Mapping[str, Json], shapes: Mapping[str, Shape], dtype: str
+        self,
+        family: Family,
+        config: Mapping[str, Json],
+        shapes: Mapping[str, Shape],
+        dtypes: Mapping[str, str],
     ) -> None:
-        self.family, self.config, self.shapes, self.dtype = family, config, shapes, dtype
+        self.family, self.config, self.shapes, self.dtypes = family, config, shapes, dtypes
         self.claimed: set[str] = set()
         self.norms: dict[str, Norm] = {}
         self._check_config()
@@ -194,12 +201,6 @@ class _Resolver:
         self.prefix = prefix if stripped else ""
 
     def _check_config(self) -> None:
-        if self.dtype not in DTYPES:
-            raise FamilyError(
-                f"the checkpoint stores its embedding as {self.dtype}",
-                why="an edit must be folded into weights, and these are codes",
-                fix=f"use a checkpoint in one of {', '.join(DTYPES)}",
-            )
         if "quantization_config" in self.config:
             raise FamilyError(
                 "the checkpoint is quantised",
@@ -245,6 +246,7 @@ class _Resolver:
     def layout(self) -> Layout:
         family, hidden = self.family, self.dims["hidden"]
         embed = self._claim(f"{family.embed}.weight", None, hidden, "the embedding")
+        self._check_dtype(embed)
         positions = tuple(
             self._claim(f"{name}.weight", None, hidden, "the positions")
             for name in family.positions
@@ -264,7 +266,7 @@ class _Resolver:
             family=family,
             dims=self.dims,
             flags=self.flags,
-            dtype=self.dtype,
+            dtype=self.dtypes[embed],
             points=points,
             embed=embed,
             embed_multiplier=self._number(family.embed_multiplier),
@@ -279,6 +281,14 @@ class _Resolver:
             shapes=self.shapes,
             sites=_sites(points, branches),
         )
+
+    def _check_dtype(self, embed: str) -> None:
+        if self.dtypes[embed] not in DTYPES:
+            raise FamilyError(
+                f"the checkpoint stores its embedding as {self.dtypes[embed]}",
+                why="an edit must be folded into weights, and these are codes",
+                fix=f"use a checkpoint in one of {', '.join(DTYPES)}",
+            )
 
     def _points(self) -> tuple[tuple[Site, ...], ...]:
         kinds = list(dict.fromkeys(row.target for row in self.family.branches))

@@ -1,0 +1,25 @@
+"""Read a Hugging Face checkpoint lazily and write an edited one, byte for byte.
+
+Reading order: ``dtypes``, ``strictjson``, ``header``, ``index``, ``config``, ``folder``,
+``source``, ``checkpoint``; for the Hub ``hub_errors``, ``hub_ranges``, ``hub``; for writing
+``stream``, ``outline``, ``staging``, ``writer``.
+"""
+
+from bake.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from bake.checkpoints.config import DELETE, patch_config
+from bake.checkpoints.header import TensorInfo
+from bake.checkpoints.outline import NewTensor
+from bake.checkpoints.stream import Producer
+from bake.checkpoints.writer import WrittenFiles, write_checkpoint
+
+__all__ = [
+    "DELETE",
+    "Checkpoint",
+    "NewTensor",
+    "Producer",
+    "TensorInfo",
+    "WrittenFiles",
+    "open_checkpoint",
+    "patch_config",
+    "write_checkpoint",
+]

@@ -1,0 +1,76 @@
+"""What huggingface_hub and its HTTP client raise, as one line that says what to do."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub import errors as theirs
+
+from bake.errors import HubError
+
+# What the client raises for a connection that fails: its name differs between the generations of
+# huggingface_hub, and the base of HfHubHTTPError is the one that they share.
+CLIENT_ERROR: type[Exception] = theirs.HfHubHTTPError.__bases__[0]
+
+
+@contextmanager
+def translated(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub and its HTTP client raise into one line that says what to do.
+
+    Raises:
+        HubError: in place of any failure of the Hub or the network.
+    """
+    try:
+        yield
+    except (CLIENT_ERROR, OSError) as error:
+        raise _translate(error, repo, revision) from error
+
+
+def _translate(error: BaseException, repo: str, revision: str | None) -> HubError:
+    # subtle: the client reports a dead network as "not in the cache"; the cause says which.
+    if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _translate(error.__cause__, repo, revision)
+    page = f"{constants.ENDPOINT}/{repo}"
+    login = "run `hf auth login` or set HF_TOKEN"
+    if isinstance(error, theirs.GatedRepoError):  # a kind of RepositoryNotFoundError
+        return HubError(
+            f"{repo} is gated and this account is not on its list",
+            fix=f"accept the terms at {page}, then {login}",
+        )
+    if isinstance(error, theirs.RepositoryNotFoundError):
+        return HubError(
+            f"{repo} is not on the Hub, or your token cannot see it; nor is it a folder here",
+            fix=f"check the name; for a private repository {login}",
+        )
+    if isinstance(error, theirs.RevisionNotFoundError):
+        return HubError(f"{repo} has no revision {revision!r}", fix=f"see {page}/commits")
+    if isinstance(error, theirs.OfflineModeIsEnabled):
+        return HubError(f"{repo} needs the Hub, which is switched off", fix="unset HF_HUB_OFFLINE")
+    if isinstance(error, theirs.HfHubHTTPError) and error.response is not None:
+        return _translate_status(error, error.response.status_code, repo, login)
+    if "Timeout" in type(error).__name__:
+        return HubError(
+            f"{constants.ENDPOINT} did not answer in time", fix="try again, or name a folder"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        return HubError(f"{repo} cannot be stored in the cache: {first_line(error)}")
+    return HubError(
+        f"cannot reach {constants.ENDPOINT}: {first_line(error)}",
+        fix="check the network, or name a folder",
+    )
+
+
+def _translate_status(error: Exception, status: int, repo: str, login: str) -> HubError:
+    if status == 401:
+        return HubError(f"the Hub does not accept your token for {repo}", fix=login)
+    if status == 403:
+        return HubError(f"your token has no right to read {repo}", fix=login)
+    if status == 429:
+        return HubError("the Hub limits the rate of your requests", fix="wait, then run again")
+    return HubError(f"the Hub answered {status} for {repo}: {first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,61 @@
+"""Where a checkpoint's bytes come from: a folder here, or (in ``hub``) the Hub by range."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bake.errors import CheckpointError
+
+
+class ByteSource(Protocol):
+    """Random access to the files of one checkpoint."""
+
+    def size(self, file: str) -> int:
+        """Return a file's length in bytes."""
+        ...
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of ``file`` from offset ``start`` on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """Files in a folder.
+
+    Attributes:
+        paths: the checked path of each file, links resolved.
+        sizes: the length of each file when the checkpoint was opened.
+    """
+
+    paths: Mapping[str, Path]
+    sizes: Mapping[str, int]
+
+    def size(self, file: str) -> int:
+        """Return a file's length in bytes."""
+        return self.sizes[file]
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from offset ``start`` on.
+
+        Raises:
+            CheckpointError: the file has changed its length since the checkpoint was opened.
+        """
+        with self.paths[file].open("rb", buffering=0) as handle:
+            found = os.fstat(handle.fileno()).st_size
+            if found != self.sizes[file]:
+                raise CheckpointError(
+                    f"changed while it was in use: it had {self.sizes[file]} bytes, now {found}",
+                    where=str(self.paths[file]),
+                )
+            handle.seek(start)
+            done = 0
+            while done < len(buffer):
+                count = handle.readinto(buffer[done:])
+                if not count:
+                    raise CheckpointError(
+                        f"ends at byte {start + done}, within a tensor", where=file
+                    )
+                done += count

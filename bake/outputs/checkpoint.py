@@ -1,0 +1,161 @@
+"""The checkpoint output: execute a plan on the bytes of a checkpoint."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake import __version__
+from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
+from bake.edit_store import dump_edits
+from bake.errors import InexactPlan
+from bake.fold import WeightFold, fold_bias, fold_weight
+from bake.outputs.artifact import Artifact
+from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
+from bake.plan.record import plan_record
+from bake.rounding import to_storage
+
+RECORD = "bake.json"
+EDITS = "bake/edits.safetensors"  # in a folder of its own: loaders glob the top level for weights
+
+
+def export_checkpoint(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    allow: frozenset[str] = frozenset(),
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write the edited checkpoint to ``out`` and return what was written.
+
+    Args:
+        plan: made for this checkpoint.
+        checkpoint: the base, with its weights at hand.
+        out: a folder that does not exist, unless ``force``.
+        record: what ``bake.json`` keeps besides the plan: recipe, base, directions.
+        allow: the exactness classes below EXACT that the recipe accepts.
+        force: replace an existing ``out``.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the result.
+        InputError: an edited value does not fit the storage dtype; nothing is left behind.
+    """
+    refuse_inexact(plan, allow)
+    replace: dict[str, Producer] = {}
+    new: dict[str, NewTensor] = {}
+    for update in plan.tensors:
+        producer = _weight_producer(update, plan, checkpoint)
+        if update.create:
+            dtype = checkpoint.tensors[update.source].dtype
+            new[update.name] = NewTensor(dtype, update.shape, producer)
+        else:
+            replace[update.name] = producer
+    for bias in plan.biases:
+        producer = _bias_producer(bias, plan, checkpoint)
+        if bias.create:
+            new[bias.name] = NewTensor(plan.layout.dtype, (bias.size,), producer)
+        else:
+            replace[bias.name] = producer
+    changes = {change.key: DELETE if change.new is None else change.new for change in plan.config}
+    content = {"bake": __version__, "kind": "checkpoint", **record, "plan": plan_record(plan)}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    written = write_checkpoint(
+        checkpoint,
+        out,
+        replace=replace,
+        new=new,
+        config_text=patch_config(checkpoint.config_text, changes),
+        extra_files={RECORD: text.encode(), EDITS: dump_edits(plan.edits)},
+        digest=plan.digest,
+        force=force,
+        progress=progress,
+    )
+    return Artifact(
+        "checkpoint", written.path, written.files, written.bytes_written, written.bytes_edited
+    )
+
+
+def refuse_inexact(plan: Plan, allow: frozenset[str]) -> None:
+    """Raise when the plan may not be executed.
+
+    Raises:
+        InexactPlan: naming the first finding, or the first wanted runtime that refuses the result.
+    """
+    for finding in plan.findings:
+        if finding.exactness is Exactness.EXACT or finding.exactness in allow:
+            continue
+        sites = ", ".join(str(site) for site in finding.sites[:3])
+        more = f" and {len(finding.sites) - 3} more" if len(finding.sites) > 3 else ""
+        raise InexactPlan(
+            f"cannot {finding.kind} {finding.concept!r} at {sites}{more}: {finding.exactness}",
+            why=finding.reason,
+            fix=finding.remedy,
+        )
+    for verdict in plan.runtimes:
+        if verdict.wanted and verdict.status != "loads":
+            raise InexactPlan(
+                f"the target {verdict.runtime} would not serve this checkpoint as it is meant",
+                why=verdict.reason,
+                fix=f"leave {verdict.runtime} out of export.target, or choose an edit that needs "
+                "no bias there",
+            )
+
+
+def _fold_of(update: TensorUpdate) -> WeightFold:
+    rows, columns = update.shape
+    return WeightFold(
+        shape=(rows, columns),
+        output_axis=update.output_axis,
+        outputs=tuple((part.rows, part.map) for part in update.outputs),
+        updates=update.updates,
+        input=update.input,
+        table=update.is_table,
+    )
+
+
+def _weight_producer(update: TensorUpdate, plan: Plan, checkpoint: Checkpoint) -> Producer:
+    dtype = checkpoint.tensors[update.source].torch_dtype
+
+    def read(start: int, stop: int) -> Tensor:
+        return checkpoint.read_rows(update.source, start, stop)
+
+    def produce() -> Iterator[Tensor]:
+        if update.replacement is not None:
+            yield to_storage(update.replacement, dtype, update.name)
+            return
+        for tile in fold_weight(read, _fold_of(update)):
+            yield to_storage(tile, dtype, update.name)
+
+    return produce
+
+
+def _bias_producer(update: BiasUpdate, plan: Plan, checkpoint: Checkpoint) -> Producer:
+    info = checkpoint.tensors.get(update.name)
+    dtype = checkpoint.tensors[plan.layout.embed].torch_dtype if info is None else info.torch_dtype
+
+    def produce() -> Iterator[Tensor]:
+        zeros = torch.zeros(update.size, dtype=torch.float64)
+        bias = zeros if update.create else checkpoint.read(update.name)
+        shape = (1, 1) if update.weight is None else checkpoint.tensors[update.weight].shape
+        fold = WeightFold(
+            shape=(shape[0], shape[1]),
+            output_axis=update.output_axis,
+            outputs=tuple((part.rows, part.map) for part in update.outputs),
+            updates=update.updates,
+        )
+
+        def read(start: int, stop: int) -> Tensor:
+            assert update.weight is not None
+            return checkpoint.read_rows(update.weight, start, stop)
+
+        value = fold_bias(bias, fold, read=read, shift=update.shift, addend=update.addend)
+        yield to_storage(value, dtype, update.name)
+
+    return produce

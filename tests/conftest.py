@@ -1,0 +1,70 @@
+"""What every test runs under: fixed seeds, one thread, no network, tiny checkpoints on demand."""
+
+import random
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from tiny import make_model, write_checkpoint
+
+settings.register_profile("bake", derandomize=True, deadline=None, database=None)
+settings.load_profile("bake")
+torch.set_num_threads(1)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that looks up or connects to anything but this machine."""
+    if request.node.get_closest_marker("network") is not None:
+        return
+
+    def guard(original: Callable[..., Any], host_of: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            host = host_of(*args, **kwargs)
+            if host not in LOOPBACK:
+                # Failed is no Exception, so that the code under test cannot swallow it.
+                pytest.fail(f"the test reaches for the network: {host!r}")
+            return original(*args, **kwargs)
+
+        return guarded
+
+    def peer(sock: socket.socket, address: Any) -> Any:
+        return None if sock.family == socket.AF_UNIX else address[0]
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard(getattr(socket.socket, name), peer))
+    lookup = guard(socket.getaddrinfo, lambda host, *_, **__: host)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """Return a function that writes a tiny checkpoint once per session: read it, never write to it.
+
+    It takes what ``tiny.make_model`` takes.
+    """
+    written: dict[str, Path] = {}
+
+    def path_of(family: str, **options: Any) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in written:
+            path = tmp_path_factory.mktemp(family)
+            write_checkpoint(make_model(family, **options), path)
+            written[key] = path
+        return written[key]
+
+    yield path_of
