@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bake import __version__
 from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
+from bake.checkpoints.config import Key
 from bake.edit_store import dump_edits
 from bake.errors import InexactPlan
 from bake.fold import WeightFold, fold_bias, fold_weight
@@ -63,7 +64,9 @@ def export_checkpoint(
             new[bias.name] = NewTensor(plan.layout.dtype, (bias.size,), producer)
         else:
             replace[bias.name] = producer
-    changes = {change.key: DELETE if change.new is None else change.new for change in plan.config}
+    changes: dict[Key, Any] = {
+        (change.key,): DELETE if change.new is None else change.new for change in plan.config
+    }
     content = {"bake": __version__, "kind": "checkpoint", **record, "plan": plan_record(plan)}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     written = write_checkpoint(

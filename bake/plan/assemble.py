@@ -14,7 +14,7 @@ from bake.families import Branch, Layout, Linear, Norm
 from bake.plan.hooks import Hooks
 from bake.plan.stream import Failure, StreamFold, oblique, thin
 from bake.plan.types import BiasUpdate, PartMap, TensorUpdate
-from bake.sites import Site, SiteKind
+from bake.sites import STREAM_KINDS, Site, SiteKind
 
 Gain = Callable[[str], Float[Tensor, " d"]]
 """Reads a norm's tensor from the checkpoint, in float64: the only values that a plan looks at."""
@@ -159,7 +159,7 @@ class _Builder:
             self._norm(norm, behind.scale, behind.bias)
             self._say(edits, f"gain of {norm.live}")
         elif edits:
-            what = "is not diagonal" if not behind.is_translation() else "adds a constant"
+            what = "is not diagonal" if _as_diagonal(behind) is None else "adds a constant"
             self._fail(
                 edits,
                 norm.site,
@@ -197,7 +197,7 @@ class _Builder:
             edits,
             sites[0],
             f"{self.layout.family.architectures[0]} has no bias slot before this site: {names}",
-            self._slot_remedy(),
+            self._slot_remedy(sites[0]),
         )
 
     # --- readers -------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ class _Builder:
             reason = f"{self.layout.family.architectures[0]} builds {name} without a bias, and the "
             reason += "edit's constant needs one"
             site = self._first_site(pending)
-            self._fail(frozenset(pending.edits), site, reason, self._slot_remedy())
+            self._fail(frozenset(pending.edits), site, reason, self._slot_remedy(site))
             return
         if slot.state == "closed":
             assert slot.flag is not None
@@ -365,14 +365,17 @@ class _Builder:
         ordered = sorted(sites, key=lambda site: site.order)
         return next(site for site in ordered if self.hooks.edits_at(site) & pending.edits)
 
-    def _slot_remedy(self) -> str:
-        recasts = [recast.family for recast in self.layout.family.recasts]
-        if recasts:
+    def _slot_remedy(self, site: Site) -> str:
+        if self.layout.family.recasts and site.kind is not SiteKind.LN_FINAL_OUT:
             return (
                 'add allow = ["recast"] to [export]: the model is then declared as '
-                f"{recasts[0]}, which has bias slots; exact, but it rewrites config.json"
+                f"{self.layout.family.recasts[0].family}, which has bias slots; exact, but it "
+                "rewrites config.json"
             )
-        return "use an edit without a constant, or a llama.cpp control vector for the offset"
+        remedy = "use an edit without a constant"
+        if site.kind in STREAM_KINDS:
+            remedy += ", or serve the offset as a llama.cpp control vector"
+        return remedy
 
     def _say(self, edits: frozenset[int], where: str) -> None:
         for edit in edits:

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
+from bake.affine import AffineMap
 from bake.edits import Edit
 from bake.families import Layout, Recast
 from bake.families.table import Json
@@ -111,7 +112,8 @@ def _findings(
             )
         if by_edit[index]:
             continue
-        how = sorted(assembly.how[index])
+        idle = isinstance(edit.map, AffineMap) and edit.map.is_identity()
+        how = [] if idle else sorted(assembly.how[index])
         shown = ", ".join(how[:3]) + (f" and {len(how) - 3} more" if len(how) > 3 else "")
         if index in nulled:
             reason = "the direction leaves the stream, but every write that a post-norm follows "
