@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bake.affine import AffineMap
@@ -222,7 +222,7 @@ class _Hooks:
         hook = _add_update(update, self._rows(site, place))
         self.planned.append(_Planned(self._module(place.module), "output", hook))
 
-    def _weight(self, site: Site, name: str) -> tuple["_Place", int]:
+    def _weight(self, site: Site, name: str) -> tuple[_Place, int]:
         """Return where the output of the weight at a site is, and the width of its input."""
         if site.kind not in (SiteKind.ATTN_OUT, SiteKind.MLP_OUT):
             return self._place(site), self.layout.hidden
@@ -237,7 +237,7 @@ class _Hooks:
             )
         return _Place(writer.live, "output"), writer.shape[1 - writer.output_axis]
 
-    def _place(self, site: Site) -> "_Place":
+    def _place(self, site: Site) -> _Place:
         place = self.places.get(Site(site.kind, site.layer))
         if place is None:
             raise UsageError(
@@ -246,13 +246,13 @@ class _Hooks:
             )
         return place
 
-    def _rows(self, site: Site, place: "_Place") -> Sequence[int] | None:
-        """Return the rows of the module's vector that a site, or its head, stands for."""
+    def _rows(self, site: Site, place: _Place) -> Int[Tensor, " d"] | None:
+        """Return which channels of the module's vector a site, or its head, stands for."""
         if site.head is None:
-            return place.rows
+            return None if place.rows is None else torch.tensor(place.rows)
         size = self.layout.width(site)
         whole = range(size * (site.head + 1)) if place.rows is None else place.rows
-        return whole[size * site.head : size * (site.head + 1)]
+        return torch.tensor(whole[size * site.head : size * (site.head + 1)])
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -300,12 +300,12 @@ class _Evaluator:
         return self._moved[key](x.to(key[1]))
 
     def on_rows(
-        self, x: Float[Tensor, "*batch d"], rows: Sequence[int] | None
+        self, x: Float[Tensor, "*batch d"], rows: Int[Tensor, " k"] | None
     ) -> Float[Tensor, "*batch d"]:
         """Return x with h applied to some of its channels, a new tensor in the dtype of x."""
         if rows is None:
             return self(x).to(x.dtype)
-        index = torch.tensor(rows, device=x.device)
+        index = rows.to(x.device)
         return x.index_copy(-1, index, self(x.index_select(-1, index)).to(x.dtype))
 
 
@@ -325,7 +325,7 @@ class _Capture:
         return value
 
 
-def _map_input(evaluate: _Evaluator, rows: Sequence[int] | None) -> _Hook:
+def _map_input(evaluate: _Evaluator, rows: Int[Tensor, " d"] | None) -> _Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = evaluate.on_rows(_input(module, args, kwargs), rows)
         if args:
@@ -335,7 +335,7 @@ def _map_input(evaluate: _Evaluator, rows: Sequence[int] | None) -> _Hook:
     return hook
 
 
-def _map_output(evaluate: _Evaluator, rows: Sequence[int] | None) -> _Hook:
+def _map_output(evaluate: _Evaluator, rows: Int[Tensor, " d"] | None) -> _Hook:
     def hook(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         return _with_output(output, evaluate.on_rows(_output(module, output), rows))
 
@@ -353,7 +353,7 @@ def _map_sum(evaluate: _Evaluator, block: _Capture, gain: float) -> _Hook:
     return hook
 
 
-def _add_update(update: WeightUpdate, rows: Sequence[int] | None) -> _Hook:
+def _add_update(update: WeightUpdate, rows: Int[Tensor, " d"] | None) -> _Hook:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> Any:
         y = _output(module, output)
         precise = y.to(_arithmetic(y))
@@ -363,8 +363,7 @@ def _add_update(update: WeightUpdate, rows: Sequence[int] | None) -> _Hook:
         added = (x @ right.T) @ left.T
         if rows is None:
             return _with_output(output, (precise + added).to(y.dtype))
-        index = torch.tensor(rows, device=y.device)
-        return _with_output(output, precise.index_add(-1, index, added).to(y.dtype))
+        return _with_output(output, precise.index_add(-1, rows.to(y.device), added).to(y.dtype))
 
     return hook
 

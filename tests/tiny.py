@@ -117,8 +117,8 @@ def _draw(
         magnitude = 0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64)
         return magnitude * normal.sign() - gain_offset
     if isinstance(module, nn.Embedding):
-        # Gemma multiplies its embeddings by √hidden: the stream is of unit size all the same.
-        return normal / getattr(module, "scalar_embed_scale", 1.0)
+        # Gemma multiplies its embeddings by √hidden; a tied head reads them as they are.
+        return normal / getattr(module, "scalar_embed_scale", 2.0)
     fan_in = like.shape[0] if isinstance(module, Conv1D) else like.shape[-1]
     # A factor above 1 makes up for what softmax and activations take away.
     return 1.5 * normal / fan_in**0.5

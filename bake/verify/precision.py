@@ -32,9 +32,10 @@ def double_precision() -> Iterator[None]:
     float32 (the tables of rotary embeddings stay what they are), and a model in float32 or bfloat16
     evaluates as it does outside.
 
-    The model has to be in float64 (``from_pretrained(..., dtype=torch.float64)``). A mixture of
-    experts has to be loaded with ``experts_implementation="eager"``, since the grouped kernels
-    take no float64.
+    Load the model with ``from_pretrained(..., dtype=torch.float64)``: ``model.double()`` widens
+    buffers that were rounded to float32 before, such as the scale of Gemma's embeddings. A mixture
+    of experts needs ``experts_implementation="eager"`` as well, since grouped kernels take no
+    float64. Hooks that steer a narrower model cast their float64 maps down, so run those outside.
     """
     with _NoNarrowing():
         yield
