@@ -193,12 +193,10 @@ class _Builder:
                 return
         self.result.slotless |= edits
         names = " and ".join(f"{b.live} ({_why_no_slot(b)})" for b in writers)
-        self._fail(
-            edits,
-            sites[0],
-            f"{self.layout.family.architectures[0]} has no bias slot before this site: {names}",
-            self._slot_remedy(sites[0]),
-        )
+        reason = f"{self.layout.family.architectures[0]} has no bias slot there: {names}"
+        for hook in self.hooks.at(*sites, *(branch.output_site for branch in writers)):
+            remedy = self._slot_remedy(hook.site)
+            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
 
     # --- readers -------------------------------------------------------------------------------
 

@@ -1,0 +1,57 @@
+"""``bake directions``: what is in an artifact."""
+
+from pathlib import Path
+
+import click
+
+from bake.cli.output import Output
+from bake.cli.output import command as bake_command
+
+
+@bake_command("directions")
+@click.argument("file")
+@click.option("--reader", metavar="NAME", help="The format, where the file does not say it.")
+@click.option("--key", metavar="NAME", help="One tensor or eraser of several.")
+@click.option(
+    "--shape",
+    metavar="SHAPE",
+    help="What a plain matrix is: vector, subspace or layers.",
+)
+def command(
+    output: Output, file: str, *, reader: str | None, key: str | None, shape: str | None
+) -> None:
+    """Say what the artifact FILE holds, and where it belongs.
+
+    FILE is a file, a folder, or hf://owner/name/path@revision.
+    """
+    from bake.cli import render
+    from bake.directions import describe, read_directions
+    from bake.recipe import HUB_PREFIX, fetch_artifact
+
+    path = fetch_artifact(file) if file.startswith(HUB_PREFIX) else Path(file)
+    found = read_directions(path, reader=reader, key=key, shape=shape)
+    rows = describe(found)
+    output.present(
+        data=lambda: {
+            "concept": found.concept,
+            "format": found.format,
+            "source": found.source,
+            "digest": found.digest,
+            "width": found.width,
+            "metadata": dict(found.metadata),
+            "rows": [
+                {
+                    "layer": row.layer,
+                    "site": row.site,
+                    "role": str(row.role),
+                    "shape": list(row.shape),
+                    "dtype": row.dtype,
+                    "norm": row.norm,
+                    "cosine": row.cosine,
+                    "singular_values": list(row.singular_values),
+                }
+                for row in rows
+            ],
+        },
+        view=lambda: render.directions(found, rows),
+    )

@@ -1,0 +1,87 @@
+"""``bake families``: the architectures that bake knows, and one model against its table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bake.cli.output import Output
+from bake.cli.output import command as bake_command
+from bake.cli.request import PATH, layout_of
+
+if TYPE_CHECKING:
+    from bake.families import Family, Layout
+
+
+@bake_command("families")
+@click.argument("model", required=False)
+@click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+def command(output: Output, model: str | None, *, family: Path | None) -> None:
+    """List the family tables, or check MODEL against its own.
+
+    MODEL is a folder or a Hub id; of the latter only headers are read.
+    """
+    from bake.checkpoints import open_checkpoint
+    from bake.cli import render
+    from bake.families import load_families, read_family
+
+    if model is None:
+        found = load_families() if family is None else (read_family(family),)
+        output.present(
+            data=lambda: {"families": [_family(table) for table in found]},
+            view=lambda: render.families(found),
+        )
+        return
+    checkpoint = open_checkpoint(model)
+    layout = layout_of(checkpoint, family)
+    slots = _slots(layout)
+    output.present(
+        data=lambda: {
+            "model": checkpoint.source,
+            "revision": checkpoint.revision,
+            **_family(layout.family),
+            "dims": dict(layout.dims),
+            "dtype": layout.dtype,
+            "tied": layout.tied,
+            "tensors": len(layout.shapes),
+            "untouched": list(layout.untouched),
+            "sites": [str(site) for site in layout.sites],
+            "bias_slots": slots,
+        },
+        view=lambda: render.model_check(layout, checkpoint.source, slots, layout.sites),
+    )
+
+
+def _family(table: "Family") -> dict[str, Any]:
+    return {
+        "family": table.name,
+        "title": table.title,
+        "source": table.source,
+        "architectures": list(table.architectures),
+        "runtimes": {
+            name: {
+                "biases": list(runtime.biases),
+                "extra_bias": runtime.extra_bias,
+                "untied_head": runtime.untied_head,
+                "source": runtime.source,
+            }
+            for name, runtime in table.runtimes.items()
+        },
+        "recasts": [recast.family for recast in table.recasts],
+    }
+
+
+def _slots(layout: "Layout") -> list[dict[str, Any]]:
+    """Return the bias slot of every linear layer of a block, and of the head, one row each."""
+    slots: dict[str, dict[str, Any]] = {}
+    linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
+    for linear in (*linears, layout.unembed):
+        able = linear.bias.state != "never"
+        applied = [n for n, r in layout.family.runtimes.items() if linear.module in r.biases]
+        slots[linear.module] = {
+            "module": linear.module,
+            "state": linear.bias.state,
+            "flag": linear.bias.flag,
+            "runtimes": [*(["transformers"] if able else []), *applied],
+        }
+    return list(slots.values())

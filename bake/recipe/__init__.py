@@ -1,0 +1,39 @@
+"""Recipes: TOML → ``Recipe`` → edits. Strict: what a recipe says is known, or it is an error.
+
+``load_recipe`` reads the text, ``read_artifacts`` the directions that it names, and ``build_edits``
+makes the edits for one model. ``docs/recipes.md`` documents every key.
+"""
+
+from bake.recipe.aliases import aliases
+from bake.recipe.build import build_edits, fetch_artifact, read_artifacts
+from bake.recipe.parse import (
+    ALLOWANCES,
+    HUB_PREFIX,
+    OUTPUTS,
+    RUNTIMES,
+    Base,
+    DirectionSpec,
+    EditSpec,
+    ExportSpec,
+    Recipe,
+    load_recipe,
+    override,
+)
+
+__all__ = [
+    "ALLOWANCES",
+    "HUB_PREFIX",
+    "OUTPUTS",
+    "RUNTIMES",
+    "Base",
+    "DirectionSpec",
+    "EditSpec",
+    "ExportSpec",
+    "Recipe",
+    "aliases",
+    "build_edits",
+    "fetch_artifact",
+    "load_recipe",
+    "override",
+    "read_artifacts",
+]

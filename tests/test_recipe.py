@@ -1,0 +1,840 @@
+"""A recipe is read strictly, and becomes the edits that it states."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import layout_of
+
+from bake import edits
+from bake.affine import AffineMap
+from bake.directions import Direction, Directions, Role, Shape
+from bake.edits import EditKind, WeightUpdate
+from bake.errors import BakeError, DirectionError, HubError, InputError, UsageError
+from bake.families import Layout
+from bake.plan.targets import KNOWN as PLANNED_RUNTIMES
+from bake.recipe import (
+    ALLOWANCES,
+    OUTPUTS,
+    RUNTIMES,
+    Recipe,
+    aliases,
+    build_edits,
+    fetch_artifact,
+    load_recipe,
+    override,
+    read_artifacts,
+)
+from bake.recipe.parse import KINDS_OF_KEY, _Table
+from bake.sites import Site, SiteKind, parse_site
+
+HIDDEN, ATTENTION, GROUPED, INNER, LAYERS = 24, 32, 16, 40, 3  # of tests/tiny.py
+
+HEAD = """
+title = "A test"
+[base]
+model = "base"
+[directions.mood]
+file = "mood.npy"
+[directions.other]
+file = "other.npy"
+"""
+
+
+@pytest.fixture
+def layout(tiny_checkpoint: Callable[..., Path]) -> Layout:
+    return layout_of(tiny_checkpoint("llama"))
+
+
+def recipe_of(folder: Path, edits_text: str, head: str = HEAD) -> Recipe:
+    (folder / "base").mkdir(exist_ok=True)
+    path = folder / "recipe.toml"
+    path.write_text(head + edits_text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def artifact(*items: Direction, concept: str = "mood") -> Directions:
+    return Directions(concept, "pt", f"{concept}.pt", "sha256:0", items, {})
+
+
+def vector(
+    width: int = HIDDEN, seed: int = 1, layer: int | None = None, site: str | None = None
+) -> Direction:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(width, generator=generator, dtype=torch.float32)
+    return Direction({Role.VECTOR: values}, layer, site)
+
+
+def random(*shape: int, seed: int = 7) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def same(left: AffineMap | WeightUpdate, right: AffineMap | WeightUpdate) -> bool:
+    """Whether two maps are the same matrix and constant, compared on the identity."""
+    if isinstance(left, WeightUpdate) or isinstance(right, WeightUpdate):
+        assert isinstance(left, WeightUpdate) and isinstance(right, WeightUpdate)
+        return torch.equal(left.left, right.left) and torch.equal(left.right, right.right)
+    return torch.equal(left.matrix(), right.matrix()) and torch.equal(left.bias, right.bias)
+
+
+def message(error: pytest.ExceptionInfo[BakeError]) -> str:
+    return str(error.value)
+
+
+# --- reading the text --------------------------------------------------------------------------
+
+
+def test_a_recipe_is_read_with_its_text_and_digest(tmp_path: Path) -> None:
+    text = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"  # everywhere\n'
+    recipe = recipe_of(tmp_path, text)
+    assert recipe.title == "A test"
+    assert recipe.text == HEAD + text
+    assert recipe.base.source == tmp_path / "base"
+    assert recipe.base.revision is None
+    assert recipe.directions["mood"].path == tmp_path / "mood.npy"
+    (edit,) = recipe.edits
+    assert (edit.kind, edit.directions, edit.at) == (EditKind.ABLATE, ("mood",), ("resid",))
+    assert (edit.strength, edit.alpha, edit.mean, edit.coefficient) == (1.0, 0.0, None, 1.0)
+    assert (recipe.export.to, recipe.export.allow) == (("checkpoint",), ())
+    assert recipe.export.target == ("transformers",)
+    digest = recipe.digest
+    assert digest.startswith("sha256:") and len(digest) == 71
+    assert recipe_of(tmp_path, text + "# a comment\n").digest != digest
+
+
+def test_a_hub_model_keeps_its_id_and_revision(tmp_path: Path) -> None:
+    edit = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
+    directions = '[directions.mood]\nfile = "hf://owner/name/v/mood.pt@main"\n'
+
+    def base(text: str) -> Any:
+        return recipe_of(tmp_path, edit, head=f"[base]\n{text}\n{directions}").base
+
+    assert (base('model = "owner/name"').source, base('model = "owner/name"').revision) == (
+        "owner/name",
+        None,
+    )
+    assert base('model = "owner/name@refs/pr/1"').revision == "refs/pr/1"
+    assert base('model = "owner/name"\nrevision = "abc"').revision == "abc"
+    assert base('model = "./owner/name"').source == tmp_path / "owner/name"
+    assert base('model = "name"').source == tmp_path / "name"
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert base('model = "owner/name"').source == tmp_path / "owner/name"
+
+
+TITLE = 'title = "A test"'
+EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ["the recipe has no edits", "add a table [[edits]]"]),
+        ("[[edit]]\n" + EDIT[10:], ["unknown key 'edit'", "did you mean 'edits'?"]),
+        (EDIT + "[exprt]\n", ["recipe.toml: unknown key 'exprt'", "did you mean 'export'?"]),
+        (
+            EDIT + "strenght = 0.5\n",
+            ["[[edits]] 1: unknown key 'strenght'", "did you mean 'strength'?"],
+        ),
+        (EDIT + EDIT + "sites = 1\n", ["[[edits]] 2: unknown key 'sites'", "known are"]),
+        (EDIT.replace('"ablate"', '"ablat"'), ["unknown kind 'ablat'", "did you mean 'ablate'?"]),
+        (EDIT.replace('"mood"', '"mod"'), ["there is no direction 'mod'", "did you mean 'mood'?"]),
+        (EDIT + "strength = nan\n", ["strength = nan is not finite"]),
+        (EDIT + "strength = true\n", ["strength = True is no number"]),
+        (EDIT + 'strength = "1"\n', ["strength = '1' is no number"]),
+        (EDIT.replace('"resid"', "3"), ["at = 3 is no text or list of texts"]),
+        (EDIT.replace('"resid"', "[]"), ["at is an empty list"]),
+        (EDIT.replace('direction = "mood"\n', ""), ["the key 'direction' is missing"]),
+        (EDIT.replace("direction", "directions"), ["unknown key 'directions'", "'direction'?"]),
+        (EDIT.replace("kind", "knd"), ["[[edits]] 1: unknown key 'knd'", "did you mean 'kind'?"]),
+        (EDIT.replace('kind = "ablate"\n', ""), ["the key 'kind' is missing"]),
+        (EDIT.replace('"mood"', '["mood", "mood"]'), ["repeats a name"]),
+        (
+            EDIT + "degrees = 3\n",
+            ["'degrees' is no key of kind = 'ablate'", "it belongs to rotate", "takes strength"],
+        ),
+        (
+            EDIT.replace("ablate", "offset") + "strength = 2\n",
+            ["'strength' is no key of kind = 'offset'", "offset takes coefficient"],
+        ),
+        (
+            EDIT.replace("ablate", "offset").replace('"mood"', '["mood", "other"]'),
+            ["kind = 'offset' takes one direction, not 2", "one [[edits]] for each direction"],
+        ),
+        (
+            EDIT.replace('"mood"', '["mood", "other"]').replace('at = "resid"\n', ""),
+            ["the key 'at' is missing", "have no site of their own in common"],
+        ),
+        (
+            EDIT.replace("ablate", "rotate") + "degrees = 3\nreflect = true\n",
+            ["degrees and reflect exclude each other"],
+        ),
+        (
+            EDIT.replace("ablate", "affine") + "mean = 3\n",
+            ["mean = 3 is neither true, false nor the name of a direction"],
+        ),
+        (
+            EDIT.replace("ablate", "affine") + 'mean = "calm"\n',
+            ["there is no direction 'calm'", "known are mood, other"],
+        ),
+        (EDIT + '[export]\nto = ["gguf"]\n', ["[export]: to holds 'gguf'", "known are checkpoint"]),
+        (EDIT + "[export]\nto = []\n", ["to is an empty list"]),
+        (
+            EDIT + '[export]\ntarget = ["vlm"]\n',
+            ["[export]: target holds 'vlm'", "did you mean 'vllm'?"],
+        ),
+        (
+            EDIT + '[export]\nallow = ["approximate"]\n',
+            ["[export]: allow holds 'approximate'", "known are recast, nulling"],
+        ),
+        ("[[edits]\n", ["recipe.toml: the recipe is not valid TOML", "line"]),
+        ("edits = [1]\n", ["[base]: unknown key 'edits'"]),
+    ],
+)
+def test_what_a_recipe_cannot_say(tmp_path: Path, text: str, fragments: list[str]) -> None:
+    head = (
+        HEAD.replace('[directions.other]\nfile = "other.npy"\n', "") if "[base]" in text else HEAD
+    )
+    if text.startswith("edits"):
+        head = HEAD[: HEAD.index("[directions.mood]")]
+    with pytest.raises(UsageError) as error:
+        recipe_of(tmp_path, text, head)
+    for fragment in fragments:
+        assert fragment in message(error)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "fragments"),
+    [
+        (HEAD.replace('model = "base"\n', ""), ["[base]: the key 'model' is missing"]),
+        (HEAD.replace('"base"', '""'), ["[base]: model is empty"]),
+        (HEAD.replace("[base]", "[bas]"), ["unknown key 'bas'", "did you mean 'base'?"]),
+        (HEAD.replace("[base]\nmodel", "base"), ["base = 'base' is no table"]),
+        (
+            HEAD.replace('"base"', '"base"\nrevision = "main"'),
+            ["revision = 'main' is given for the folder base", "has no revisions"],
+        ),
+        (
+            HEAD.replace('"base"', '"owner/name@a"\nrevision = "b"'),
+            ["model = 'owner/name@a' names a revision, and so does revision = 'b'"],
+        ),
+        (HEAD + "layer = -1\n", ["[directions.other]: layer = -1 is negative"]),
+        (HEAD + "sign = 2\n", ["[directions.other]: sign = 2 is neither 1 nor -1"]),
+        (HEAD + 'shape = "layer"\n', ["shape = 'layer' is unknown", "did you mean 'layers'?"]),
+        (HEAD + 'kye = "x"\n', ["[directions.other]: unknown key 'kye'", "did you mean 'key'?"]),
+        (HEAD.replace('file = "mood.npy"\n', ""), ["[directions.mood]: the key 'file' is missing"]),
+        (HEAD.replace(TITLE, "title = 3"), ["title = 3 is no text"]),
+    ],
+)
+def test_what_base_and_directions_cannot_say(
+    tmp_path: Path, head: str, fragments: list[str]
+) -> None:
+    with pytest.raises(UsageError) as error:
+        recipe_of(tmp_path, EDIT, head)
+    for fragment in fragments:
+        assert fragment in message(error)
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the recipe cannot be read: No such file"):
+        load_recipe(tmp_path / "absent.toml")
+    (tmp_path / "latin.toml").write_bytes(b"title = '\xe9'")
+    with pytest.raises(InputError, match="the recipe is no UTF-8 text"):
+        load_recipe(tmp_path / "latin.toml")
+
+
+def test_the_title_defaults_to_the_name_of_the_file(tmp_path: Path) -> None:
+    assert recipe_of(tmp_path, EDIT, HEAD.replace(TITLE, "")).title == "recipe"
+
+
+def test_the_words_are_those_of_the_plan() -> None:
+    assert set(RUNTIMES) == set(PLANNED_RUNTIMES)
+    assert {kind for kinds in KINDS_OF_KEY.values() for kind in kinds} == set(EditKind)
+
+
+def test_a_command_line_overrides_a_recipe(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, EDIT + '[export]\nallow = ["recast"]\ntarget = ["vllm"]\n')
+    assert override(recipe) == recipe
+    given = override(recipe, model="owner/name@x", allow=["nulling"], target=["llama.cpp"])
+    assert (given.base.source, given.base.revision) == ("owner/name", "x")
+    assert given.export.allow == ("recast", "nulling")
+    assert given.export.target == ("llama.cpp",)
+    assert given.digest == recipe.digest
+    with pytest.raises(UsageError, match=r"--target: target holds 'tgi'"):
+        override(recipe, target=["tgi"])
+
+
+# --- artifacts ---------------------------------------------------------------------------------
+
+
+def test_only_the_directions_that_are_used_are_read(tmp_path: Path) -> None:
+    import numpy as np
+
+    np.save(tmp_path / "mood.npy", np.arange(1.0, 5.0))
+    found = read_artifacts(recipe_of(tmp_path, EDIT))
+    assert list(found) == ["mood"]
+    assert torch.equal(
+        found["mood"].items[0].tensors[Role.VECTOR],
+        torch.arange(1.0, 5.0, dtype=torch.float64),
+    )
+    np.save(tmp_path / "other.npy", np.ones(4))
+    used = EDIT.replace("ablate", "affine") + 'mean = "other"\n'
+    assert list(read_artifacts(recipe_of(tmp_path, used))) == ["mood", "other"]
+
+
+def test_artifact_errors_name_the_file(tmp_path: Path) -> None:
+    import numpy as np
+
+    with pytest.raises(DirectionError) as error:
+        read_artifacts(recipe_of(tmp_path, EDIT))
+    assert str(tmp_path / "mood.npy") in message(error)
+    np.save(tmp_path / "mood.npy", np.array([1.0, np.nan]))
+    with pytest.raises(DirectionError, match="not finite"):
+        read_artifacts(recipe_of(tmp_path, EDIT))
+    np.save(tmp_path / "mood.npy", np.zeros(4))
+    with pytest.raises(DirectionError, match="is zero"):
+        read_artifacts(recipe_of(tmp_path, EDIT))
+
+
+def test_a_sign_needs_something_that_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors = Direction({Role.LEFT: random(HIDDEN, 2), Role.RIGHT: random(2, HIDDEN)})
+    monkeypatch.setattr("bake.recipe.build.read_directions", lambda path, **_: artifact(factors))
+    head = HEAD.replace('"mood.npy"', '"mood.npy"\nsign = -1')
+    with pytest.raises(UsageError, match="sign = -1 is given, but the artifact holds left, right"):
+        read_artifacts(recipe_of(tmp_path, EDIT.replace("ablate", "erase"), head))
+
+
+def test_the_options_of_a_direction_reach_its_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def read(path: Path, **options: Any) -> Directions:
+        seen.update(path=path, **options)
+        return artifact(vector())
+
+    monkeypatch.setattr("bake.recipe.build.read_directions", read)
+    options = 'reader = "pt"\nkey = "v"\nshape = "subspace"'
+    read_artifacts(recipe_of(tmp_path, EDIT, HEAD.replace('"mood.npy"', f'"mood.npy"\n{options}')))
+    assert seen == {
+        "path": tmp_path / "mood.npy",
+        "reader": "pt",
+        "key": "v",
+        "shape": Shape.SUBSPACE,
+    }
+
+
+def test_a_direction_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[Any] = []
+
+    def download(repo: str, name: str, *, revision: str | None) -> str:
+        asked.append((repo, name, revision))
+        return str(tmp_path / "file")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert fetch_artifact("hf://owner/name/deep/mood.pt@abc") == tmp_path / "file"
+    assert fetch_artifact("hf://owner/name/mood.pt") == tmp_path / "file"
+    assert asked == [("owner/name", "deep/mood.pt", "abc"), ("owner/name", "mood.pt", None)]
+    with pytest.raises(UsageError, match=r"write hf://owner/name/path"):
+        fetch_artifact("hf://owner/name")
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no connection\nand no cached file")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(HubError) as error:
+        fetch_artifact("hf://owner/name/mood.pt")
+    assert "hf://owner/name/mood.pt cannot be fetched: no connection" in message(error)
+    assert error.value.exit_code == 5
+
+
+# --- edits -------------------------------------------------------------------------------------
+
+
+def build(
+    folder: Path, layout: Layout, text: str, found: Mapping[str, Directions], head: str = HEAD
+) -> tuple[edits.Edit, ...]:
+    return build_edits(recipe_of(folder, text, head), layout, found)
+
+
+def test_one_direction_acts_as_one_map_at_every_site(tmp_path: Path, layout: Layout) -> None:
+    item = vector(layer=14, site="resid_pre.14")  # of another model: only metadata
+    (edit,) = build(tmp_path, layout, EDIT, {"mood": artifact(item)})
+    assert edit.sites == layout.stream
+    assert edit.concept == "mood"
+    assert same(edit.map, edits.ablate(item.tensors[Role.VECTOR]))
+    assert not same(edit.map, edits.ablate(vector(seed=2).tensors[Role.VECTOR]))
+
+
+def test_an_item_per_layer_acts_at_its_layer(tmp_path: Path, layout: Layout) -> None:
+    items = [vector(seed=layer, layer=layer) for layer in range(LAYERS)]
+    text = EDIT.replace('"resid"', '["mlp_out.*", "resid_pre.1"]')
+    built = build(tmp_path, layout, text, {"mood": artifact(*items)})
+    assert [[str(site) for site in edit.sites] for edit in built] == [
+        ["mlp_out.0"],
+        ["mlp_out.1", "resid_pre.1"],
+        ["mlp_out.2"],
+    ]
+    for edit, item in zip(built, items, strict=True):
+        assert same(edit.map, edits.ablate(item.tensors[Role.VECTOR]))
+
+
+def test_layer_pins_one_item_for_every_site(tmp_path: Path, layout: Layout) -> None:
+    items = [vector(seed=layer, layer=layer) for layer in range(LAYERS)]
+    head = HEAD.replace('"mood.npy"', '"mood.npy"\nlayer = 2')
+    text = EDIT.replace('"resid"', '["embed", "resid_post.0"]')
+    (edit,) = build(tmp_path, layout, text, {"mood": artifact(*items)}, head)
+    assert same(edit.map, edits.ablate(items[2].tensors[Role.VECTOR]))
+    head = head.replace("layer = 2", "layer = 9")
+    with pytest.raises(DirectionError, match="there is no direction for layer 9"):
+        build(tmp_path, layout, text, {"mood": artifact(*items)}, head)
+
+
+def test_an_item_at_the_site_itself_comes_before_one_of_its_layer(
+    tmp_path: Path, layout: Layout
+) -> None:
+    items = [vector(seed=1, layer=0, site="attn_out.0"), vector(seed=2, layer=0, site="mlp_out.0")]
+    text = EDIT.replace('"resid"', '["mlp_out.0", "attn_out.0"]')
+    first, second = build(tmp_path, layout, text, {"mood": artifact(*items)})
+    assert same(first.map, edits.ablate(items[1].tensors[Role.VECTOR]))
+    assert same(second.map, edits.ablate(items[0].tensors[Role.VECTOR]))
+    with pytest.raises(DirectionError) as error:
+        build(tmp_path, layout, EDIT.replace('"resid"', '"z.0"'), {"mood": artifact(*items)})
+    assert "direction 'mood' has no item for z.0" in message(error)
+    assert "there are 2 directions at layer 0" in message(error)
+
+
+def test_sites_that_no_item_covers(tmp_path: Path, layout: Layout) -> None:
+    items = [vector(seed=layer, layer=layer) for layer in (1, 2)]
+    with pytest.raises(DirectionError) as error:
+        build(tmp_path, layout, EDIT, {"mood": artifact(*items)})
+    assert "[[edits]] 1: direction 'mood' has no item for resid_pre.0" in message(error)
+    assert "layer 1, layer 2" in message(error)
+    assert "give layer = N in [directions.mood]" in message(error)
+    with pytest.raises(UsageError) as usage:
+        build(tmp_path, layout, EDIT.replace('"resid"', '"embed"'), {"mood": artifact(*items)})
+    assert "direction 'mood' has 2 items, one per layer, and embed is in no layer" in message(usage)
+
+
+def test_a_stack_with_one_layer_that_is_not_zero_stays_a_stack(
+    tmp_path: Path, layout: Layout
+) -> None:
+    items = (vector(layer=1),)
+    stack = Directions("mood", "npy", "mood.npy", "sha256:0", items, {"zero_layers": "0,2"})
+    with pytest.raises(DirectionError, match="the direction of layer 0 is zero"):
+        build(tmp_path, layout, EDIT, {"mood": stack})
+    (edit,) = build(tmp_path, layout, EDIT.replace('"resid"', '"mlp_out.1"'), {"mood": stack})
+    assert edit.sites == (Site(SiteKind.MLP_OUT, 1),)
+
+
+def test_an_artifact_with_sites_says_where_it_acts(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace('at = "resid"\n', "")
+    items = [
+        vector(seed=1, layer=0, site="ln1_out.0"),
+        vector(seed=2, layer=2, site="ln2_out.2"),
+        vector(seed=3, site="ln_final_out"),
+    ]
+    built = build(tmp_path, layout, text, {"mood": artifact(*items)})
+    assert [str(site) for edit in built for site in edit.sites] == [
+        "ln1_out.0",
+        "ln2_out.2",
+        "ln_final_out",
+    ]
+    for edit, item in zip(built, items, strict=True):
+        assert same(edit.map, edits.ablate(item.tensors[Role.VECTOR]))
+    with pytest.raises(UsageError) as error:
+        build(tmp_path, layout, text, {"mood": artifact(vector(layer=1))})
+    assert "the key 'at' is missing" in message(error)
+    assert "the artifact of direction 'mood' names no site" in message(error)
+    with pytest.raises(UsageError, match="names layer 7, but the model has 3 blocks"):
+        build(tmp_path, layout, text, {"mood": artifact(vector(layer=7, site="attn_out.7"))})
+
+
+@pytest.mark.parametrize(
+    ("at", "fragment"),
+    [
+        ("resid_post.3", "'resid_post.3' names layer 3, but the model has 3 blocks"),
+        ("resid_pots.1", "did you mean 'resid_post'?"),
+        ("hidden_states[-1]", "takes the last hidden state after the final norm"),
+        ("ln1_post_out.0", "llama has no site ln1_post_out.0"),
+        ("model.layers.1.mpl", "did you mean 'model.layers.1.mlp'?"),
+        ("model.layers.3", "the module path 'model.layers.3' is no site"),
+    ],
+)
+def test_sites_that_the_model_does_not_have(
+    tmp_path: Path, layout: Layout, at: str, fragment: str
+) -> None:
+    with pytest.raises(UsageError) as error:
+        build(tmp_path, layout, EDIT.replace('"resid"', f'"{at}"'), {"mood": artifact(vector())})
+    assert fragment in message(error)
+    assert "recipe.toml [[edits]] 1" in message(error)
+
+
+def test_a_direction_of_the_wrong_width(tmp_path: Path, layout: Layout) -> None:
+    with pytest.raises(DirectionError) as error:
+        build(
+            tmp_path,
+            layout,
+            EDIT.replace('"resid"', '"resid_post.2"'),
+            {"mood": artifact(vector(ATTENTION))},
+        )
+    assert "direction 'mood' has width 32 but resid_post.2 has width 24" in message(error)
+    assert "name a site of that width: q, z" in message(error)
+    assert error.value.exit_code == 4
+    with pytest.raises(DirectionError, match="no site of this model has width 25"):
+        build(tmp_path, layout, EDIT, {"mood": artifact(vector(25))})
+    built = build(
+        tmp_path, layout, EDIT.replace('"resid"', '"z.2"'), {"mood": artifact(vector(ATTENTION))}
+    )
+    assert built[0].sites == (Site(SiteKind.Z, 2),)
+
+
+MEAN = random(HIDDEN, seed=11)
+LEFT, RIGHT = random(HIDDEN, 2, seed=12), random(2, HIDDEN, seed=13)
+SCALE, OFFSET = random(HIDDEN, seed=14), random(HIDDEN, seed=15)
+MATRIX = random(HIDDEN, HIDDEN, seed=16)
+ORTHOGONAL = torch.linalg.qr(MATRIX)[0]
+SUBSPACE = random(2, HIDDEN, seed=17)
+VECTOR = random(HIDDEN, seed=18)
+UNIT = torch.eye(HIDDEN, dtype=torch.float64)
+R = Role
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "tensors", "expected"),
+    [
+        ("ablate", "", {R.VECTOR: VECTOR}, edits.ablate(VECTOR)),
+        ("ablate", "strength = 0.5", {R.VECTOR: VECTOR}, edits.ablate(VECTOR, strength=0.5)),
+        ("ablate", "", {R.SUBSPACE: SUBSPACE}, edits.ablate(SUBSPACE)),
+        ("affine", "", {R.VECTOR: VECTOR}, edits.affine(VECTOR)),
+        (
+            "affine",
+            "alpha = 2\nstrength = 0.5",
+            {R.VECTOR: VECTOR, R.MEAN: MEAN},
+            edits.affine(VECTOR, mean=MEAN, alpha=2.0, strength=0.5),
+        ),
+        (
+            "affine",
+            "mean = true",
+            {R.VECTOR: VECTOR, R.MEAN: MEAN},
+            edits.affine(VECTOR, mean=MEAN),
+        ),
+        ("affine", "mean = false", {R.VECTOR: VECTOR, R.MEAN: MEAN}, edits.affine(VECTOR)),
+        ("erase", "", {R.LEFT: LEFT, R.RIGHT: RIGHT}, edits.erase(LEFT, RIGHT)),
+        (
+            "erase",
+            "strength = 0.5",
+            {R.LEFT: LEFT, R.RIGHT: RIGHT, R.MEAN: MEAN},
+            edits.erase(LEFT, RIGHT, mean=MEAN, strength=0.5),
+        ),
+        ("offset", "", {R.VECTOR: VECTOR}, edits.offset(VECTOR)),
+        ("offset", "coefficient = -3", {R.VECTOR: VECTOR}, edits.offset(VECTOR, coefficient=-3.0)),
+        ("offset", "", {R.OFFSET: OFFSET}, edits.offset(OFFSET)),
+        ("scale", "", {R.SCALE: SCALE}, edits.scale(SCALE)),
+        (
+            "scale",
+            "strength = 0.5",
+            {R.SCALE: SCALE, R.OFFSET: OFFSET},
+            edits.scale(0.5 + 0.5 * SCALE, shift=0.5 * OFFSET),
+        ),
+        ("rotate", "", {R.MATRIX: ORTHOGONAL}, edits.rotate(ORTHOGONAL)),
+        ("rotate", "reflect = true", {R.VECTOR: VECTOR}, edits.reflect(VECTOR)),
+        (
+            "rotate",
+            "degrees = 30",
+            {R.SUBSPACE: SUBSPACE},
+            edits.rotate_plane(SUBSPACE, degrees=30),
+        ),
+        ("linear", "", {R.MATRIX: MATRIX}, edits.linear(MATRIX)),
+        (
+            "linear",
+            "strength = 0.5",
+            {R.MATRIX: MATRIX, R.BIAS: OFFSET},
+            edits.linear(0.5 * UNIT + 0.5 * MATRIX, shift=0.5 * OFFSET),
+        ),
+    ],
+)
+def test_every_kind_is_the_map_that_it_names(
+    tmp_path: Path,
+    layout: Layout,
+    kind: str,
+    keys: str,
+    tensors: Mapping[Role, torch.Tensor],
+    expected: AffineMap,
+) -> None:
+    text = f'[[edits]]\nkind = "{kind}"\ndirection = "mood"\nat = "attn_out.1"\n{keys}\n'
+    (edit,) = build(tmp_path, layout, text, {"mood": artifact(Direction(tensors))})
+    assert edit.kind == kind
+    assert same(edit.map, expected)
+    assert isinstance(edit.map, AffineMap) and not edit.map.is_identity()
+
+
+def test_an_update_is_one_of_the_weight_before_its_site(tmp_path: Path, layout: Layout) -> None:
+    text = '[[edits]]\nkind = "update"\ndirection = "mood"\nat = "q.1"\nstrength = 0.5\n'
+    left, right = random(ATTENTION, 1), random(1, ATTENTION)
+    (edit,) = build(
+        tmp_path, layout, text, {"mood": artifact(Direction({R.LEFT: left, R.RIGHT: right}))}
+    )
+    assert isinstance(edit.map, WeightUpdate)
+    assert torch.equal(edit.map.left, 0.5 * left) and torch.equal(edit.map.right, right)
+
+
+def test_a_sign_turns_the_direction_but_not_its_mean(tmp_path: Path, layout: Layout) -> None:
+    head = HEAD.replace('"mood.npy"', '"mood.npy"\nsign = -1')
+    text = '[[edits]]\nkind = "affine"\ndirection = "mood"\nat = "attn_out.1"\nalpha = 2\n'
+    item = Direction({R.VECTOR: VECTOR, R.MEAN: MEAN})
+    (edit,) = build(tmp_path, layout, text, {"mood": artifact(item)}, head)
+    assert same(edit.map, edits.affine(-VECTOR, mean=MEAN, alpha=2.0))
+    assert not same(edit.map, edits.affine(VECTOR, mean=MEAN, alpha=2.0))
+
+
+def test_several_directions_are_one_subspace(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace('"mood"', '["mood", "other"]')
+    one, two = vector(seed=1), vector(seed=2)
+    found = {"mood": artifact(one), "other": artifact(two, concept="other")}
+    (edit,) = build(tmp_path, layout, text, found)
+    rows = torch.stack([one.tensors[R.VECTOR], two.tensors[R.VECTOR]])
+    assert edit.concept == "mood + other"
+    assert same(edit.map, edits.ablate(rows.double()))
+    found["other"] = artifact(vector(ATTENTION))
+    with pytest.raises(DirectionError, match="'mood' has 24, 'other' has 32"):
+        build(tmp_path, layout, text, found)
+    found["other"] = artifact(one)
+    with pytest.raises(DirectionError) as error:
+        build(tmp_path, layout, text, found)
+    assert "[[edits]] 1: the directions of a subspace are linearly dependent" in message(error)
+
+
+def test_the_mean_may_be_a_direction_of_its_own(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace("ablate", "affine") + 'mean = "other"\n'
+    found = {
+        "mood": artifact(Direction({R.VECTOR: VECTOR, R.MEAN: OFFSET})),
+        "other": artifact(Direction({R.VECTOR: MEAN})),
+    }
+    (edit,) = build(tmp_path, layout, text, found)
+    assert same(edit.map, edits.affine(VECTOR, mean=MEAN))
+    assert not same(edit.map, edits.affine(VECTOR, mean=OFFSET))
+
+
+def test_means_that_are_not_there_or_disagree(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace("ablate", "affine") + "mean = true\n"
+    with pytest.raises(DirectionError, match="mean = true, but 'mood' holds no mean"):
+        build(tmp_path, layout, text, {"mood": artifact(vector())})
+    joint = EDIT.replace("ablate", "affine").replace('"mood"', '["mood", "other"]')
+    found = {
+        "mood": artifact(Direction({R.VECTOR: VECTOR, R.MEAN: MEAN})),
+        "other": artifact(Direction({R.VECTOR: OFFSET, R.MEAN: SCALE})),
+    }
+    with pytest.raises(DirectionError, match="the means of 'mood' and 'other' differ"):
+        build(tmp_path, layout, joint, found)
+    found["other"] = artifact(Direction({R.VECTOR: OFFSET, R.MEAN: MEAN}))
+    (edit,) = build(tmp_path, layout, joint, found)
+    assert same(edit.map, edits.affine(torch.stack([VECTOR, OFFSET]), mean=MEAN))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "fragments"),
+    [
+        (
+            "ablate",
+            {R.LEFT: LEFT, R.RIGHT: RIGHT},
+            ["kind = 'ablate' needs vector or subspace", "'mood' holds left, right", "erase"],
+        ),
+        ("erase", {R.VECTOR: VECTOR}, ["needs left,", "holds vector", "ablate, affine, offset"]),
+        ("linear", {R.SCALE: SCALE}, ["needs matrix", "is for scale"]),
+        ("rotate", {R.MATRIX: MATRIX}, ["not orthogonal", 'kind = "linear"']),
+        ("offset", {R.SUBSPACE: SUBSPACE}, ["needs vector or offset"]),
+    ],
+)
+def test_artifacts_that_a_kind_cannot_use(
+    tmp_path: Path,
+    layout: Layout,
+    kind: str,
+    tensors: Mapping[Role, torch.Tensor],
+    fragments: list[str],
+) -> None:
+    with pytest.raises(DirectionError) as error:
+        build(
+            tmp_path,
+            layout,
+            EDIT.replace("ablate", kind),
+            {"mood": artifact(Direction(tensors))},
+        )
+    for fragment in fragments:
+        assert fragment in message(error)
+
+
+@pytest.mark.parametrize(
+    ("keys", "names", "fragment"),
+    [
+        ("degrees = 9", '"mood"', "turns in the plane of two vectors, not one"),
+        ("", '["mood", "other"]', "needs degrees"),
+    ],
+)
+def test_rotations_that_are_not_determined(
+    tmp_path: Path, layout: Layout, keys: str, names: str, fragment: str
+) -> None:
+    text = f'[[edits]]\nkind = "rotate"\ndirection = {names}\nat = "attn_out.1"\n{keys}\n'
+    found = {"mood": artifact(vector()), "other": artifact(vector(seed=2))}
+    with pytest.raises(BakeError, match=fragment):
+        build(tmp_path, layout, text, found)
+
+
+def test_the_order_of_edits_is_the_recipes(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace("ablate", "offset").replace("mood", "other") + EDIT
+    found = {"mood": artifact(vector()), "other": artifact(vector(seed=2))}
+    built = build(tmp_path, layout, text, found)
+    assert [(edit.kind, edit.concept) for edit in built] == [
+        (EditKind.OFFSET, "other"),
+        (EditKind.ABLATE, "mood"),
+    ]
+
+
+# --- module paths ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "site"),
+    [
+        ("llama", "model.embed_tokens", "embed"),
+        ("llama", "model.layers.2", "resid_post.2"),
+        ("llama", "model.layers.2:output", "resid_post.2"),
+        ("llama", "model.layers.2:input", "resid_pre.2"),
+        ("llama", "model.layers.2.mlp", "mlp_out.2"),
+        ("llama", "model.layers.2.mlp:output", "mlp_out.2"),
+        ("llama", "model.layers.2.mlp.down_proj", "mlp_out.2"),
+        ("llama", "model.layers.2.mlp.down_proj:input", "mlp_act.2"),
+        ("llama", "model.layers.2.mlp.gate_proj", "mlp_gate.2"),
+        ("llama", "model.layers.2.self_attn", "attn_out.2"),
+        ("llama", "model.layers.2.self_attn.o_proj:input", "z.2"),
+        ("llama", "model.layers.2.self_attn.q_proj", "q.2"),
+        ("llama", "model.layers.2.input_layernorm", "ln1_out.2"),
+        ("llama", "model.layers.2.post_attention_layernorm", "ln2_out.2"),
+        ("llama", "model.norm", "ln_final_out"),
+        ("gemma2", "model.layers.0.post_attention_layernorm", "ln1_post_out.0"),
+        ("gemma2", "model.layers.0.pre_feedforward_layernorm", "ln2_out.0"),
+        ("gpt2", "transformer.h.1.mlp.c_proj:input", "mlp_act.1"),
+        ("gpt2", "transformer.h.1.attn", "attn_out.1"),
+        ("mixtral", "model.layers.0.mlp", "mlp_out.0"),
+    ],
+)
+def test_module_paths_are_sites(
+    tiny_checkpoint: Callable[..., Path], family: str, path: str, site: str
+) -> None:
+    known = aliases(layout_of(tiny_checkpoint(family)))
+    assert known[path] == parse_site(site)
+
+
+def test_every_alias_is_a_site_of_its_model_and_what_is_no_site_is_no_alias(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    for family in ("llama", "gpt2", "mixtral", "gemma2", "olmo2"):
+        layout = layout_of(tiny_checkpoint(family))
+        for path, site in aliases(layout).items():
+            assert layout.width(site) > 0, path
+    gpt2 = aliases(layout_of(tiny_checkpoint("gpt2")))
+    assert "transformer.h.1.attn.c_attn" not in gpt2  # q, k and v in one
+    mixtral = aliases(layout_of(tiny_checkpoint("mixtral")))
+    assert not any("experts" in path for path in mixtral)
+
+
+def test_the_alias_of_a_live_module_is_what_that_module_computes(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """Every path is a module of the loaded model, and its activation has the site's width."""
+    import tiny
+
+    for family in ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "mixtral", "phi3"):
+        path = tiny_checkpoint(family)
+        layout, model = layout_of(path), tiny.load(path)
+        known = aliases(layout)
+        widths: dict[str, int] = {}
+
+        def capture(name: str, widths: dict[str, int] = widths) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                widths[f"{name}:output"] = first.shape[-1]
+                inputs = [*args, *kwargs.values()]
+                if inputs and isinstance(inputs[0], torch.Tensor):
+                    widths[f"{name}:input"] = inputs[0].shape[-1]
+
+            return hook
+
+        for name in {path.partition(":")[0] for path in known}:
+            model.get_submodule(name).register_forward_hook(capture(name), with_kwargs=True)
+        with torch.no_grad():
+            model(tiny.tokens())
+        for alias, site in known.items():
+            if ":" in alias:
+                assert widths[alias] == layout.width(site), (family, alias)
+
+
+def test_a_star_in_a_module_path_is_every_layer(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace('"resid"', '"model.layers.*.mlp"')
+    (edit,) = build(tmp_path, layout, text, {"mood": artifact(vector())})
+    assert [str(site) for site in edit.sites] == ["mlp_out.0", "mlp_out.1", "mlp_out.2"]
+
+
+# --- the documentation -------------------------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def known_keys(monkeypatch: pytest.MonkeyPatch, kind: type, run: Callable[[], object]) -> set[str]:
+    """Return every key that a strict reader asks for while something is read."""
+    keys: set[str] = set()
+    close = kind.close
+
+    def recording(self: Any) -> None:
+        keys.update(self._known)
+        close(self)
+
+    monkeypatch.setattr(kind, "close", recording)
+    run()
+    return keys
+
+
+def test_the_recipe_of_the_documentation_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
+    keys = known_keys(monkeypatch, _Table, lambda: load_recipe(path))
+    assert {"title", "model", "file", "kind", "degrees", "target"} <= keys
+    for key in keys:
+        named = (f"`{key}`", f"`[{key}]`", f"`[[{key}]]`", f"`[{key}.NAME]`")
+        assert any(name in text for name in named), key
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|.*\| ([^|]*) \|$", text, re.MULTILINE)
+    for kind in EditKind:
+        own = {key for key, kinds in KINDS_OF_KEY.items() if kind in kinds}
+        documented = {
+            word for name, cell in rows if name == kind for word in re.findall(r"`(\w+)`", cell)
+        }
+        assert documented == own, kind
+    for site in SiteKind:
+        assert f"`{site}`" in text, site
+    for word in (*OUTPUTS, *ALLOWANCES, *RUNTIMES):
+        assert f"`{word}`" in text, word
+
+
+def test_the_documentation_has_every_key_of_a_family_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bake.families import load_families
+    from bake.families.table import Section
+
+    text = (DOCS / "families.md").read_text(encoding="utf-8")
+    keys = known_keys(monkeypatch, Section, load_families)
+    assert {"architectures", "gain_offset", "fuse", "explicit"} <= keys
+    for key in keys:
+        named = (f"`{key}`", f"`[{key}]`", f"`[[{key}]]`", f"`[{key}.")
+        assert any(name in text for name in named), key
