@@ -1,0 +1,23 @@
+"""Fitted directions: every artifact format, read into named and checked tensors with provenance.
+
+``read_directions`` opens an artifact, ``write_directions`` writes bake's own format, ``describe``
+says what an artifact holds. A format is one small file here and one row of ``READERS``.
+"""
+
+from bake.directions.bake_format import write_directions
+from bake.directions.describe import Row, describe
+from bake.directions.direction import Direction, Directions, Role
+from bake.directions.reader import Shape
+from bake.directions.registry import READERS, read_directions
+
+__all__ = [
+    "READERS",
+    "Direction",
+    "Directions",
+    "Role",
+    "Row",
+    "Shape",
+    "describe",
+    "read_directions",
+    "write_directions",
+]

@@ -1,0 +1,193 @@
+"""What plain tensors mean: a vector, a subspace, a stack of layers, a mapping from layer to vector.
+
+The four plain formats (.npy, .npz, .pt, .safetensors) share these rules. None of them guesses: a
+two-dimensional array says in the recipe what it is, and names that are no layers are listed.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from bake.directions.direction import Direction, Role
+from bake.directions.reader import Content, Request, Shape
+from bake.errors import DirectionError, UsageError
+from bake.sites import parse_site
+
+Place = tuple[int | None, str | None]
+"""Layer and site."""
+
+# "12", "layer_12", "vector.12": a block counted from 0. Five digits are more layers than any model.
+_LAYER_NAME = re.compile(
+    r"(?:(?:layers?|vectors?|directions?|blocks?|model\.layers)[._-])?(\d{1,5})"
+)
+
+
+def place_of(name: str) -> Place | None:
+    """Return the layer and site that a tensor's name stands for, or None when it names none.
+
+    ``"12"``, ``"layer_12"`` and ``"vector.12"`` name block 12; ``"resid_post.12"`` names a site.
+    """
+    match = _LAYER_NAME.fullmatch(name)
+    if match is not None:
+        return int(match[1]), None
+    try:
+        site = parse_site(name)
+    except UsageError:
+        return None
+    return site.layer, str(site)
+
+
+def from_tensor(
+    tensor: Tensor, shape: Shape | None, place: Place = (None, None)
+) -> tuple[tuple[Direction, ...], dict[str, str]]:
+    """Return the items and the metadata of one tensor: [d], [1, d], [k, d] or [layers, d].
+
+    Raises:
+        DirectionError: a shape that can be read in two ways and is not declared, or in none.
+    """
+    layer, site = place
+    given = list(tensor.shape)
+    if 0 in given:
+        raise DirectionError(f"a tensor of shape {given} holds nothing")
+    if shape is Shape.LAYERS:
+        if tensor.dim() != 2 or layer is not None:
+            raise DirectionError(
+                f'shape = "layers" needs one tensor [layers, d], not {given}'
+                + (f" at layer {layer}" if layer is not None else "")
+            )
+        return layered({(index, None): row for index, row in enumerate(tensor)})
+    if shape is Shape.SUBSPACE:
+        if tensor.dim() != 2:
+            raise DirectionError(f'shape = "subspace" needs a tensor [k, d], not {given}')
+        return (Direction({Role.SUBSPACE: tensor}, layer, site),), {}
+    if tensor.dim() == 1 or (tensor.dim() == 2 and given[0] == 1):
+        return (Direction({Role.VECTOR: tensor.reshape(-1)}, layer, site),), {}
+    if shape is Shape.VECTOR:
+        raise DirectionError(f'shape = "vector" needs a tensor [d] or [1, d], not {given}')
+    raise _unclear(given)
+
+
+def layered(
+    vectors: Mapping[Place, Tensor],
+) -> tuple[tuple[Direction, ...], dict[str, str]]:
+    """Return one vector per place; zero vectors are left out and named in the metadata.
+
+    A difference of means at a template's own tokens is exactly zero before the first block: such
+    a stack is sound, and only that layer of it cannot be used.
+
+    Raises:
+        DirectionError: every vector is zero.
+    """
+    zero = [place for place, vector in vectors.items() if not bool(vector.any())]
+    if len(zero) == len(vectors):
+        raise DirectionError("every vector of the artifact is zero", fix="fit it again")
+    items = tuple(
+        Direction({Role.VECTOR: vector.reshape(-1)}, *place)
+        for place, vector in vectors.items()
+        if place not in zero
+    )
+    return items, ({"zero_layers": ",".join(str(layer) for layer, _ in zero)} if zero else {})
+
+
+def from_named(names: Sequence[str], get: Callable[[str], Tensor], request: Request) -> Content:
+    """Return the content of named tensors: one of them, or a mapping from layer to vector.
+
+    Args:
+        names: the names of all tensors.
+        get: reads one of them.
+        request: its ``key`` picks one tensor, its ``shape`` says what a two-dimensional one is.
+
+    Raises:
+        DirectionError: an unknown key, names that are neither one tensor nor layers, or tensors
+            of the wrong shape.
+    """
+    if not names:
+        raise DirectionError("the file holds no tensor")
+    if request.key is not None:
+        name = _find(request.key, names)
+        items, metadata = from_tensor(get(name), request.shape, place_of(name) or (None, None))
+        return Content(items, {"key": name} | metadata)
+    places = {name: place_of(name) for name in names}
+    if all(place is not None for place in places.values()):
+        return _mapping({name: place for name, place in places.items() if place}, get, request)
+    if len(names) == 1:
+        items, metadata = from_tensor(get(names[0]), request.shape)
+        return Content(items, {"key": names[0]} | metadata)
+    raise DirectionError(
+        f"the file holds {len(names)} tensors whose names are no layers: {listing(names)}",
+        fix="name one of them with `key`",
+    )
+
+
+def _mapping(
+    places: Mapping[str, Place], get: Callable[[str], Tensor], request: Request
+) -> Content:
+    """Return {layer: vector}, or {layer: subspace} where that is declared."""
+    if request.shape is Shape.LAYERS:
+        raise DirectionError(
+            f'shape = "layers" is for one stacked tensor, but the file names its layers: '
+            f"{listing(list(places))}",
+            fix="leave `shape` out",
+        )
+    by_place: dict[Place, str] = {}
+    for name, place in places.items():
+        if place in by_place:
+            raise DirectionError(f"{by_place[place]!r} and {name!r} name the same layer")
+        by_place[place] = name
+    if request.shape is Shape.SUBSPACE or len(by_place) == 1:
+        items: list[Direction] = []
+        for place, name in by_place.items():
+            items += from_tensor(get(name), request.shape, place)[0]
+        return Content(tuple(items))
+    vectors: dict[Place, Tensor] = {}
+    for place, name in by_place.items():
+        tensor = get(name)
+        if tensor.dim() != 1 and (tensor.dim() != 2 or tensor.shape[0] != 1):
+            raise DirectionError(
+                f"{name!r} has shape {list(tensor.shape)} where a vector [d] is meant",
+                fix='set shape = "subspace" if each layer holds a subspace [k, d]',
+            )
+        vectors[place] = tensor
+    found, metadata = layered(vectors)
+    return Content(found, metadata)
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return names for a message, shortened where they are many."""
+    shown = [repr(name) for name in names]
+    if len(shown) > 12:
+        shown[8:-2] = ["…"]
+    return ", ".join(shown)
+
+
+def _find(key: str, names: Sequence[str]) -> str:
+    if key in names:
+        return key
+    near = difflib.get_close_matches(key, names, n=1)
+    raise DirectionError(
+        f"the file holds nothing named {key!r}",
+        fix=f"did you mean {near[0]!r}?" if near else f"it holds {listing(names)}",
+    )
+
+
+def _unclear(given: list[int]) -> DirectionError:
+    if len(given) == 2:
+        return DirectionError(
+            f"a tensor of shape {given} can be read in two ways",
+            why=f"it is either one subspace spanned by {given[0]} directions, or one vector for "
+            f"each of {given[0]} layers, and nothing in the file says which",
+            fix='set shape = "subspace" or shape = "layers"',
+        )
+    why = None
+    if len(given) == 3:
+        why = (
+            "three axes are a family of directions, such as the [positions, layers, d] of "
+            'mean_diffs.pt, which reader = "arditi" reads with the position as `key`'
+        )
+    return DirectionError(
+        f"a tensor of shape {given} is no vector [d], subspace [k, d] or stack [layers, d]",
+        why=why,
+        fix="save the one vector that is meant",
+    )

@@ -1,0 +1,67 @@
+"""What an artifact holds, as rows for a table."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.directions.direction import Direction, Directions, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of one direction."""
+
+    concept: str
+    layer: int | None
+    site: str | None
+    role: Role
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float
+    """Euclidean, over all entries."""
+    singular_values: tuple[float, ...]
+    """Of a subspace, largest first: a small one says that its rows repeat each other."""
+    cosine: float | None
+    """Of a vector to that of the item before it; None for the first and for what is no vector."""
+
+
+def describe(directions: Directions) -> tuple[Row, ...]:
+    """Return one row per tensor, in the order of the items; arithmetic is float64."""
+    rows: list[Row] = []
+    before: Direction | None = None
+    for item in directions.items:
+        rows += [_row(directions.concept, item, role, before) for role in item.tensors]
+        before = item
+    return tuple(rows)
+
+
+def _row(concept: str, item: Direction, role: Role, before: Direction | None) -> Row:
+    tensor = item.tensors[role]
+    values = tensor.to(torch.float64)
+    singular: tuple[float, ...] = ()
+    if role is Role.SUBSPACE:
+        singular = tuple(torch.linalg.svdvals(values).tolist())
+    neighbour = None if before is None else before.tensors.get(role)
+    return Row(
+        concept=concept,
+        layer=item.layer,
+        site=item.site,
+        role=role,
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        norm=float(torch.linalg.vector_norm(values)),
+        singular_values=singular,
+        cosine=_cosine(neighbour, values) if role is Role.VECTOR else None,
+    )
+
+
+def _cosine(neighbour: Float[Tensor, " d"] | None, values: Float[Tensor, " d"]) -> float | None:
+    if neighbour is None:
+        return None
+    other = neighbour.to(torch.float64)
+    # Each is scaled by itself first: the product of two norms can overflow where neither does.
+    return float(
+        (other / torch.linalg.vector_norm(other)) @ (values / torch.linalg.vector_norm(values))
+    )

@@ -1,0 +1,87 @@
+"""NumPy's .npy: one array, never a pickled object."""
+
+import math
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bake.directions.arrays import from_tensor
+from bake.directions.reader import Content, Reader, Request
+from bake.errors import DirectionError
+
+# The header is a Python literal. It is matched here, not evaluated: what NumPy's own reader raises
+# on a damaged header is of a dozen kinds, and it warns where it repairs one of Python 2.
+_HEADER = re.compile(
+    rb"\{'descr': '([^']+)', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:[0-9]{1,18}, ?)*(?:[0-9]{1,18})?)\), ?\}\s*"
+)
+_LENGTHS = {b"\x01\x00": "<H", b"\x02\x00": "<I", b"\x03\x00": "<I"}
+_MAX_HEADER = 10_000
+_FLOATS = ("f2", "f4", "f8")
+
+
+def read_array(data: bytes) -> Tensor:
+    """Return the array of a .npy file, given as its bytes.
+
+    The header is believed only as far as the bytes bear it out.
+
+    Raises:
+        DirectionError: a malformed header, another size than it says, pickled objects, or values
+            that are no floats.
+    """
+    described, fortran, shape, start = _header(data)
+    if "O" in described:
+        raise DirectionError(
+            "the array holds pickled Python objects",
+            why="reading them would run code of the artifact, which bake never does",
+            fix="save each vector as an array of floats, for example with numpy.savez",
+        )
+    if described[1:] not in _FLOATS or described[0] not in "<>=":
+        raise DirectionError(
+            f"the array holds {described} values where floats are meant",
+            fix="save it as float16, float32 or float64",
+        )
+    dtype = np.dtype(described)
+    expected = math.prod(shape) * dtype.itemsize
+    present = len(data) - start
+    if expected != present:
+        raise DirectionError(
+            f"the header speaks of {expected} bytes of values, shape {list(shape)}, "
+            f"and the file holds {present}"
+        )
+    flat = np.frombuffer(data, dtype=dtype, offset=start).astype(dtype.newbyteorder("="))
+    array = flat.reshape(shape, order="F" if fortran else "C")
+    return torch.from_numpy(array)
+
+
+def _header(data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
+    """Return the type's description, whether the order is Fortran's, the shape, and its end."""
+    if data[:6] != b"\x93NUMPY":
+        raise DirectionError("the file is no .npy array: it does not begin with \\x93NUMPY")
+    version = data[6:8]
+    if version not in _LENGTHS:
+        raise DirectionError(f"the .npy format version {list(version)} is none that bake reads")
+    code = _LENGTHS[version]
+    start = 8 + struct.calcsize(code)
+    length = struct.unpack_from(code, data, 8)[0] if len(data) >= start else 0
+    text = data[start : start + min(length, _MAX_HEADER)]
+    match = _HEADER.fullmatch(text) if len(text) == length else None
+    if match is None:
+        raise DirectionError(f"the .npy header cannot be read: {text[:80]!r}")
+    sizes = tuple(int(word) for word in match[3].replace(b" ", b"").split(b",") if word)
+    return match[1].decode("latin-1"), match[2] == b"True", sizes, start + length
+
+
+def _recognises(path: Path) -> bool:
+    return path.suffix == ".npy"
+
+
+def _read(request: Request) -> Content:
+    return Content(*from_tensor(read_array(request.path.read_bytes()), request.shape))
+
+
+READER = Reader("a NumPy array (.npy)", _recognises, _read, frozenset({"shape"}))

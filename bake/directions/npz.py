@@ -1,0 +1,60 @@
+"""NumPy's .npz: a zip of named .npy arrays, stored or deflated."""
+
+import zipfile
+from pathlib import Path
+
+from torch import Tensor
+
+from bake.directions.arrays import from_named
+from bake.directions.npy import read_array
+from bake.directions.reader import Content, Reader, Request
+from bake.directions.torch_archive import ZIP_DAMAGE
+from bake.errors import DirectionError
+
+# Deflate shrinks zeros a thousandfold. 1 GiB is four stacks of 128 layers of width 16384 in float64
+# eight times over, and little enough for any machine that holds the model.
+MAX_INFLATED = 1 << 30
+
+
+def _recognises(path: Path) -> bool:
+    return path.suffix == ".npz"
+
+
+def _read(request: Request) -> Content:
+    try:
+        with zipfile.ZipFile(request.path) as archive:
+            members = _members(archive)
+            return from_named(tuple(members), lambda name: _get(archive, members[name]), request)
+    except ZIP_DAMAGE as error:
+        raise DirectionError(f"the .npz archive cannot be read: {error}") from error
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the arrays by name, after a check of what the archive's own directory says."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name == info.filename:
+            raise DirectionError(f"the .npz archive holds {name!r}, which is no .npy array")
+        if name in members:
+            raise DirectionError(f"the .npz archive holds {name!r} twice")
+        if info.flag_bits & 1:
+            raise DirectionError(f"the array {name!r} is encrypted")
+        members[name] = info
+    total = sum(info.file_size for info in members.values())
+    if total > MAX_INFLATED:
+        raise DirectionError(
+            f"the .npz archive inflates to {total} bytes; bake reads up to {MAX_INFLATED}",
+            fix="save the directions alone",
+        )
+    return members
+
+
+def _get(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+    # subtle: the size bounds what is inflated; without it a member inflates as far as it likes and
+    # is cut to the size that the directory gives it afterwards.
+    with archive.open(info) as file:
+        return read_array(file.read(info.file_size))
+
+
+READER = Reader("named NumPy arrays (.npz)", _recognises, _read, frozenset({"key", "shape"}))

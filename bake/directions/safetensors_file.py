@@ -1,0 +1,50 @@
+"""A .safetensors file: tensors by name, and text metadata."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bake.directions.arrays import from_named
+from bake.directions.reader import Content, Reader, Request
+from bake.errors import DirectionError
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """An open file: its names and metadata, and a way to read one tensor."""
+
+    names: tuple[str, ...]
+    metadata: Mapping[str, str]
+    get: Callable[[str], Tensor]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[OpenFile]:
+    """Open a safetensors file; its header is checked by the library against the file's size.
+
+    Raises:
+        DirectionError: the header is malformed or does not fit the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield OpenFile(tuple(file.keys()), file.metadata() or {}, file.get_tensor)
+    except SafetensorError as error:
+        raise DirectionError(f"the safetensors file cannot be read: {error}") from error
+
+
+def _recognises(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+def _read(request: Request) -> Content:
+    with opened(request.path) as file:
+        content = from_named(file.names, file.get, request)
+        return Content(content.items, dict(file.metadata) | dict(content.metadata))
+
+
+READER = Reader("tensors by name (.safetensors)", _recognises, _read, frozenset({"key", "shape"}))
