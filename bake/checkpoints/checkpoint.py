@@ -157,7 +157,7 @@ def open_checkpoint(
         source: a folder, ``owner/name`` or ``owner/name@revision``.
         revision: a branch, tag or commit on the Hub.
         complete: download every file that an export copies, and check it against the hash that
-            the Hub states.
+            the Hub states, which reads every byte once.
         token: a Hub token, False for none, None for the one that ``hf auth login`` stored.
 
     Raises:
@@ -169,13 +169,18 @@ def open_checkpoint(
     if not text or "\0" in text:
         raise CheckpointError(f"{text!r} names no checkpoint", fix="name a folder or a Hub id")
     local = Path(text).expanduser() if text.startswith("~/") else Path(text)
-    if isinstance(source, Path) or local.exists():
-        if revision is not None:
-            raise UsageError(
-                f"{text} is a folder and has no revision {revision!r}",
-                fix="leave the revision out, or name the repository on the Hub",
-            )
-        return _open_folder(local, text, None, complete=True)
+    try:
+        if isinstance(source, Path) or local.exists():
+            if revision is not None:
+                raise UsageError(
+                    f"{text} is a folder and has no revision {revision!r}",
+                    fix="leave the revision out, or name the repository on the Hub",
+                )
+            return _open_folder(local, text, None, complete=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror or error}", where=str(error.filename or local)
+        ) from error
     # Here, because importing the Hub's client takes longer than reading a folder's headers.
     from bake.checkpoints import hub
 

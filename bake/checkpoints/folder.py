@@ -228,12 +228,10 @@ def regular_file(folder: Path, name: str) -> Path:
 def _blobs(folder: Path) -> Path | None:
     """Return the cache folder that a snapshot's links lead into, or None outside the cache.
 
-    The layout is ``models--owner--name/{snapshots/<commit>,blobs}``.
+    The layout is ``models--owner--name/{snapshots/<commit>,blobs}``. Where ``blobs`` is itself a
+    link, no resolved target lies in it, so its files are refused as they should be.
     """
-    blobs = folder.parent.parent / "blobs"
-    if folder.parent.name != "snapshots" or blobs.is_symlink():
-        return None
-    return blobs
+    return folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
 
 
 def read_text(folder: Path, name: str) -> str:

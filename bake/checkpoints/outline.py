@@ -17,7 +17,7 @@ their files:
   ``model-bake-00001-of-00001.safetensors``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from pathlib import Path
@@ -130,3 +130,11 @@ def small_files(
             size = origin.stat().st_size
             files.append(File(name, size, (Copy(0, size),), origin))
     return tuple(files)
+
+
+def closing_files(given: Mapping[str, bytes], *, taken: Container[str]) -> tuple[File, ...]:
+    """Return the files that are written last, since they speak of all others."""
+    for name in given:
+        if not is_plain(name) or name in taken:
+            raise UsageError(f"{name!r} cannot be the name of a closing file in the output")
+    return tuple(File(name, len(data), (Literal(data),)) for name, data in given.items())

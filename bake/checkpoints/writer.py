@@ -10,10 +10,18 @@ from pathlib import Path
 from bake.checkpoints import strictjson
 from bake.checkpoints.checkpoint import Checkpoint
 from bake.checkpoints.config import CONFIG
-from bake.checkpoints.outline import File, NewTensor, small_files, weight_files
+from bake.checkpoints.outline import (
+    File,
+    NewTensor,
+    closing_files,
+    small_files,
+    weight_files,
+)
 from bake.checkpoints.staging import Finished, Staging
 from bake.checkpoints.stream import Fill, Producer, can_clone, write_file
 from bake.errors import CheckpointError, UsageError
+
+Closing = Callable[[Mapping[str, str]], Mapping[str, bytes]]
 
 _SLACK = 1 << 20  # for directory entries and the journal
 
@@ -44,6 +52,7 @@ def write_checkpoint(
     config_text: str,
     extra_files: Mapping[str, bytes],
     digest: str,
+    closing: Closing | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> WrittenFiles:
@@ -60,12 +69,13 @@ def write_checkpoint(
         config_text: the text of the new ``config.json``.
         extra_files: further files, by name relative to ``out``; they replace side files.
         digest: identifies everything that the producers depend on.
+        closing: given the sha256 of every file so far, returns the files that speak of them.
         force: replace a checkpoint that exists at ``out``; it stays until the new one is complete.
         progress: called with the bytes of weights that are done and their total.
 
     Raises:
         CheckpointError: a tensor is missing or present against expectation, a tile does not fit,
-            or the disk is too small.
+            or the disk is too small or cannot be written.
         UsageError: ``out`` exists, overlaps the source or is being written by another run.
     """
     out = _place(source, out)
@@ -73,19 +83,46 @@ def write_checkpoint(
     shards, index_text = weight_files(source, replace, new)
     files = small_files(source, config_text, index_text, extra_files, {s.name for s in shards})
     tally = _Tally(sum(shard.size for shard in shards), progress)
-    with Staging(out, _identity(source, digest, replace, new), force=force) as stage:
+    stage = Staging(out, _identity(source, digest, replace, new), force=force)
+    try:
+        hashes, sizes = _write_all(stage, shards, files, closing, tally)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the output: {error.strerror or error}", where=str(error.filename or out)
+        ) from error
+    written = sum(shard.size for shard in shards) + sizes
+    edited = sum(p.info.nbytes for shard in shards for p in shard.pieces if isinstance(p, Fill))
+    return WrittenFiles(out, dict(sorted(hashes.items())), written, edited)
+
+
+def _write_all(
+    staging: Staging,
+    shards: tuple[File, ...],
+    files: tuple[File, ...],
+    closing: Closing | None,
+    tally: "_Tally",
+) -> tuple[dict[str, str], int]:
+    """Write every file and let the output appear.
+
+    Returns:
+        the sha256 of every file, and the bytes of those that are no shards.
+    """
+    with staging as stage:
         _write_shards(stage, shards, files, tally)
         hashes = {shard.name: stage.finished[shard.name].sha256 for shard in shards}
         for file in files:
-            target = stage.folder / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            hashes[file.name] = write_file(
-                target, file.pieces, origin=file.origin, advance=lambda _: None
-            )
+            hashes[file.name] = _write_small(stage, file)
+        last = () if closing is None else closing_files(closing(dict(hashes)), taken=hashes)
+        for file in last:
+            hashes[file.name] = _write_small(stage, file)
         stage.publish()
-    written = sum(file.size for file in (*shards, *files))
-    edited = sum(p.info.nbytes for shard in shards for p in shard.pieces if isinstance(p, Fill))
-    return WrittenFiles(out, dict(sorted(hashes.items())), written, edited)
+    return hashes, sum(file.size for file in (*files, *last))
+
+
+def _write_small(stage: Staging, file: File) -> str:
+    target = stage.folder / file.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_file(target, file.pieces, origin=file.origin, advance=lambda _: None)
 
 
 def _write_shards(

@@ -12,6 +12,6 @@ class Artifact:
     kind: str
     path: Path
     files: Mapping[str, str]
-    """Every file below ``path`` with its SHA-256, as ``sha256:…``."""
+    """Every file below ``path`` with its SHA-256, in hexadecimal."""
     bytes_written: int
     bytes_edited: int

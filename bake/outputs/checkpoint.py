@@ -68,15 +68,20 @@ def export_checkpoint(
         (change.key,): DELETE if change.new is None else change.new for change in plan.config
     }
     content = {"bake": __version__, "kind": "checkpoint", **record, "plan": plan_record(plan)}
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
+        text = json.dumps({**content, "files": dict(files)}, indent=2, ensure_ascii=False) + "\n"
+        return {RECORD: text.encode()}
+
     written = write_checkpoint(
         checkpoint,
         out,
         replace=replace,
         new=new,
         config_text=patch_config(checkpoint.config_text, changes),
-        extra_files={RECORD: text.encode(), EDITS: dump_edits(plan.edits)},
+        extra_files={EDITS: dump_edits(plan.edits)},
         digest=plan.digest,
+        closing=closing,
         force=force,
         progress=progress,
     )

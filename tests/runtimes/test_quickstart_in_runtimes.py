@@ -1,4 +1,4 @@
-"""The main job, end to end: the quickstart's baked checkpoint in vLLM and llama.cpp equals hooks."""
+"""The main job, end to end: the baked quickstart in vLLM and llama.cpp equals hooks."""
 
 import subprocess
 import sys
