@@ -85,6 +85,11 @@ class AffineMap(ABC):
         if self.width != first.width:
             raise DirectionError(f"cannot compose maps of widths {self.width} and {first.width}")
         bias = self(first.bias)
+        # A translation has no linear part: the other map keeps its form, and its tensors.
+        if isinstance(self, LowRankMap) and self.left.shape[1] == 0:
+            return first.with_bias(bias)
+        if isinstance(first, LowRankMap) and first.left.shape[1] == 0:
+            return self.with_bias(bias)
         if isinstance(self, DiagonalMap) and isinstance(first, DiagonalMap):
             return DiagonalMap(self.scale * first.scale, bias)
         if isinstance(self, LowRankMap) and isinstance(first, LowRankMap):
@@ -108,9 +113,9 @@ class AffineMap(ABC):
         return self.is_linear() and self.is_translation()
 
     def idempotence_error(self) -> float:
-        """Return the largest entry of A² − A, relative to the largest of A."""
+        """Return how far A² is from A, relative to the size of A: zero for a projection."""
         matrix = self.matrix()
-        return float((matrix @ matrix - matrix).abs().max() / matrix.abs().max())
+        return _relative(matrix @ matrix - matrix, matrix)
 
     def is_idempotent(self) -> bool:
         """Whether A² = A, to rounding: applying the linear part again changes nothing."""
@@ -134,17 +139,32 @@ class AffineMap(ABC):
         # F(I + LR) = 0 puts F in the row space of R: F = cR with c(I + RL) = 0.
         core = torch.eye(rank, dtype=left.dtype, device=left.device) + right @ left
         u, singular, _ = torch.linalg.svd(core)
-        null = u[:, singular <= tolerance(self.width) * max(1.0, float(singular.max()))]
+        # subtle: R L cancels against I, and each of its dot products errs by d·ε of the size of L.
+        size = float(torch.linalg.vector_norm(left, dim=0).max())
+        null = u[:, singular <= max(tolerance(self.width), self.width * EPSILON * size)]
         basis: Tensor = torch.linalg.qr((null.T @ right).T)[0]
         return basis.T
 
 
-def _check(*tensors: Tensor) -> None:
-    for tensor in tensors:
+def check_factors(what: str, *factors: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Hold every tensor against its shape, a floating dtype and finite values.
+
+    Raises:
+        DirectionError: a tensor is of another shape or dtype, or holds NaN or infinity.
+    """
+    if any(tensor.shape != shape for tensor, shape in factors):
+        found = ", ".join(str(list(tensor.shape)) for tensor, _ in factors)
+        raise DirectionError(f"the factors of {what} do not fit each other: {found}")
+    for tensor, _ in factors:
         if not tensor.is_floating_point():
-            raise DirectionError(f"a map needs floating-point factors, not {tensor.dtype}")
+            raise DirectionError(f"{what} needs floating-point factors, not {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
-            raise DirectionError("a map has a factor that is not finite (NaN or infinity)")
+            raise DirectionError(f"{what} has a factor that is not finite (NaN or infinity)")
+
+
+def _relative(error: Tensor, of: Tensor) -> float:
+    """Return the largest entry of ``error`` over that of ``of``, or over 1 where that is less."""
+    return float(error.abs().max()) / max(1.0, float(of.abs().max()))
 
 
 def thin_factors(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
@@ -164,7 +184,13 @@ class LowRankMap(AffineMap):
     bias: Float[Tensor, " d"]
 
     def __post_init__(self) -> None:
-        _check(self.left, self.right, self.bias)
+        width, rank = self.bias.numel(), self.left.shape[-1]
+        check_factors(
+            "a low-rank map",
+            (self.left, (width, rank)),
+            (self.right, (rank, width)),
+            (self.bias, (width,)),
+        )
 
     @override
     def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -208,13 +234,17 @@ class LowRankMap(AffineMap):
 
     @override
     def idempotence_error(self) -> float:
-        """Return the largest entry of A² − A = L (I + R L) R, without a d × d product."""
+        """Return ‖A² − A‖ = ‖L (I + R L) R‖ over max(1, ‖L R‖), without a d × d product."""
         if self.left.shape[1] == 0:
             return 0.0
         core = torch.eye(self.left.shape[1], dtype=self.left.dtype) + self.right @ self.left
         r_left = torch.linalg.qr(self.left)[1]
         r_right = torch.linalg.qr(self.right.T)[1]
-        return float(torch.linalg.matrix_norm(r_left @ core @ r_right.T, ord=2))
+        error, size = (
+            float(torch.linalg.matrix_norm(m, ord=2))
+            for m in (r_left @ core @ r_right.T, r_left @ r_right.T)
+        )
+        return error / max(1.0, size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,7 +255,8 @@ class DiagonalMap(AffineMap):
     bias: Float[Tensor, " d"]
 
     def __post_init__(self) -> None:
-        _check(self.scale, self.bias)
+        width = self.bias.numel()
+        check_factors("a diagonal map", (self.scale, (width,)), (self.bias, (width,)))
 
     @override
     def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -241,6 +272,27 @@ class DiagonalMap(AffineMap):
         right = self.scale.new_zeros(changed.numel(), self.width)
         right[torch.arange(changed.numel()), changed] = 1
         return right.T * (self.scale[changed] - 1), right
+
+    # What a scale tells at a glance takes the factors of a general map a d × d decomposition.
+
+    @override
+    def is_translation(self) -> bool:
+        return bool((self.scale == 1).all())
+
+    @override
+    def idempotence_error(self) -> float:
+        return _relative(self.scale * self.scale - self.scale, self.scale)
+
+    @override
+    def is_orthogonal(self) -> bool:
+        return float((self.scale * self.scale - 1).abs().max()) <= tolerance(self.width)
+
+    @override
+    def left_null(self) -> Float[Tensor, "m d"]:
+        (zero,) = torch.nonzero(self.scale.abs() <= tolerance(self.width), as_tuple=True)
+        rows = self.scale.new_zeros(zero.numel(), self.width)
+        rows[torch.arange(zero.numel()), zero] = 1
+        return rows
 
     @override
     def transpose(self) -> "DiagonalMap":
@@ -269,7 +321,8 @@ class DenseMap(AffineMap):
     bias: Float[Tensor, " d"]
 
     def __post_init__(self) -> None:
-        _check(self.full, self.bias)
+        width = self.bias.numel()
+        check_factors("a dense map", (self.full, (width, width)), (self.bias, (width,)))
 
     @override
     def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -285,9 +338,29 @@ class DenseMap(AffineMap):
 
     @override
     def delta_factors(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
-        return thin_factors(
-            self.full - torch.eye(self.width, dtype=self.full.dtype, device=self.full.device)
-        )
+        return thin_factors(self._change())
+
+    def _change(self) -> Float[Tensor, "d d"]:
+        return self.full - torch.eye(self.width, dtype=self.full.dtype, device=self.full.device)
+
+    @override
+    def is_translation(self) -> bool:
+        # No entry exceeds the largest singular value, so most maps answer without the SVD.
+        largest = float(self._change().abs().max())
+        return largest <= tolerance(self.width) and AffineMap.is_translation(self)
+
+    @override
+    def is_orthogonal(self) -> bool:
+        error = self.full.T @ self.full - torch.eye(self.width, dtype=self.full.dtype)
+        return float(error.abs().max()) <= tolerance(self.width)
+
+    @override
+    def left_null(self) -> Float[Tensor, "m d"]:
+        u, singular, _ = torch.linalg.svd(self.full)
+        # subtle: as for thin factors; the size of A is what rounding scales with.
+        size = float(singular.max())
+        null: Tensor = u[:, singular <= max(tolerance(self.width), self.width * EPSILON * size)]
+        return null.T
 
     @override
     def transpose(self) -> "DenseMap":

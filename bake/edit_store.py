@@ -15,10 +15,12 @@ from torch import Tensor
 
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
 from bake.edits import Edit, EditKind, WeightUpdate
-from bake.errors import InputError
+from bake.errors import BakeError, InputError
 from bake.sites import parse_site
 
 FORMAT = "bake-edits"
+Maps = dict[tuple[int, str], AffineMap | WeightUpdate]
+"""The maps that were read so far, by number and form: edits that shared one share it again."""
 _FORMS: dict[str, tuple[type, tuple[str, ...]]] = {
     "lowrank": (LowRankMap, ("left", "right", "bias")),
     "diagonal": (DiagonalMap, ("scale", "bias")),
@@ -49,8 +51,17 @@ def dump_edits(edits: Sequence[Edit]) -> bytes:
             }
         )
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
-    content: bytes = save(tensors, metadata={"format": FORMAT, "version": "1", "edits": text})
-    return content
+    return _ordered(save(tensors, metadata={"format": FORMAT, "version": "1", "edits": text}))
+
+
+def _ordered(content: bytes) -> bytes:
+    """Return a safetensors file with its metadata in order: the library writes it in any."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def load_edits(path: Path) -> tuple[Edit, ...]:
@@ -68,18 +79,16 @@ def load_edits(path: Path) -> tuple[Edit, ...]:
     if metadata.get("format") != FORMAT or metadata.get("version") != "1":
         raise InputError(f"the file is not in the format {FORMAT} 1", where=str(path))
     try:
-        maps: dict[int, AffineMap | WeightUpdate] = {}
+        maps: Maps = {}
         return tuple(_edit(row, tensors, maps) for row in json.loads(metadata["edits"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, RecursionError, BakeError) as error:
         raise InputError(f"the edits are malformed: {error!r}", where=str(path)) from error
 
 
-def _edit(
-    row: dict[str, Any], tensors: dict[str, Tensor], maps: dict[int, AffineMap | WeightUpdate]
-) -> Edit:
-    number = int(row["map"])
-    if number not in maps:
-        kind, fields = _FORMS[row["form"]]
-        maps[number] = kind(*(tensors[f"{number}.{name}"] for name in fields))
+def _edit(row: dict[str, Any], tensors: dict[str, Tensor], maps: Maps) -> Edit:
+    number, form = int(row["map"]), str(row["form"])
+    if (number, form) not in maps:
+        kind, fields = _FORMS[form]
+        maps[number, form] = kind(*(tensors[f"{number}.{name}"] for name in fields))
     sites = tuple(parse_site(site) for site in row["sites"])
-    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, maps[number])
+    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, maps[number, form])

@@ -23,7 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, translation
+from bake.affine import (
+    AffineMap,
+    DenseMap,
+    DiagonalMap,
+    LowRankMap,
+    check_factors,
+    translation,
+)
 from bake.errors import DirectionError
 from bake.sites import Site
 
@@ -51,6 +58,10 @@ class WeightUpdate:
 
     left: Float[Tensor, "out k"]
     right: Float[Tensor, "k in"]
+
+    def __post_init__(self) -> None:
+        outer, rank, inner = self.left.shape[0], self.left.shape[-1], self.right.shape[-1]
+        check_factors("an update", (self.left, (outer, rank)), (self.right, (rank, inner)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +156,9 @@ def offset(vector: Float[Tensor, " d"], *, coefficient: float = 1.0) -> LowRankM
     Raises:
         DirectionError: the vector is zero or not finite.
     """
-    return translation(coefficient * _vector(vector, "a direction"))
+    direction = _vector(vector, "a direction")
+    _refuse_zeros(direction.any())
+    return translation(coefficient * direction)
 
 
 def scale(factor: Float[Tensor, " d"], *, shift: Float[Tensor, " d"] | None = None) -> DiagonalMap:
@@ -154,19 +167,19 @@ def scale(factor: Float[Tensor, " d"], *, shift: Float[Tensor, " d"] | None = No
     Raises:
         DirectionError: values that are not finite, or widths that differ.
     """
-    factor64 = _finite(factor, "the scale")
+    factor64 = _vector(factor, "the scale")
     if shift is None:
         return DiagonalMap(factor64, torch.zeros_like(factor64))
-    return DiagonalMap(factor64, _finite(shift, "the shift", factor64.shape[0]))
+    return DiagonalMap(factor64, _vector(shift, "the shift", factor64.shape[0]))
 
 
 def rotate(matrix: Float[Tensor, "d d"]) -> DenseMap:
     """Return x ↦ Q x for the orthogonal matrix nearest to ``matrix``.
 
     Raises:
-        DirectionError: the matrix is not orthogonal to storage precision.
+        DirectionError: the matrix is not square, or not orthogonal to storage precision.
     """
-    given = _matrix(matrix, "the rotation")
+    given = _square(matrix, "a rotation")
     u, _, vh = torch.linalg.svd(given)
     nearest = u @ vh
     error = float((given - nearest).abs().max())
@@ -182,9 +195,11 @@ def rotate_plane(plane: Float[Tensor, "2 d"], *, degrees: float) -> LowRankMap:
     """Return the rotation by an angle in the plane of two vectors, from the first to the second.
 
     Raises:
-        DirectionError: the vectors span no plane.
+        DirectionError: the vectors are not two, or span no plane.
     """
     basis = orthonormal(plane)
+    if basis.shape[0] != 2:
+        raise DirectionError(f"a plane is spanned by two directions, not by {basis.shape[0]}")
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     turn = torch.tensor([[cosine - 1, -sine], [sine, cosine - 1]], dtype=torch.float64)
     return LowRankMap(basis.T @ turn, basis, basis.new_zeros(basis.shape[1]))
@@ -205,9 +220,7 @@ def linear(matrix: Float[Tensor, "d d"], *, shift: Float[Tensor, " d"] | None = 
     Raises:
         DirectionError: values that are not finite, or a matrix that is not square.
     """
-    full = _matrix(matrix, "the matrix")
-    if full.shape[0] != full.shape[1]:
-        raise DirectionError(f"a linear edit needs a square matrix, not {list(full.shape)}")
+    full = _square(matrix, "a linear edit")
     bias = full.new_zeros(full.shape[0])
     return DenseMap(full, bias if shift is None else _vector(shift, "the shift", full.shape[0]))
 
@@ -237,8 +250,7 @@ def orthonormal(vectors: Float[Tensor, "*k d"]) -> Float[Tensor, "k d"]:
     """
     rows = _matrix(vectors, "a direction")
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    if not bool((norms > 0).all()):
-        raise DirectionError("a direction is zero", fix="fit it again, or name another layer")
+    _refuse_zeros((norms > 0).all())
     if rows.shape[0] > rows.shape[1]:
         raise DirectionError(f"{rows.shape[0]} directions of width {rows.shape[1]} are dependent")
     basis, triangle = torch.linalg.qr((rows / norms).T)
@@ -255,19 +267,33 @@ def orthonormal(vectors: Float[Tensor, "*k d"]) -> Float[Tensor, "k d"]:
 
 def _matrix(tensor: Tensor, what: str) -> Tensor:
     rows = _finite(tensor, what)
+    if rows.dim() not in (1, 2):
+        raise DirectionError(f"{what} is no vector or matrix: its shape is {list(rows.shape)}")
     return rows.unsqueeze(0) if rows.dim() == 1 else rows
 
 
+def _square(tensor: Tensor, what: str) -> Tensor:
+    full = _finite(tensor, f"the matrix of {what}")
+    if full.dim() != 2 or full.shape[0] != full.shape[1]:
+        raise DirectionError(f"{what} needs a square matrix, not {list(full.shape)}")
+    return full
+
+
 def _vector(tensor: Tensor, what: str, width: int | None = None) -> Tensor:
-    vector = _finite(tensor, what, width)
+    vector = _finite(tensor, what)
     if vector.dim() != 1:
         raise DirectionError(f"{what} is no vector: its shape is {list(vector.shape)}")
-    if width is None and not bool(vector.any()):
-        raise DirectionError(f"{what} is zero", fix="fit it again, or name another layer")
+    if width is not None and vector.shape[0] != width:
+        raise DirectionError(f"{what} has width {vector.shape[0]} where {width} is meant")
     return vector
 
 
-def _finite(tensor: Tensor, what: str, width: int | None = None) -> Tensor:
+def _refuse_zeros(nonzero: Tensor) -> None:
+    if not bool(nonzero):
+        raise DirectionError("a direction is zero", fix="fit it again, or name another layer")
+
+
+def _finite(tensor: Tensor, what: str) -> Tensor:
     if not tensor.is_floating_point():
         raise DirectionError(f"{what} holds {tensor.dtype} values where floats are meant")
     if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):
@@ -275,6 +301,4 @@ def _finite(tensor: Tensor, what: str, width: int | None = None) -> Tensor:
             f"{what} holds values that are not finite (NaN or infinity), or none at all",
             fix="look at it with `bake directions FILE` and fit it again",
         )
-    if width is not None and tensor.shape[-1] != width:
-        raise DirectionError(f"{what} has width {tensor.shape[-1]} where {width} is meant")
     return tensor.detach().to(device="cpu", dtype=torch.float64)

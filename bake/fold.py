@@ -38,6 +38,10 @@ class WeightFold:
     input: AffineMap | None = None
     table: bool = False
 
+    def __post_init__(self) -> None:
+        # A table looks rows up: it reads nothing, and its outputs lie along a row.
+        assert not self.table or (self.output_axis == 1 and self.input is None)
+
     @property
     def tile_rows(self) -> int:
         """How many rows make one tile."""

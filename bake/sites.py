@@ -44,8 +44,10 @@ HEAD_KINDS = (SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.Z)
 GLOBAL_KINDS = (SiteKind.EMBED, SiteKind.LN_FINAL_OUT)  # one in the model, so they take no layer
 
 _ORDER = {kind: position for position, kind in enumerate(SiteKind)}
-_SITE = re.compile(r"(?P<kind>[a-z0-9_]+)(?:\.(?P<layers>\*|\d+(?:-\d+)?))?(?:\.h(?P<head>\d+))?")
-_HIDDEN_STATES = re.compile(r"hidden_states\[(-?\d+)\]")
+_SITE = re.compile(
+    r"(?P<kind>[a-z0-9_]+)(?:\.(?P<layers>\*|[0-9]{1,9}(?:-[0-9]{1,9})?))?(?:\.h(?P<head>[0-9]{1,9}))?"
+)
+_HIDDEN_STATES = re.compile(r"hidden_states\[(-?[0-9]{1,9})\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,13 @@ def _expand_one(text: str, layers: int) -> tuple[Site, ...]:
     if selected == "*":
         first, last = 0, layers - 1
     else:
-        first, _, end = selected.partition("-")  # type: ignore[assignment]
-        first, last = int(first), int(end or first)
+        start, _, end = selected.partition("-")
+        first, last = int(start), int(end or start)
     if last < first:
-        raise UsageError(f"{text!r} counts layers downwards", fix=f"write {kind}.{last}-{first}")
+        raise UsageError(
+            f"{text!r} counts layers downwards",
+            fix=f"write {text.replace(selected, f'{last}-{first}')}",
+        )
     if last >= layers:
         raise UsageError(
             f"{text!r} names layer {last}, but the model has {layers} blocks",
@@ -160,23 +165,22 @@ def _split(text: str) -> tuple[SiteKind, str | None, int | None]:
         )
     kind = SiteKind(word)
     if match is None:
-        raise UsageError(
-            f"cannot read the site {text!r}",
-            fix=f"write {kind}.14, {kind}.*, {kind}.8-20"
-            + (f" or {kind}.3.h5" * (kind in HEAD_KINDS)),
-        )
+        raise UsageError(f"cannot read the site {text!r}", fix=_usage(kind))
     if (kind in GLOBAL_KINDS) != (match["layers"] is None):
-        raise UsageError(
-            f"{text!r} names a layer, but the model has one {kind}"
-            if kind in GLOBAL_KINDS
-            else f"{text!r} names no layer",
-            fix=f"write {kind}"
-            if kind in GLOBAL_KINDS
-            else f"write {kind}.14, {kind}.* or {kind}.8-20",
-        )
+        what = "names no layer"
+        if kind in GLOBAL_KINDS:
+            what = f"names a layer, but the model has one {kind}"
+        raise UsageError(f"{text!r} {what}", fix=_usage(kind))
     if match["head"] is not None and kind not in HEAD_KINDS:
         raise UsageError(
             f"{text!r} names a head, but {kind} has none",
             fix=f"heads go with {', '.join(HEAD_KINDS)}",
         )
     return kind, match["layers"], None if match["head"] is None else int(match["head"])
+
+
+def _usage(kind: SiteKind) -> str:
+    if kind in GLOBAL_KINDS:
+        return f"write {kind}"
+    head = f", and {kind}.3.h5 for one head" * (kind in HEAD_KINDS)
+    return f"write {kind}.14, {kind}.* or {kind}.8-20{head}"

@@ -179,7 +179,7 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
             EDIT.replace("ablate", "affine") + 'mean = "calm"\n',
             ["there is no direction 'calm'", "known are mood, other"],
         ),
-        (EDIT + '[export]\nto = ["gguf"]\n', ["[export]: to holds 'gguf'", "known are checkpoint"]),
+        (EDIT + '[export]\nto = ["ggfu"]\n', ["[export]: to holds 'ggfu'", "did you mean 'gguf'?"]),
         (EDIT + "[export]\nto = []\n", ["to is an empty list"]),
         (
             EDIT + '[export]\ntarget = ["vlm"]\n',

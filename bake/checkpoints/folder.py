@@ -213,7 +213,7 @@ def regular_file(folder: Path, name: str) -> Path:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # dangling, or a circle of links
         raise CheckpointError("is a link that leads nowhere", where=str(path)) from error
-    if not (folder in target.parents or target.parent == _blobs(folder)):
+    if not (folder in target.parents or _in_cache(folder, path, target)):
         raise CheckpointError(
             f"is a link out of the folder, to {target}",
             where=str(path),
@@ -223,6 +223,24 @@ def regular_file(folder: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"is a link to {target}, which is no regular file", where=str(path))
     return target
+
+
+def _in_cache(folder: Path, link: Path, target: Path) -> bool:
+    """Tell whether a link of a snapshot leads to a blob of its repository in the cache.
+
+    huggingface_hub 2.x keeps what came in chunks once for all repositories, in
+    ``blobs/<first two digits>/<hash>`` of the cache, and has the repository's blob link to it.
+    """
+    blobs = _blobs(folder)
+    if blobs is None or target.parent == blobs:
+        return blobs is not None
+    first = link.parent / link.readlink()
+    shared = blobs.parent.parent / "blobs"
+    return (
+        first.parent.resolve() == blobs
+        and target.parent.parent == shared
+        and target.parent.name == target.name[:2]
+    )
 
 
 def _blobs(folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
-"""``bake export``: the edited checkpoint."""
+"""``bake export``: the edited checkpoint, or another carrier of the same edit."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,56 @@ from bake.errors import UsageError
 
 if TYPE_CHECKING:
     from bake.outputs import Artifact
+    from bake.outputs.carry import Options
 
 
 @bake_command("export")
 @recipe_options
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
-@click.option("--to", multiple=True, metavar="OUTPUT", help="What to write: checkpoint.")
-@click.option("--force", is_flag=True, help="Replace the checkpoint that is at --out.")
+@click.option(
+    "--to",
+    multiple=True,
+    metavar="CARRIER",
+    help="What to write, instead of the recipe's list: checkpoint, lora, gguf-lora, "
+    "control-vector or gguf. May be repeated; several go to folders below --out.",
+)
+@click.option("--gguf", type=PATH, metavar="FILE", help="For gguf: the base's GGUF, to be edited.")
+@click.option(
+    "--llama-cpp",
+    type=PATH,
+    metavar="DIR",
+    help="For gguf: convert the baked checkpoint with this.",
+)
+@click.option(
+    "--edited-type", metavar="TYPE", help="For --gguf: the type of edited tensors; their own else."
+)
+@click.option(
+    "--outtype",
+    type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
+    default="f16",
+    help="For --llama-cpp: the type of the weights.",
+)
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "feedback"]),
+    default="nearest",
+    help="For --gguf: feedback keeps what was removed removed, where the type allows.",
+)
+@click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 def command(
-    output: Output, recipe: Path, out: Path, *, force: bool, dry_run: bool, **options: Any
+    output: Output,
+    recipe: Path,
+    out: Path,
+    *,
+    dry_run: bool,
+    force: bool,
+    gguf: Path | None,
+    llama_cpp: Path | None,
+    edited_type: str | None,
+    outtype: str,
+    rounding: str,
+    **options: Any,
 ) -> None:
     """Write what RECIPE says to a new folder.
 
@@ -29,11 +70,21 @@ def command(
     complete. A run that is interrupted is taken up by the same command.
     """
     from bake.cli import render
+    from bake.outputs.carry import Options
     from bake.plan.record import plan_record
 
     _check_out(out, force=force)
     request = compile_request(recipe, **options)
-    refusal = request.refusal()
+    chosen = Options(
+        allow=frozenset(request.recipe.export.allow),
+        force=force,
+        gguf=gguf,
+        llama_cpp=llama_cpp,
+        edited_type=edited_type,
+        outtype=outtype,
+        rounding=rounding,
+    )
+    refusal = request.refusal(chosen)
     if not output.as_json or refusal is not None:
         output.present(
             data=lambda: {**request.record(out), "plan": plan_record(request.plan)},
@@ -45,21 +96,33 @@ def command(
         size += request.plan.created_bytes
         output.present(
             data=lambda: {"dry_run": True, "out": str(out), "weight_bytes": size},
-            view=lambda: [f"\ndry run: {out} would hold {size:,} bytes of weights"],
+            view=lambda: [f"\ndry run: a checkpoint at {out} would hold {size:,} bytes of weights"],
         )
         return
-    made = _write(request, out, force=force, output=output)
+    made = _write_all(request, out, chosen, output)
     output.present(
-        data=lambda: {
-            "kind": made.kind,
-            "path": str(made.path),
-            "files": dict(made.files),
-            "bytes_written": made.bytes_written,
-            "bytes_edited": made.bytes_edited,
-            "plan_digest": request.plan.digest,
-        },
-        view=lambda: render.artifact(made, request, verbose=output.verbose),
+        data=lambda: (
+            _data(made[0], request)
+            if len(made) == 1
+            else {"artifacts": [_data(artifact, request) for artifact in made]}
+        ),
+        view=lambda: [
+            part
+            for artifact in made
+            for part in render.artifact(artifact, request, verbose=output.verbose)
+        ],
     )
+
+
+def _data(made: "Artifact", request: Request) -> dict[str, Any]:
+    return {
+        "kind": made.kind,
+        "path": str(made.path),
+        "files": dict(made.files),
+        "bytes_written": made.bytes_written,
+        "bytes_edited": made.bytes_edited,
+        "plan_digest": request.plan.digest,
+    }
 
 
 def _check_out(out: Path, *, force: bool) -> None:
@@ -70,31 +133,41 @@ def _check_out(out: Path, *, force: bool) -> None:
         )
 
 
-def _write(request: Request, out: Path, *, force: bool, output: Output) -> "Artifact":
+def _write_all(request: Request, out: Path, options: "Options", output: Output) -> list["Artifact"]:
+    """Write every carrier: a single one to ``out``, several to folders of their names below it."""
     from bake.checkpoints import open_checkpoint
     from bake.cli import render
-    from bake.outputs.checkpoint import export_checkpoint
+    from bake.outputs.carry import write
 
-    checkpoint = request.checkpoint
+    checkpoint, carriers = request.checkpoint, request.recipe.export.to
     if not checkpoint.complete:
         # The plan needed headers only; the files are fetched once it is known to be exact.
         base = request.recipe.base
         checkpoint = open_checkpoint(base.source, revision=checkpoint.revision, complete=True)
-    click.get_current_context().meta[KEPT] = lambda: _kept(out)
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
-        return export_checkpoint(
-            request.plan,
-            checkpoint,
-            out,
-            record=request.record(out),
-            allow=frozenset(request.recipe.export.allow),
-            force=force,
-            progress=move,
-        )
+    made = []
+    for carrier in carriers:
+        place = out if len(carriers) == 1 else out / carrier
+        place.parent.mkdir(parents=True, exist_ok=True)
+        click.get_current_context().meta[KEPT] = partial(_kept, place)
+        with render.progress(f"writing {place.name}", visible=not output.quiet) as move:
+            made.append(
+                write(
+                    carrier,
+                    request.plan,
+                    checkpoint,
+                    place,
+                    record=request.record(place),
+                    options=options,
+                    progress=move,
+                )
+            )
+    return made
 
 
 def _kept(out: Path) -> str:
-    partial = out.absolute().with_name(f".{out.name}.bake-partial")
-    if not partial.exists():
+    unfinished = out.absolute().with_name(f".{out.name}.bake-partial")
+    if not unfinished.exists():
         return NOTHING_KEPT
-    return f"{out} was not written; finished files are in {partial}; the same command takes them up"
+    return (
+        f"{out} was not written; finished files are in {unfinished}; the same command takes them up"
+    )

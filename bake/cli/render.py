@@ -245,7 +245,8 @@ def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
         parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
     if made.config:
         parts.append(section("config.json", _config(made)))
-    parts.append(section("Runtimes", _runtimes(made)))
+    parts.append(section("Runtimes of the checkpoint", _runtimes(made)))
+    parts.append(section("Carriers", _carriers(made)))
     if made.notes:
         parts.append(section("Notes", indented(made.notes)))
     if checkpoint.left_out and verbose:
@@ -335,6 +336,23 @@ def _runtimes(made: "Plan") -> Table:
     for verdict in made.runtimes:
         wanted = "yes" if verdict.wanted else "no"
         rows.add_row(verdict.runtime, word(verdict.status), wanted, verdict.reason)
+    return rows
+
+
+def _carriers(made: "Plan") -> Table:
+    """Return which carriers hold the plan, and which runtimes load them as it is meant."""
+    from bake.plan.carriers import CARRIERS, carrier_findings, carrier_runtimes
+    from bake.plan.types import Exactness
+
+    rows = table("carrier", "holds the edit", "runtimes, or why not")
+    for carrier in CARRIERS:
+        findings = carrier_findings(made, carrier)
+        worst = max((f.exactness for f in findings), key=list(Exactness).index)
+        if worst is Exactness.IMPOSSIBLE:
+            why = next(f.reason for f in findings if f.exactness is worst)
+        else:
+            why = ", ".join(f"{v.runtime}: {v.status}" for v in carrier_runtimes(made, carrier))
+        rows.add_row(carrier, word(str(worst)), why)
     return rows
 
 

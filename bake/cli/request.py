@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bake.directions import Directions
     from bake.errors import InexactPlan
     from bake.families import Family, Layout
+    from bake.outputs.carry import Options
     from bake.plan import Plan
     from bake.recipe import Recipe
 
@@ -31,13 +32,20 @@ class Request:
     directions: "Mapping[str, Directions]"
     plan: "Plan"
 
-    def refusal(self) -> "InexactPlan | None":
-        """Return why the plan may not be executed, or None when it may."""
-        from bake.errors import InexactPlan
-        from bake.outputs.checkpoint import refuse_inexact
+    def refusal(self, options: "Options | None" = None) -> "InexactPlan | None":
+        """Return why the plan may not be executed, or None when it may.
 
+        Args:
+            options: of the export; None for a plan, which needs none of them.
+        """
+        from bake.errors import InexactPlan
+        from bake.outputs.carry import Options, refuse
+
+        allow = frozenset(self.recipe.export.allow)
+        planned = Options(allow=allow, gguf=Path("base.gguf"))
         try:
-            refuse_inexact(self.plan, frozenset(self.recipe.export.allow))
+            for carrier in self.recipe.export.to:
+                refuse(carrier, self.plan, planned if options is None else options)
         except InexactPlan as error:
             return error
         return None

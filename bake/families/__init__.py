@@ -6,12 +6,21 @@ from pathlib import Path
 
 from bake.errors import FamilyError
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, resolve, runtime_of
-from bake.families.table import Family, Json, Recast, Runtime, configured, parse_family
+from bake.families.table import (
+    Family,
+    GgufNames,
+    Json,
+    Recast,
+    Runtime,
+    configured,
+    parse_family,
+)
 
 __all__ = [
     "BiasSlot",
     "Branch",
     "Family",
+    "GgufNames",
     "Layout",
     "Linear",
     "Norm",

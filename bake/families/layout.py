@@ -193,15 +193,13 @@ class _Resolver:
         self.norms: dict[str, Norm] = {}
         self._check_config()
         self.dims = self._dims()
-        self.flags = {
-            flag: bool(config.get(flag, default)) for flag, default in family.flags.items()
-        }
+        self.flags = {flag: self._flag(flag, default) for flag, default in family.flags.items()}
         prefix = family.optional_prefix
         stripped = prefix and f"{family.embed}.weight" not in shapes
         self.prefix = prefix if stripped else ""
 
     def _check_config(self) -> None:
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config") is not None:
             raise FamilyError(
                 "the checkpoint is quantised",
                 where="config.json quantization_config",
@@ -218,6 +216,14 @@ class _Resolver:
                     why="the key changes the arithmetic of the forward pass",
                     fix="bring a table for this variant with --family FILE",
                 )
+
+    def _flag(self, key: str, default: Json) -> bool:
+        value = self.config.get(key, default)
+        if value is MISSING:
+            raise FamilyError(f"the key {key!r} is missing", where="config.json")
+        if not isinstance(value, bool):
+            raise FamilyError(f"{key} = {value!r} is no boolean", where="config.json")
+        return value
 
     def _dims(self) -> dict[str, int]:
         def value(name: str) -> int | None:
@@ -246,7 +252,6 @@ class _Resolver:
     def layout(self) -> Layout:
         family, hidden = self.family, self.dims["hidden"]
         embed = self._claim(f"{family.embed}.weight", None, hidden, "the embedding")
-        self._check_dtype(embed)
         positions = tuple(
             self._claim(f"{name}.weight", None, hidden, "the positions")
             for name in family.positions
@@ -281,14 +286,6 @@ class _Resolver:
             shapes=self.shapes,
             sites=_sites(points, branches),
         )
-
-    def _check_dtype(self, embed: str) -> None:
-        if self.dtypes[embed] not in DTYPES:
-            raise FamilyError(
-                f"the checkpoint stores its embedding as {self.dtypes[embed]}",
-                why="an edit must be folded into weights, and these are codes",
-                fix=f"use a checkpoint in one of {', '.join(DTYPES)}",
-            )
 
     def _points(self) -> tuple[tuple[Site, ...], ...]:
         kinds = list(dict.fromkeys(row.target for row in self.family.branches))
@@ -405,10 +402,8 @@ class _Resolver:
         return self.norms[path]
 
     def _tied(self) -> bool:
-        tied = configured(self.family, self.config, "tie_word_embeddings")
-        if not isinstance(tied, bool):
-            raise FamilyError(f"tie_word_embeddings = {tied!r} is no boolean", where="config.json")
-        return tied
+        key = "tie_word_embeddings"
+        return self._flag(key, self.family.defaults.get(key, MISSING))
 
     def _unembed(self, tied: bool, embed: str) -> Linear:
         family = self.family
@@ -445,6 +440,12 @@ class _Resolver:
             raise CheckpointError(
                 f"{what} {disk} has the shape {list(shape)} where [{wanted}] is meant",
                 why="config.json and the tensors disagree",
+            )
+        if self.dtypes[disk] not in DTYPES:
+            raise FamilyError(
+                f"the checkpoint stores {what} {disk} as {self.dtypes[disk]}",
+                why="an edit must be folded into weights, and these are codes",
+                fix=f"use a checkpoint in one of {', '.join(DTYPES)}",
             )
         if disk in self.claimed:
             raise FamilyError(f"the tensor {disk} is claimed twice", where=self.family.name)

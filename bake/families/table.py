@@ -65,6 +65,14 @@ class Runtime:
     untied_head: bool
     """Whether it loads an output head that differs from the embedding."""
     source: str
+    lora: tuple[str, ...] | None
+    """What an adapter may change there: some of ``ADAPTABLE``; None where nothing is known."""
+    control_vector: bool | None
+    """Whether it adds control vectors behind the blocks; None where nothing is known."""
+
+
+ADAPTABLE = ("linear", "expert", "embed", "positions", "head")
+"""What a low-rank adapter can be for: a linear layer of a block, an expert's, a table, the head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,29 @@ class Recast:
     drop: tuple[str, ...]
     explicit: tuple[str, ...]
     """Keys whose default of the source class is written out where config.json leaves it unsaid."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufNames:
+    """How llama.cpp's converter names and lays out the tensors of this family."""
+
+    arch: str
+    """``general.architecture`` of the file."""
+    source: str
+    embed: str
+    positions: tuple[str, ...]
+    """In the order of the family's own positions."""
+    unembed: str
+    final_norm: str
+    linears: Mapping[str, str]
+    """Name below ``blk.{layer}`` of every linear layer, by module; experts share a stacked one."""
+    norms: Mapping[str, str]
+    """The same for the norms of a block."""
+    rows: Mapping[str, Literal["rotary", "parts"]]
+    """Linear layers whose outputs the converter orders anew, weight and bias alike: ``rotary``
+    interleaves the halves of every head, ``parts`` lays fused outputs one after another."""
+    untouched: tuple[str, ...]
+    """Further tensors of the file that no edit touches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +142,8 @@ class Family:
     branches: tuple[BranchRow, ...]
     runtimes: Mapping[str, Runtime]
     recasts: tuple[Recast, ...]
+    gguf: GgufNames | None
+    """None where llama.cpp has no such architecture, or nobody has written its names down."""
 
 
 MISSING = object()  # no value and no default: never equal to what a condition allows
@@ -122,6 +155,7 @@ def configured(family: Family, config: Mapping[str, Json], key: str) -> Json:
 
 
 DIMENSIONS = ("layers", "hidden", "vocab", "heads", "kv_heads", "head_dim", "inner", "experts")
+OPTIONAL = dict.fromkeys(("kv_heads", "head_dim", "inner", "experts"), "")  # no key of the config
 
 
 class Section:
@@ -196,7 +230,7 @@ def parse_family(text: str, where: str) -> Family:
         must=_conditions(root.take("must", dict, {}), f"{where} [must]"),
         flags=_flags(root.take("flags", dict, {}), f"{where} [flags]"),
         defaults=root.take("defaults", dict, {}),
-        dims={key: dims.take(key, str, "") for key in DIMENSIONS},
+        dims={key: dims.take(key, str, OPTIONAL.get(key)) for key in DIMENSIONS},
         block_path=block.take("path", str),
         optional_prefix=block.take("optional_prefix", str, ""),
         untouched=block.strings("untouched", ()),
@@ -219,10 +253,12 @@ def parse_family(text: str, where: str) -> Family:
             _recast(name, row, f"{where} [recast.{name}]")
             for name, row in root.take("recast", dict, {}).items()
         ),
+        gguf=_gguf(root.take_optional("gguf"), f"{where} [gguf]"),
     )
     for section in (root, block, norm, embed, unembed, dims):
         section.close()
     _check_flags(family, where)
+    _check_gguf(family, where)
     return family
 
 
@@ -248,11 +284,11 @@ def _linear(row: Mapping[str, Json], where: str) -> LinearRow:
     section = Section(row, f"{where} {row.get('module') if isinstance(row, Mapping) else row!r}")
     linear = LinearRow(
         module=section.take("module", str),
-        sites=tuple(SiteKind(kind) for kind in section.strings("sites", ())),
+        sites=tuple(_site_kind(section, kind) for kind in section.strings("sites", ())),
         bias=section.take("bias", str),
         layout=_choice(section, "layout", ("linear", "conv1d"), "linear"),
         fuse=_choice(section, "fuse", ("concat", "heads"), "concat"),
-        live=section.take_optional("live"),
+        live=_text_or_none(section, "live"),
     )
     section.close()
     return linear
@@ -265,9 +301,29 @@ def _runtime(row: Mapping[str, Json], where: str) -> Runtime:
         extra_bias=_choice(section, "extra_bias", ("dropped", "refused")),
         untied_head=section.take("untied_head", bool),
         source=section.take("source", str),
+        lora=_adaptable(section),
+        control_vector=_optional_boolean(section, "control_vector"),
     )
     section.close()
     return runtime
+
+
+def _adaptable(section: Section) -> tuple[str, ...] | None:
+    values = section.take_optional("lora")
+    if values is None:
+        return None
+    if not isinstance(values, list) or not all(value in ADAPTABLE for value in values):
+        raise FamilyError(
+            f"lora = {values!r} is no list of {', '.join(ADAPTABLE)}", where=section.where
+        )
+    return tuple(values)
+
+
+def _optional_boolean(section: Section, key: str) -> bool | None:
+    value = section.take_optional(key)
+    if value is not None and not isinstance(value, bool):
+        raise FamilyError(f"{key} = {value!r} is no bool", where=section.where)
+    return value
 
 
 def _recast(name: str, row: Mapping[str, Json], where: str) -> Recast:
@@ -281,6 +337,32 @@ def _recast(name: str, row: Mapping[str, Json], where: str) -> Recast:
     )
     section.close()
     return recast
+
+
+def _gguf(row: Mapping[str, Json] | None, where: str) -> GgufNames | None:
+    if row is None:
+        return None
+    section = Section(row, where)
+    rows = Section(section.take("rows", dict, {}), f"{where} rows")
+    names = GgufNames(
+        arch=section.take("arch", str),
+        source=section.take("source", str),
+        embed=section.take("embed", str, "token_embd"),
+        positions=section.strings("positions", ()),
+        unembed=section.take("unembed", str, "output"),
+        final_norm=section.take("final_norm", str, "output_norm"),
+        linears=_strings_by_key(section.take("linears", dict), f"{where} linears"),
+        norms=_strings_by_key(section.take("norms", dict), f"{where} norms"),
+        rows={key: _choice(rows, key, ("rotary", "parts")) for key in row.get("rows", {})},
+        untouched=section.strings("untouched", ()),
+    )
+    section.close()
+    return names
+
+
+def _strings_by_key(values: Mapping[str, Json], where: str) -> Mapping[str, str]:
+    section = Section(values, where)
+    return {key: section.take(key, str) for key in values}
 
 
 def _conditions(values: Mapping[str, Json], where: str) -> Mapping[str, tuple[Json, ...]]:
@@ -312,6 +394,23 @@ def _choice(
     return value
 
 
+def _site_kind(section: Section, kind: str) -> SiteKind:
+    if kind not in tuple(SiteKind):
+        raise FamilyError(
+            f"sites names {kind!r}, which is no site",
+            where=section.where,
+            fix=f"the sites are {', '.join(SiteKind)}",
+        )
+    return SiteKind(kind)
+
+
+def _text_or_none(section: Section, key: str) -> str | None:
+    value = section.take_optional(key)
+    if value is not None and not isinstance(value, str):
+        raise FamilyError(f"{key} = {value!r} is no str", where=section.where)
+    return value
+
+
 def _number_or_key(section: Section, key: str) -> float | str:
     value = section.take_optional(key)
     if value is None:
@@ -340,3 +439,28 @@ def _check_flags(family: Family, where: str) -> None:
                     f"biases names {module!r}, which is no linear layer of the table",
                     where=f"{where} [runtime.{name}]",
                 )
+
+
+def _check_gguf(family: Family, where: str) -> None:
+    """Require a GGUF name for everything that an edit may touch, and for nothing else."""
+    names, branches = family.gguf, family.branches
+    if names is None:
+        return
+    linears = {row.module for branch in branches for row in (*branch.reads, *branch.writes)}
+    norms = {name for branch in branches for name in (branch.norm_in, branch.norm_out) if name}
+    for key, found, meant in (
+        ("linears", set(names.linears), linears),
+        ("norms", set(names.norms), norms),
+        ("rows", set(names.rows), linears & set(names.rows)),
+    ):
+        for name in sorted(found ^ meant):
+            what = "lacks" if name in meant else "names"
+            raise FamilyError(
+                f"{key} {what} {name!r}, and has to name exactly those of the table's branches",
+                where=f"{where} [gguf]",
+            )
+    if len(names.positions) != len(family.positions):
+        raise FamilyError(
+            f"positions names {len(names.positions)} tables, [embed] {len(family.positions)}",
+            where=f"{where} [gguf]",
+        )

@@ -49,10 +49,9 @@ class Known:
         if rows.shape[0] == 0 or self.functionals.shape[0] == 0:
             return Known(rows[:0], rows.new_zeros(0))
         outside = self.functionals - (self.functionals @ rows.T) @ rows
-        u, singular, _ = torch.linalg.svd(outside, full_matrices=True)
-        small = torch.ones(u.shape[1], dtype=torch.bool)
-        small[: singular.shape[0]] = singular <= tolerance(rows.shape[1])
-        keep = u[:, small].T
+        # A singular value is the sine of an angle between the two subspaces.
+        u, sines, _ = torch.linalg.svd(outside, full_matrices=False)
+        keep = u[:, sines <= tolerance(rows.shape[1])].T
         return Known(keep @ self.functionals, keep @ self.values)
 
     def shifted(self, constant: Float[Tensor, " d"]) -> "Known":

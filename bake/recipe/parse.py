@@ -20,7 +20,7 @@ from bake.errors import InputError, UsageError
 T = TypeVar("T")
 Toml = Any  # a value of the recipe: the one place where the type is the file's, not ours
 
-OUTPUTS = ("checkpoint",)
+OUTPUTS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
 ALLOWANCES = ("recast", "nulling")
 RUNTIMES = ("transformers", "vllm", "llama.cpp")
 

@@ -1,8 +1,11 @@
 """``Report``: what a verification measured, against which limits."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+GROUPS = ("effect", "exact", "floor", "metric", "control", "files", "runtime", "side")
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +17,8 @@ class Row:
     limit: float | None
     passed: bool | None
     note: str = ""
+    group: str = "exact"
+    """What the number is about, one of ``GROUPS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,24 @@ class Report:
     dtype: str
     rows: tuple[Row, ...]
     environment: Mapping[str, str]
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+    """Where the prompts came from, how many there are, and their digest."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """All numbers of each comparison: by dtype, and ``effect``."""
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """Relative difference of the residual stream at each point: error, effect, floor."""
+    leaks: tuple[Mapping[str, Any], ...] = ()
+    """|Rᵀ·write| per concept, writer and layer, before and after."""
+    kl: tuple[float, ...] = ()
+    """KL(hooked ‖ baked) after every token, in the serving dtype."""
+    points: tuple[tuple[float, float], ...] = ()
+    """A sample of logits, hooked and baked, in the serving dtype."""
+    runtimes: tuple[Mapping[str, Any], ...] = ()
+    """Each runtime that was asked for: ``passed``, ``failed`` or ``not run``."""
+    effects: Mapping[str, Any] = field(default_factory=dict)
+    """Side effects: perplexity and scores of base, hooked and baked."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """Seconds in all, and of these in the models' forward passes."""
 
     @property
     def passed(self) -> bool:
@@ -35,5 +58,15 @@ class Report:
         return bool(verdicts) and all(verdicts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {**asdict(self), "environment": dict(self.environment), "passed": self.passed}
+        """Return the report as JSON values; a number that is not finite becomes null."""
+        content = {**asdict(self), "passed": self.passed}
+        finite: dict[str, Any] = _finite(content)
+        return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,8 +20,11 @@ def serve(
     *,
     timeout: float,
     variables: Mapping[str, str],
+    extra: Mapping[str, Any] | None = None,
 ) -> RuntimeResult:
     """Return what the worker script beside this file computed with that interpreter.
+
+    ``extra`` goes into the request as it is: what only this worker understands.
 
     Raises:
         RuntimeMissing, RuntimeFailed: as `run_script`; also RuntimeFailed when the answer does not
@@ -31,7 +34,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="bake-") as scratch:
         folder = Path(scratch)
         question = folder / "request.json"
-        question.write_text(json.dumps(as_json(request)), encoding="utf-8")
+        question.write_text(json.dumps({**as_json(request), **(extra or {})}), encoding="utf-8")
         # -I keeps the script's own folder off the import path: it has a module called vllm.
         run_script(
             name,

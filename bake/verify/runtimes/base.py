@@ -7,17 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from bake.errors import InputError, UsageError, VerificationFailed
+from bake.errors import UsageError
+from bake.process import RuntimeFailed, RuntimeMissing
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class RuntimeMissing(InputError):
-    """The runtime is not installed in the environment that was named, or there is none."""
-
-
-class RuntimeFailed(VerificationFailed):
-    """The runtime was there and did not serve the artifact: it refused, crashed or was slow."""
+__all__ = ["DTYPES", "RuntimeFailed", "RuntimeMissing", "RuntimeRequest", "RuntimeResult"]
 
 
 @dataclass(frozen=True, slots=True)

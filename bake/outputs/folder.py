@@ -1,0 +1,179 @@
+"""A new folder of small files that appears at once, with the record that every artifact carries."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bake import __version__
+from bake.edit_store import dump_edits
+from bake.errors import InexactPlan, InputError, UsageError
+from bake.outputs.artifact import Artifact
+from bake.plan import Exactness, Plan
+from bake.plan.carriers import carrier_findings, carrier_runtimes
+from bake.plan.record import plan_record
+
+RECORD = "bake.json"
+EDITS = "bake/edits.safetensors"
+
+
+@contextmanager
+def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a temporary folder beside ``out`` that becomes it when the block ends well.
+
+    Raises:
+        UsageError: something is at ``out`` that may not be replaced.
+        InputError: the disk refuses.
+    """
+    _check_free(out, force=force)
+    out = out.resolve()
+    missing = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
+    scratch: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.bake-", dir=out.parent))
+        made = scratch / "files"
+        made.mkdir()
+        yield made
+        if out.exists():
+            out.rename(scratch / "replaced")
+        made.rename(out)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the output: {error.strerror or error}", where=str(error.filename or out)
+        ) from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _check_free(out: Path, *, force: bool) -> None:
+    if out.is_symlink():
+        raise UsageError(f"{out} is a link", fix="name the folder that it leads to")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} exists and is no folder", fix="name another output")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not force:
+        raise UsageError(
+            f"{out} exists and is not empty", fix="name another output, or use --force"
+        )
+    if not (out / RECORD).is_file():
+        raise UsageError(
+            f"{out} was not written by bake, so it is not replaced",
+            why=f"it holds no {RECORD}, and --force removes the whole folder",
+            fix="remove it yourself if nothing in it is needed, or name another output",
+        )
+
+
+def write_artifact(
+    plan: Plan,
+    kind: str,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    force: bool,
+    write: Callable[[Path], None],
+) -> Artifact:
+    """Write an adapter's files, the edits and the record to a new folder.
+
+    Args:
+        plan: what the adapter executes.
+        kind: the carrier.
+        out: a folder that does not exist, unless ``force``.
+        record: what ``bake.json`` keeps besides the plan.
+        force: replace an artifact of bake at ``out``.
+        write: writes the carrier's own files into the folder that it is given.
+    """
+    with new_folder(out, force=force) as folder:
+        write(folder)
+        own = sum(path.stat().st_size for path in folder.iterdir())
+        (folder / EDITS).parent.mkdir()
+        (folder / EDITS).write_bytes(dump_edits(plan.edits))
+        files = digests(folder)
+        findings = plan_record(plan) | carrier_record(plan, kind)
+        content = {"bake": __version__, "kind": kind, **record, "plan": findings, "files": files}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / RECORD).write_text(text, encoding="utf-8")
+        files = digests(folder)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        sync(folder)
+    return Artifact(kind, out, files, size, own)
+
+
+def carrier_record(plan: Plan, kind: str) -> dict[str, Any]:
+    """Return what of the plan's record is another for an adapter than for a checkpoint."""
+    findings = carrier_findings(plan, kind)
+    worst = max((f.exactness for f in findings), key=list(Exactness).index)
+    return {
+        "exactness": str(worst),
+        "findings": [
+            {
+                "kind": finding.kind,
+                "concept": finding.concept,
+                "sites": [str(site) for site in finding.sites],
+                "exactness": str(finding.exactness),
+                "reason": finding.reason,
+                "remedy": finding.remedy,
+            }
+            for finding in findings
+        ],
+        "runtimes": [
+            {"runtime": v.runtime, "status": v.status, "reason": v.reason, "wanted": v.wanted}
+            for v in carrier_runtimes(plan, kind)
+        ],
+    }
+
+
+def refuse_unfit(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) -> None:
+    """Raise when a carrier does not hold the plan.
+
+    Raises:
+        InexactPlan: naming the first finding that is not exact, or the first wanted runtime that
+            would not serve the carrier as it is meant.
+    """
+    for finding in carrier_findings(plan, carrier):
+        if finding.exactness is Exactness.EXACT or finding.exactness in allow:
+            continue
+        sites = ", ".join(str(site) for site in finding.sites[:3])
+        more = f" and {len(finding.sites) - 3} more" if len(finding.sites) > 3 else ""
+        raise InexactPlan(
+            f"cannot {finding.kind} {finding.concept!r} at {sites}{more} as {carrier}: "
+            f"{finding.exactness}",
+            why=finding.reason,
+            fix=finding.remedy,
+        )
+    for verdict in carrier_runtimes(plan, carrier):
+        if verdict.wanted and verdict.status != "loads":
+            raise InexactPlan(
+                f"the target {verdict.runtime} would not serve this {carrier} as it is meant",
+                why=verdict.reason,
+                fix=f"leave {verdict.runtime} out of export.target, or write a checkpoint",
+            )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by its name there."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                name = path.relative_to(folder).as_posix()
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def sync(folder: Path) -> None:
+    """Make every file below a folder durable, so that a rename never publishes half of one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,201 @@
+"""The GGUF output: execute a plan on an existing GGUF file of the base.
+
+Edited tensors are decoded, folded in float64 and encoded again in their own type. Everything else
+is copied byte for byte: the order of tensors, their bytes, every metadata key. Bake adds two keys
+of its own, new biases (in float32, as llama.cpp's converter stores them) and a head that was tied.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.ggml import Ggml, find_ggml
+from bake.checkpoints.gguf_codec import FLOATS, check_encodable, decode, encode
+from bake.checkpoints.gguf_file import Gguf, open_gguf
+from bake.checkpoints.gguf_types import BY_NAME, GgmlType, type_named
+from bake.errors import UsageError
+from bake.families.gguf import GgufPlace, gguf_places
+from bake.fold import WeightFold, fold_bias
+from bake.outputs.artifact import Artifact
+from bake.outputs.checkpoint import refuse_inexact
+from bake.outputs.folder import new_folder, sync
+from bake.outputs.gguf_fold import bias_fold, in_file_order, weight_fold
+from bake.outputs.gguf_match import check_corners, check_loadable, check_norms, check_tensors
+from bake.outputs.gguf_tensor import MatrixEdit
+from bake.outputs.gguf_write import NewBytes, write_parts, write_small
+from bake.plan import BiasUpdate, Plan, TensorUpdate
+from bake.rounding import Rounding
+
+
+def export_gguf(
+    plan: Plan,
+    base_checkpoint: Checkpoint,
+    gguf: Path,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    allow: frozenset[str] = frozenset(),
+    edited_type: str | None = None,
+    rounding: Rounding = "nearest",
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write the edited GGUF file, or files, to the folder ``out``, under the names of the base.
+
+    Beside it lie a Modelfile for Ollama, the edits and the record ``bake.json``, which has the leak
+    and the rounding error of every edited tensor.
+
+    Args:
+        plan: made for ``base_checkpoint``.
+        base_checkpoint: the checkpoint that the GGUF was converted from; of it only norms and
+            corners of the edited matrices are read, to see that it is.
+        gguf: the base in GGUF; the first file of a split model.
+        out: a folder that does not exist, unless ``force``.
+        record: what ``bake.json`` keeps besides the plan.
+        allow: the exactness classes below EXACT that the recipe accepts.
+        edited_type: the type for edited matrices that are stored in blocks; their own when None.
+        rounding: ``nearest``, or ``feedback``, which keeps removed components removed where the
+            type allows; it holds one matrix in memory.
+        force: replace an artifact of bake at ``out``.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or llama.cpp has no slot for a tensor
+            that the plan creates.
+        CheckpointError: the GGUF is malformed, or of another model.
+        UsageError: a type that cannot be written, or ``out`` is in the way.
+        InputError: a value does not fit its type, or the disk refuses; nothing is left behind.
+    """
+    refuse_inexact(replace(plan, runtimes=()), allow)
+    if rounding not in get_args(Rounding):
+        raise UsageError(f"rounding is {rounding!r}, and has to be nearest or feedback")
+    model = open_gguf(gguf)
+    places = gguf_places(plan.layout)
+    check_loadable(plan, model)
+    check_tensors(plan, base_checkpoint, model, places)
+    check_norms(plan, base_checkpoint, model, places)
+    edited = [u.source for u in plan.tensors if u.replacement is None]
+    check_corners(edited, base_checkpoint, model, places)
+    if out.resolve() in model.path.resolve().parents:
+        raise UsageError(f"the output {out} holds the base {gguf}", fix="name another output")
+    new = _new_tensors(plan, model, places, edited_type, rounding)
+    with new_folder(out, force=force) as folder:
+        files = write_parts(model, new, plan, folder, progress)
+        write_small(model, new, plan, folder, files, record)
+        sync(folder)
+    fresh = sum(tensor.nbytes for tensor in new.values())
+    size = sum((out / name).stat().st_size for name in files)
+    return Artifact("gguf", out, dict(sorted(files.items())), size, fresh)
+
+
+def _new_tensors(
+    plan: Plan,
+    model: Gguf,
+    places: Mapping[str, GgufPlace],
+    edited_type: str | None,
+    rounding: Rounding,
+) -> dict[str, NewBytes]:
+    """Return every tensor that is written anew, by its name in the file."""
+    chosen = None if edited_type is None else type_named(edited_type)
+    ggml = find_ggml()
+    found: dict[str, NewBytes] = {}
+    stacks: defaultdict[tuple[str, str], dict[int | None, WeightFold]] = defaultdict(dict)
+    for update in plan.tensors:
+        place = places[update.name]
+        if update.replacement is not None:
+            value = partial(torch.add, update.replacement, place.addend)
+            found[place.name] = _vector(place.name, model, value)
+            continue
+        folds = stacks[place.name, _source(update, place, places, model)]
+        if not _is_copy(update):
+            folds[place.expert] = weight_fold(update, place)
+    for (name, source), folds in stacks.items():
+        found[name] = _matrix(name, source, folds, model, chosen, rounding, ggml)
+    for bias in plan.biases:
+        # A zero companion is for a flag of config.json; a GGUF file has no such flag.
+        if not bias.is_zero():
+            name = places[bias.name].name
+            found[name] = _vector(name, model, _bias_value(bias, model, places), bias.size)
+    return found
+
+
+def _source(
+    update: TensorUpdate, place: GgufPlace, places: Mapping[str, GgufPlace], model: Gguf
+) -> str:
+    """Return the tensor of the base file; some files store a tied head a second time."""
+    return place.name if place.name in model.tensors else places[update.source].name
+
+
+def _is_copy(update: TensorUpdate) -> bool:
+    return not update.outputs and not update.updates and update.input is None
+
+
+def _matrix(
+    name: str,
+    source: str,
+    folds: dict[int | None, WeightFold],
+    model: Gguf,
+    chosen: GgmlType | None,
+    rounding: Rounding,
+    ggml: Ggml | None,
+) -> NewBytes:
+    base = model.tensors[source]
+    kind = base.kind
+    if folds:
+        if chosen is not None and kind.name not in FLOATS:
+            kind = chosen
+        check_encodable(kind, ggml, name)
+        kind.row_bytes(base.shape[-1], where=name)
+    edit = MatrixEdit(name, source, kind, base.shape, folds)
+
+    def produce() -> Iterator[Tensor]:
+        return edit.produce(model, rounding, ggml)
+
+    before = base.kind.name if name in model.tensors else None
+    return NewBytes(name, kind, base.shape, produce, edit.measure if folds else None, before)
+
+
+def _vector(
+    name: str, model: Gguf, value: Callable[[], Tensor], size: int | None = None
+) -> NewBytes:
+    """Return a norm or a bias, in the type that the file has it in, or in float32."""
+    base = model.tensors.get(name)
+    kind = BY_NAME["F32"] if base is None else base.kind
+    shape = (size,) if base is None and size is not None else model.tensors[name].shape
+
+    def produce() -> Iterator[Tensor]:
+        yield encode(value().unsqueeze(0), kind, name)
+
+    return NewBytes(name, kind, shape, produce, None, None if base is None else kind.name)
+
+
+def _bias_value(
+    bias: BiasUpdate, model: Gguf, places: Mapping[str, GgufPlace]
+) -> Callable[[], Tensor]:
+    """Return a function that computes the bias from the file's own weights."""
+    place = places[bias.name]
+    weight = None if bias.weight is None else places[bias.weight].name
+
+    def read(start: int, stop: int) -> Tensor:
+        assert weight is not None
+        return decode(model.read_rows(weight, start, stop), model.tensors[weight].kind, weight)
+
+    def value() -> Tensor:
+        old = torch.zeros(bias.size, dtype=torch.float64)
+        if not bias.create:
+            old = decode(
+                model.read_rows(place.name, 0, 1), model.tensors[place.name].kind, place.name
+            )[0]
+        rows, columns = (bias.size, 1) if weight is None else model.tensors[weight].shape
+        fold = bias_fold(bias, place, (rows, columns))
+        addend = None if bias.addend is None else in_file_order(bias.addend, place)
+        return fold_bias(old, fold, read=read, shift=bias.shift, addend=addend)
+
+    return value

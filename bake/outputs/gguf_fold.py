@@ -1,0 +1,120 @@
+"""A plan's updates as folds of GGUF tensors: the same algebra, in the file's own order of rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import AffineMap, LowRankMap
+from bake.edits import WeightUpdate
+from bake.families.gguf import GgufPlace
+from bake.fold import WeightFold
+from bake.plan import BiasUpdate, PartMap, TensorUpdate
+
+_MAX_DIRECTIONS = 64  # more of them are no longer "a few", and feedback would find no freedom
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Functionals:
+    """Rows over one axis of a matrix: what an edit removes, or what it reads."""
+
+    axis: int
+    rows: Float[Tensor, "k width"]
+
+
+def weight_fold(update: TensorUpdate, place: GgufPlace) -> WeightFold:
+    """Return the fold of a matrix as the file holds it: [out, in], or the rows of a table."""
+    rows, columns = update.shape[::-1] if place.transposed else update.shape
+    return WeightFold(
+        shape=(rows, columns),
+        output_axis=1 if update.is_table else 0,
+        outputs=_outputs(update.outputs, place),
+        updates=_updates(update.updates, place),
+        input=update.input,
+        table=update.is_table,
+    )
+
+
+def bias_fold(update: BiasUpdate, place: GgufPlace, shape: tuple[int, int]) -> WeightFold:
+    """Return the fold of the layer whose bias it is; ``shape`` is its weight's in the file."""
+    return WeightFold(
+        shape=shape,
+        output_axis=0,
+        outputs=_outputs(update.outputs, place),
+        updates=_updates(update.updates, place),
+    )
+
+
+def in_file_order(values: Float[Tensor, " m"], place: GgufPlace) -> Float[Tensor, " m"]:
+    """Return a vector over a layer's outputs, ordered as the file orders them."""
+    return values if place.rows is None else values[torch.tensor(place.rows)]
+
+
+def _outputs(
+    parts: Sequence[PartMap], place: GgufPlace
+) -> tuple[tuple[Sequence[int] | None, AffineMap], ...]:
+    if place.rows is None:
+        return tuple((part.rows, part.map) for part in parts)
+    where = torch.argsort(torch.tensor(place.rows))  # output i of the checkpoint is row where[i]
+
+    def moved(rows: Sequence[int] | None) -> tuple[int, ...]:
+        return tuple((where if rows is None else where[list(rows)]).tolist())
+
+    return tuple((moved(part.rows), part.map) for part in parts)
+
+
+def _updates(updates: Sequence[WeightUpdate], place: GgufPlace) -> tuple[WeightUpdate, ...]:
+    if place.rows is None:
+        return tuple(updates)
+    order = torch.tensor(place.rows)
+    return tuple(WeightUpdate(update.left[order], update.right) for update in updates)
+
+
+def removed(fold: WeightFold) -> tuple[Functionals, ...]:
+    """Return what the fold's maps make vanish, along each axis where there is such a thing.
+
+    A projection at the output has rows F with F W' = 0, one at the input columns N with W' N = 0.
+    """
+    found = []
+    size = fold.shape[fold.output_axis]
+    across = [
+        _scattered(map_.left_null(), rows, size)
+        for rows, map_ in fold.outputs
+        if isinstance(map_, LowRankMap)
+    ]
+    if across and sum(rows.shape[0] for rows in across):
+        found.append(Functionals(fold.output_axis, torch.cat(across)))
+    if isinstance(fold.input, LowRankMap):
+        null = fold.input.transpose().left_null()
+        if null.shape[0]:
+            found.append(Functionals(1 - fold.output_axis, null))
+    return tuple(found)
+
+
+def guarded(fold: WeightFold) -> Functionals | None:
+    """Return the directions that error feedback protects: those that the edit reads.
+
+    Feedback runs along one axis; the output's comes first. None where there are no directions, or
+    too many of them, or a map that is not thin.
+    """
+    size = fold.shape[fold.output_axis]
+    rows = []
+    for indices, map_ in fold.outputs:
+        if not isinstance(map_, LowRankMap):
+            return None
+        rows.append(_scattered(map_.delta_factors()[1], indices, size))
+    found = Functionals(fold.output_axis, torch.cat(rows)) if rows else None
+    if found is None or not found.rows.shape[0]:
+        if not isinstance(fold.input, LowRankMap):
+            return None
+        found = Functionals(1 - fold.output_axis, fold.input.delta_factors()[0].T)
+    return found if 0 < found.rows.shape[0] <= _MAX_DIRECTIONS else None
+
+
+def _scattered(rows: Tensor, indices: Sequence[int] | None, size: int) -> Tensor:
+    """Return functionals of a part of the axis as functionals of the whole axis."""
+    if indices is None:
+        return rows
+    return rows.new_zeros(rows.shape[0], size).index_copy(1, torch.tensor(indices), rows)

@@ -1,0 +1,203 @@
+"""The LoRA output: a PEFT adapter written from the plan, with no model loaded.
+
+Every module of the adapter has the same rank r, zero-padded, and ``lora_alpha`` = r, so that the
+scale is 1 in every runtime: some of them overlook patterns of ranks and rank-stabilised scales
+(llama.cpp's converter, SGLang). No bias, no dropout, no module saved whole.
+
+Keys are those that PEFT writes (``peft/utils/save_and_load.py``), after ``base_model.model.`` and
+the module's path: ``.lora_A.weight`` [r, in] and ``.lora_B.weight`` [out, r] for layers,
+``.lora_embedding_A`` [r, V] and ``.lora_embedding_B`` [d, r] for tables. A mixture's experts keep
+their names of the checkpoint, one pair for every projection of every expert: PEFT, vLLM and
+llama.cpp stack them, and want all of them.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.header import build_header
+from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
+from bake.errors import UsageError
+from bake.outputs.artifact import Artifact
+from bake.outputs.factors import layer_factors, padded, table_factors
+from bake.outputs.folder import refuse_unfit, write_artifact
+from bake.plan import Plan
+from bake.plan.lowrank import Target, low_rank, rank_of, targets_of
+from bake.rounding import to_storage
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+Factors = tuple[Tensor, Tensor]
+
+
+def export_lora(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    allow: frozenset[str] = frozenset(),
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write the plan as a PEFT adapter to the folder ``out``.
+
+    Of the base only the edited tensors are read, in tiles.
+
+    Args:
+        plan: made for this checkpoint.
+        checkpoint: the base.
+        out: a folder that does not exist, unless ``force``.
+        record: what ``bake.json`` keeps besides the plan; ``record["base"]`` with ``model`` and
+            ``revision`` is what ``adapter_config.json`` names as the base.
+        allow: the exactness classes below EXACT that the recipe accepts.
+        force: replace an artifact of bake at ``out``.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the
+            adapter.
+        UsageError: the plan changes no weight, or ``out`` is in the way.
+        InputError: a factor does not fit the storage dtype, or the disk refuses.
+    """
+    refuse_unfit(plan, "lora", allow)
+    targets = nonempty(targets_of(plan))
+    rank = common_rank(targets)
+
+    def write(folder: Path) -> None:
+        config = adapter_config(plan, targets, rank, record.get("base", {}))
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        _write_weights(folder / WEIGHTS, plan, checkpoint, targets, rank, progress)
+
+    return write_artifact(plan, "lora", out, record=record, force=force, write=write)
+
+
+def nonempty(targets: Sequence[Target]) -> Sequence[Target]:
+    """Return the targets.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not targets:
+        raise UsageError("the plan changes no weight, so an adapter of it would be empty")
+    return targets
+
+
+def common_rank(targets: Sequence[Target]) -> int:
+    """Return the rank that all modules of an adapter share: the largest that one needs."""
+    return max(1, *(rank_of(target.update) for target in targets if target.update is not None))
+
+
+def target_factors(checkpoint: Checkpoint, target: Target, rank: int) -> Factors:
+    """Return (A, B) of one weight in float64, zero-padded; a table's A is [rank, tokens]."""
+    outer, inner = target.shape[target.output_axis], target.shape[1 - target.output_axis]
+    update = target.update
+    if update is None:
+        zeros = torch.zeros(rank, inner, dtype=torch.float64)
+        return zeros, torch.zeros(outer, rank, dtype=torch.float64)
+
+    def read(start: int, stop: int) -> Tensor:
+        return checkpoint.read_rows(update.source, start, stop)
+
+    change = low_rank(update)
+    if update.is_table:
+        return padded(*table_factors(read, target.shape, change), rank)
+    return padded(*layer_factors(read, target.shape, target.output_axis, change), rank)
+
+
+def adapter_config(
+    plan: Plan, targets: Sequence[Target], rank: int, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ``adapter_config.json``: every field that a runtime could take for another default."""
+    modules = {
+        target.module.rpartition(".")[2] if target.role == "expert" else target.module
+        for target in targets
+    }
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.get("model"),
+        "revision": base.get("revision"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "lora_bias": False,
+        "use_rslora": False,
+        "use_dora": False,
+        # Conv1D stores [in, out]: GPT-2 in transformers.
+        "fan_in_fan_out": any(t.output_axis == 1 for t in targets if t.role == "linear"),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def adapter_keys(target: Target) -> tuple[str, str]:
+    """Return the names of A and B in a PEFT adapter."""
+    stem = _PREFIX + target.module
+    if target.role in ("embed", "positions"):
+        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def _write_weights(
+    path: Path,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    targets: Sequence[Target],
+    rank: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the factors one weight after another, in the base's precision or in float32."""
+    # Half precision would lose what the base's own half precision keeps: a factor is multiplied.
+    dtype, name = (torch.float64, "F64") if plan.layout.dtype == "F64" else (torch.float32, "F32")
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    producers: dict[str, Producer] = {}
+    for target in targets:
+        outer, inner = target.shape[target.output_axis], target.shape[1 - target.output_axis]
+        key_a, key_b = adapter_keys(target)
+        shapes[key_a] = name, (rank, inner)
+        shapes[key_b] = name, (outer, rank)
+        producers[key_a], producers[key_b] = _producers(checkpoint, target, rank, dtype)
+    header, infos = build_header(shapes, shard=WEIGHTS)
+    pieces: list[Piece] = [Literal(header), *(Fill(info, producers[info.name]) for info in infos)]
+    total, done = infos[-1].stop, 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    write_file(path, pieces, origin=None, advance=advance)
+
+
+def _producers(
+    checkpoint: Checkpoint, target: Target, rank: int, dtype: torch.dtype
+) -> tuple[Producer, Producer]:
+    """Return producers of A and B that read the weight once: B waits for its turn after A."""
+    waiting: list[Tensor] = []
+
+    def first() -> Iterator[Tensor]:
+        a, b = target_factors(checkpoint, target, rank)
+        waiting.append(to_storage(b, dtype, f"{target.name} (B)"))
+        yield to_storage(a, dtype, f"{target.name} (A)")
+
+    def second() -> Iterator[Tensor]:
+        # subtle: the file is in the order of names, where B follows A at once.
+        yield waiting.pop()
+
+    return first, second

@@ -1,0 +1,280 @@
+"""One guarded commit: what it consists of, and what is done when its reply never comes."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationCopy,
+    CommitOperationDelete,
+    HfApi,
+)
+from huggingface_hub import errors as theirs
+
+from bake.checkpoints.hub_errors import CLIENT_ERROR
+from bake.errors import HubError, InputError
+from bake.publish.failures import RAISED, Account, explain, status_of
+from bake.publish.manifest import FileEntry, Manifest, stamp
+from bake.publish.remote import RemoteFile, differences, read_tree
+
+T = TypeVar("T")
+_IN_MEMORY = 1 << 20  # shorter files are read once, checked and sent from memory
+_ATTEMPTS = 4
+_LONGEST_WAIT = 60.0
+_REFUSED = (400, 401, 403, 404, 409, 422, 501)  # how a Hub declines to copy between repositories
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Return what an idempotent call returns, trying again when its failure may pass."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except RAISED as error:
+            wait = pause(error, attempt)
+            if wait is None or attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def pause(error: BaseException, attempt: int) -> float | None:
+    """Return how long to wait before another attempt, or None when none would help."""
+    status = status_of(error)
+    if status is None:
+        # No reply at all. "Offline" is a ConnectionError of the client's own making.
+        lost = isinstance(error, CLIENT_ERROR) and type(error).__name__ != "OfflineModeIsEnabled"
+        return float(2**attempt) if lost else None
+    if status == 429:
+        headers = getattr(getattr(error, "response", None), "headers", {})
+        asked = str(headers.get("Retry-After", ""))
+        wait = float(asked) if asked.isdigit() else float(2**attempt)
+        return wait if wait <= _LONGEST_WAIT else None
+    return float(2**attempt) if status >= 500 and status != 501 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a commit changes.
+
+    Attributes:
+        add: files to upload.
+        copy: files that the base's repository has, by the name they have there.
+        delete: names of files that are on the Hub only.
+    """
+
+    add: tuple[FileEntry, ...]
+    copy: tuple[tuple[FileEntry, str], ...]
+    delete: tuple[str, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.add or self.copy or self.delete)
+
+    def without_copies(self) -> "Parts":
+        """Return the same change with every file uploaded."""
+        return Parts((*self.add, *(file for file, _ in self.copy)), (), self.delete)
+
+
+def parts_of(manifest: Manifest, tree: dict[str, RemoteFile], base: dict[str, RemoteFile]) -> Parts:
+    """Return what makes a commit with the files ``tree`` hold the manifest's.
+
+    Args:
+        manifest: the artifact.
+        tree: the files at the head.
+        base: the files of the base's repository; a large one of equal hash is copied there.
+    """
+    names = {file.sha256: name for name, file in base.items() if file.sha256 is not None}
+    wanted = [f for f in manifest.files if f.name not in tree or not tree[f.name].equals(f)]
+    return Parts(
+        add=tuple(file for file in wanted if file.sha256 not in names),
+        copy=tuple((file, names[file.sha256]) for file in wanted if file.sha256 in names),
+        delete=tuple(sorted(tree.keys() - manifest.by_name().keys())),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A commit that holds the manifest's files; what was sent for it."""
+
+    commit: str
+    pull_request: str | None
+    uploaded: tuple[str, ...]
+    copied: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class GuardedCommit:
+    """A commit on one parent, made once or not at all.
+
+    Attributes:
+        api: the client.
+        account: who commits where.
+        folder: the artifact.
+        manifest: what the commit has to hold.
+        base: id and commit of the base's repository.
+        revision: the branch.
+        parent: the commit that the branch has to be at.
+        message: the title and the description.
+        pull_request: whether to open one.
+    """
+
+    api: HfApi
+    account: Account
+    folder: Path
+    manifest: Manifest
+    base: tuple[str, str | None]
+    revision: str
+    parent: str
+    message: tuple[str, str]
+    pull_request: bool
+    _additions: dict[str, CommitOperationAdd] = field(default_factory=dict)
+
+    def make(self, parts: Parts) -> Committed:
+        """Upload and commit.
+
+        Raises:
+            HubError: the Hub refuses or fails, or somebody else has committed; nothing is changed.
+            InputError: a file has changed since it was hashed; nothing is changed.
+        """
+        attempt = 0
+        while True:
+            try:
+                return self._attempt(parts)
+            except RAISED as error:
+                settled = self._settled(error)
+                if settled is not None:
+                    return settled
+                if parts.copy and _no_copying(error):
+                    parts = parts.without_copies()
+                    continue
+                wait = pause(error, attempt)
+                if wait is None or attempt == _ATTEMPTS - 1:
+                    failure = explain(error, self.account, "committing")
+                else:
+                    time.sleep(wait)
+                    attempt += 1
+                    continue
+            raise failure
+
+    def _attempt(self, parts: Parts) -> Committed:
+        additions = [self._addition(file) for file in parts.add]
+        self.api.preupload_lfs_files(
+            self.account.repo,
+            additions=additions,
+            revision=self.revision,
+            create_pr=self.pull_request,
+        )
+        self._check_sent(parts)
+        repo, revision = self.base
+        copies = [
+            CommitOperationCopy(
+                name, file.name, src_revision=revision, src_repo_id=repo, src_repo_type="model"
+            )
+            for file, name in parts.copy
+        ]
+        deletions = [CommitOperationDelete(name, is_folder=False) for name in parts.delete]
+        made = self.api.create_commit(
+            self.account.repo,
+            [*additions, *copies, *deletions],
+            commit_message=self.message[0],
+            commit_description=self.message[1],
+            revision=self.revision,
+            parent_commit=self.parent,
+            create_pr=self.pull_request,
+        )
+        return Committed(
+            commit=str(made.oid),
+            pull_request=made.pr_url,
+            uploaded=tuple(file.name for file in parts.add),
+            copied=tuple(file.name for file, _ in parts.copy),
+        )
+
+    def _addition(self, file: FileEntry) -> CommitOperationAdd:
+        """Return the operation for one file; the same object again, which knows what it sent."""
+        if file.name not in self._additions:
+            path = self.folder / file.name
+            if file.size > _IN_MEMORY:
+                self._additions[file.name] = CommitOperationAdd(file.name, path)
+            else:
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() != file.sha256:
+                    raise _changed(file.name)
+                self._additions[file.name] = CommitOperationAdd(file.name, data)
+        return self._additions[file.name]
+
+    def _check_sent(self, parts: Parts) -> None:
+        """Require that what was sent is what was hashed, before anybody can see it."""
+        for file in parts.add:
+            if stamp(self.folder / file.name) != file.stamp:
+                raise _changed(file.name)
+            if self._additions[file.name].upload_info.sha256.hex() != file.sha256:
+                raise _changed(file.name)
+
+    def _settled(self, error: BaseException) -> Committed | None:
+        """Return the commit when it was made although its reply failed; None when it was not.
+
+        Raises:
+            HubError: the branch has moved and does not hold the artifact.
+        """
+        try:
+            if self.pull_request:
+                return find_pull_request(self.api, self.account.repo, self.manifest)
+            head = str(
+                patiently(
+                    lambda: self.api.model_info(self.account.repo, revision=self.revision).sha
+                )
+            )
+            if head == self.parent:
+                return None
+            tree = patiently(lambda: read_tree(self.api, self.account.repo, head))
+        except RAISED:
+            if status_of(error) is not None:
+                return None  # the Hub has answered: nothing was committed
+            failure = HubError(
+                f"the Hub went silent while committing to {self.account.repo}",
+                why="whether the commit was made cannot be told now",
+                fix="run the same command again: it will not be made twice",
+            )
+        else:
+            if not differences(tree, self.manifest):
+                return Committed(head, None, (), ())
+            failure = HubError(
+                f"somebody has committed to {self.account.repo} since; nothing was changed",
+                where="while committing",
+                fix=f"look at {self.account.page}/commits/{self.revision}, then run again",
+            )
+        raise failure
+
+
+def _changed(name: str) -> InputError:
+    return InputError(
+        "changed while it was being published; nothing was committed",
+        where=name,
+        fix="run again when nobody writes to the folder",
+    )
+
+
+def _no_copying(error: BaseException) -> bool:
+    """Tell whether a failure may be the Hub's refusal to copy from the base's repository."""
+    status = status_of(error)
+    if status is None:
+        old = isinstance(error, ValueError) and "xet hash" in str(error)
+        return old or isinstance(error, theirs.FileDuplicationError)
+    return status in _REFUSED
+
+
+def find_pull_request(api: HfApi, repo: str, manifest: Manifest) -> Committed | None:
+    """Return the pull request that holds an artifact's files, the newest one, or None."""
+    refs = patiently(lambda: api.list_repo_refs(repo, include_pull_requests=True))
+    for ref in reversed((refs.pull_requests or [])[-20:]):
+        commit, number = str(ref.target_commit), ref.ref.rpartition("/")[2]
+        tree = patiently(lambda commit=commit: read_tree(api, repo, commit))  # type: ignore[misc]
+        if not differences(tree, manifest):
+            url = f"{api.endpoint}/{repo}/discussions/{number}"
+            return Committed(commit, url, (), ())
+    return None

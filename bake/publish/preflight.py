@@ -1,0 +1,176 @@
+"""Everything that is checked before a byte leaves: which files, what is in them, under which terms.
+
+It needs no network. What only the Hub can say (the base's licence) is checked by ``push`` with
+``check_terms`` before the repository is created.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bake.errors import InputError, UsageError
+from bake.publish import licences
+from bake.publish.frontmatter import card_metadata, read_card
+from bake.publish.names import CARD, Problem, check_links, check_names, problem_of, walk
+from bake.publish.record import RECORD, ArtifactRecord, read_json, read_record, unverified
+from bake.publish.scan import scan
+from bake.publish.weights import check_finite, check_weights
+
+ALLOWANCES = ("licence", "paths", "code")
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the user takes on.
+
+    Attributes:
+        allow: any of ``licence`` (the base's terms are met in another way than bake can see),
+            ``paths`` (home folders in texts) and ``code`` (Python files travel).
+        unverified: publish without a verification that passed.
+        no_card: publish without a card.
+    """
+
+    allow: frozenset[str] = frozenset()
+    unverified: bool = False
+    no_card: bool = False
+
+    def __post_init__(self) -> None:
+        for word in sorted(self.allow):
+            if word not in ALLOWANCES:
+                raise UsageError(
+                    f"{word!r} cannot be allowed", fix=f"known are {', '.join(ALLOWANCES)}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What was found about an artifact that is to be published.
+
+    Attributes:
+        folder: where it is.
+        record: what it says of itself.
+        names: its files.
+        card: the text of its card, or None.
+        notes: what the user should know, and what is no reason to stop.
+        problems: everything that is.
+    """
+
+    folder: Path
+    record: ArtifactRecord
+    names: tuple[str, ...]
+    card: str | None = field(repr=False)
+    notes: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def preflight(folder: Path, terms: Terms) -> Preflight:
+    """Check an artifact on this machine.
+
+    Raises:
+        InputError: the folder is no artifact at all; everything else is a problem.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise InputError("is no folder", where=str(folder), fix="name what `bake export` wrote")
+    record = read_record(folder)
+    found, problems = walk(folder)
+    names = list(found)
+    links = check_links(folder, names)
+    files = [name for name in names if name not in {link.where for link in links}]
+    problems += links + check_names(files, record.kind, code="code" in terms.allow)
+    if not problems:  # what is inside a file matters only once the file may travel
+        problems += check_weights(folder, record)
+        problems += scan(folder, names, paths="paths" in terms.allow)
+    if not problems:
+        problems += check_finite(folder, record)
+    card, more = _check_card(folder, record, terms)
+    problems += more
+    problems += _gather(lambda: _check_code(folder, terms), "config.json")
+    problems += _gather(lambda: _check_verification(folder, record, terms), "verify.json")
+    if record.base_on_hub and not record.pinned:
+        problems.append(
+            Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
+        )
+    return Preflight(
+        folder,
+        record,
+        tuple(names),
+        card,
+        tuple(_notes(record, terms)),
+        tuple(dict.fromkeys(problems)),
+    )
+
+
+def _gather(check: Callable[[], list[Problem]], name: str) -> list[Problem]:
+    try:
+        return check()
+    except InputError as error:
+        return [problem_of(error, name)]
+
+
+def _check_card(
+    folder: Path, record: ArtifactRecord, terms: Terms
+) -> tuple[str | None, list[Problem]]:
+    try:
+        card = read_card(folder)
+        if card is None:
+            fix = "run `bake card`, or publish without with --no-card"
+            return None, [] if terms.no_card else [Problem(CARD, "there is no card", fix)]
+        base = card_metadata(card).get("base_model")
+    except InputError as error:
+        return None, [problem_of(error, CARD)]
+    named = base if isinstance(base, list) else [base]
+    if record.base_on_hub and base is not None and record.base_repo not in named:
+        what = f"names the base_model {base}, the record names {record.base_repo}"
+        return card, [Problem(CARD, what, "run `bake card` again")]
+    return card, []
+
+
+def _check_code(folder: Path, terms: Terms) -> list[Problem]:
+    """Report a config that has a reader fetch and run Python code."""
+    problems = []
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file() or "code" in terms.allow:
+            continue
+        if found := read_json(folder, name).get("auto_map"):
+            what = f"names code that a reader would run (auto_map: {found})"
+            problems.append(Problem(name, what, "remove it, or --allow code"))
+    return problems
+
+
+def _check_verification(folder: Path, record: ArtifactRecord, terms: Terms) -> list[Problem]:
+    reason = unverified(folder, record)
+    if reason is None or terms.unverified:
+        return []
+    fix = "run `bake verify`, or publish as it is with --unverified"
+    return [Problem("verify.json", f"is no proof of this plan: {reason}", fix)]
+
+
+def _notes(record: ArtifactRecord, terms: Terms) -> list[str]:
+    notes = []
+    if terms.unverified:
+        notes.append("the artifact is published without a verification that passed")
+    if not record.base_on_hub:
+        notes.append(f"the base {record.base} is a folder: nobody else can reproduce this model")
+    notes += [f"allowed: {word}" for word in sorted(terms.allow)]
+    return notes
+
+
+def check_terms(
+    found: Preflight, terms: Terms, *, base: licences.Stated, repo: str
+) -> tuple[Problem, ...]:
+    """Return which rules of the base's licence publishing as ``repo`` would break."""
+    if "licence" in terms.allow:
+        return ()
+    metadata = {} if found.card is None else card_metadata(found.card)
+    notices = [n for n in found.names if n.upper().startswith("NOTICE")]
+    texts = [(found.folder / name).read_text(encoding="utf-8") for name in notices]
+    return tuple(
+        licences.check_licence(
+            base=base,
+            ours=licences.stated(metadata),
+            repo=repo,
+            names=list(found.names),
+            notice="\n".join(texts),
+            card=found.card,
+        )
+    )

@@ -1,0 +1,144 @@
+"""The weights of an artifact: strict headers, a closed index, finite numbers, untouched tensors."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
+from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
+from bake.checkpoints.index import INDEX
+from bake.errors import InputError
+from bake.publish.names import WEIGHTS, Problem, problem_of, regular, walk
+from bake.publish.record import ArtifactRecord
+
+MAX_HEADER = 25_000_000
+"""Longest header text that the Hub's own client reads."""
+
+_ROWS = 1 << 24  # elements looked at in one step
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_weights(folder: Path, record: ArtifactRecord) -> list[Problem]:
+    """Return what is wrong with headers, index and format of the weights."""
+    folder = folder.resolve()
+    suffix = WEIGHTS[record.kind]
+    names = [name for name in walk(folder)[0] if name.endswith((".safetensors", ".gguf"))]
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            if name.endswith(".safetensors"):
+                _check_header(folder, name)
+            else:
+                _check_gguf(folder, name)
+        except InputError as error:
+            problems.append(problem_of(error, name))
+    if not any(name.endswith(suffix) and "/" not in name for name in names):
+        problems.append(Problem(suffix, f"an artifact of kind {record.kind} has no such file"))
+    if record.kind == "checkpoint" and not problems:
+        problems += _check_checkpoint(folder, record)
+    return problems
+
+
+def _check_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
+    path = regular(folder, name)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = header_length(file.read(64), shard=name, size=size)
+        if length > MAX_HEADER:
+            raise InputError(
+                f"has a header of {length} bytes; the Hub reads {MAX_HEADER}", where=name
+            )
+        file.seek(PREFIX)
+        return parse_header(file.read(length), shard=name, size=size)
+
+
+def _check_gguf(folder: Path, name: str) -> None:
+    with regular(folder, name).open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError("does not begin as a GGUF file does", where=name)
+
+
+def metadata(folder: Path, name: str) -> dict[str, Any]:
+    """Return the free metadata of a safetensors file whose header has been checked."""
+    with regular(folder, name).open("rb") as file:
+        length = int.from_bytes(file.read(PREFIX), "little")
+        content = json.loads(file.read(length))
+    found: dict[str, Any] = content.get("__metadata__", {})
+    return found
+
+
+def _check_checkpoint(folder: Path, record: ArtifactRecord) -> list[Problem]:
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError as error:
+        return [problem_of(error, INDEX)]
+    problems = [
+        Problem(name, "holds weights that the index does not name", "remove it")
+        for name in checkpoint.left_out
+        if name.endswith((".safetensors", ".bin", ".pt", ".gguf"))
+    ]
+    problems += [
+        Problem("bake.json", f"the plan names {name}, which the checkpoint does not hold")
+        for name in sorted(record.changed - checkpoint.tensors.keys())
+    ]
+    return problems + _check_total(checkpoint)
+
+
+def _check_total(checkpoint: Checkpoint) -> list[Problem]:
+    """Return a problem when the index states another size than the tensors have."""
+    if checkpoint.index_text is None:
+        return []
+    stated = strictjson.parse_object(checkpoint.index_text, where=INDEX).get("metadata", {})
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    if "total_size" in stated and stated["total_size"] != total:
+        return [Problem(INDEX, f"total_size is {stated['total_size']}, the tensors have {total}")]
+    return []
+
+
+def check_finite(folder: Path, record: ArtifactRecord) -> list[Problem]:
+    """Return the edited tensors that hold NaN or an infinity."""
+    if record.kind != "checkpoint":
+        return []
+    checkpoint = open_checkpoint(folder.resolve())
+    return [
+        Problem(checkpoint.tensors[name].shard, f"{name} holds NaN or an infinity", "export again")
+        for name in sorted(record.changed & checkpoint.tensors.keys())
+        if not all(_finite(checkpoint, name))
+    ]
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> Iterator[bool]:
+    info = checkpoint.tensors[name]
+    if info.dtype not in _FLOATS:
+        return
+    if not info.shape:
+        yield bool(torch.isfinite(checkpoint.read(name)))
+        return
+    step = max(1, _ROWS * info.shape[0] // max(1, info.nbytes))
+    for start in range(0, info.shape[0], step):
+        rows = checkpoint.read_rows(name, start, min(start + step, info.shape[0]))
+        yield bool(torch.isfinite(rows).all())
+
+
+def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Problem]:
+    """Return the tensors that differ from the base's although the plan leaves them alone."""
+    if record.kind != "checkpoint":
+        return []
+    ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
+    problems = []
+    for name, info in theirs.tensors.items():
+        if name in record.changed:
+            continue
+        found = ours.tensors.get(name)
+        if found is None:
+            problems.append(Problem(info.shard, f"{name} of the base is not in the artifact"))
+        elif (found.dtype, found.shape) != (info.dtype, info.shape) or (
+            ours.tensor_digest(name) != theirs.tensor_digest(name)
+        ):
+            problems.append(
+                Problem(found.shard, f"{name} differs from the base, and the plan leaves it alone")
+            )
+    return problems

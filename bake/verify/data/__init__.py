@@ -1,0 +1,1 @@
+"""Neutral prompts and texts that a verification runs where it is given none."""

@@ -1,0 +1,73 @@
+"""How much every writer adds along the edited directions, before and after the bake.
+
+For an edit x ↦ x + L(Rx) + b the rows of R are what it reads of an activation. A writer leaks when
+its write still has a component there: |Rᵀ·write|, R made orthonormal, as the rms over all tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import AffineMap
+from bake.edits import Edit
+from bake.families import Layout
+from bake.verify.observe import Writer, writers_of
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """What one writer adds along the directions that one concept's edits read."""
+
+    concept: str
+    writer: str
+    layer: int | None
+    before: float
+    """rms over tokens of |Rᵀ·write| in the base model."""
+    after: float
+    """The same in the baked model."""
+
+
+def leaks(
+    layout: Layout, edits: Sequence[Edit], before: Sequence[Tensor], after: Sequence[Tensor]
+) -> tuple[Leak, ...]:
+    """Return the leak of every writer that an edit stands behind.
+
+    Args:
+        layout: of the base model; the writers of the baked one are the same.
+        edits: those of the plan.
+        before: what each writer adds in the base model, [tokens, width].
+        after: the same in the baked model.
+    """
+    found = []
+    for index, writer in enumerate(writers_of(layout)):
+        for concept, basis in _bases(edits, writer, layout.hidden).items():
+            sizes = (_along(basis, writes[index]) for writes in (before, after))
+            found.append(Leak(concept, writer.name, writer.layer, *sizes))
+    return tuple(found)
+
+
+def _bases(edits: Sequence[Edit], writer: Writer, hidden: int) -> Mapping[str, Tensor]:
+    """Return per concept an orthonormal basis, [k, hidden], of what edits read of this writer."""
+    rows: dict[str, list[Tensor]] = {}
+    for edit in edits:
+        if not isinstance(edit.map, AffineMap) or edit.map.width != hidden:
+            continue
+        if not set(edit.sites) & set(writer.sites):
+            continue
+        right = edit.map.delta_factors()[1]
+        if 0 < right.shape[0] < hidden:  # a map that reads every direction singles none out
+            rows.setdefault(edit.concept, []).append(right)
+    return {concept: _orthonormal(torch.cat(found)) for concept, found in rows.items()}
+
+
+def _orthonormal(rows: Float[Tensor, "n d"]) -> Float[Tensor, "k d"]:
+    _, singular, vh = torch.linalg.svd(rows, full_matrices=False)
+    basis: Tensor = vh[singular > singular[0] * 1e-10]
+    return basis
+
+
+def _along(basis: Tensor, writes: Tensor) -> float:
+    return float((writes.to(torch.float64) @ basis.T).square().sum(-1).mean().sqrt())

@@ -1,0 +1,199 @@
+"""Load a model for a comparison: whole, as any user loads it, or one block at a time.
+
+A streamed model is the same class from transformers with its parameters on the meta device. Each
+part reads its tensors when it is called and lets go of them when it returns, so that memory holds
+one block, whatever the size of the model; everything between the blocks (masks, rotary positions,
+the sum of the branches) is transformers' own code.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bake.checkpoints import Checkpoint
+from bake.errors import InputError
+from bake.families import Layout, find_family, read_family, resolve
+from bake.verify.units import Read, Unit, drop_unit, load_unit, units_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Softcapped attention exists in eager mode only, and grouped expert kernels take no float64.
+LOADING = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A model that can be run, with the checkpoint that it was loaded from."""
+
+    model: "PreTrainedModel"
+    layout: Layout
+    checkpoint: Checkpoint
+    streamed: bool
+    overrides: dict[str, Tensor]
+    """Tensors that stand in for the checkpoint's own, by name."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its tokens; a streamed one holds no parameter that says so."""
+        found: torch.device = torch.device("cpu") if self.streamed else self.model.device
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor of the checkpoint, or what stands in for it."""
+        found = self.overrides.get(name)
+        return self.checkpoint.read(name) if found is None else found
+
+    @contextmanager
+    def replaced(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Run with other values in some tensors inside the context."""
+        affected = [
+            unit for unit in units_of(self.layout) if not tensors.keys().isdisjoint(unit.tensors)
+        ]
+        self.overrides = dict(tensors)
+        try:
+            self._reload(affected)
+            yield
+        finally:
+            self.overrides = {}
+            self._reload(affected)
+
+    def _reload(self, units: list[Unit]) -> None:
+        if not self.streamed:  # a streamed part is read when it is called
+            for unit in units:
+                load_unit(self.model, unit, self.read)
+
+
+def layout_of(checkpoint: Checkpoint, family: Path | None = None) -> Layout:
+    """Return the layout of a checkpoint, from its config and headers.
+
+    Args:
+        checkpoint: the base or the baked one.
+        family: a table of the user's own; it is used where it is for the checkpoint's class, so
+            that a model which was declared as another class gets that class's table.
+    """
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
+    table = None if family is None else read_family(family)
+    classes = checkpoint.config.get("architectures") or ()
+    if table is None or (table.architectures and not set(classes) & set(table.architectures)):
+        table = find_family(checkpoint.config)
+    return resolve(table, checkpoint.config, shapes, dtypes)
+
+
+def load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    family: Path | None = None,
+    streamed: bool = False,
+    device_map: str | None = None,
+) -> Live:
+    """Return the model of a checkpoint, in eval mode.
+
+    Args:
+        checkpoint: with its weights at hand.
+        dtype: of weights and arithmetic.
+        family: a table of the user's own.
+        streamed: hold one part in memory at a time.
+        device_map: as ``from_pretrained`` takes it; None for the processor.
+
+    Raises:
+        InputError: a tensor that the class does not expect, or lacks.
+    """
+    if streamed:
+        layout = layout_of(checkpoint, family)
+        live = Live(_on_meta(checkpoint, dtype), layout, checkpoint, True, {})
+        _stream(live)
+        return live
+    model = _whole(checkpoint, dtype, device_map)
+    return Live(model, layout_of(checkpoint, family), checkpoint, False, {})
+
+
+def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        **LOADING,
+        **placed,
+    )
+    wrong = {key: sorted(names) for key, names in info.items() if names}
+    if wrong:
+        raise InputError(
+            f"transformers loads this checkpoint with {wrong}",
+            where=str(checkpoint.path),
+            why="a tensor that the class does not expect, or lacks, changes the model in silence",
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
+    """Return the model with no parameter in memory, and its computed buffers as loading makes them.
+
+    Mirrors transformers modeling_utils.py: ``_move_missing_keys_from_meta_to_device`` and
+    ``_initialize_missing_keys``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **LOADING)
+    for name, buffer in list(model.named_buffers()):
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._buffers[key] = torch.empty_like(buffer, device="cpu")
+        model._init_weights(module)
+    return model.eval()
+
+
+def _stream(live: Live) -> None:
+    """Set the hooks that load each part before it runs and drop it after."""
+    units = units_of(live.layout)
+    _check_closed(live, units)
+    for unit in units:
+        module = live.model.get_submodule(unit.module)
+        module.register_forward_pre_hook(_loader(live, unit))
+        module.register_forward_hook(_dropper(live, unit))
+
+
+def _check_closed(live: Live, units: tuple[Unit, ...]) -> None:
+    """Require that every parameter lies in a part, so that none is used without its values."""
+    inside = {unit.module for unit in units}
+    for name, _ in live.model.named_parameters():
+        if not any(name.startswith(f"{path}.") for path in inside):
+            raise InputError(
+                f"the parameter {name} lies in no part of the model that bake streams",
+                where=live.layout.family.name,
+                fix="verify on a machine that holds the whole model",
+            )
+
+
+def _loader(live: Live, unit: Unit) -> Any:
+    read: Read = live.read
+
+    def hook(module: nn.Module, args: Any) -> None:
+        load_unit(live.model, unit, read)
+
+    return hook
+
+
+def _dropper(live: Live, unit: Unit) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        drop_unit(live.model, unit)
+
+    return hook

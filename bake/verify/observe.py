@@ -1,0 +1,168 @@
+"""What is read off a model while it runs: the residual stream, and what each writer adds to it.
+
+The hooks of an observation are set after those of the edits, so that they see what the edits left.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bake.families import Branch, Layout
+from bake.sites import Site, SiteKind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Writer:
+    """One thing that writes to the residual stream: the embedding, or a branch of a block."""
+
+    name: str
+    """``embed``, or the branch: ``attn``, ``mlp``."""
+    layer: int | None
+    sites: tuple[Site, ...]
+    """Where an edit of what it writes stands: at the stream point after it, or at its output."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """Activations of one run, one row a token: lists of batches until ``close``."""
+
+    streams: dict[Site, list[Tensor]] = field(default_factory=dict)
+    """At the input of every block and at the output of the last, and at points asked for."""
+    writes: list[list[Tensor]] = field(default_factory=list)
+    """Per writer, in the order of ``writers``, after the gain of its branch."""
+
+
+def writers_of(layout: Layout) -> tuple[Writer, ...]:
+    """Return everything that writes to the stream, in forward order."""
+    first = layout.points[0]
+    branches = (
+        Writer(b.name, b.layer, (*layout.points[b.target], b.output_site)) for b in layout.branches
+    )
+    return (Writer("embed", None, (Site(SiteKind.EMBED), *first)), *branches)
+
+
+def block_sites(layout: Layout) -> tuple[Site, ...]:
+    """Return the input of every block and the output of the last one."""
+    inputs = (Site(SiteKind.RESID_PRE, layer) for layer in range(layout.layers))
+    return (*inputs, Site(SiteKind.RESID_POST, layout.layers - 1))
+
+
+@contextmanager
+def observed(
+    model: "PreTrainedModel",
+    layout: Layout,
+    keep: Float[Tensor, " tokens"] | Tensor,
+    record: Observed,
+    *,
+    sites: Sequence[Site] = (),
+    writes: bool = False,
+) -> Iterator[None]:
+    """Record activations of the tokens that ``keep`` names, in the run's dtype, on the processor.
+
+    Args:
+        model: the live model, with the hooks of its edits set.
+        layout: its layout.
+        keep: [batch, length], true where a token is none of padding.
+        record: what the activations are added to.
+        sites: stream sites to record: ``resid_pre``, ``resid_mid`` or ``resid_post``.
+        writes: whether to record what every writer adds.
+    """
+    hooks = _Recorder(model, layout, keep, record)
+    for site in sites:
+        hooks.add_site(site)
+    if writes:
+        hooks.add_writes()
+    try:
+        yield
+    finally:
+        for handle in hooks.handles:
+            handle.remove()
+
+
+class _Recorder:
+    """Sets the hooks of one observation."""
+
+    def __init__(
+        self, model: "PreTrainedModel", layout: Layout, keep: Tensor, record: Observed
+    ) -> None:
+        self.model, self.layout, self.keep, self.record = model, layout, keep, record
+        self.handles: list[Any] = []
+        self.branches = {branch.output_site: branch for branch in layout.branches}
+
+    def add_site(self, site: Site) -> None:
+        into = self.record.streams.setdefault(site, [])
+        block = self._module(self.layout.block_live.replace("{layer}", str(site.layer)))
+        if site.kind is SiteKind.RESID_PRE:
+            self._before(block, lambda x: into.append(self._rows(x)))
+        elif site.kind is SiteKind.RESID_POST and site.layer == self.layout.layers - 1:
+            self._after(block, lambda x: into.append(self._rows(x)))
+        elif site.kind is SiteKind.RESID_POST:
+            # What the next block reads: edits at either name of this point have acted.
+            assert site.layer is not None
+            path = self.layout.block_live.replace("{layer}", str(site.layer + 1))
+            self._before(self._module(path), lambda x: into.append(self._rows(x)))
+        else:
+            self._add_middle(site, block, into)
+
+    def _add_middle(self, site: Site, block: nn.Module, into: list[Tensor]) -> None:
+        """The sum of the block's input and the write of the branch that completes it."""
+        branch = next(b for b in self.layout.branches if site in self.layout.points[b.target])
+        held: list[Tensor] = []
+        self._before(block, lambda x: held.append(self._rows(x)))
+        self._after(
+            self._module(_last(branch)),
+            lambda write: into.append(held.pop() + branch.gain * self._rows(write)),
+        )
+
+    def add_writes(self) -> None:
+        writers = writers_of(self.layout)
+        if not self.record.writes:
+            self.record.writes.extend([] for _ in writers)
+        lists = self.record.writes
+        first = self._module(self.layout.block_live.replace("{layer}", "0"))
+        self._before(first, lambda x: lists[0].append(self._rows(x)))
+        for branch, into in zip(self.layout.branches, lists[1:], strict=True):
+            self._after(self._module(_last(branch)), _scaled(self._rows, branch.gain, into))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x[self.keep.to(x.device)].detach().to("cpu")
+
+    def _module(self, path: str) -> nn.Module:
+        found: nn.Module = self.model.get_submodule(path)
+        return found
+
+    def _before(self, module: nn.Module, see: Any) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            see(args[0] if args else kwargs["hidden_states"])
+
+        self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, see: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            see(output[0] if isinstance(output, tuple) else output)
+
+        self.handles.append(module.register_forward_hook(hook))
+
+
+def _last(branch: Branch) -> str:
+    return branch.live if branch.norm_out is None else branch.norm_out.live
+
+
+def _scaled(rows: Any, gain: float, into: list[Tensor]) -> Any:
+    def see(write: Tensor) -> None:
+        into.append(gain * rows(write))
+
+    return see
+
+
+def joined(batches: Sequence[Tensor]) -> Tensor:
+    """Return the batches of one activation as one matrix, [tokens, width]."""
+    return torch.cat(list(batches))

@@ -1,0 +1,154 @@
+"""The report in pictures. Needs matplotlib, the extra ``plots``.
+
+Four plots: how far the residual stream of the baked model lies from the hooked one at every layer,
+beside floor and effect; what every writer leaks along the edited directions; the divergence of
+every token; and the logits themselves, hooked against baked.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from bake.errors import UsageError
+from bake.verify.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#2f6db5", "#d9772b", "#8a8a8a"
+SMALLEST = 1e-18
+"""What is drawn for zero on a logarithmic axis."""
+
+
+def titles(report: Report) -> tuple[str, ...]:
+    """Return the titles of the plots that a report has the numbers for."""
+    return tuple(title for title, (_, has) in _PLOTS.items() if has(report))
+
+
+def draw(report: Report, title: str, form: str = "png") -> bytes:
+    """Return one plot as the bytes of an image.
+
+    Args:
+        report: what was measured.
+        title: one of ``titles(report)``.
+        form: ``png`` or ``svg``.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "plots need matplotlib, which is not installed",
+            fix="install bake-directions[plots], or leave the plots out with --no-plots",
+        ) from error
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    _PLOTS[title][0](report, figure)
+    buffer = io.BytesIO()
+    # Without a date and with fixed identifiers, one report gives one picture.
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "bake", "svg.fonttype": "none"}):
+        metadata: dict[str, Any] = {"Date": None} if form == "svg" else {"Software": None}
+        figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _layers(report: Report, figure: "Figure") -> None:
+    axes = figure.subplots()
+    sites = report.layers["sites"]
+    colours = {"effect": ORANGE, "float64": BLUE}
+    for name, values in report.layers.items():
+        if name == "sites":
+            continue
+        floor = name.startswith("floor")
+        label = {"effect": "effect: hooked − base"}.get(name, f"baked − hooked, {name}")
+        axes.plot(
+            range(len(sites)),
+            [max(value, SMALLEST) for value in values],
+            color=GREY if floor else colours.get(name, "#4f9d69"),
+            linestyle="--" if floor else "-",
+            marker="o",
+            markersize=3,
+            label=f"noise {name}" if floor else label,
+        )
+    axes.set_yscale("log")
+    _name_sites(axes, sites)
+    axes.set_ylabel("‖Δ stream‖ / ‖stream‖")
+    axes.legend(fontsize=8)
+    _clean(axes)
+
+
+def _name_sites(axes: "Axes", sites: list[str]) -> None:
+    step = max(1, len(sites) // 12)
+    ticks = list(range(0, len(sites), step))
+    axes.set_xticks(ticks, [sites[tick] for tick in ticks], rotation=35, ha="right", fontsize=8)
+
+
+def _leaks(report: Report, figure: "Figure") -> None:
+    import numpy as np
+
+    axes = figure.subplots(1, 2, sharey=True)
+    writers = list(dict.fromkeys(str(leak["writer"]) for leak in report.leaks))
+    layers = sorted({leak["layer"] or 0 for leak in report.leaks})
+    largest = max(float(leak["before"]) for leak in report.leaks)
+    for axis, when in zip(axes, ("before", "after"), strict=True):
+        grid = np.full((len(layers), len(writers)), np.nan)
+        for leak in report.leaks:
+            row, column = layers.index(leak["layer"] or 0), writers.index(str(leak["writer"]))
+            # Several concepts share a cell: the largest is what leaks.
+            grid[row, column] = np.nanmax([grid[row, column], float(leak[when]) / largest])
+        shown = np.log10(np.maximum(grid, SMALLEST), where=~np.isnan(grid), out=grid)
+        image = axis.imshow(shown, aspect="auto", cmap="magma", vmin=-17, vmax=0)
+        axis.set_xticks(range(len(writers)), writers, fontsize=8)
+        axis.set_title(when, fontsize=10)
+        axis.set_xlabel("writer")
+    step = max(1, len(layers) // 12)
+    axes[0].set_yticks(range(0, len(layers), step), [str(x) for x in layers[::step]], fontsize=8)
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="log₁₀ |rᵀ·write|, of the largest before")
+
+
+def _kl(report: Report, figure: "Figure") -> None:
+    import numpy as np
+
+    axes = figure.subplots()
+    values = np.log10(np.maximum(np.asarray(report.kl), SMALLEST))
+    axes.hist(values, bins=40, color=BLUE)
+    axes.set_xlabel("log₁₀ KL(hooked ‖ baked) of a token, in nats")
+    axes.set_ylabel("tokens")
+    _clean(axes)
+
+
+def _logits(report: Report, figure: "Figure") -> None:
+    axes = figure.subplots()
+    hooked, baked = zip(*report.points, strict=True)
+    low, high = min(*hooked, *baked), max(*hooked, *baked)
+    axes.plot([low, high], [low, high], color=GREY, linewidth=0.8)
+    axes.scatter(hooked, baked, s=4, color=BLUE, alpha=0.5, linewidths=0)
+    axes.set_xlabel("logit of the hooked model")
+    axes.set_ylabel("logit of the baked model")
+    axes.set_aspect("equal")
+    _clean(axes)
+
+
+def _clean(axes: "Axes") -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+_Draw = Callable[[Report, "Figure"], None]
+_PLOTS: Mapping[str, tuple[_Draw, Callable[[Report], bool]]] = {
+    "Residual stream by layer": (_layers, lambda report: bool(report.layers)),
+    "Leak per writer": (
+        _leaks,
+        lambda report: any(leak["before"] for leak in report.leaks),
+    ),
+    "Divergence per token": (_kl, lambda report: bool(report.kl)),
+    "Hooked against baked logits": (_logits, lambda report: bool(report.points)),
+}

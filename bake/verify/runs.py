@@ -1,0 +1,136 @@
+"""Run a model over the prompts: logits of every token, and what was asked to be observed."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.edits import Edit
+from bake.sites import Site, parse_site
+from bake.steer import steered
+from bake.verify.models import Live
+from bake.verify.observe import Observed, joined, observed
+from bake.verify.precision import double_precision
+
+BATCH_TOKENS = 4096
+"""Tokens in one forward pass, padding included: what bounds the memory of the logits."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Prompts of like length, padded on the right: attention is causal, so no token sees it."""
+
+    tokens: Tensor
+    """[rows, length]"""
+    lengths: tuple[int, ...]
+
+    @property
+    def keep(self) -> Tensor:
+        """[rows, length], true where a token is none of padding."""
+        return torch.arange(self.tokens.shape[1]) < torch.tensor(self.lengths).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """What one run left, rows in the order of the batches' tokens."""
+
+    logits: Float[Tensor, "tokens vocab"]
+    """In the dtype of the run."""
+    streams: dict[Site, Tensor]
+    writes: tuple[Tensor, ...]
+    seconds: float
+    """Spent in the model's own forward passes."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the trace as named tensors."""
+        streams = {f"stream {site}": value for site, value in self.streams.items()}
+        writes = {f"write {index}": value for index, value in enumerate(self.writes)}
+        return {"logits": self.logits, **streams, **writes}
+
+
+def trace_of(tensors: Mapping[str, Tensor], seconds: float) -> Trace:
+    """Return the trace that ``Trace.tensors`` named."""
+    streams = {
+        parse_site(name.removeprefix("stream ")): value
+        for name, value in tensors.items()
+        if name.startswith("stream ")
+    }
+    count = sum(name.startswith("write ") for name in tensors)
+    writes = tuple(tensors[f"write {index}"] for index in range(count))
+    return Trace(tensors["logits"], streams, writes, seconds)
+
+
+def batches_of(prompts: Sequence[Sequence[int]], limit: int = BATCH_TOKENS) -> tuple[Batch, ...]:
+    """Return the prompts in order, as few batches as the limit allows."""
+    groups: list[list[Sequence[int]]] = []
+    for prompt in prompts:
+        trial = [*groups[-1], prompt] if groups else [prompt]
+        if groups and len(trial) * max(map(len, trial)) <= limit:
+            groups[-1] = trial
+        else:
+            groups.append([prompt])
+    return tuple(_batch(group) for group in groups)
+
+
+def halves(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """Return the same rows in other batches: each split in two, or doubled where it is one row."""
+    made: list[Batch] = []
+    for batch in batches:
+        rows = batch.tokens.shape[0]
+        if rows == 1:
+            made.append(Batch(batch.tokens.repeat(2, 1), (batch.lengths[0], 0)))
+        else:
+            for part in (slice(0, rows // 2), slice(rows // 2, rows)):
+                made.append(Batch(batch.tokens[part], batch.lengths[part]))
+    return tuple(made)
+
+
+def _batch(prompts: Sequence[Sequence[int]]) -> Batch:
+    lengths = tuple(len(prompt) for prompt in prompts)
+    longest = max(lengths)
+    # A prompt's own last token pads it: a model may warn of its padding token among the inputs.
+    rows = [[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]
+    return Batch(torch.tensor(rows), lengths)
+
+
+def run(
+    live: Live,
+    batches: Sequence[Batch],
+    edits: Sequence[Edit] = (),
+    *,
+    sites: Sequence[Site] = (),
+    writes: bool = False,
+) -> Trace:
+    """Return the logits of every token, under the edits as hooks.
+
+    Args:
+        live: the model.
+        batches: the prompts.
+        edits: what to steer with; none for the model as it is.
+        sites: stream sites to record.
+        writes: whether to record what every writer adds to the stream.
+    """
+    record, logits, seconds = Observed(), [], 0.0
+    dtype = live.model.dtype
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if dtype == torch.float64:
+            stack.enter_context(double_precision())
+        if edits:
+            stack.enter_context(steered(live.model, live.layout, edits))
+        for batch in batches:
+            with observed(live.model, live.layout, batch.keep, record, sites=sites, writes=writes):
+                start = perf_counter()
+                tokens = batch.tokens.to(live.device)
+                result = live.model(tokens, use_cache=False).logits
+                seconds += perf_counter() - start
+            logits.append(result[batch.keep.to(result.device)].to("cpu"))
+            del result
+    streams = {site: joined(parts) for site, parts in record.streams.items()}
+    return Trace(
+        torch.cat(logits), streams, tuple(joined(parts) for parts in record.writes), seconds
+    )

@@ -1,0 +1,46 @@
+"""Ask transformers, or PEFT over it: a fresh process that loads what a user would load."""
+
+from pathlib import Path
+
+from bake.errors import CheckpointError
+from bake.verify.runtimes._exchange import serve
+from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
+
+NAME, ADAPTED = "transformers", "PEFT"
+
+
+def run(
+    request: RuntimeRequest,
+    python: Path,
+    *,
+    adapter: Path | None = None,
+    timeout: float = 3600.0,
+) -> RuntimeResult:
+    """Return transformers' log-probabilities and greedy tokens for a checkpoint folder.
+
+    Args:
+        request: what to compute.
+        python: the interpreter of the environment that transformers is installed in.
+        adapter: a folder with a PEFT adapter to put on the model.
+        timeout: seconds until the process is killed.
+
+    Raises:
+        CheckpointError: the model is no checkpoint folder.
+        RuntimeMissing: transformers is not installed there.
+        RuntimeFailed: it refused the model, crashed or took too long.
+    """
+    if not (request.model / "config.json").is_file():
+        raise CheckpointError(
+            "transformers reads a checkpoint folder", where=f"{request.model}/config.json"
+        )
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise CheckpointError("PEFT reads an adapter's folder", where=f"{adapter}")
+    return serve(
+        NAME if adapter is None else ADAPTED,
+        "_hf_worker.py",
+        request,
+        python,
+        timeout=timeout,
+        variables={},
+        extra={} if adapter is None else {"adapter": str(adapter.resolve())},
+    )

@@ -1,0 +1,219 @@
+"""An artifact to publish, and a process of its own to publish it with the real client.
+
+The client reads its settings when it is imported, so commands run in a worker process whose Hub is
+the server on this machine. The worker stays, because importing everything again takes seconds.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import base_at, edit, plan_of, vector
+from hub_server import HubServer
+
+from bake import edits as make
+from bake.outputs.checkpoint import export_checkpoint
+
+TOKEN = "hf_" + "T" * 34
+BASE = "meta/base"
+LICENCE = "apache-2.0"
+CARD = f"---\nlicense: {LICENCE}\nbase_model: {BASE}\n---\n# A baked model\n"
+
+
+def base_files(path: Path) -> dict[str, bytes]:
+    """Return the files of the base as its repository has them."""
+    files = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    return {**files, "README.md": f"---\nlicense: {LICENCE}\n---\n# Base\n".encode()}
+
+
+def commit_of(path: Path) -> str:
+    """Return the commit that the base has on every server: it depends on its files alone."""
+    return HubServer().add_repo(BASE, base_files(path), private=False)
+
+
+def make_artifact(base_path: Path, out: Path, at: Sequence[str] = ("attn_out.0",)) -> Path:
+    """Export an edit of a base that is on the Hub, with a card and a verification that passed."""
+    base = base_at(base_path)
+    plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), at)])
+    record = {
+        "recipe": {"title": "Test", "file": "r.toml", "digest": "sha256:" + "1" * 64, "text": ""},
+        "base": {
+            "model": BASE,
+            "revision": commit_of(base_path),
+            "digest": base.checkpoint.digest(),
+            "path": None,
+        },
+        "directions": {"mood": {"file": "mood.npy", "digest": "sha256:" + "2" * 64}},
+        "allow": [],
+        "target": ["transformers"],
+    }
+    export_checkpoint(plan, base.checkpoint, out, record=record)
+    (out / "README.md").write_text(CARD, encoding="utf-8")
+    write_verification(out)
+    return out
+
+
+def write_verification(out: Path, **changes: Any) -> None:
+    """Write a verification of the artifact's plan."""
+    record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
+    row = {"name": "baked − hooked", "value": 1e-12, "limit": 1e-9, "passed": True, "note": ""}
+    content = {"plan_digest": record["plan"]["digest"], "passed": True, "rows": [row], **changes}
+    (out / "verify.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def copy_of(artifact: Path, to: Path) -> Path:
+    """Return a copy of an artifact that a test may spoil."""
+    shutil.copytree(artifact, to)
+    return to
+
+
+def rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    made = change(content)
+    path.write_text(json.dumps(content if made is None else made), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.out)
+        return found
+
+    @property
+    def error(self) -> str:
+        """What went wrong and where, in one line."""
+        found = self.data["error"]
+        return " | ".join(str(found[key]) for key in ("what", "where", "why", "fix") if found[key])
+
+
+WORKER = """
+import json, os, sys, time, traceback
+from click.testing import CliRunner
+from bake.cli import main
+import bake.publish.push, huggingface_hub
+
+real = time.sleep
+time.sleep = lambda seconds: real(min(seconds, 0.02))
+
+def command(args):
+    result = CliRunner().invoke(main, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        text = "".join(traceback.format_exception(result.exception))
+        return {"code": -1, "out": result.stdout, "err": result.stderr + text}
+    return {"code": result.exit_code, "out": result.stdout, "err": result.stderr}
+
+for line in sys.stdin:
+    order = json.loads(line)
+    os.environ.update(order["env"])
+    if "download" in order:
+        path = huggingface_hub.snapshot_download(order["download"], revision=order["revision"])
+        answer = {"code": 0, "out": path, "err": huggingface_hub.__version__}
+    else:
+        answer = command(order["args"])
+    print("\\n" + json.dumps(answer), flush=True)
+"""
+
+
+def environment(hub: HubServer, home: Path, **extra: str) -> dict[str, str]:
+    """Return the environment of a process whose Hub is the server."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
+    return {
+        **clean,
+        "HF_ENDPOINT": hub.hub,
+        "HF_HOME": str(home),
+        "HF_TOKEN": TOKEN,
+        "HF_DEBUG": "1",
+        "HF_HUB_VERBOSITY": "debug",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+        "HF_XET_CLIENT_RETRY_BASE_DELAY": "20ms",
+        "HF_XET_CLIENT_RETRY_MAX_DURATION": "3s",
+        "RUST_LOG": "debug",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+        **extra,
+    }
+
+
+@dataclass
+class Worker:
+    """A process that runs bake's commands against one server."""
+
+    hub: HubServer
+    home: Path
+    extra: dict[str, str] = field(default_factory=dict)
+    process: "subprocess.Popen[str] | None" = None
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        return self.home / "stderr.log"
+
+    def start(self) -> None:
+        """Start the process; its imports run while the caller does something else."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error::ResourceWarning", "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            env=environment(self.hub, self.home, **self.extra),
+            text=True,
+        )
+
+    def stop(self) -> None:
+        if self.process is not None:
+            assert self.process.stdin is not None and self.process.stdout is not None
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait(30)
+
+    def order(self, **order: Any) -> Outcome:
+        if self.process is None:
+            self.start()
+        assert self.process is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        while (line := self.process.stdout.readline()) == "\n" or line[:1] not in ("{", ""):
+            pass
+        assert line, self.log.read_text()[-2000:]
+        self.said.append(line)
+        return Outcome(**json.loads(line))
+
+    def run(self, *args: object, **env: str) -> Outcome:
+        """Run a command of bake, with ``--json``."""
+        env = {"HF_TOKEN": TOKEN, **env}
+        done = self.order(args=[*map(str, args), "--json"], env=env)
+        assert done.code >= 0, done.err
+        return done
+
+    def push(self, out: Path, repo: str, *args: object, **env: str) -> Outcome:
+        """Run ``bake push``."""
+        return self.run("push", out, repo, *args, **env)
+
+    def download(self, repo: str, revision: str = "main") -> Path:
+        """Download a repository as anybody would."""
+        return Path(self.order(download=repo, revision=revision, env={"HF_TOKEN": TOKEN}).out)
+
+    def traces(self) -> str:
+        """Return everything that the process has written, anywhere but to the server."""
+        files = [path for path in self.home.rglob("*") if path.is_file()]
+        texts = [path.read_bytes().decode("latin-1") for path in files]
+        return "\n".join([*texts, *self.said])

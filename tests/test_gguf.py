@@ -1,0 +1,665 @@
+"""Edited GGUF files equal the converted baked checkpoint, and all else in them is untouched."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_files
+import harness
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from bake import __version__
+from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, translation
+from bake.checkpoints.ggml import VARIABLE, load_ggml
+from bake.checkpoints.gguf_codec import FEEDBACK, decode, encode, encode_with_feedback
+from bake.checkpoints.gguf_file import open_gguf
+from bake.checkpoints.gguf_types import BY_NAME, TYPES
+from bake.edits import Edit, WeightUpdate
+from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
+from bake.families import find_family, resolve
+from bake.families.gguf import gguf_places
+from bake.outputs.artifact import Artifact
+from bake.outputs.gguf import export_gguf
+from bake.outputs.gguf_convert import convert_checkpoint
+from bake.outputs.modelfile import modelfile
+from bake.plan import Plan
+from bake.sites import Site, SiteKind
+
+EPSILON = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # half a unit in the last place
+Tiny = Callable[..., Path]
+
+
+def ablation(width: int, seed: int = 1) -> LowRankMap:
+    unit = harness.vector(width, seed)
+    unit = unit / unit.norm()
+    return LowRankMap(-unit[:, None], unit[None], torch.zeros(width, dtype=torch.float64))
+
+
+def affine(width: int) -> AffineMap:
+    map_ = ablation(width)
+    return map_.with_bias(0.7 * map_.right[0])
+
+
+def site_width(base: harness.Base, kind: SiteKind) -> int:
+    return base.layout.width(Site(kind, 1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One edit, and whether it applies to a family."""
+
+    kind: str
+    at: str | Sequence[str]
+    make: Callable[[harness.Base], AffineMap | WeightUpdate]
+
+
+CASES = {
+    "ablate the stream": Case("ablate", "resid", lambda b: ablation(b.layout.hidden)),
+    "affine stream": Case("affine", "resid", lambda b: affine(b.layout.hidden)),
+    "affine outputs": Case(
+        "affine", ["attn_out.*", "mlp_out.1"], lambda b: affine(b.layout.hidden)
+    ),
+    "ablate outputs": Case(
+        "ablate", ["attn_out.*", "mlp_out.*"], lambda b: ablation(b.layout.hidden)
+    ),
+    "offset in the middle": Case(
+        "offset", "resid_post.1", lambda b: translation(harness.vector(b.layout.hidden))
+    ),
+    "turn the stream": Case(
+        "rotate",
+        "resid_post.1",
+        lambda b: DenseMap(harness.orthogonal(b.layout.hidden), _zero(b.layout.hidden)),
+    ),
+    "norm output": Case(
+        "linear",
+        "ln1_out.1",
+        lambda b: DenseMap(harness.matrix(b.layout.hidden), harness.vector(b.layout.hidden)),
+    ),
+    "norm gain": Case(
+        "scale",
+        "ln2_out.*",
+        lambda b: DiagonalMap(harness.vector(b.layout.hidden), _zero(b.layout.hidden)),
+    ),
+    "last norm": Case(
+        "linear",
+        "ln_final_out",
+        lambda b: DenseMap(harness.matrix(b.layout.hidden), _zero(b.layout.hidden)),
+    ),
+    "queries": Case("linear", "q.*", lambda b: DenseMap(*_map(site_width(b, SiteKind.Q)))),
+    "keys, one head": Case("ablate", "k.1", lambda b: ablation(site_width(b, SiteKind.K))),
+    "values": Case("ablate", "v.*", lambda b: ablation(site_width(b, SiteKind.V))),
+    "heads": Case("ablate", "z.*", lambda b: ablation(site_width(b, SiteKind.Z))),
+    "neurons": Case(
+        "linear", "mlp_act.1", lambda b: DenseMap(*_map(site_width(b, SiteKind.MLP_ACT)))
+    ),
+    "key update": Case(
+        "update",
+        "k.1",
+        lambda b: WeightUpdate(
+            harness.matrix(site_width(b, SiteKind.K))[:, :2], harness.matrix(b.layout.hidden)[:2]
+        ),
+    ),
+}
+
+
+def _zero(width: int) -> Tensor:
+    return torch.zeros(width, dtype=torch.float64)
+
+
+def _map(width: int) -> tuple[Tensor, Tensor]:
+    return harness.matrix(width), _zero(width)
+
+
+def edits_of(base: harness.Base, case: Case) -> list[Edit]:
+    return [harness.edit(base, case.kind, case.make(base), case.at)]
+
+
+def export(base: harness.Base, plan: Plan, file: Path, out: Path, **options: Any) -> Artifact:
+    return export_gguf(plan, base.checkpoint, file, out, record={"title": "test"}, **options)
+
+
+# --- the same function as the checkpoint route ---------------------------------------------------
+
+DISTINCT = ("llama", "gemma", "gpt2", "gpt_neox", "mixtral")
+PAIRS = [(family, name) for family in DISTINCT for name in CASES]
+PAIRS.remove(("mixtral", "neurons"))  # experts' neurons are no site
+PAIRS += [
+    (family, n) for family in tiny.FAMILIES if family not in DISTINCT for n in ("values", "queries")
+]
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_converting_and_editing_commute(
+    family: str, name: str, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    """The edited GGUF of the base holds the values of the converted baked checkpoint."""
+    path = tiny_checkpoint(family)
+    base = harness.base_at(path)
+    plan = harness.plan_of(base, edits_of(base, CASES[name]))
+    file = gguf_files.write(tmp_path / "base.gguf", path)
+    try:
+        baked = harness.bake(base, plan, tmp_path / "baked")
+    except InexactPlan as refusal:
+        with pytest.raises(InexactPlan) as same:
+            export(base, plan, file, tmp_path / "out")
+        assert str(same.value) == str(refusal)
+        return
+    if family == "gemma" and any(update.create for update in plan.tensors):
+        with pytest.raises(InexactPlan, match=r"loads no output head of its own here"):
+            export(base, plan, file, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    out = export(base, plan, file, tmp_path / "out").path
+    found = gguf_files.values(out / "base.gguf")
+    meant = {n: torch.from_numpy(v.copy()) for n, v in gguf_files.converted(baked)[1].items()}
+    before = gguf_files.values(file)
+    # Companion zeros are for a flag of config.json, which a GGUF file does not have.
+    assert all(not meant[n].any() for n in meant.keys() - found.keys())
+    assert found.keys() <= meant.keys()
+    # The base was rounded to float32, then the result; an edit here enlarges a row's error by less
+    # than the square root of its length, 40, and the maps' own size, 4.
+    for tensor in found:
+        bound = 32 * EPSILON["F32"] * float(meant[tensor].abs().max())
+        assert float((found[tensor] - meant[tensor]).abs().max()) <= bound, tensor
+    changed = [n for n in found if n not in before or not torch.equal(found[n], before[n])]
+    assert changed == [n for n in found if n in _written(out)]
+
+
+def _written(out: Path) -> set[str]:
+    record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
+    return {tensor["name"] for tensor in record["gguf"]["tensors"]}
+
+
+def test_pairs_are_mostly_exact(tiny_checkpoint: Tiny) -> None:
+    """The control of the test above: most of its pairs compare tensors, few compare refusals."""
+    exact = 0
+    for family, name in PAIRS:
+        base = harness.base_at(tiny_checkpoint(family))
+        plan = harness.plan_of(base, edits_of(base, CASES[name]))
+        exact += plan.exactness == "exact"
+    assert exact > 0.8 * len(PAIRS)
+
+
+def test_order_of_rows_matters(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """A file whose queries are not interleaved is refused, where it would be edited wrongly."""
+    path = tiny_checkpoint("llama")
+    base = harness.base_at(path)
+    plan = harness.plan_of(base, edits_of(base, CASES["queries"]))
+    plain = tiny.tensors_of(path)["model.layers.1.self_attn.q_proj.weight"].numpy()
+    file = gguf_files.write(tmp_path / "a.gguf", path, extra={"blk.1.attn_q.weight": plain})
+    with pytest.raises(CheckpointError, match=r"blk\.1\.attn_q\.weight does not resemble") as error:
+        export(base, plan, file, tmp_path / "out")
+    assert "orders the rows in another way" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- everything else is untouched ----------------------------------------------------------------
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole blocks of 32 values
+
+
+def wide(tiny_checkpoint: Tiny, family: str = "llama", **options: Any) -> harness.Base:
+    return harness.base_at(tiny_checkpoint(family, **{**WIDE, **options}))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
+def test_untouched_tensors_and_metadata_are_the_same_bytes(
+    kind: str, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["affine outputs"]))
+    mixed = {"blk.0.attn_output.weight": "Q8_0", "token_embd.weight": "F16"}
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, kind, kinds=mixed)
+    artifact = export(base, plan, file, tmp_path / "out")
+    before, after = gguf_files.stored(file), gguf_files.stored(artifact.path / "base.gguf")
+    written = _written(artifact.path)
+    assert [name for name in after if name in before] == list(before)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == written & before.keys()
+    assert {n for n in changed if n.endswith("weight")} == {
+        *(f"blk.{layer}.attn_output.weight" for layer in range(3)),
+        "blk.1.ffn_down.weight",
+    }
+    assert all(after[name][0] == before[name][0] for name in changed)  # each in its own type
+    keys = gguf_files.metadata(artifact.path / "base.gguf")
+    assert keys.pop("bake.version") == (["STRING"], __version__)
+    assert keys.pop("bake.plan_digest") == (["STRING"], plan.digest)
+    assert keys == gguf_files.metadata(file)
+    assert list(keys) == list(gguf_files.metadata(file))
+
+
+def test_created_biases_are_float32(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint, attention_bias=False, mlp_bias=False)
+    plan = harness.plan_of(base, edits_of(base, CASES["affine outputs"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q8_0")
+    out = export(base, plan, file, tmp_path / "out").path
+    created = {n: v for n, v in gguf_files.stored(out / "base.gguf").items() if n.endswith("bias")}
+    names = [f"blk.{layer}.attn_output.bias" for layer in range(3)]
+    assert created.keys() == {*names, "blk.1.ffn_down.bias"}
+    assert {kind for kind, _ in created.values()} == {"F32"}
+    constant = 0.7 * ablation(64).right[0]
+    for _, raw in created.values():
+        found = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+        assert torch.equal(found, constant.to(torch.float32))
+
+
+def test_tied_head_gets_a_tensor_of_its_own(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint, tied=True)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0")
+    out = export(base, plan, file, tmp_path / "out").path
+    before, after = gguf_files.stored(file), gguf_files.stored(out / "base.gguf")
+    assert "output.weight" not in before
+    assert after["output.weight"] == before["token_embd.weight"]  # the head is the old embedding
+    assert after["token_embd.weight"] != before["token_embd.weight"]
+    assert list(after)[-1] == "output.weight"
+
+
+def test_a_head_that_is_stored_twice_keeps_its_bytes(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint, tied=True)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    embed = tiny.tensors_of(base.path)["model.embed_tokens.weight"].numpy()
+    file = gguf_files.write(
+        tmp_path / "base.gguf",
+        base.path,
+        "Q4_0",
+        extra={"output.weight": embed},
+        kinds={"output.weight": "Q8_0"},
+    )
+    out = export(base, plan, file, tmp_path / "out").path
+    after = gguf_files.stored(out / "base.gguf")
+    assert after["output.weight"] == gguf_files.stored(file)["output.weight"]
+    assert list(after) == list(gguf_files.stored(file))
+
+
+# --- rounding ------------------------------------------------------------------------------------
+
+
+def test_edit_is_of_the_decoded_weights(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """In blocks, the result is what gguf-py makes of the decoded weights after the edit."""
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q8_0")
+    out = export(base, plan, file, tmp_path / "out").path
+    name = "blk.2.ffn_down.weight"
+    old, found = gguf_files.values(file)[name], gguf_files.values(out / "base.gguf")[name]
+    exact = ablation(64).linear(old.T).T
+    kind = gguf.GGMLQuantizationType.Q8_0
+    meant = gguf.quants.dequantize(gguf.quants.quantize(exact.numpy(), kind), kind)
+    # Both round the same numbers, up to a last place of float64, which moves a code by one at most.
+    difference = (found - torch.from_numpy(meant).to(torch.float64)).abs()
+    assert float((difference > 0).double().mean()) < 0.01
+    scale = float(exact.abs().max()) / 127
+    assert float(difference.max()) <= 1.01 * scale
+    assert float((found - old).abs().max()) > 10 * scale  # the effect
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FEEDBACK if kind != "F64"])
+def test_feedback_removes_what_nearest_leaves(
+    kind: str, tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, kind)
+    name = "blk.1.ffn_down.weight"
+    direction = ablation(64).right
+    before = float((direction @ gguf_files.values(file)[name]).norm())
+    leaks = {}
+    for rounding in ("nearest", "feedback"):
+        out = export(base, plan, file, tmp_path / rounding, rounding=rounding).path
+        found = gguf_files.values(out / "base.gguf")[name]
+        leaks[rounding] = float((direction @ found).norm()) / before
+        record = json.loads((out / "bake.json").read_text(encoding="utf-8"))["gguf"]["tensors"]
+        (row,) = (row for row in record if row["name"] == name)
+        assert row["leak"] == pytest.approx(leaks[rounding], rel=1e-6)  # what the record says is so
+        assert row["rounding"] == rounding
+        assert (row["type"], row["base_type"]) == (kind, kind)
+    assert leaks["feedback"] < leaks["nearest"] / 20
+
+
+def test_types_without_feedback_are_rounded_to_nearest_and_say_so(
+    tiny_checkpoint: Tiny, tmp_path: Path
+) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q5_1")
+    fed = export(base, plan, file, tmp_path / "a", rounding="feedback").path
+    plain = export(base, plan, file, tmp_path / "b").path
+    assert gguf_files.stored(fed / "base.gguf") == gguf_files.stored(plain / "base.gguf")
+    record = json.loads((fed / "bake.json").read_text(encoding="utf-8"))
+    assert {row["rounding"] for row in record["gguf"]["tensors"] if "rounding" in row} == {
+        "nearest"
+    }
+
+
+def test_edited_tensors_in_another_type(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
+    kinds = {"blk.0.attn_output.weight": "F16"}
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0", kinds=kinds)
+    out = export(base, plan, file, tmp_path / "out", edited_type="Q8_0").path
+    before, after = gguf_files.stored(file), gguf_files.stored(out / "base.gguf")
+    assert after["blk.1.ffn_down.weight"][0] == "Q8_0"
+    assert after["blk.0.attn_output.weight"][0] == "F16"  # not in blocks: it keeps its precision
+    untouched = before.keys() - _written(out)
+    assert len(untouched) > 20
+    assert all(after[name] == before[name] for name in untouched)
+    with pytest.raises(UsageError, match="there is no GGUF tensor type 'Q9'"):
+        export(base, plan, file, tmp_path / "c", edited_type="Q9")
+    with pytest.raises(UsageError, match="rounding is 'up'"):
+        export(base, plan, file, tmp_path / "c", rounding="up")
+
+
+def test_type_that_nothing_encodes(
+    tiny_checkpoint: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr("bake.checkpoints.ggml.PACKAGES", ())
+    base = wide(tiny_checkpoint, hidden_size=256, intermediate_size=256, head_dim=64)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
+    name = "blk.1.ffn_down.weight"
+    # One block of Q4_K per row with the scales 1/512 and minimum 0: gguf-py can only decode it.
+    weights = tiny.tensors_of(base.path)["model.layers.1.mlp.down_proj.weight"]
+    raw = q4_k(weights.to(torch.float64))
+    kinds = {name: "Q4_K"}
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, kinds=kinds, raw={name: raw})
+    with pytest.raises(UsageError, match="stored as Q4_K, which gguf-py decodes but") as error:
+        export(base, plan, file, tmp_path / "out")
+    assert "install llama-cpp-python or xllamacpp" in str(error.value)
+    assert 'choose edited_type = "Q8_0"' in str(error.value)
+    assert not (tmp_path / "out").exists()
+    out = export(base, plan, file, tmp_path / "out", edited_type="Q8_0").path
+    assert gguf_files.stored(out / "base.gguf")[name][0] == "Q8_0"
+    monkeypatch.setenv(VARIABLE, str(file))
+    with pytest.raises(InputError, match="is no ggml library"):
+        export(base, plan, file, tmp_path / "other")
+
+
+def q4_k(values: Tensor) -> np.ndarray[Any, Any]:
+    """Encode rows of 256 values as Q4_K with one scale and one minimum for a whole row."""
+    low = values.amin(dim=1, keepdim=True)
+    scale = (values.amax(dim=1, keepdim=True) - low) / 15
+    codes = ((values - low) / scale).round().to(torch.uint8).numpy()
+    half = np.concatenate([scale.numpy(), -low.numpy()], axis=1).astype(np.float16)
+    # Eight six-bit scales and minima of 1: four bytes of each, then 1 | 1 << 4 for the last four.
+    ones = np.array([1] * 8 + [0x11] * 4, dtype=np.uint8)
+    pairs = codes.reshape(-1, 4, 2, 32)
+    nibbles = pairs[:, :, 0] | (pairs[:, :, 1] << 4)
+    rows = values.shape[0]
+    return np.concatenate(
+        [half.view(np.uint8), np.tile(ones, (rows, 1)), nibbles.reshape(rows, 128)], axis=1
+    )
+
+
+def test_values_that_overflow_leave_nothing(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    huge = DiagonalMap(torch.full((64,), 1e9, dtype=torch.float64), _zero(64))
+    plan = harness.plan_of(base, [harness.edit(base, "scale", huge, "mlp_out.1")])
+    for kind in ("F16", "Q8_0"):
+        file = gguf_files.write(tmp_path / f"{kind}.gguf", base.path, kind)
+        with pytest.raises(
+            InputError, match=r"the edited tensor blk\.1\.ffn_down\.weight does not"
+        ):
+            export(base, plan, file, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".out*"))
+
+
+# --- split models --------------------------------------------------------------------------------
+
+
+def test_split_model(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint, attention_bias=False, mlp_bias=False)
+    plan = harness.plan_of(base, edits_of(base, CASES["affine outputs"]))
+    whole = gguf_files.write(tmp_path / "whole.gguf", base.path, "Q8_0")
+    gguf_files.write(tmp_path / "m.gguf", base.path, "Q8_0", split_max_tensors=9)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(parts) > 2
+    single = export(base, plan, whole, tmp_path / "single").path
+    split = export(base, plan, parts[0], tmp_path / "split").path
+    assert sorted(p.name for p in split.glob("*.gguf")) == [p.name for p in parts]
+    found: dict[str, tuple[str, bytes]] = {}
+    for part in sorted(split.glob("*.gguf")):
+        found |= gguf_files.stored(part)
+    assert found == gguf_files.stored(single / "whole.gguf")
+    before = gguf_files.metadata(parts[0])
+    after = gguf_files.metadata(split / parts[0].name)
+    assert before.pop("split.tensors.count")[1] + 4 == after.pop("split.tensors.count")[1]
+    assert {k: v for k, v in after.items() if not k.startswith("bake.")} == before
+    last = gguf_files.metadata(split / parts[-1].name)
+    assert last["split.tensors.count"][1] == len(found)
+    assert not any(key.startswith("bake.") for key in last)
+    # Ollama reads no split model, so there is no Modelfile that would name one.
+    assert (single / "Modelfile").read_text() == "FROM ./whole.gguf\n"
+    assert not (split / "Modelfile").exists()
+
+
+def test_part_of_a_split_model(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    gguf_files.write(tmp_path / "m.gguf", base.path, split_max_tensors=20)
+    first, second, *rest = sorted(tmp_path.glob("m-*.gguf"))
+    assert len(open_gguf(first).parts) == 2 + len(rest)
+    with pytest.raises(UsageError, match="is part 1 of a split model"):
+        open_gguf(second)
+    second.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"m-00002-of-\d{5}\.gguf: does not exist"):
+        open_gguf(first)
+    renamed = first.rename(tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match="and its name does not say so"):
+        open_gguf(renamed)
+
+
+# --- the wrong file ------------------------------------------------------------------------------
+
+
+def test_file_of_another_model(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+
+    def refused(message: str, path: Path = base.path, **options: Any) -> str:
+        file = gguf_files.write(tmp_path / "base.gguf", path, **options)
+        with pytest.raises(CheckpointError, match=message) as error:
+            export(base, plan, file, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    refused("of the architecture 'qwen2'; llama is 'llama' there", arch="qwen2")
+    refused(r"lacks blk\.0\.attn_v\.weight", drop=("blk.0.attn_v.weight",))
+    strange = {"blk.0.ffn_gate_shexp.weight": np.ones((4, 32))}
+    refused("which stands for no tensor of the checkpoint", extra=strange)
+    other = wide(tiny_checkpoint, seed=7).path
+    assert "from other weights" in refused("differs from model.layers.0.input_layernorm", other)
+    longer = wide(tiny_checkpoint, vocab_size=60).path
+    refused(r"token_embd\.weight has the shape \[60, 64\] where", longer)
+    norm = gguf_files.converted(base.path)[1]["output_norm.weight"] * 1.01
+    refused("output_norm.weight differs", extra={"output_norm.weight": norm})
+    # The control: unchanged, the file is taken.
+    export(base, plan, gguf_files.write(tmp_path / "base.gguf", base.path), tmp_path / "out")
+
+
+def test_recast_plan_needs_the_recast_checkpoint(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Qwen2's architecture has no bias behind the writers; Mistral's is Llama's, which has."""
+    for family, message in (("qwen2", "is a GGUF of the architecture qwen2"), ("mistral", None)):
+        base = harness.base_at(tiny_checkpoint(family))
+        plan = harness.plan_of(base, edits_of(base, CASES["affine outputs"]), allow=["recast"])
+        assert plan.exactness == "exact"
+        file = gguf_files.write(tmp_path / f"{family}.gguf", base.path)
+        if message is None:
+            out = export(base, plan, file, tmp_path / "out").path
+            assert "blk.1.ffn_down.bias" in gguf_files.stored(out / f"{family}.gguf")
+            continue
+        with pytest.raises(InexactPlan, match=message) as error:
+            export(base, plan, file, tmp_path / "out")
+        assert "convert it with --llama-cpp" in str(error.value)
+
+
+def test_bias_that_llamacpp_refuses(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """Qwen3 in transformers takes a bias in o_proj, and llama.cpp does not."""
+    base = harness.base_at(tiny_checkpoint("qwen3", attention_bias=False))
+    offset = translation(harness.vector(base.layout.hidden))
+    plan = harness.plan_of(base, [harness.edit(base, "offset", offset, "attn_out.1")])
+    assert plan.exactness == "exact"
+    file = gguf_files.write(tmp_path / "base.gguf", base.path)
+    with pytest.raises(InexactPlan, match=r"no slot for model\.layers\.1\.self_attn\.o_proj\.bias"):
+        export(base, plan, file, tmp_path / "out")
+
+
+def test_family_without_names(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    path = tiny_checkpoint("llama")
+    config = tiny.config_of(path)
+    family = replace(find_family(config), gguf=None)
+    with pytest.raises(UsageError, match="the table 'llama' says nothing of GGUF files"):
+        gguf_places(resolve(family, config, *tiny.header_of(path)))
+
+
+# --- the folder ----------------------------------------------------------------------------------
+
+
+def test_output_folder(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
+    file = gguf_files.write(tmp_path / "base.Q8_0.gguf", base.path, "Q8_0")
+    seen: list[tuple[int, int]] = []
+    artifact = export(base, plan, file, tmp_path / "out", progress=lambda *pair: seen.append(pair))
+    names = ["Modelfile", "bake.json", "bake/edits.safetensors", "base.Q8_0.gguf"]
+    assert sorted(artifact.files) == names
+    assert (
+        sorted(str(p.relative_to(artifact.path)) for p in artifact.path.rglob("*.*")) == names[1:]
+    )
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+    record = json.loads((artifact.path / "bake.json").read_text(encoding="utf-8"))
+    assert (record["kind"], record["title"]) == ("gguf", "test")
+    assert record["plan"]["digest"] == plan.digest
+    assert record["gguf"]["base"] == [{"name": file.name, "bytes": file.stat().st_size}]
+    assert artifact.bytes_edited == sum(
+        len(raw)
+        for name, (_, raw) in gguf_files.stored(artifact.path / file.name).items()
+        if name in _written(artifact.path)
+    )
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        export(base, plan, file, tmp_path / "out")
+    again = export(base, plan, file, tmp_path / "out", force=True)
+    assert again.files[file.name] == artifact.files[file.name]  # same plan, same bytes
+    with pytest.raises(UsageError, match="holds the base"):
+        export(base, plan, again.path / file.name, tmp_path / "out", force=True)
+
+
+def test_a_baked_file_can_be_baked_again(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """The keys of the first run give way to those of the second."""
+    base = wide(tiny_checkpoint)
+    plans = [harness.plan_of(base, edits_of(base, CASES[n])) for n in ("ablate outputs", "values")]
+    file = gguf_files.write(tmp_path / "base.gguf", base.path)
+    first = export(base, plans[0], file, tmp_path / "first").path
+    second = export(base, plans[1], first / "base.gguf", tmp_path / "second").path
+    keys = gguf_files.metadata(second / "base.gguf")
+    assert keys["bake.plan_digest"][1] == plans[1].digest != plans[0].digest
+
+
+def test_modelfile() -> None:
+    assert modelfile("m.gguf") == "FROM ./m.gguf\n"
+    assert modelfile("m.gguf", "a.gguf") == "FROM ./m.gguf\nADAPTER ./a.gguf\n"
+    for name in ("a\nb.gguf", "../m.gguf", 'a"b'):
+        with pytest.raises(UsageError, match="cannot be named in a Modelfile"):
+            modelfile(name)
+
+
+# --- the converter -------------------------------------------------------------------------------
+
+
+def test_converting_what_llamacpp_would_not_serve(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """llama.cpp's converter drops an untied Gemma's head in silence; bake does not let it."""
+    base = harness.base_at(tiny_checkpoint("gemma"))
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    baked = harness.bake(base, plan, tmp_path / "baked")
+    with pytest.raises(InexactPlan, match=r"llama\.cpp would not serve this checkpoint") as error:
+        convert_checkpoint(baked, tmp_path / "out", llama_cpp=tmp_path)
+    assert "its converter skips lm_head" in str(error.value)
+    with pytest.raises(
+        CheckpointError, match=r"holds no bake\.json, so it was not written by bake"
+    ):
+        convert_checkpoint(base.path, tmp_path / "out", llama_cpp=tmp_path)
+
+
+def test_converter_that_is_missing_or_fails(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = harness.base_at(tiny_checkpoint("llama"))
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    baked = harness.bake(base, plan, tmp_path / "baked")
+    with pytest.raises(InputError, match="there is no converter at"):
+        convert_checkpoint(baked, tmp_path / "out", llama_cpp=tmp_path)
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
+        "out.write_bytes(b'GGUF' + sys.argv[sys.argv.index('--outtype') + 1].encode())\n"
+    )
+    artifact = convert_checkpoint(baked, tmp_path / "out", llama_cpp=tmp_path, outtype="q8_0")
+    assert (artifact.path / "baked-Q8_0.gguf").read_bytes() == b"GGUFq8_0"
+    assert (artifact.path / "Modelfile").read_text() == "FROM ./baked-Q8_0.gguf\n"
+    record = json.loads((artifact.path / "bake.json").read_text(encoding="utf-8"))
+    assert record["kind"] == "gguf"
+    assert record["plan"]["digest"] == plan.digest
+    script.write_text("raise SystemExit('no')\n")
+    with pytest.raises(Exception, match="converter failed with exit status 1"):
+        convert_checkpoint(baked, tmp_path / "other", llama_cpp=tmp_path)
+    assert not (tmp_path / "other").exists()
+
+
+# --- types ---------------------------------------------------------------------------------------
+
+
+def test_block_sizes_are_those_of_gguf_py() -> None:
+    known = {kind.name: (kind.number, kind.block, kind.size) for kind in TYPES}
+    theirs = {t.name: (int(t), *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGML_QUANT_SIZES}
+    shared = known.keys() & theirs.keys()
+    assert {name: known[name] for name in shared} == {name: theirs[name] for name in shared}
+    assert not theirs.keys() - known.keys()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_1", "BF16", "F16"])
+def test_codec_agrees_with_gguf_py(kind: str) -> None:
+    values = harness.vector(6 * 64).reshape(6, 64)
+    number = gguf.GGMLQuantizationType[kind]
+    theirs = gguf.quants.quantize(values.numpy().astype(np.float32), number)
+    ours = encode(values, BY_NAME[kind], "w")
+    assert ours.numpy().tobytes() == theirs.tobytes()
+    back = gguf.quants.dequantize(theirs, number).astype(np.float64)
+    assert torch.equal(decode(ours, BY_NAME[kind], "w"), torch.from_numpy(back))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_feedback_keeps_scales_and_moves_by_one(kind: str) -> None:
+    values = harness.vector(64 * 96).reshape(64, 96)
+    direction = harness.vector(64, 1)[None]
+    plain = encode(values, BY_NAME[kind], "w")
+    fed = encode_with_feedback(values, direction, BY_NAME[kind], "w")
+    size = BY_NAME[kind].size
+    scales = [raw.reshape(-1, size)[:, :2] for raw in (plain, fed)]
+    assert torch.equal(*scales)
+    step = scales[0].contiguous().view(torch.float16).to(torch.float64).abs()
+    moved = (decode(fed, BY_NAME[kind], "w") - decode(plain, BY_NAME[kind], "w")).reshape(-1, 32)
+    assert float((moved.abs() - step).max()) <= 1e-12 * float(step.max())
+    assert 0 < float((moved != 0).double().mean()) < 0.25
+    # A second encoding by gguf-py's reader sees the same values: nothing was packed wrongly.
+    number = gguf.GGMLQuantizationType[kind]
+    back = torch.from_numpy(gguf.quants.dequantize(fed.numpy(), number).astype(np.float64))
+    assert float((back - values).abs().max()) <= 1.001 * float(step.max())
+
+
+def test_library_that_computes_something_else(tmp_path: Path) -> None:
+    (tmp_path / "lib.so").write_bytes(b"no")
+    with pytest.raises(InputError, match="is no ggml library"):
+        load_ggml(tmp_path / "lib.so")
+    with pytest.raises(InputError, match="is no ggml library"):
+        import _ctypes
+
+        load_ggml(Path(_ctypes.__file__))  # a library, of other functions

@@ -1,0 +1,134 @@
+"""The comparison itself: it passes what is right, fails what is not, and reports what dtypes cost."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from harness import Base, bake, base_at, edit, plan_of, vector
+from safetensors.torch import load_file, save_file
+
+from bake import edits as make
+from bake.edits import Edit
+from bake.errors import BakeError, ExactnessBug, InputError, VerificationFailed
+from bake.verify.compare import compare, raise_unless_passed
+from bake.verify.report import Report
+
+EXACT = "baked − hooked, evaluated in float64"
+
+
+def row(report: Report, name: str) -> float:
+    return next(row.value for row in report.rows if row.name.startswith(name))
+
+
+def edits_of(base: Base) -> list[Edit]:
+    """An ablation, of the stream where the family folds that, else of modules; and a scale."""
+    hidden, family = base.layout.hidden, base.layout.family.name
+    at = ["attn_out.*", "mlp_out.*"] if family in ("gemma2", "olmo2") else ["resid"]
+    return [
+        edit(base, "ablate", make.ablate(vector(hidden)), at),
+        edit(base, "scale", make.scale(1 + 0.2 * vector(hidden, 1)), "ln_final_out"),
+    ]
+
+
+def baked(base: Base, out: Path) -> Path:
+    return bake(base, plan_of(base, edits_of(base)), out)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_error_shrinks_with_precision(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """float64 within 1e-9 of the effect, float32 within 1e-4, bfloat16 beside its noise floor."""
+    errors = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        base_path = tiny_checkpoint(family, dtype=dtype)
+        base = Base(base_path, _open(base_path), None, tiny.layout_of(base_path))  # type: ignore[arg-type]
+        out = baked(base, tmp_path / str(dtype))
+        report = compare(out, base=str(base_path))
+        assert report.passed, report.rows
+        controls = [found for found in report.rows if found.group == "control"]
+        assert len(controls) >= 4
+        if dtype is not torch.bfloat16:
+            assert all(found.passed for found in controls), controls
+        effect = row(report, "effect")
+        assert effect > 0.1
+        errors[dtype] = row(report, EXACT)
+        if dtype is torch.float64:
+            assert errors[dtype] <= 1e-9 * effect
+        if dtype is torch.float32:
+            assert errors[dtype] <= 1e-4
+            assert row(report, "baked in float32") <= 1e-4
+        if dtype is torch.bfloat16:
+            floor = row(report, "noise floor: hooked in bfloat16")
+            assert floor > 0
+            assert row(report, "baked in bfloat16") <= 4 * floor
+    # Machine epsilon falls by 2^29 and 2^16; the largest of a few thousand logits scatters.
+    assert errors[torch.float64] * 2**16 < errors[torch.float32]
+    assert errors[torch.float32] * 2**8 < errors[torch.bfloat16]
+
+
+def _open(path: Path):  # type: ignore[no-untyped-def]
+    from bake.checkpoints import open_checkpoint
+
+    return open_checkpoint(path)
+
+
+def test_an_edit_without_effect_is_no_pass(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    nothing = [edit(base, "ablate", make.ablate(vector(24), strength=0.0), "resid")]
+    report = compare(bake(base, plan_of(base, nothing), tmp_path / "out"), base=str(base.path))
+    assert not report.passed
+    with pytest.raises(VerificationFailed, match="the edit has no effect") as caught:
+        raise_unless_passed(report)
+    assert caught.value.exit_code == 1
+
+
+def test_a_changed_weight_fails(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    out = baked(base, tmp_path / "out")
+    (shard,) = (s for s in out.glob("*.safetensors") if "model.norm.weight" in load_file(s))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, shard, metadata={"format": "pt"})
+    report = compare(out, base=str(base.path))
+    assert not report.passed
+    with pytest.raises(BakeError) as caught:
+        raise_unless_passed(report)
+    assert caught.value.exit_code == 1
+    assert "was changed after the export" in str(caught.value)
+
+
+def test_a_wrong_fold_is_a_defect_with_its_own_exit_code(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    plan = plan_of(base, edits_of(base))
+    report = compare(bake(base, replace(plan, biases=()), tmp_path / "out"), base=str(base.path))
+    with pytest.raises(ExactnessBug, match="the plan says EXACT") as caught:
+        raise_unless_passed(report)
+    assert caught.value.exit_code == 6
+
+
+def test_another_base_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    other = tiny_checkpoint("llama", tied=True)
+    out = bake(base, plan_of(base, edits_of(base)), tmp_path / "out")
+    record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
+    record["base"]["digest"] = base.checkpoint.digest()
+    (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match="is not the base that the artifact was made from"):
+        compare(out, base=str(other))
+    assert compare(out, base=str(base.path)).passed
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"kind": 1, "plan": [], "base": {}}', "[1]"])
+def test_a_folder_without_a_record_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "bake.json").write_text(content)
+    with pytest.raises(InputError, match="no artifact of bake"):
+        compare(tmp_path)

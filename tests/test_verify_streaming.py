@@ -1,0 +1,159 @@
+"""Verification with one block in memory at a time: the same numbers, in the memory of a block."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from harness import bake, base_at, edit, plan_of, vector
+from test_verify import baked, row
+
+from bake import edits as make
+from bake.checkpoints import open_checkpoint
+from bake.errors import FamilyError
+from bake.verify.compare import compare, layout_of
+from bake.verify.models import load
+from bake.verify.observe import block_sites
+from bake.verify.runs import batches_of, halves, run
+from bake.verify.units import units_of
+
+PROMPTS = ((5, 6, 7, 8), (9,) * 12, tuple(range(20)), (3,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["F32", "BF16"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_streamed_runs_equal_those_in_memory_exactly(
+    family: str, dtype: torch.dtype, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    base = base_at(tiny_checkpoint(family, dtype=dtype))
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
+    batches, sites = batches_of(PROMPTS), block_sites(base.layout)
+    whole = load(base.checkpoint, dtype)
+    parts = load(base.checkpoint, dtype, streamed=True)
+    plain = run(whole, batches)
+    for hooks in ((), edits):
+        ours = run(whole, batches, hooks, sites=sites, writes=True)
+        theirs = run(parts, batches, hooks, sites=sites, writes=True)
+        assert torch.equal(ours.logits, theirs.logits)
+        assert all(torch.equal(ours.streams[site], theirs.streams[site]) for site in sites)
+        assert all(map(torch.equal, ours.writes, theirs.writes))
+        assert torch.equal(ours.logits, plain.logits) == (not hooks)
+        assert all(parameter.is_meta for parameter in parts.model.parameters())
+    # Another value in one tensor reaches the model both ways, and leaves it again.
+    name = base.layout.branches[1].writes[0].weight
+    zeros = {name: torch.zeros_like(base.checkpoint.read(name))}
+    with whole.replaced(zeros), parts.replaced(zeros):
+        changed = run(whole, batches).logits
+        assert torch.equal(changed, run(parts, batches).logits)
+        assert not torch.equal(changed, plain.logits)
+    assert torch.equal(run(whole, batches).logits, plain.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_streamed_report_has_the_same_numbers(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint(family, dtype=torch.float32))
+    out = baked(base, tmp_path / "out")
+    whole = compare(out, base=str(base.path), streamed=False, generate=3)
+    parts = compare(out, base=str(base.path), streamed=True, generate=3)
+    assert whole.passed and parts.passed
+    named = {found.name: found.value for found in whole.rows}
+    shared = [found for found in parts.rows if found.name in named]
+    assert len(shared) >= len(parts.rows) - 1
+    assert all(found.value == named[found.name] for found in shared)
+    assert parts.layers == whole.layers
+    assert parts.leaks == whole.leaks
+    assert row(parts, "effect") > 0.1
+
+
+def test_the_writes_sum_to_the_stream(tiny_checkpoint: Callable[..., Path]) -> None:
+    for family in tiny.FAMILIES:
+        base = base_at(tiny_checkpoint(family))
+        last = block_sites(base.layout)[-1]
+        trace = run(
+            load(base.checkpoint, torch.float64), batches_of(PROMPTS), sites=(last,), writes=True
+        )
+        difference = (sum(trace.writes) - trace.streams[last]).abs().max()
+        assert difference <= tiny.tolerance(base.model) * trace.streams[last].abs().max()
+        # Without one writer the sum is another one.
+        rest = sum(trace.writes[1:]) - trace.streams[last]
+        assert rest.abs().max() > 0.1
+
+
+def test_every_tensor_is_in_one_part(tiny_checkpoint: Callable[..., Path]) -> None:
+    for family in tiny.FAMILIES:
+        layout = tiny.layout_of(tiny_checkpoint(family))
+        names = [name for unit in units_of(layout) if not unit.tied for name in unit.tensors]
+        assert sorted(names) == sorted(layout.shapes)
+
+
+def test_a_tensor_in_no_part_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    from dataclasses import replace
+
+    layout = tiny.layout_of(tiny_checkpoint("llama"))
+    stray = replace(layout, shapes={**layout.shapes, "model.extra.weight": (1, 1)})
+    with pytest.raises(FamilyError, match=r"model\.extra\.weight is in no part of the model"):
+        units_of(stray)
+
+
+def test_batches_hold_every_prompt_in_order() -> None:
+    batches = batches_of(PROMPTS, limit=24)
+    assert [batch.lengths for batch in batches] == [(4, 12), (20,), (1,)]
+    tokens = torch.cat([batch.tokens[batch.keep] for batch in batches])
+    assert tokens.tolist() == [token for prompt in PROMPTS for token in prompt]
+    other = halves(batches)
+    assert [batch.tokens.shape[0] for batch in other] == [1, 1, 2, 2]
+    again = torch.cat([batch.tokens[batch.keep] for batch in other])
+    assert torch.equal(again, tokens)
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from bake.verify.compare import compare
+import transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+report = compare(Path(sys.argv[1]), base=sys.argv[2], streamed=True)
+assert report.passed, report.rows
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
+    """24 blocks of 13 MB in bfloat16 verify within the memory of six of them in float64."""
+    model = tiny.make_model(
+        "llama",
+        dtype=torch.bfloat16,
+        hidden_size=512,
+        intermediate_size=3072,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
+    )
+    tiny.write_checkpoint(model, tmp_path / "base")
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    total = sum(p.numel() for p in model.parameters())
+    del model
+    checkpoint = open_checkpoint(tmp_path / "base")
+    base = base_at(tmp_path / "base")
+    out = bake(
+        base,
+        plan_of(base, [edit(base, "ablate", make.ablate(vector(512)), "resid")]),
+        tmp_path / "out",
+    )
+    assert layout_of(checkpoint).layers == 24
+    arguments = [sys.executable, "-c", MEMORY, str(out), str(tmp_path / "base")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = int(done.stdout.split()[-1]) * 1024
+    assert grown < 6 * block * 8 < total * 8 / 3
