@@ -32,20 +32,28 @@ def base_files(path: Path) -> dict[str, bytes]:
     return {**files, "README.md": f"---\nlicense: {LICENCE}\n---\n# Base\n".encode()}
 
 
-def commit_of(path: Path) -> str:
-    """Return the commit that the base has on every server: it depends on its files alone."""
-    return HubServer().add_repo(BASE, base_files(path), private=False)
+def commit_of(path: Path, model: str) -> str:
+    """Return the commit that a base has on every server: it depends on its files alone."""
+    return HubServer().add_repo(model, base_files(path), private=False)
 
 
-def make_artifact(base_path: Path, out: Path, at: Sequence[str] = ("attn_out.0",)) -> Path:
+def make_artifact(
+    base_path: Path,
+    out: Path,
+    at: Sequence[str] = ("attn_out.0",),
+    *,
+    kind: str = "ablate",
+    model: str = BASE,
+) -> Path:
     """Export an edit of a base that is on the Hub, with a card and a verification that passed."""
     base = base_at(base_path)
-    plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), at)])
+    build = {"ablate": make.ablate, "offset": make.offset}[kind]
+    plan = plan_of(base, [edit(base, kind, build(vector(base.layout.hidden)), at)])
     record = {
         "recipe": {"title": "Test", "file": "r.toml", "digest": "sha256:" + "1" * 64, "text": ""},
         "base": {
-            "model": BASE,
-            "revision": commit_of(base_path),
+            "model": model,
+            "revision": commit_of(base_path, model),
             "digest": base.checkpoint.digest(),
             "path": None,
         },
@@ -54,7 +62,7 @@ def make_artifact(base_path: Path, out: Path, at: Sequence[str] = ("attn_out.0",
         "target": ["transformers"],
     }
     export_checkpoint(plan, base.checkpoint, out, record=record)
-    (out / "README.md").write_text(CARD, encoding="utf-8")
+    (out / "README.md").write_text(CARD.replace(BASE, model), encoding="utf-8")
     write_verification(out)
     return out
 
@@ -119,6 +127,7 @@ def command(args):
 for line in sys.stdin:
     order = json.loads(line)
     os.environ.update(order["env"])
+    huggingface_hub.constants.HF_HUB_OFFLINE = order.get("offline", False)
     if "download" in order:
         path = huggingface_hub.snapshot_download(order["download"], revision=order["revision"])
         answer = {"code": 0, "out": path, "err": huggingface_hub.__version__}
@@ -132,6 +141,7 @@ def environment(hub: HubServer, home: Path, **extra: str) -> dict[str, str]:
     """Return the environment of a process whose Hub is the server."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSF"))}
     return {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
         **clean,
         "HF_ENDPOINT": hub.hub,
         "HF_HOME": str(home),
@@ -168,14 +178,15 @@ class Worker:
     def start(self) -> None:
         """Start the process; its imports run while the caller does something else."""
         self.home.mkdir(parents=True, exist_ok=True)
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error::ResourceWarning", "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            env=environment(self.hub, self.home, **self.extra),
-            text=True,
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error::ResourceWarning", "-c", WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment(self.hub, self.home, **self.extra),
+                text=True,
+            )
 
     def stop(self) -> None:
         if self.process is not None:
@@ -197,16 +208,16 @@ class Worker:
         self.said.append(line)
         return Outcome(**json.loads(line))
 
-    def run(self, *args: object, **env: str) -> Outcome:
+    def run(self, *args: object, offline: bool = False, **env: str) -> Outcome:
         """Run a command of bake, with ``--json``."""
         env = {"HF_TOKEN": TOKEN, **env}
-        done = self.order(args=[*map(str, args), "--json"], env=env)
+        done = self.order(args=[*map(str, args), "--json"], env=env, offline=offline)
         assert done.code >= 0, done.err
         return done
 
-    def push(self, out: Path, repo: str, *args: object, **env: str) -> Outcome:
+    def push(self, out: Path, repo: str, *args: object, **options: Any) -> Outcome:
         """Run ``bake push``."""
-        return self.run("push", out, repo, *args, **env)
+        return self.run("push", out, repo, *args, **options)
 
     def download(self, repo: str, revision: str = "main") -> Path:
         """Download a repository as anybody would."""

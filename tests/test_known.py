@@ -188,7 +188,7 @@ def test_nearly_parallel_is_not_parallel(angle: float, count: int) -> None:
 
 
 def test_wide_streams_cost_no_square_matrix() -> None:
-    """A stream of 16384 channels has 2 GiB in a square matrix of them: nothing here may make one."""
+    """A square matrix of 16384 channels takes 2 GiB, and its decomposition many minutes."""
     unit = torch.zeros(1, 16384).double()
     unit[0, 5] = 1
     known = Known(None, None).meet(unit)

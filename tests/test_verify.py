@@ -1,4 +1,4 @@
-"""The comparison itself: it passes what is right, fails what is not, and reports what dtypes cost."""
+"""The comparison itself: what is right passes, what is not fails, and dtypes cost what they do."""
 
 import json
 from collections.abc import Callable

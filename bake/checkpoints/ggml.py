@@ -9,6 +9,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,21 @@ class Ggml:
     def quantize(
         self, values: Float32[Tensor, "rows columns"], kind: GgmlType
     ) -> UInt8[Tensor, "rows bytes"]:
-        """Return the rows in the type's blocks."""
+        """Return the rows in the type's blocks; every thread of torch's takes its share."""
         rows, columns = values.shape
         source = values.contiguous()
         target = torch.empty(rows, kind.row_bytes(columns, where=kind.name), dtype=torch.uint8)
-        written = self.library.ggml_quantize_chunk(
-            kind.number, source.data_ptr(), target.data_ptr(), 0, rows, columns, None
-        )
+
+        def chunk(start: int, stop: int) -> int:
+            begin, count = start * columns, stop - start
+            addresses = source.data_ptr(), target.data_ptr()
+            function = self.library.ggml_quantize_chunk
+            return int(function(kind.number, *addresses, begin, count, columns, None))
+
+        share = -(-rows // torch.get_num_threads()) or 1
+        starts = range(0, rows, share)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            written = sum(pool.map(lambda start: chunk(start, min(start + share, rows)), starts))
         if written != target.numel():
             raise InputError(
                 f"ggml wrote {written} bytes of {kind.name} where {target.numel()} are meant",

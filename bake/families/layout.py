@@ -230,7 +230,8 @@ class _Resolver:
             key = self.family.dims[name]
             found = configured(self.family, self.config, key) if key else None
             found = None if found is MISSING else found
-            if found is not None and (not isinstance(found, int) or found < 1):
+            size = isinstance(found, int) and not isinstance(found, bool) and found > 0
+            if found is not None and not size:
                 raise FamilyError(f"{key} = {found!r} is no positive integer", where="config.json")
             return found
 
@@ -250,10 +251,10 @@ class _Resolver:
         return dims
 
     def layout(self) -> Layout:
-        family, hidden = self.family, self.dims["hidden"]
-        embed = self._claim(f"{family.embed}.weight", None, hidden, "the embedding")
+        family, hidden, vocab = self.family, self.dims["hidden"], self.dims["vocab"]
+        embed = self._claim(f"{family.embed}.weight", (vocab, hidden), "the embedding")
         positions = tuple(
-            self._claim(f"{name}.weight", None, hidden, "the positions")
+            self._claim(f"{name}.weight", (None, hidden), "the positions")
             for name in family.positions
         )
         points = self._points()
@@ -341,7 +342,7 @@ class _Resolver:
         outer = (sum(widths) or None) if reads else self.dims["hidden"]
         inner = self.dims["hidden"] if reads else (sum(widths) or None)
         expected = (outer, inner) if output_axis == 0 else (inner, outer)
-        weight = self._claim(f"{block}.{module}.weight", *expected, f"the {row.layout} layer")
+        weight = self._claim(f"{block}.{module}.weight", expected, f"the {row.layout} layer")
         shape = self.shapes[weight]
         live = {None: f"{block}.{module}", "": None}.get(row.live, f"{block}.{row.live}")
         return Linear(
@@ -383,7 +384,7 @@ class _Resolver:
         if rule == "never":
             return BiasSlot(disk, size, "never", None)
         if rule == "always" or self.flags[rule]:
-            self._claim(name, size, None, "the bias")
+            self._claim(name, (size,), "the bias")
             return BiasSlot(disk, size, "present", None if rule == "always" else rule)
         return BiasSlot(disk, size, "closed", rule)
 
@@ -392,10 +393,10 @@ class _Resolver:
         if path in self.norms:  # parallel branches may read one norm together
             return self.norms[path]
         hidden = self.dims["hidden"]
-        weight = self._claim(f"{path}.weight", hidden, None, "the norm")
+        weight = self._claim(f"{path}.weight", (hidden,), "the norm")
         bias = None
         if self.family.norm_bias:
-            bias = self._claim(f"{path}.bias", hidden, None, "the norm")
+            bias = self._claim(f"{path}.bias", (hidden,), "the norm")
         family = self.family
         offset = family.norm_gain_offset
         self.norms[path] = Norm(weight, bias, family.norm_kind, offset, path, site)
@@ -416,13 +417,14 @@ class _Resolver:
                 fix="set tie_word_embeddings to false in config.json, or remove the tensor",
             )
         if not tied:
-            self._claim(f"{family.unembed}.weight", None, self.dims["hidden"], "the output head")
+            size = (self.dims["vocab"], self.dims["hidden"])
+            self._claim(f"{family.unembed}.weight", size, "the output head")
         shape = self.shapes[embed if tied else name]
         bias = self._bias(f"{family.unembed}.bias", family.unembed_bias, shape[0])
         live = family.unembed_live
         return Linear(family.unembed, name, shape, 0, bias, (), None, live)
 
-    def _claim(self, name: str, rows: int | None, columns: int | None, what: str) -> str:
+    def _claim(self, name: str, expected: tuple[int | None, ...], what: str) -> str:
         """Claim a tensor by its table name; None in the expected shape leaves that axis free."""
         disk = self._disk(name)
         if disk not in self.shapes:
@@ -432,7 +434,6 @@ class _Resolver:
                 fix="fetch the checkpoint again, or bring a table that fits with --family FILE",
             )
         shape = self.shapes[disk]
-        expected = (rows,) if columns is None and len(shape) == 1 else (rows, columns)
         if len(shape) != len(expected) or any(
             want is not None and want != have for want, have in zip(expected, shape, strict=True)
         ):

@@ -40,9 +40,7 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         made = scratch / "files"
         made.mkdir()
         yield made
-        if out.exists():
-            out.rename(scratch / "replaced")
-        made.rename(out)
+        _publish(made, out, aside=scratch / "replaced")
     except OSError as error:
         raise InputError(
             f"cannot write the output: {error.strerror or error}", where=str(error.filename or out)
@@ -53,6 +51,20 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         for parent in missing:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def _publish(made: Path, out: Path, *, aside: Path) -> None:
+    """Rename the finished folder into place; what was there comes back if that fails."""
+    replaced = out.exists()
+    if replaced:
+        out.rename(aside)
+    done = False
+    try:
+        made.rename(out)
+        done = True
+    finally:
+        if replaced and not done:
+            aside.rename(out)
 
 
 def _check_free(out: Path, *, force: bool) -> None:

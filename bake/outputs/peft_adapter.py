@@ -1,9 +1,9 @@
 """Read a PEFT LoRA adapter as sums: which module gets which factors, at which scale.
 
-What PEFT computes for a module is read from ``peft/tuners/lora/layer.py`` (0.21): W + s B A with s =
-alpha / r, or alpha / √r with ``use_rslora``; ranks and alphas by the first pattern that matches the
-module's path (``peft/utils/other.py: get_pattern_key``). An adapter that is more than such a sum, or
-that says anything unknown, is refused: nothing of it may be lost in silence.
+What PEFT computes for a module is read from ``peft/tuners/lora/layer.py`` (0.21): W + s B A with
+s = alpha / r, or alpha / √r with ``use_rslora``; ranks and alphas by the first pattern that matches
+the module's path (``peft/utils/other.py: get_pattern_key``). An adapter that is more than such a
+sum, or that says anything unknown, is refused: nothing of it may be lost in silence.
 """
 
 import hashlib
@@ -235,10 +235,16 @@ def _module(
     return Module(module, is_table, rank, scale, sides["A"], sides["B"], sides.get("bias"))
 
 
-def _matching(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _matching(pattern: Any, module: str, default: Any) -> Any:
     """Return the value of the first key that is the module's path or an end of it."""
+    if pattern is not None and not isinstance(pattern, dict):
+        raise InputError(f"a pattern of an adapter is no object: {pattern!r}", where=CONFIG)
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        try:
+            matches = re.match(rf"(.*\.)?({key})$", module)
+        except re.error as error:
+            raise InputError(f"{key!r} is no regular expression: {error}", where=CONFIG) from error
+        if matches:
             return value
     return default
 

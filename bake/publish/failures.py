@@ -135,8 +135,6 @@ def _plain(error: BaseException, account: Account) -> tuple[str, str]:
         return "publishing needs the Hub, which is switched off", "unset HF_HUB_OFFLINE"
     if "Timeout" in type(error).__name__:
         return f"{constants.ENDPOINT} did not answer in time", _AGAIN
-    if isinstance(error, ValueError) and "metadata" in str(error):
-        return f"the Hub refuses the card: {_flat(error)}", "correct README.md"
     if isinstance(error, CLIENT_ERROR):
         return f"cannot reach {constants.ENDPOINT}: {first_line(error)}", _AGAIN
     return (
@@ -148,10 +146,6 @@ def _plain(error: BaseException, account: Account) -> tuple[str, str]:
 def _said(error: BaseException) -> str:
     """Return what the server itself said, in one line."""
     return getattr(error, "server_message", None) or first_line(error)
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _wait(error: BaseException) -> str:

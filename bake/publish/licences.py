@@ -147,7 +147,8 @@ def _inherits(base: Stated, ours: Stated) -> bool:
     theirs, mine = LICENCES.get(base.id or ""), LICENCES.get(ours.id or "")
     if theirs is None or mine is None:
         return False
-    return theirs.rank < 4 and mine.rank >= theirs.rank
+    # A licence with a notice of its own is that of one publisher's models and of no others.
+    return theirs.rank < 4 and mine.rank >= theirs.rank and mine.notice is None
 
 
 def _duties(

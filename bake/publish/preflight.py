@@ -90,14 +90,8 @@ def preflight(folder: Path, terms: Terms) -> Preflight:
         problems.append(
             Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
         )
-    return Preflight(
-        folder,
-        record,
-        tuple(names),
-        card,
-        tuple(_notes(record, terms)),
-        tuple(dict.fromkeys(problems)),
-    )
+    notes = tuple(_notes(record, terms))
+    return Preflight(folder, record, tuple(names), card, notes, tuple(dict.fromkeys(problems)))
 
 
 def _gather(check: Callable[[], list[Problem]], name: str) -> list[Problem]:

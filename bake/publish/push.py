@@ -20,7 +20,12 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub import errors as theirs
-from huggingface_hub.utils import _http  # for the factory that it starts with, in both generations
+from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at run time only
+    _http,  # for the factory that it starts with, the same in both generations
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
 
 from bake import __version__
 from bake.checkpoints.hub import parse_hub_id
@@ -456,12 +461,28 @@ class _Run:
         return guarded.make(parts)
 
     def _validate_card(self) -> None:
-        """Have the Hub read the card before gigabytes are sent for nothing."""
+        """Have the Hub read the card before gigabytes are sent for nothing.
+
+        The client does so itself, but only when it commits, or (1.x) at the public Hub whatever
+        the endpoint is.
+        """
         if self.found.card is None:
             return
-        card = huggingface_hub.ModelCard(self.found.card, ignore_metadata_errors=True)
+        body = {"content": self.found.card, "repoType": "model"}
+        headers = build_hf_headers(library_name="bake", library_version=__version__)
+
+        def ask() -> Any:
+            url = f"{constants.ENDPOINT}/api/validate-yaml"
+            response = get_session().post(url, json=body, headers=headers)
+            if response.status_code != 400:
+                hf_raise_for_status(response)
+            return response.json()
+
         with told(self.account, "checking the card"):
-            patiently(lambda: card.validate(repo_type="model"))
+            errors = patiently(ask).get("errors") or []
+        if errors:
+            said = "; ".join(" ".join(redact(str(e.get("message", e))).split()) for e in errors)
+            raise HubError(f"the Hub refuses the card: {said}", fix="correct README.md")
 
     def _compare(self, commit: str) -> None:
         """Require that the Hub holds these bytes, by the hashes that it states."""

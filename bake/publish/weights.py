@@ -62,7 +62,12 @@ def _check_gguf(folder: Path, name: str) -> None:
 
 
 def metadata(folder: Path, name: str) -> dict[str, Any]:
-    """Return the free metadata of a safetensors file whose header has been checked."""
+    """Return the free metadata of a safetensors file.
+
+    Raises:
+        InputError: its header is malformed.
+    """
+    _check_header(folder, name)
     with regular(folder, name).open("rb") as file:
         length = int.from_bytes(file.read(PREFIX), "little")
         content = json.loads(file.read(length))

@@ -47,8 +47,6 @@ SERVES: Mapping[str, tuple[str, ...]] = {
 }
 """The kinds of artifact that each runtime loads; llama.cpp a checkpoint once it is converted."""
 
-ADAPTERS = ("lora", "gguf-lora", "control-vector")
-
 
 def serving(kind: str) -> tuple[str, ...]:
     """Return the runtimes that load a kind of artifact."""
@@ -212,21 +210,23 @@ def _ask(
 ) -> RuntimeResult:
     request = RuntimeRequest(artifact.path, target.prompts, target.count, target.vocab, "float32")
     python, timeout = runtimes.python(name), runtimes.timeout
-    if name == "transformers":
+    if artifact.kind == "lora":
+        request = replace(request, model=base.path, adapter=artifact.path)
+    if name in ("transformers", "peft"):
         return hf.run(request, python, timeout=timeout)
-    if name == "peft":
-        on_base = replace(request, model=base.path)
-        return hf.run(on_base, python, adapter=artifact.path, timeout=timeout)
-    if artifact.kind in ADAPTERS:
-        raise RuntimeMissing(f"bake hands no {artifact.kind} to {name} yet")
     if name == "vllm":
         return vllm.run(request, python, timeout=timeout)
-    model = _gguf(runtimes, artifact.path, scratch) if artifact.kind == "checkpoint" else None
-    model = model or _only_gguf(artifact.path)
-    return llamacpp.run(replace(request, model=model), python, timeout=timeout)
+    if artifact.kind == "gguf":
+        request = replace(request, model=_only_gguf(artifact.path))
+    elif artifact.kind == "checkpoint":
+        request = replace(request, model=_converted(runtimes, artifact.path, scratch))
+    else:
+        model = _converted(runtimes, base.path, scratch)
+        request = replace(request, model=model, adapter=_only_gguf(artifact.path))
+    return llamacpp.run(request, python, timeout=timeout)
 
 
-def _gguf(runtimes: Runtimes, checkpoint: Path, scratch: Path) -> Path:
+def _converted(runtimes: Runtimes, checkpoint: Path, scratch: Path) -> Path:
     """Return a checkpoint as a GGUF file in float32, by llama.cpp's own converter."""
     if runtimes.converter is None:
         raise RuntimeMissing(

@@ -29,9 +29,11 @@ from stories import MOODS, Story, mood_words, write_prompts, write_stories
 PROMPTS = 64
 HELD_OUT_STORIES = 200
 NEW_TOKENS = 160
-LAYER = 3
-ALPHA = 1.0
-ALPHAS = (0.0, 0.5, 1.0, 1.25)
+LAYER, ABLATED_LAYER = 2, 4
+"""The block whose direction the offset and the affine edit use, and the one that is ablated."""
+HAPPY, SAD = 2.0, -1.0
+"""The alphas of the affine edit that set the mood."""
+ALPHAS = (-1.0, 0.0, 1.0, 1.5, 2.0)
 OFFSETS = (0.25, 0.5, 1.0, -0.25, -0.5, -1.0)
 EXAMPLES = 3
 
@@ -171,27 +173,29 @@ def separation(quickstart: Quickstart, means: ClassMeans, stories: list[Story]) 
 
 
 def layer_table(quickstart: Quickstart, means: ClassMeans) -> str:
-    """Each block's direction on held-out text: what `LAYER` was chosen from."""
+    """Each block's direction on held-out text: what the two layers were chosen from."""
     prompts = write_prompts(PROMPT_SEED, PROMPTS)
-    areas = separation(quickstart, means, write_stories(HELD_OUT_SEED, HELD_OUT_STORIES))
-    lines = [
-        "| block | norm | AUC | offset +¼ | offset −¼ | affine, α = 1 | α = 0 | perplexity |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    stories = write_stories(HELD_OUT_SEED, HELD_OUT_STORIES)
+    halves = [beginnings(stories, mood, PROMPTS // 2) for mood in MOODS]
+    areas = separation(quickstart, means, stories)
+    heads = ["block", "norm", "AUC", "offset +¼", "offset −¼", "affine α = 1", "α = 2", "ppl"]
+    heads += ["ablated, after happy", "after sad"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for layer, vector in enumerate(means.vector):
-        up, down, happy, sad = (
+        outcomes = [
             run(quickstart, prompts, edits)
             for edits in (
                 offset(quickstart, means, layer, 0.25),
                 offset(quickstart, means, layer, -0.25),
                 affine(quickstart, means, layer, 1.0),
-                affine(quickstart, means, layer, 0.0),
+                affine(quickstart, means, layer, 2.0),
             )
-        )
-        decimals = [up.share, down.share, happy.share, sad.share]
-        decimals.append(perplexity(quickstart, prompts, happy.texts))
-        row = [str(layer), *(f"{x:.2f}" for x in (vector.norm(), areas[layer], *decimals))]
-        lines.append(f"| {' | '.join(row)} |")
+        ]
+        ablated = affine(quickstart, means, layer, None)
+        decimals = [float(vector.norm()), areas[layer], *(outcome.share for outcome in outcomes)]
+        decimals.append(perplexity(quickstart, prompts, outcomes[-1].texts))
+        decimals += [run(quickstart, half, ablated).share for half in halves]
+        lines.append(f"| {' | '.join([str(layer), *(f'{x:.2f}' for x in decimals)])} |")
     return "\n".join(lines)
 
 
@@ -203,7 +207,7 @@ def edit_table(quickstart: Quickstart, means: ClassMeans) -> str:
     edits: dict[str, Edits] = {"none": []}
     edits |= {f"offset, c = {c:+g}": offset(quickstart, means, LAYER, c) for c in OFFSETS}
     edits |= {f"affine, α = {a:g}": affine(quickstart, means, LAYER, a) for a in ALPHAS}
-    edits["ablate"] = affine(quickstart, means, LAYER, None)
+    edits["ablate"] = affine(quickstart, means, ABLATED_LAYER, None)
     lines = [
         "| edit | happy | sad | mixed | happy words | sad words | ppl | after happy | after sad |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -225,8 +229,9 @@ def examples(quickstart: Quickstart, means: ClassMeans) -> str:
         "no edit": [],
         "offset, c = +1": offset(quickstart, means, LAYER, 1.0),
         "offset, c = -1": offset(quickstart, means, LAYER, -1.0),
-        f"affine, α = {ALPHA:g}": affine(quickstart, means, LAYER, ALPHA),
-        "ablate": affine(quickstart, means, LAYER, None),
+        f"affine, α = {HAPPY:g}": affine(quickstart, means, LAYER, HAPPY),
+        f"affine, α = {SAD:g}": affine(quickstart, means, LAYER, SAD),
+        "ablate": affine(quickstart, means, ABLATED_LAYER, None),
     }
     texts = {name: run(quickstart, prompts, edit).texts for name, edit in edits.items()}
     blocks = []

@@ -72,10 +72,9 @@ def served(
 
 
 def test_baked_model_in_the_runtime_equals_the_hooked_base(
-    main: Main, served: RuntimeResult, record_property: pytest.RecordProperty
+    main: Main, served: RuntimeResult
 ) -> None:
     difference = largest_difference(main.hooked, served)
-    record_property("max_dlogprob", difference)
     print(f"{served.name}: max |Δ log p| = {difference:.2e} nats")
     assert difference <= TOLERANCE
     # The effect: the base model is far away.

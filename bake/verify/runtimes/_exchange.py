@@ -55,6 +55,7 @@ def as_json(request: RuntimeRequest) -> dict[str, Any]:
         "max_new_tokens": request.max_new_tokens,
         "vocab_size": request.vocab_size,
         "dtype": request.dtype,
+        "adapter": None if request.adapter is None else str(request.adapter.resolve()),
     }
 
 

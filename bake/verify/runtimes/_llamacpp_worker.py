@@ -5,6 +5,7 @@ in this process (package xllamacpp) and asks it over the loopback interface, sin
 `/completion` answer carries token ids and the package's Python call does not.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -66,6 +67,10 @@ def start(xllamacpp: Any, request: dict[str, Any], key: str) -> Any:
     }[request["dtype"]]
     params = xllamacpp.CommonParams()
     params.model.path = request["model"]
+    if request["adapter_kind"] == "control vector":
+        add_control_vector(xllamacpp, params, request["adapter"])
+    elif request["adapter_kind"] == "lora":
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["adapter"], 1.0)]
     # The server wants one free place beyond the last token.
     params.n_ctx = longest + request["max_new_tokens"] + 1
     params.n_batch = params.n_ubatch = max(longest + request["max_new_tokens"], 32)
@@ -82,6 +87,42 @@ def start(xllamacpp: Any, request: dict[str, Any], key: str) -> Any:
         params.cpuparams.n_threads = int(os.environ["OMP_NUM_THREADS"])
         params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
     return xllamacpp.Server(params)
+
+
+PARSE = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"
+SERVER = 12  # LLAMA_EXAMPLE_SERVER, llama.cpp common/common.h
+
+
+def add_control_vector(xllamacpp: Any, params: Any, path: str) -> None:
+    """Do what `llama-server --control-vector PATH` does, by llama.cpp's own command line.
+
+    The package has no property for it, but its library has the parser of the command line. What the
+    parser fills is the C++ structure that a parameters object wraps; where it lies in the object is
+    seen from the structure's first field, before anything is written.
+    """
+    address = id(params) + object.__basicsize__
+    before, mark = params.n_predict, 0x5EED
+    params.n_predict = mark
+    found = ctypes.c_int32.from_address(address).value
+    params.n_predict = before
+    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    if found != mark or not hasattr(library, PARSE):
+        raise SystemExit(f"xllamacpp {xllamacpp.__version__} takes no control vector")
+    parse = library[PARSE]
+    parse.restype = ctypes.c_bool
+    parse.argtypes = (
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_char_p),
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    )
+    # The value is a row of comma-separated values; quotes keep a comma in a path from parting it.
+    quoted = '"' + path.replace('"', '""') + '"'
+    words = [b"llama-server", b"--control-vector", quoted.encode()]
+    line = (ctypes.c_char_p * (len(words) + 1))(*words, None)
+    if not parse(len(words), line, address, SERVER, None):
+        raise SystemExit(f"llama.cpp does not understand --control-vector {path}")
 
 
 class Client:

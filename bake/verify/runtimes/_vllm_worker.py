@@ -7,6 +7,7 @@ import path, where a sibling file is called vllm.py.
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ def main(request_path: Path, out: Path) -> int:
     served = engine.llm_engine.model_config.get_vocab_size()
     if served != request["vocab_size"]:
         raise SystemExit(f"the model has {served} tokens, not {request['vocab_size']}")
-    rows = prompt_logprobs(vllm, engine, request["prompts"], request["vocab_size"])
-    greedy = greedy_tokens(vllm, engine, request["prompts"], request["max_new_tokens"])
+    generate = generator(engine, request)
+    # subtle: with an adapter vLLM wraps the head, and its wrapper (lora/layers/logits_processor.py)
+    # knows the requests of a step, not the positions of a prompt: prompt_logprobs crashes there.
+    table = prompt_logprobs if request["adapter"] is None else prefix_logprobs
+    rows = table(vllm, generate, request["prompts"], request["vocab_size"])
+    greedy = greedy_tokens(vllm, generate, request["prompts"], request["max_new_tokens"])
     arrays: dict[str, Any] = {f"prompt_{i}": row for i, row in enumerate(rows)}
     np.savez(out / "logprobs.npz", **arrays)
     result = {"version": vllm.__version__, "greedy": greedy, "environment": environment()}
@@ -42,6 +47,9 @@ def main(request_path: Path, out: Path) -> int:
 def start(vllm: Any, request: dict[str, Any]) -> Any:
     """Return the engine: eager, in this process, reusing no earlier work."""
     longest = max(len(prompt) for prompt in request["prompts"])
+    adapter = {}
+    if request["adapter"] is not None:
+        adapter = {"enable_lora": True, "max_lora_rank": request["adapter_rank"], "max_loras": 1}
     return vllm.LLM(
         request["model"],
         dtype=request["dtype"],
@@ -53,11 +61,27 @@ def start(vllm: Any, request: dict[str, Any]) -> Any:
         max_logprobs=request["vocab_size"],
         logprobs_mode="raw_logprobs",
         seed=0,
+        **adapter,
     )
 
 
+def generator(engine: Any, request: dict[str, Any]) -> Callable[..., Any]:
+    """Return what generates from token ids, with the adapter where there is one."""
+    adapter = None
+    if request["adapter"] is not None:
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest("adapter", 1, request["adapter"])
+
+    def generate(prompts: list[list[int]], sampling: Any) -> Any:
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return engine.generate(inputs, sampling, use_tqdm=False, lora_request=adapter)
+
+    return generate
+
+
 def prompt_logprobs(
-    vllm: Any, engine: Any, prompts: list[list[int]], vocab_size: int
+    vllm: Any, generate: Callable[..., Any], prompts: list[list[int]], vocab_size: int
 ) -> list[npt.NDArray[np.float32]]:
     """Return per prompt [tokens, vocab]: row t is log p(next token | the first t + 1 tokens)."""
     sampling = vllm.SamplingParams(
@@ -69,7 +93,7 @@ def prompt_logprobs(
         logprobs=-1,
         flat_logprobs=True,
     )
-    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    outputs = generate(prompts, sampling)
     tables = []
     for prompt, output in zip(prompts, outputs, strict=True):
         table = np.full((len(prompt), vocab_size), np.nan, dtype=np.float32)
@@ -82,6 +106,28 @@ def prompt_logprobs(
     return tables
 
 
+def prefix_logprobs(
+    vllm: Any, generate: Callable[..., Any], prompts: list[list[int]], vocab_size: int
+) -> list[npt.NDArray[np.float32]]:
+    """Return the same tables from a request for every position: one token after each prefix."""
+    sampling = vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=-1,
+        flat_logprobs=True,
+    )
+    tables = []
+    for prompt in prompts:
+        outputs = generate([prompt[:t] for t in range(1, len(prompt) + 1)], sampling)
+        table = np.full((len(prompt), vocab_size), np.nan, dtype=np.float32)
+        for row, output in zip(table, outputs, strict=True):
+            fill(row, output.outputs[0].logprobs, 0)
+        tables.append(table)
+    return tables
+
+
 def fill(row: npt.NDArray[np.float32], flat: Any, position: int) -> None:
     """Write one position of vLLM's flat (token, log-probability) lists into a vocabulary row."""
     part = slice(flat.start_indices[position], flat.end_indices[position])
@@ -89,13 +135,13 @@ def fill(row: npt.NDArray[np.float32], flat: Any, position: int) -> None:
 
 
 def greedy_tokens(
-    vllm: Any, engine: Any, prompts: list[list[int]], max_new_tokens: int
+    vllm: Any, generate: Callable[..., Any], prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Return the arg-max continuation of every prompt; an end-of-text token does not end it."""
     sampling = vllm.SamplingParams(
         temperature=0.0, max_tokens=max_new_tokens, ignore_eos=True, detokenize=False
     )
-    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+    outputs = generate(prompts, sampling)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -40,6 +40,10 @@ class RuntimeRequest:
     """One of DTYPES. vLLM: of weights and arithmetic. llama.cpp: of the K/V cache, since the
     weights' types are the file's own and it computes in float32."""
 
+    adapter: Path | None = None
+    """Served with the model. vLLM: the folder of a PEFT LoRA. llama.cpp: a GGUF file, which is a
+    LoRA or a control vector."""
+
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
             raise UsageError("a runtime needs at least one prompt, and every prompt a token")

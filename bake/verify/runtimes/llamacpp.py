@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from bake.checkpoints.gguf_file import open_gguf
 from bake.errors import CheckpointError
 from bake.verify.runtimes._exchange import serve
 from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
 
 NAME = "llama.cpp"
+CONTROL_VECTORS = ("controlvector", "steeringvector")  # architectures of such files
 
 
 def run(request: RuntimeRequest, python: Path, *, timeout: float = 900.0) -> RuntimeResult:
@@ -20,10 +22,22 @@ def run(request: RuntimeRequest, python: Path, *, timeout: float = 900.0) -> Run
         timeout: seconds until llama.cpp is killed.
 
     Raises:
-        CheckpointError: the model is no file.
+        CheckpointError: the model or the adapter is no GGUF file.
         RuntimeMissing: xllamacpp is not installed there.
         RuntimeFailed: llama.cpp refused the model, crashed or took too long.
     """
     if not request.model.is_file():
         raise CheckpointError("llama.cpp reads a GGUF file", where=str(request.model))
-    return serve(NAME, "_llamacpp_worker.py", request, python, timeout=timeout, variables={})
+    kind = None
+    if request.adapter is not None:
+        arch = open_gguf(request.adapter).arch
+        kind = "control vector" if arch in CONTROL_VECTORS else "lora"
+    return serve(
+        NAME,
+        "_llamacpp_worker.py",
+        request,
+        python,
+        timeout=timeout,
+        variables={},
+        extra={"adapter_kind": kind},
+    )

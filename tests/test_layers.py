@@ -1,0 +1,206 @@
+"""Modules import downwards only, and the reference shares no code with the fold."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import bake
+
+ROOT = Path(bake.__file__).parent
+
+# From the bottom up. A part imports from earlier lines and, within a line, to the left of itself.
+LINES = (
+    ("errors", "sites"),
+    ("affine",),
+    ("edits", "fold", "rounding", "edit_store"),
+    ("families", "checkpoints", "directions", "process", "converter"),
+    ("recipe",),
+    ("plan", "steer"),
+    ("calibrate", "outputs"),
+    ("verify",),
+    ("publish",),
+    ("cli",),
+    ("__main__",),
+)
+ORDER = {part: place for place, part in enumerate(part for line in LINES for part in line)}
+# What a module may import from anywhere: the version, which imports nothing.
+EVERYWHERE = "bake"
+# Equality of the two is the evidence: code that they shared would make it an echo.
+REFERENCE, FOLD = ("steer", "verify"), ("fold", "plan", "outputs")
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of the package, by its dotted name."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+@cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(name: str) -> Iterator[str]:
+    """Yield the modules of the package that a module imports, at the top or inside a function."""
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "bake")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively, in line {node.lineno}"
+            source = node.module or ""
+            if source.split(".")[0] != "bake":
+                continue
+            whole = [f"{source}.{alias.name}" for alias in node.names]
+            yield from (module if module in MODULES else source for module in whole)
+
+
+def part(module: str) -> str:
+    """Return the part of the design that a module belongs to."""
+    return module.split(".")[1] if "." in module else EVERYWHERE
+
+
+@every_module
+def test_every_module_has_a_place(name: str) -> None:
+    assert part(name) in (EVERYWHERE, *ORDER), f"say in LINES on which layer {name} is"
+
+
+@every_module
+def test_a_module_imports_downwards(name: str) -> None:
+    here = part(name)
+    for imported in imports(name):
+        there = part(imported)
+        assert imported in MODULES, f"{name} imports {imported}, which does not exist"
+        if there not in (EVERYWHERE, here):
+            assert here != EVERYWHERE, f"the package itself imports {imported}"
+            assert ORDER[there] < ORDER[here], f"{name} imports {imported}, which lies above it"
+
+
+def test_the_walk_sees_imports() -> None:
+    """The tests above would pass on a walk that finds nothing."""
+    assert "bake.errors" in set(imports("bake.affine"))
+    assert {"bake.plan.compile", "bake.plan.types"} <= set(imports("bake.plan"))
+    assert "bake.edits" in set(imports("bake.recipe.build"))  # from bake import edits
+    inside = {"bake.recipe", "bake.plan.compile"}  # imported inside functions
+    assert inside <= set(imports("bake.cli.request"))
+
+
+def reached(name: str) -> dict[str, tuple[str, ...]]:
+    """Return every module that a module imports, at any remove, each with the way to it."""
+    ways: dict[str, tuple[str, ...]] = {name: (name,)}
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        for imported in imports(current):
+            # Importing a module runs the packages that it lies in.
+            parents = imported.split(".")
+            for depth in range(2, len(parents) + 1):
+                module = ".".join(parents[:depth])
+                if module not in ways:
+                    ways[module] = (*ways[current], module)
+                    waiting.append(module)
+    return ways
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name) in REFERENCE])
+def test_the_reference_never_meets_the_fold(name: str) -> None:
+    for module, way in reached(name).items():
+        assert part(module) not in FOLD, " imports ".join(way)
+
+
+def test_the_walk_reaches_what_is_far() -> None:
+    ways = reached("bake.outputs.checkpoint")
+    assert {"bake.fold", "bake.plan.stream", "bake.errors"} <= set(ways)
+    assert ways["bake.plan.known"][0] == "bake.outputs.checkpoint"
+    assert len(ways["bake.plan.known"]) > 3
+
+
+# What an import costs
+
+HEAVY = ("torch", "transformers", "matplotlib", "gguf", "peft", "numpy", "huggingface_hub")
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the heavy packages that a statement loads in a fresh interpreter."""
+    code = f"import sys; {statement}; print(*(m for m in {HEAVY!r} if m in sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True
+    )
+    return set(run.stdout.split())
+
+
+def test_the_command_line_starts_without_heavy_packages() -> None:
+    assert loaded_by("import bake.cli") == set()
+    assert loaded_by("import bake.affine") >= {"torch"}  # the question has a positive answer
+
+
+def test_tensors_need_no_transformers() -> None:
+    names = "bake.plan, bake.recipe, bake.steer, bake.edit_store, bake.directions"
+    assert loaded_by(f"import {names}") & {"transformers", "matplotlib", "gguf", "peft"} == set()
+
+
+# Public names
+
+
+def exported(name: str) -> list[str] | None:
+    """Return a module's ``__all__`` as it is written, or None."""
+    for node in tree(name).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            value: list[str] = ast.literal_eval(node.value)
+            return value
+    return None
+
+
+def public(name: str) -> set[str]:
+    """Return the names without an underscore that a package takes from the package itself."""
+    return {
+        alias.asname or alias.name
+        for node in tree(name).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bake")
+        for alias in node.names
+        if not (alias.asname or alias.name).startswith("_")
+    }
+
+
+def sorting(name: str) -> tuple[int, str]:
+    """Return the key that ruff sorts by: constants, then classes, then the rest."""
+    kind = 0 if name.isupper() else 1 if name[0].isupper() else 2
+    return kind, name
+
+
+WITH_ALL = [name for name in MODULES if exported(name) is not None]
+PACKAGES = [name for name, path in MODULES.items() if path.name == "__init__.py"]
+
+
+@pytest.mark.parametrize("name", WITH_ALL)
+def test_all_is_sorted_and_names_what_exists(name: str) -> None:
+    names = exported(name)
+    assert names is not None
+    assert names == sorted(names, key=sorting)
+    assert len(set(names)) == len(names)
+    module = importlib.import_module(name)
+    assert [missing for missing in names if not hasattr(module, missing)] == []
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_all_of_a_package_is_complete(name: str) -> None:
+    """What a package's ``__init__`` imports and does not use is there to be imported from it."""
+    used = {node.id for node in ast.walk(tree(name)) if isinstance(node, ast.Name)}
+    assert public(name) - used <= set(exported(name) or ())
+
+
+@every_module
+def test_every_module_says_what_it_is(name: str) -> None:
+    assert ast.get_docstring(tree(name)), f"{name} has no docstring"

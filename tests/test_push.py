@@ -1,0 +1,653 @@
+"""Publishing, with the real client, to a Hub on this machine that speaks LFS and Xet and fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hub_server import HubServer, running_hub
+from published import (
+    BASE,
+    CARD,
+    TOKEN,
+    Worker,
+    base_files,
+    copy_of,
+    environment,
+    make_artifact,
+)
+
+STRANGER = "hf_" + "S" * 34
+READER = "hf_" + "R" * 34
+LFS = {"HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("push") / "base"
+    model = tiny.make_model("llama", dtype=torch.float32)
+    tiny.write_checkpoint(model, path, max_shard_size="20KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_artifact(base, tmp_path_factory.mktemp("made") / "out")
+
+
+@pytest.fixture(scope="module")
+def hub(base: Path) -> Iterator[HubServer]:
+    with running_hub() as state:
+        state.add_user(TOKEN, "alice", orgs=("lab",))
+        state.add_user(READER, "reader", role="read")
+        state.add_user(STRANGER, "stranger")
+        state.add_repo(BASE, base_files(base), private=False)
+        yield state
+
+
+@pytest.fixture(scope="module")
+def workers(
+    hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Worker]]:
+    home = tmp_path_factory.mktemp("homes")
+    made = {"xet": Worker(hub, home / "xet"), "lfs": Worker(hub, home / "lfs", LFS)}
+    for worker in made.values():
+        worker.start()
+    yield made
+    for worker in made.values():
+        worker.stop()
+    for worker in made.values():
+        # Promise 8 and 9, over everything that happened in this file, with debug logging on.
+        assert "Send: curl" in worker.log.read_text(errors="replace") or not worker.said
+        for token in (TOKEN, STRANGER, READER):
+            assert token not in worker.traces()
+    assert not any(request.token for request in hub.log if request.at == "store")
+    assert any(request.token for request in hub.log if request.at == "hub")
+
+
+@pytest.fixture
+def xet(workers: dict[str, Worker], hub: HubServer) -> Iterator[Worker]:
+    yield from clean(workers["xet"], hub)
+
+
+@pytest.fixture
+def lfs(workers: dict[str, Worker], hub: HubServer) -> Iterator[Worker]:
+    yield from clean(workers["lfs"], hub)
+
+
+def clean(worker: Worker, hub: HubServer) -> Iterator[Worker]:
+    hub.copying = True
+    hub.repos[BASE].private, hub.repos[BASE].gated = False, False
+    start = len(hub.log)
+    yield worker
+    unused = [fault for fault in hub.faults if 0 < fault.times < 50]
+    hub.faults.clear()
+    assert not unused, "a fault was planned and never met"
+    assert len(hub.log) >= start
+
+
+@pytest.fixture
+def out(artifact: Path, tmp_path: Path) -> Path:
+    return copy_of(artifact, tmp_path / "out")
+
+
+def commits(hub: HubServer, repo: str) -> int:
+    """Return how many commits a repository has beside its first one."""
+    return len(hub.repos[repo].titles) - 1
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+
+# --- it arrives --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_round_trip(
+    way: str, workers: dict[str, Worker], hub: HubServer, out: Path, request: pytest.FixtureRequest
+) -> None:
+    worker: Worker = request.getfixturevalue(way)
+    repo = f"alice/round-{way}"
+    start = len(hub.log)
+    done = worker.push(out, repo)
+    assert done.code == 0, done.out
+    told, held = done.data, hub.repos[repo]
+
+    assert held.files() == files(out)  # byte for byte, and nothing else
+    assert held.private and commits(hub, repo) == 1
+    assert held.tags == {told["tag"]: told["commit"]} and told["tag"].startswith("bake-")
+    assert told["tag"].removeprefix("bake-") == told["digest"][:12]
+    shards = [name for name in files(out) if name.startswith("model-")]
+    assert len(told["copied"]) == len(shards) - 1  # one shard was edited
+    assert set(told["uploaded"]) | set(told["copied"]) == set(files(out))
+    order = [
+        r.path.partition("?")[0].split("/")[-2 if "/commit/" in r.path else -1]
+        for r in hub.log[start:]
+        if r.method in ("POST", "PUT") and r.at == "hub"
+    ]
+    assert order.index("create") < order.index("commit") < len(order) - 1
+    assert "settings" not in order and order.count("commit") == 1
+    receipt = json.loads((out.parent / "out.push.json").read_text())
+    assert (receipt["commit"], receipt["digest"]) == (told["commit"], told["digest"])
+    assert receipt["versions"]["huggingface_hub"]
+
+    start = len(hub.log)
+    again = worker.push(out, repo)
+    assert again.code == 0 and again.data["unchanged"] and commits(hub, repo) == 1
+    assert again.data["commit"] == told["commit"]
+    assert not any("preupload" in r.path or r.at == "store" for r in hub.log[start:])
+
+    there = worker.download(repo)
+    assert {n: d for n, d in files(there).items() if n != ".gitattributes"} == files(out)
+    checked = worker.run("check", there)
+    assert checked.code == 0 and checked.data["digest"] == told["digest"], checked.out
+    assert tiny.load(there, torch.float32).config.model_type == "llama"
+
+
+def test_a_change_is_a_second_commit_of_what_changed(
+    xet: Worker, hub: HubServer, out: Path
+) -> None:
+    assert xet.push(out, "lab/change").code == 0
+    (out / "notes.md").write_text("More.")
+    (out / "README.md").write_text(CARD + "\nMore.\n")
+    second = xet.push(out, "lab/change")
+    changed = ["README.md", "SHA256SUMS", "bake/provenance.json", "notes.md"]
+    assert sorted(second.data["uploaded"]) == changed
+    (out / "notes.md").unlink()
+    (out / "SHA256SUMS").unlink()
+    third = xet.push(out, "lab/change")
+    assert third.data["deleted"] == ["notes.md"]
+    assert commits(hub, "lab/change") == 3 and len(hub.repos["lab/change"].tags) == 3
+    assert hub.repos["lab/change"].files() == files(out)
+
+
+def test_public_comes_last_and_when_asked(xet: Worker, hub: HubServer, out: Path) -> None:
+    seen: list[tuple[bool, int, int]] = []
+    repo = "alice/public"
+
+    def look() -> None:
+        held = hub.repos[repo]
+        seen.append((held.private, len(held.tags), commits(hub, repo)))
+
+    hub.fault("PUT", "/settings", look)
+    done = xet.push(out, repo, "--public")
+    assert done.code == 0 and done.data["public"]
+    assert seen == [(True, 1, 1)] and not hub.repos[repo].private
+
+    (out / "README.md").write_text(CARD + "\nMore.\n")
+    refused = xet.push(out, repo)
+    assert refused.code == 5 and "is public: everybody would see this at once" in refused.error
+    assert commits(hub, repo) == 1
+    assert xet.push(out, repo, "--public").code == 0 and commits(hub, repo) == 2
+
+
+def test_a_branch_and_a_pull_request(xet: Worker, hub: HubServer, out: Path) -> None:
+    repo = "alice/branches"
+    assert xet.push(out, repo, "--revision", "v2").code == 0
+    assert hub.repos[repo].files("v2") == files(out) and hub.repos[repo].files("main") == {}
+    assert xet.push(out, repo, "--revision", "v2").data["unchanged"]
+
+    hub.add_repo("other/theirs", {"README.md": b"# theirs", "x.txt": b"x"}, private=False)
+    before = hub.repos["other/theirs"].branches["main"]
+    proposed = xet.push(out, "other/theirs", "--create-pr")
+    assert proposed.code == 0, proposed.out
+    assert proposed.data["url"].endswith("/other/theirs/discussions/1")
+    theirs = hub.repos["other/theirs"]
+    assert theirs.branches["main"] == before and theirs.tags == {}
+    assert theirs.files("refs/pr/1") == files(out)
+    again = xet.push(out, "other/theirs", "--create-pr")
+    assert again.data["url"] == proposed.data["url"] and len(theirs.pulls) == 1
+
+    (out / "README.md").write_text(CARD + "\nMore.\n")
+    hub.fault("POST", "theirs/commit/", "lost")
+    second = xet.push(out, "other/theirs", "--create-pr")
+    assert second.data["url"].endswith("/discussions/2") and len(theirs.pulls) == 2
+    missing = xet.push(out, "other/nowhere", "--create-pr")
+    assert missing.code == 5 and "other/nowhere is not on the Hub" in missing.error
+
+
+def test_a_dry_run_writes_nothing(xet: Worker, hub: HubServer, artifact: Path) -> None:
+    before, start = files(artifact), len(hub.log)
+    done = xet.push(artifact, "alice/dry", "--dry-run")
+    assert done.code == 0 and done.data["dry_run"] and done.data["commit"] == ""
+    assert "alice/dry would be created, private" in done.data["notes"]
+    assert len(done.data["copied"]) == 4 and "SHA256SUMS" in done.data["uploaded"]
+    assert {r.method for r in hub.log[start:]} == {"GET"}
+    assert "alice/dry" not in hub.repos and files(artifact) == before
+    assert not (artifact.parent / "out.push.json").exists()
+    start = len(hub.log)
+    offline = xet.push(artifact, "alice/dry", "--dry-run", offline=True)
+    assert offline.code == 0 and len(hub.log) == start
+    assert offline.data["digest"] == done.data["digest"]
+
+
+# --- somebody else -----------------------------------------------------------------------------
+
+
+def test_of_two_at_once_one_wins(
+    workers: dict[str, Worker], hub: HubServer, out: Path, tmp_path: Path
+) -> None:
+    repo = "lab/race"
+    assert workers["xet"].push(out, repo).code == 0
+    other = copy_of(out, tmp_path / "other")
+    (out / "README.md").write_text(CARD + "\nOne.\n")
+    (other / "README.md").write_text(CARD + "\nTwo.\n")
+    both = threading.Barrier(2)
+    hub.fault("POST", "race/commit/", lambda: both.wait(30), times=2)
+    ended: dict[str, Any] = {}
+    pairs = {"xet": out, "lfs": other}
+
+    def run(way: str) -> None:
+        ended[way] = workers[way].push(pairs[way], repo)
+
+    threads = [threading.Thread(target=run, args=(way,)) for way in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    codes = {way: outcome.code for way, outcome in ended.items()}
+    assert sorted(codes.values()) == [0, 5]
+    winner, loser = sorted(codes, key=lambda way: codes[way])
+    assert "somebody has committed to lab/race since; nothing was changed" in ended[loser].error
+    assert hub.repos[repo].files() == files(pairs[winner]) and commits(hub, repo) == 2
+    assert workers[loser].push(pairs[loser], repo).code == 0  # and run again, it works
+
+
+def test_the_same_artifact_at_once_is_a_success(xet: Worker, hub: HubServer, out: Path) -> None:
+    repo = "alice/twins"
+
+    def somebody_pushes_the_same() -> None:
+        held = hub.repos[repo]
+        stored = {name: hub.keep(held, name, data) for name, data in files(out).items()}
+        held.commit({**held.commits[held.branches["main"]], **stored}, "the same")
+
+    hub.fault("POST", "twins/commit/", somebody_pushes_the_same)
+    assert xet.push(out, repo).code == 0 and commits(hub, repo) == 1
+
+
+def test_what_is_not_ours_is_not_overwritten(xet: Worker, hub: HubServer, out: Path) -> None:
+    hub.add_repo("alice/mine", {"model.safetensors": b"years of work"})
+    refused = xet.push(out, "alice/mine")
+    assert refused.code == 5
+    assert "alice/mine exists and holds something that bake did not make" in refused.error
+    assert "--create-pr" in refused.error and commits(hub, "alice/mine") == 1
+
+
+# --- the network -------------------------------------------------------------------------------
+
+PASSING: dict[str, tuple[str, str, Any, int]] = {
+    "the commit's reply is lost": ("POST", "/commit/", "lost", 1),
+    "the commit never arrives": ("POST", "/commit/", "drop", 2),
+    "503 on the commit": ("POST", "/commit/", 503, 2),
+    "429 on the commit": ("POST", "/commit/", 429, 1),
+    "503 on the upload": ("PUT", "/lfs/", 503, 2),
+    "a socket drops in the upload": ("PUT", "/lfs/", "drop", 1),
+    "503 while creating": ("POST", "/repos/create", 503, 1),
+    "the creation's reply is lost": ("POST", "/repos/create", "lost", 1),
+    "429 on whoami": ("GET", "whoami", 429, 1),
+    "a socket drops on preupload": ("POST", "preupload", "drop", 1),
+    "500 on the tag": ("POST", "/tag/", 500, 1),
+    "the tag's reply is lost": ("POST", "/tag/", "lost", 1),
+    "503 on the tree": ("GET", "/tree/", 503, 2),
+    "503 on copying": ("POST", "/duplicate", 503, 1),
+    "503 on batch": ("POST", "/objects/batch", 503, 1),
+}
+
+
+@pytest.mark.parametrize("case", PASSING)
+def test_what_passes_is_waited_out_without_a_second_commit(
+    case: str, lfs: Worker, hub: HubServer, out: Path
+) -> None:
+    method, path, action, times = PASSING[case]
+    repo = "alice/" + case.replace(" ", "-").replace("'", "")
+    forget(hub)
+    hub.fault(method, path, action, times, Retry_After="1")
+    done = lfs.push(out, repo)
+    assert done.code == 0, done.out
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+    assert len(hub.repos[repo].tags) == 1
+
+
+def forget(hub: HubServer) -> None:
+    """Have the storage lose what earlier tests have sent, so that it is sent again."""
+    kept = {file.sha256 for files in hub.repos[BASE].commits.values() for file in files.values()}
+    hub.blobs = {oid: data for oid, data in hub.blobs.items() if oid in kept}
+
+
+@pytest.mark.parametrize("path", ["/v1/xorbs/", "/v2/shards", "xet-write-token"])
+def test_xet_uploads_are_tried_again(
+    path: str, xet: Worker, hub: HubServer, out: Path, tmp_path: Path
+) -> None:
+    repo = "alice/xet" + path.strip("/").replace("/", "-")
+    (out / "plots").mkdir()
+    (out / "plots" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + os.urandom(70_000))  # new chunks
+    hub.fault("GET" if "token" in path else "POST", path, 503)
+    done = xet.push(out, repo)
+    assert done.code == 0, done.out
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+
+
+FAILING: dict[str, tuple[str, str, Any, str]] = {
+    "429": ("GET", "whoami", 429, "the Hub limits the rate of your requests; it asks for 7 s"),
+    "503": ("POST", "/commit/", 503, "the Hub answered 503 for alice/f-503"),
+    "412": ("POST", "/commit/", 412, "somebody has committed to alice/f-412 since; nothing was"),
+    "401": ("GET", "whoami", 401, "the Hub does not accept your token"),
+    "403": ("POST", "/commit/", 403, "alice may not write to alice/f-403"),
+    "drop": ("GET", "whoami", "drop", "cannot reach http://127.0.0.1:"),
+    "upload": ("PUT", "/lfs/", 403, "alice may not write to alice/f-upload"),
+    "stall": ("GET", "whoami", "stall", "did not answer in time"),
+    "echo": ("POST", "/commit/", "echo", "no: <token>"),
+    "gone": ("POST", "/commit/", 404, "alice/f-gone is not on the Hub"),
+    "busy": ("POST", "/tag/", 409, ""),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_what_lasts_is_one_clear_line(case: str, lfs: Worker, hub: HubServer, out: Path) -> None:
+    method, path, action, message = FAILING[case]
+    repo = f"alice/f-{case}"
+    forget(hub)
+    hub.fault(method, path, action, 100, Retry_After="7")
+    done = lfs.push(out, repo, "--timeout", "0.5")
+    if case == "busy":  # the tag is there already: as good as made
+        assert done.code == 0
+        return
+    assert done.code == 5, done.out
+    content = done.data["error"]
+    assert content["type"] == "HubError" and message in content["what"], content
+    assert "\n" not in content["what"] and content["fix"]
+    assert repo not in hub.repos or commits(hub, repo) == 0
+    hub.faults.clear()
+    assert lfs.push(out, repo).code == 0  # the control, and the way on
+    assert commits(hub, repo) == 1
+
+
+def test_nobody_at_the_address_and_the_hub_switched_off(
+    xet: Worker, hub: HubServer, out: Path
+) -> None:
+    start = len(hub.log)
+    done = xet.push(out, "alice/off", offline=True)
+    assert done.code == 5 and "publishing needs the Hub, which is switched off" in done.error
+    assert len(hub.log) == start and not (out / "SHA256SUMS").exists()
+
+
+def test_rights(xet: Worker, hub: HubServer, out: Path) -> None:
+    reader = xet.push(out, "reader/x", HF_TOKEN=READER)
+    assert reader.code == 5 and "reader may not write to reader/x" in reader.error
+    elsewhere = xet.push(out, "other/x")
+    assert elsewhere.code == 5 and "a namespace of yours (alice, lab)" in elsewhere.error
+    wrong = xet.push(out, "alice/x", HF_TOKEN="hf_" + "W" * 34)
+    assert wrong.code == 5 and "the Hub does not accept your token" in wrong.error
+    none = xet.push(out, "alice/x", HF_TOKEN="")
+    assert none.code == 5 and "there is no token of the Hub on this machine" in none.error
+    assert not any(name in hub.repos for name in ("reader/x", "other/x", "alice/x"))
+    for text in (reader, elsewhere, wrong, none):
+        assert "hf_" not in text.out + text.err
+
+
+def test_usage(xet: Worker, hub: HubServer, out: Path) -> None:
+    start = len(hub.log)
+    for args, message in (
+        (("x",), "is neither a folder here nor a Hub id"),
+        (("a/b@main",), "is no repository"),
+        (("a/b", "--revision", "a" * 40), "is no branch"),
+        (("a/b", "--public", "--create-pr"), "does not make a repository public"),
+        (("a/b", "--allow", "all"), "'all' cannot be allowed"),
+    ):
+        done = xet.push(out, *args)
+        assert done.code in (2, 4) and message in done.error, done.out
+    assert len(hub.log) == start
+
+
+# --- the base ----------------------------------------------------------------------------------
+
+
+def test_a_base_that_cannot_be_copied_from(xet: Worker, hub: HubServer, out: Path) -> None:
+    hub.copying = False
+    done = xet.push(out, "alice/refused")
+    assert done.code == 0 and done.data["copied"] == []
+    assert hub.repos["alice/refused"].files() == files(out)
+    assert commits(hub, "alice/refused") == 1
+
+
+def test_a_gated_base(xet: Worker, hub: HubServer, out: Path) -> None:
+    hub.repos[BASE].gated = "manual"
+    done = xet.push(out, "alice/gated", "--public")
+    assert done.code == 0 and done.data["copied"] == []  # its files cannot be read
+    assert "the base is gated (manual): keep to its terms" in done.data["notes"]
+    held = hub.repos["alice/gated"]
+    assert not held.private and held.gated == "manual" and held.files() == files(out)
+
+
+def test_a_base_that_is_not_there(xet: Worker, hub: HubServer, out: Path) -> None:
+    hub.repos[BASE].private = True
+    done = xet.push(out, "alice/nobase")
+    assert done.code == 5 and f"{BASE} is not on the Hub, or your token" in done.error
+    assert "alice/nobase" not in hub.repos
+
+
+def test_the_bases_licence_decides(xet: Worker, hub: HubServer, out: Path) -> None:
+    (out / "README.md").write_text(CARD.replace("apache-2.0", "mit0"))
+    done = xet.push(out, "alice/licence")
+    assert done.code == 4 and "states mit0 where the base has apache-2.0" in done.error
+    assert "alice/licence" not in hub.repos
+    assert xet.push(out, "alice/licence", "--allow", "licence").code == 0
+
+
+def test_the_hub_reads_the_card_before_anything_is_sent(
+    xet: Worker, hub: HubServer, out: Path
+) -> None:
+    (out / "README.md").write_text(CARD + "\nbogus\n")
+    start = len(hub.log)
+    done = xet.push(out, "alice/card")
+    assert done.code == 5 and "the Hub refuses the card" in done.error, done.out
+    assert "license is bogus" in done.error
+    assert not any("preupload" in r.path or r.at == "store" for r in hub.log[start:])
+
+
+# --- what is there is what was sent ------------------------------------------------------------
+
+
+def test_other_bytes_on_the_hub_are_neither_tagged_nor_shown(
+    lfs: Worker, hub: HubServer, out: Path
+) -> None:
+    shard = (out / "model-00001-of-00005.safetensors").read_bytes()
+    import hashlib
+
+    oid = hashlib.sha256(shard).hexdigest()
+    hub.fault("POST", "/commit/", lambda: hub.blobs.update({oid: shard[:-1] + b"\0"}))
+    done = lfs.push(out, "alice/spoiled", "--public")
+    hub.blobs[oid] = shard
+    assert done.code == 5
+    assert "does not hold what was sent: model-00001-of-00005.safetensors has other" in done.error
+    held = hub.repos["alice/spoiled"]
+    assert held.private and held.tags == {}
+    again = lfs.push(out, "alice/spoiled", "--public")
+    assert again.code == 0 and held.files() == files(out) and not held.private
+
+
+def test_a_body_that_is_corrupted_on_the_way_down_is_found(
+    lfs: Worker, hub: HubServer, out: Path
+) -> None:
+    assert lfs.push(out, "alice/down").code == 0
+    hub.fault("GET", "/files/", "corrupt")
+    there = lfs.download("alice/down")
+    checked = lfs.run("check", there)
+    assert checked.code == 4 and "is not what SHA256SUMS lists" in checked.error
+
+
+def test_a_file_that_changes_meanwhile_stops_the_commit(
+    xet: Worker, hub: HubServer, out: Path
+) -> None:
+    big, small = out / "model-00001-of-00005.safetensors", out / "verify.json"
+    for number, path in enumerate((big, small)):
+        kept = path.read_bytes()
+
+        def change(path: Path = path, kept: bytes = kept) -> None:
+            path.write_bytes(kept[:-1] + b" ")
+
+        repo = f"alice/moving-{number}"
+        hub.fault("POST", "/preupload/", change)
+        done = xet.push(out, repo)
+        path.write_bytes(kept)
+        assert done.code == 4 and "changed while it was being published" in done.error, done.out
+        assert commits(hub, repo) == 0
+        assert xet.push(out, repo).code == 0
+
+
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_a_killed_upload_is_taken_up(way: str, hub: HubServer, out: Path, tmp_path: Path) -> None:
+    (out / "plots").mkdir()
+    for number in range(3):
+        noise = b"\x89PNG\r\n\x1a\n" + os.urandom(300_000)
+        (out / "plots" / f"{number}.png").write_bytes(noise)
+    repo, reached = f"alice/killed-{way}", threading.Event()
+    method, path = ("PUT", "/lfs/") if way == "lfs" else ("POST", "/v1/xorbs/")
+    hang = threading.Event()
+
+    def stop() -> None:
+        reached.set()
+        hang.wait(30)
+
+    if way == "lfs":
+        hub.fault(method, path, lambda: None)  # one file arrives
+    hub.fault(method, path, stop, 4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bake", "push", str(out), repo, "-q"],
+        env=environment(hub, tmp_path / "home", **(LFS if way == "lfs" else {})),
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert reached.wait(60)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+    hang.set()
+    hub.faults.clear()
+    assert commits(hub, repo) == 0 and hub.repos[repo].private
+    second = Worker(hub, tmp_path / "home", LFS if way == "lfs" else {})
+    start = len(hub.log)
+    done = second.push(out, repo)
+    second.stop()
+    assert done.code == 0, done.out
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+    if way == "lfs":  # what arrived is not sent again
+        assert len([r for r in hub.log[start:] if r.method == "PUT"]) < 4
+    assert [p for p in out.parent.iterdir() if p.name.startswith(".out")] == []
+
+
+# --- how much is sent --------------------------------------------------------------------------
+
+LARGE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def large(
+    hub: HubServer, workers: dict[str, Worker], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A base of about 23 MB whose chunks the storage has, because they were sent from here."""
+    path = tmp_path_factory.mktemp("large") / "base"
+    model = tiny.make_model("llama", dtype=torch.float32, **LARGE)
+    tiny.write_checkpoint(model, path)
+    hub.add_repo("meta/large", base_files(path), private=False)
+    whole = make_artifact(path, path.parent / "whole", ("mlp_out.1",), model="meta/large")
+    for shard in path.glob("*.safetensors"):
+        (whole / shard.name).write_bytes(shard.read_bytes())
+    hub.copying = False
+    assert workers["xet"].push(whole, "alice/whole").code == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, at, edited, limit",
+    [
+        ("ablate", ("mlp_out.*", "attn_out.0"), (0.28, 0.32), 0.35),
+        ("offset", ("attn_out.0",), (0.00005, 0.0002), 0.01),
+    ],
+)
+def test_bytes_sent_for_a_partial_edit_over_xet(
+    kind: str,
+    at: tuple[str, ...],
+    edited: tuple[float, float],
+    limit: float,
+    xet: Worker,
+    hub: HubServer,
+    large: Path,
+    tmp_path: Path,
+) -> None:
+    """All is in one file and nothing is copied: what is saved, the chunks save."""
+    hub.copying = False
+    out = make_artifact(large, tmp_path / "part", at, kind=kind, model="meta/large")
+    total = sum(p.stat().st_size for p in large.glob("*.safetensors"))
+    plan = json.loads((out / "bake.json").read_text())["plan"]
+    size = sum(row["bytes"] for row in plan["tensors"]) + 4 * sum(b["size"] for b in plan["biases"])
+    assert edited[0] < size / total < edited[1]  # the effect: as much as the case says
+    before = hub.uploaded()
+    done = xet.push(out, f"alice/part-{kind}")
+    assert done.code == 0 and done.data["copied"] == [], done.out
+    sent = hub.uploaded() - before
+    assert size * 0.5 < sent < limit * total, (sent / total, size / total)
+    assert hub.repos[f"alice/part-{kind}"].files() == files(out)
+
+
+# --- the older client --------------------------------------------------------------------------
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_the_oldest_client_that_is_supported(
+    way: str, hub: HubServer, out: Path, tmp_path: Path
+) -> None:
+    """huggingface_hub 1.31, whose HTTP client is another library, in a folder of its own."""
+    site = older_client()
+    paths = f"{site}{os.pathsep}{Path(__file__).parent.parent}"
+    extra = {**(LFS if way == "lfs" else {}), "PYTHONPATH": paths}
+    worker = Worker(hub, tmp_path / "home", extra)
+    repo = f"alice/older-{way}"
+    hub.fault("POST", "/commit/", "lost")
+    done = worker.push(out, repo)
+    assert done.code == 0, done.out
+    assert worker.push(out, repo).data["unchanged"]
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+    order = worker.order(download=repo, revision="main", env={})
+    assert order.err.startswith("1.31.")
+    assert worker.run("check", order.out).code == 0
+    for action, message in ((503, "answered 503"), ("drop", "cannot reach"), (412, "somebody")):
+        (out / "README.md").write_text(CARD + f"\n{action}\n")
+        hub.fault("POST", "/commit/", action, 100)
+        failed = worker.push(out, repo)
+        assert failed.code == 5 and message in failed.error, failed.out
+        hub.faults.clear()
+    worker.stop()
+    assert TOKEN not in worker.traces()
+
+
+def older_client() -> Path:
+    """Return a folder with huggingface_hub 1.31 and what it needs, installed when not there."""
+    cache = Path(os.environ.get("BAKE_TEST_CACHE") or Path(__file__).parents[1] / ".cache/runtimes")
+    site = cache / "huggingface-hub-1.31"
+    if not (site / "huggingface_hub").is_dir():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--target", str(site),
+             "huggingface_hub==1.31.0"],
+            check=True,
+        )  # fmt: skip
+    return site

@@ -1,0 +1,228 @@
+"""What the models are run on, and what is said of the texts that they write."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bake.errors import InputError, UsageError
+from bake.verify import prompts as module
+from bake.verify.greedy import Generated, agreement, disagreement
+from bake.verify.prompts import (
+    PromptSet,
+    built_in,
+    default_prompts,
+    given_prompts,
+    random_prompts,
+    read_prompts,
+)
+from bake.verify.scores import perplexity, score, share
+
+
+class Tokenizer:
+    """One token a character, with a beginning-of-text token 1; the template writes its own."""
+
+    def __init__(self, template: str | None) -> None:
+        self.chat_template = template
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(c) for c in text]}
+
+    def apply_chat_template(
+        self, messages: Sequence[Any], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        assert not tokenize and add_generation_prompt
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(map(ord, text))
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    made = Tokenizer("a template")
+    monkeypatch.setattr(module, "load_tokenizer", lambda out: made)
+    return made
+
+
+def test_bakes_own_prompts_go_through_the_chat_template() -> None:
+    chat, plain = built_in(Tokenizer("a template"), 400), built_in(Tokenizer(None), 400)
+    assert chat.tokens[0] == ids("<user>What is the capital of Portugal?<assistant>")
+    assert plain.tokens[0] == (1, *ids("What is the capital of Portugal?"))
+    # The texts for the perplexity are no messages.
+    assert chat.neutral == plain.neutral != ()
+    assert all(chat.tokens[index] == plain.tokens[index] for index in chat.neutral)
+    assert chat.digest != plain.digest
+    assert chat.digest == built_in(Tokenizer("a template"), 400).digest
+    cut = built_in(Tokenizer(None), 7)
+    assert max(map(len, cut.tokens)) == 7
+    assert len({len(tokens) for tokens in plain.tokens}) > 8  # lengths differ
+    assert sum(any(token > 0x250 for token in tokens) for tokens in plain.tokens) >= 4
+
+
+def test_a_folder_without_a_tokenizer_gets_random_tokens(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    assert default_prompts(tmp_path, 56) == random_prompts(56)
+    assert {len(prompt) for prompt in random_prompts(56).tokens} == {8, 24, 48}
+    assert max(max(prompt) for prompt in random_prompts(56).tokens) < 56
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert default_prompts(tmp_path, 56).source == "built-in"
+
+
+def test_files_of_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = tmp_path / "prompts.txt"
+    text.write_text("Once\n\n{half} \n")
+    found = read_prompts(text, tmp_path)
+    assert found == PromptSet("prompts.txt", ((1, *ids("Once")), (1, *ids("{half} "))))
+    lines = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "Hi"}]
+    entries = [{"prompt": "a"}, {"text": "b"}, {"messages": messages}]
+    lines.write_text("\n".join(map(json.dumps, entries)))
+    found = read_prompts(lines, tmp_path)
+    assert found.tokens == ((1, *ids("a")), (1, *ids("b")), ids("<user>Hi<assistant>"))
+    assert read_prompts(lines, tmp_path, 2).tokens[2] == ids("<u")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n \n", "the file holds no prompt"),
+        ("a.jsonl", "{", "a line is no JSON"),
+        ("a.jsonl", "[1]", "a line of the file is no prompt"),
+        ("a.jsonl", '{"promt": "a"}', "a line of the file is no prompt"),
+        ("a.jsonl", '{"prompt": "a", "text": "b"}', "a line of the file is no prompt"),
+        ("a.jsonl", '{"prompt": 3}', "prompt is no text"),
+        ("a.jsonl", '{"messages": []}', "messages is no list of role and content"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "messages is no list of role"),
+    ],
+)
+def test_a_bad_file_of_prompts_is_refused(
+    name: str, content: str, message: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_prompts(tmp_path / name, tmp_path)
+
+
+def test_messages_need_a_template(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.chat_template = None
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}')
+    with pytest.raises(InputError, match="the tokenizer has no chat template"):
+        read_prompts(tmp_path / "a.jsonl", tmp_path)
+    with pytest.raises(InputError, match="the prompts cannot be read"):
+        read_prompts(tmp_path / "absent.txt", tmp_path)
+    with pytest.raises(InputError, match="no prompt, or one of them holds no token"):
+        given_prompts([[1], []])
+
+
+# --- perplexity and scores ---------------------------------------------------------------------
+
+
+def test_perplexity_by_hand() -> None:
+    """Even odds over four tokens are a perplexity of 4; the first token of a prompt is no guess."""
+    even = torch.zeros(5, 4, dtype=torch.float64)
+    found = perplexity(even, [(0, 1, 2), (3, 2)], (0, 1))
+    assert found is not None
+    assert (found.value, found.low, found.high, found.count) == pytest.approx((4, 4, 4, 3))
+    # Certain of the right token at one place, even odds at the other.
+    sure = even.clone()
+    sure[0, 1] = 1e3
+    found = perplexity(sure, [(0, 1, 2), (3, 2)], (0,))
+    assert found is not None and found.value == pytest.approx(2.0)
+    assert found.low < found.value < found.high
+    assert perplexity(even, [(0,), (1, 2)], (0,)) is None
+
+
+def test_shares_have_wilsons_interval() -> None:
+    none, half = share([False] * 10), share([True, False] * 5)
+    assert (none.value, none.low) == (0.0, 0.0)
+    assert none.high == pytest.approx(0.2775, abs=1e-4)  # Brown, Cai and DasGupta 2001, Wilson
+    assert (half.low, half.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_scores_of_texts(tmp_path: Path) -> None:
+    texts = ["I can't do that.", "Sure, here it is.", "SURE thing"]
+    found = score("contains:sure", texts)
+    assert found.value == pytest.approx(2 / 3)
+    script = tmp_path / "count.py"
+    script.write_text(
+        "import json, sys\nfor line in sys.stdin: print(len(json.loads(line).split()))\n"
+    )
+    counted = score(f"{sys.executable} {script}", texts)
+    assert (counted.value, counted.count) == (pytest.approx(10 / 3), 3)
+    half = 1.959964 * math.sqrt(((4 - 10 / 3) ** 2 * 2 + (2 - 10 / 3) ** 2) / 2 / 3)
+    assert counted.high - counted.value == pytest.approx(half)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import sys; sys.exit('no model')", "ends with status 1"),
+        ("print('yes')", "prints no number"),
+        ("print(1)", "prints 1 numbers for 2 texts"),
+        ("print(1); print('nan')", "prints 2 numbers for 2 texts"),
+    ],
+)
+def test_a_command_that_gives_no_scores_is_refused(body: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(body)
+    with pytest.raises(InputError, match=message):
+        score(f"{sys.executable} {tmp_path / 'bad.py'}", ["a", "b"])
+
+
+def test_scores_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    for spec in ("contains:", "classifier: ", " "):
+        with pytest.raises(UsageError):
+            score(spec, ["a"])
+    with pytest.raises(InputError, match="the classifier cannot be loaded"):
+        score(f"classifier:{tmp_path}", ["a"])
+    with pytest.raises(InputError, match="the score's command does not run"):
+        score(str(tmp_path / "absent"), ["a"])
+
+
+def test_a_classifier_scores_texts(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Tokens
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = Tokens(WordLevel({"[UNK]": 0, "good": 1, "bad": 2, "[PAD]": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_labels=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    texts = ["good", "bad bad", ""]
+    with torch.no_grad():
+        want = [
+            float(model(**tokenizer(text or " ", return_tensors="pt")).logits.softmax(-1)[0, -1])
+            for text in texts[:2]
+        ]
+    assert score(f"classifier:{tmp_path}", texts[:2]).value == pytest.approx(sum(want) / 2)
+    assert abs(want[0] - want[1]) > 1e-4
+
+
+# --- greedy text -------------------------------------------------------------------------------
+
+
+def test_agreement_ends_at_the_first_difference() -> None:
+    assert agreement([(1, 2, 3), (4, 5, 6)], [(1, 2, 3), (4, 0, 6)]) == 4 / 6
+    made = Generated(((1, 2, 3), (4, 5, 6)), ((9.0, 9.0, 9.0), (9.0, 9.0, 9.0)))
+    assert disagreement(made, ((1, 2, 3), (4, 0, 6)), 0.1) == (1, 1)
+    assert disagreement(made, made.tokens, 0.1) is None
+    # Where the reference was not sure, the rest of that text is not compared.
+    unsure = Generated(made.tokens, ((9.0, 9.0, 9.0), (9.0, 0.2, 9.0)))
+    assert disagreement(unsure, ((1, 2, 3), (4, 0, 0)), 0.1) is None

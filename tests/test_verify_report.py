@@ -1,0 +1,159 @@
+"""The report as files: what is in them, and that one report gives one set of bytes."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from harness import base_at
+from test_verify import baked
+
+from bake.cli import main
+from bake.errors import UsageError
+from bake.verify.compare import compare
+from bake.verify.files import write_report
+from bake.verify.plots import draw, titles
+from bake.verify.report import Report, Row
+
+
+@pytest.fixture(scope="module")
+def report(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Report:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    out = baked(base, tmp_path_factory.mktemp("report") / "out")
+    return compare(out, base=str(base.path), generate=2)
+
+
+def test_files_hold_every_number(report: Report, tmp_path: Path) -> None:
+    written = write_report(report, tmp_path / "new" / "folder")
+    names = {path.relative_to(tmp_path / "new" / "folder").as_posix() for path in written}
+    assert names == {
+        "verify.json",
+        "verify.md",
+        "plots/residual-stream-by-layer.png",
+        "plots/leak-per-writer.png",
+        "plots/divergence-per-token.png",
+        "plots/hooked-against-baked-logits.png",
+    }
+    text = (tmp_path / "new" / "folder" / "verify.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert data["passed"] is True
+    assert data["artifact"] == "out"  # not where it is on this machine
+    assert len(data["rows"]) == len(report.rows)
+    assert data["prompts"]["digest"].startswith("sha256:")
+    assert set(data["environment"]) == {"bake", "python", "torch", "transformers"}
+    shown = (tmp_path / "new" / "folder" / "verify.md").read_text(encoding="utf-8")
+    for row in report.rows:
+        assert row.name.replace("|", "\\|") in shown
+    for path in re.findall(r"\]\((plots/[^)]+)\)", shown):
+        assert (tmp_path / "new" / "folder" / path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_report_gives_the_same_bytes(report: Report, tmp_path: Path) -> None:
+    first = write_report(report, tmp_path / "a", html=True)
+    second = write_report(report, tmp_path / "b", html=True)
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes(), ours.name
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [str(v) for k, v in attrs if k in ("href", "src", "xlink:href")]
+
+
+def test_the_page_holds_everything_itself(report: Report, tmp_path: Path) -> None:
+    hostile = Row("<script>alert(1)</script>", 1.0, None, None)
+    write_report(replace(report, rows=(*report.rows, hostile)), tmp_path, html=True)
+    text = (tmp_path / "verify.html").read_text(encoding="utf-8")
+    page = _Links()
+    page.feed(text)
+    assert page.tags.count("svg") == 4
+    assert "script" not in page.tags and "link" not in page.tags
+    for link in page.found:
+        assert link.startswith(("#", "data:image/png;base64,")), link[:80]
+    assert "&lt;script&gt;alert(1)" in text
+    assert text.count('class="pass"') >= len([r for r in report.rows if r.passed])
+    assert 'class="fail"' not in text
+
+
+def test_a_report_without_numbers_has_no_plots(tmp_path: Path) -> None:
+    bare = Report("out", "base", "sha256:0", "exact", "F64", (Row("a", 1.0, 0.0, False),), {})
+    assert titles(bare) == ()
+    write_report(bare, tmp_path, html=True)
+    assert "**failed**" in (tmp_path / "verify.md").read_text(encoding="utf-8")
+    assert 'class="fail"' in (tmp_path / "verify.html").read_text(encoding="utf-8")
+
+
+def test_numbers_that_are_not_finite_become_null(report: Report, tmp_path: Path) -> None:
+    strange = replace(report, rows=(Row("a", float("nan"), float("inf"), None),))
+    write_report(strange, tmp_path, plots=False)
+    (row,) = json.loads((tmp_path / "verify.json").read_text(encoding="utf-8"))["rows"]
+    assert row["value"] is None and row["limit"] is None
+    assert not (tmp_path / "plots").exists()
+
+
+def test_plots_without_matplotlib_say_what_to_install(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match="plots need matplotlib"):
+        draw(report, titles(report)[0])
+
+
+def test_the_command_writes_the_report_and_says_where(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    out = baked(base, tmp_path / "out")
+    arguments = ["verify", str(out), "--base", str(base.path), "--generate", "2"]
+    result = CliRunner().invoke(main, [*arguments, "--no-plots"])
+    assert result.exit_code == 0, result.output
+    assert "verify.json" in result.stdout
+    assert not (out / "plots").exists()
+    assert not list(out.glob(".bake*"))
+    elsewhere = tmp_path / "elsewhere"
+    result = CliRunner().invoke(main, [*arguments, "--html", "--report", str(elsewhere), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["passed"] is True
+    assert {path.name for path in elsewhere.iterdir()} == {
+        "verify.json", "verify.md", "verify.html", "plots",
+    }  # fmt: skip
+    # Verifying again does not count its own report as a change of the artifact.
+    assert CliRunner().invoke(main, [*arguments, "--no-plots"]).exit_code == 0
+    result = CliRunner().invoke(main, [*arguments, "--html", "--no-plots"])
+    assert result.exit_code == 2
+    result = CliRunner().invoke(main, [*arguments, "--generate", "0", "--score", "contains:a"])
+    assert result.exit_code == 2
+    assert "a score needs generated text" in result.stderr
+
+
+def test_verify_imports_neither_fold_nor_plan() -> None:
+    """Two derivations from one edit are evidence only as long as they share no code."""
+    code = (
+        "import sys, pkgutil, importlib, bake.verify\n"
+        "for info in pkgutil.walk_packages(bake.verify.__path__, 'bake.verify.'):\n"
+        "    if not info.name.rpartition('.')[2].startswith('_'):\n"
+        "        importlib.import_module(info.name)\n"
+        "import bake.steer\n"
+        "taken = [name for name in sys.modules if name.split('.')[:2] in (\n"
+        "    ['bake', 'fold'], ['bake', 'plan'], ['bake', 'outputs'], ['bake', 'rounding'])]\n"
+        "sys.exit(repr(taken) if taken else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
