@@ -6,17 +6,18 @@ cancels: a component that the edit removed stays removed, where rounding to near
 half a per cent of it in bfloat16.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bake.errors import InputError
 
 Rounding = Literal["nearest", "feedback"]
 
-_BLOCK = 1 << 20  # values that are corrected at a time: columns are independent of one another
+_BLOCK = 1 << 22  # values that are corrected at a time: columns are independent of one another
 _WALKS = 2
 
 
@@ -65,52 +66,60 @@ def feedback(
     nearest = to_storage(values, dtype, name)
     other = _other_neighbour(values, nearest)
     if axis == 1:
-        moved = corrections(values.T, nearest.T, other.T, directions).T
+        chosen = corrections(values.T, (nearest.T, other.T), directions).T
     else:
-        moved = corrections(values, nearest, other, directions)
-    return torch.where(moved, other, nearest)
+        chosen = corrections(values, (nearest, other), directions)
+    return torch.where(chosen == 1, other, nearest)
 
 
 def corrections(
     exact: Float[Tensor, "m n"],
-    nearest: Float[Tensor, "m n"],
-    other: Float[Tensor, "m n"],
+    choices: Sequence[Float[Tensor, "m n"]],
     directions: Float[Tensor, "k m"],
-) -> Bool[Tensor, "m n"]:
-    """Return which values to take from ``other``, so that the directions see the errors cancel.
+) -> Int[Tensor, "m n"]:
+    """Return which choice to take for every value, so that the directions see the errors cancel.
 
-    The walk goes down the rows, those with the largest weight in the directions first, and moves a
-    value when that makes the accumulated error of its column smaller: large weights cancel most
-    of it, small ones what is left. ``other`` equals ``nearest`` where a value may not move.
+    All begin with the first choice, the nearest. The walk goes down the rows, those with the
+    largest weight in the directions first, and takes another choice where that makes the
+    accumulated error of the column smaller: large weights cancel most of it, small ones what is
+    left. Choices that are equal leave a value where it is.
     """
-    moved = torch.zeros(exact.shape, dtype=torch.bool)
+    chosen = torch.zeros(exact.shape, dtype=torch.int8)
     if directions.shape[0] == 0 or exact.numel() == 0:
-        return moved
+        return chosen
     basis = torch.linalg.qr(directions.to(torch.float64).T)[0].T
     width = max(1, _BLOCK // exact.shape[0])
     for start in range(0, exact.shape[1], width):
         columns = slice(start, start + width)
-        first = nearest[:, columns].to(torch.float64)
-        step = other[:, columns].to(torch.float64) - first
-        moved[:, columns] = _walk(first - exact[:, columns].to(torch.float64), step, basis)
-    return moved
+        errors = [c[:, columns].to(torch.float64) - exact[:, columns] for c in choices]
+        chosen[:, columns] = _walk(errors, basis)
+    return chosen
 
 
-def _walk(error: Tensor, step: Tensor, basis: Tensor) -> Tensor:
-    """Return which entries take their step; ``error`` [m, n] is what they err by without it."""
-    seen = basis @ error
+def _walk(errors: Sequence[Tensor], basis: Tensor) -> Tensor:
+    """Return the index of a choice per entry; ``errors`` [m, n] are what the choices err by."""
+    chosen = torch.zeros(errors[0].shape, dtype=torch.int8)
+    current = errors[0].clone()
+    seen = basis @ current
     weight = basis.square().sum(dim=0)
     order = [int(i) for i in torch.argsort(weight, descending=True) if weight[i] > 0]
-    moved = torch.zeros(error.shape, dtype=torch.bool)
     # A second walk settles the columns whose large weights happened to be of no use in the first.
     for _ in range(_WALKS):
         for i in order:
-            row = basis[:, i]
-            move = torch.where(moved[i], -step[i], step[i])
-            gains = move * (2 * (row @ seen) + weight[i] * move) < 0
-            seen += torch.outer(row, torch.where(gains, move, 0.0))
-            moved[i] ^= gains
-    return moved
+            row, best = basis[:, i], torch.zeros_like(seen[0])
+            toward = 2 * (row @ seen)
+            step, index = torch.zeros_like(best), chosen[i]
+            for number, error in enumerate(errors):
+                move = error[i] - current[i]
+                change = move * (toward + weight[i] * move)  # of the squared length of ``seen``
+                gains = change < best
+                best = torch.where(gains, change, best)
+                step = torch.where(gains, move, step)
+                index = torch.where(gains, torch.tensor(number, dtype=torch.int8), index)
+            seen += torch.outer(row, step)
+            current[i] += step
+            chosen[i] = index
+    return chosen
 
 
 def _other_neighbour(values: Tensor, nearest: Tensor) -> Tensor:

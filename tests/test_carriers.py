@@ -116,6 +116,19 @@ def test_several_findings_of_one_edit_stay_together(tiny_checkpoint: Checkpoints
     assert "1 more such reason" in found[0].reason and "more" not in found[1].reason
 
 
+def test_edits_that_cannot_be_told_apart(tiny_checkpoint: Checkpoints) -> None:
+    """Each of them is refused; none is taken for exact because another has its finding."""
+    base = base_at(tiny_checkpoint("mistral"))
+    twice = [edit(base, "offset", make.offset(vector(24)), "resid_post.1")] * 2
+    ways = [
+        edit(base, "offset", make.offset(vector(24)), ["resid_post.1", "resid_mid.1"]),
+        edit(base, "offset", make.offset(vector(24)), ["resid_mid.1", "resid_post.1"]),
+    ]
+    for edits in (twice, ways, ways[::-1]):
+        found = carrier_findings(plan_of(base, edits), "lora")
+        assert [f.exactness for f in found] == [IMPOSSIBLE, IMPOSSIBLE]
+
+
 def test_recast_is_no_adapter(tiny_checkpoint: Checkpoints) -> None:
     base = base_at(tiny_checkpoint("mistral"))
     of = plan(base, "offset", "resid_post.1", allow=["recast"])

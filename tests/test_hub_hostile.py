@@ -21,8 +21,9 @@ from hub_server import HubServer, running_hub
 from published import BASE, CARD, TOKEN, base_files, make_artifact, rewrite
 
 from bake.errors import InputError
+from bake.publish.destination import Destination
 from bake.publish.preflight import Terms
-from bake.publish.push import Destination, push
+from bake.publish.push import push
 from bake.publish.seal import check, seal
 
 Spoil = Callable[[Path, random.Random], None]

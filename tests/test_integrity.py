@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from published import copy_of, make_artifact, rewrite, write_verification
+from published import copy_of, make_artifact, record_again, rewrite, write_verification
 from safetensors.torch import load_file, save_file
 
 from bake.cli import main
@@ -270,11 +270,28 @@ def test_untouched_tensors_are_those_of_the_base(base: Path, out: Path) -> None:
     save_file(tensors, shard, metadata={"format": "pt"})
     (out / STATEMENT).unlink()
     (out / SUMS).unlink()
+    record_again(out)
     seal(out)
     assert problems(out) == []  # the control: without the base nobody could know
     assert problems(out, base=base) == [
         f"{shard.name}: {name} differs from the base, and the plan leaves it alone"
     ]
+
+
+def test_a_record_that_lists_files_is_held_to_them(out: Path) -> None:
+    """Before an artifact is sealed for the first time, its record is what there is."""
+    config = hashlib.sha256((out / "config.json").read_bytes()).hexdigest()
+    (out / SUMS).unlink()
+    rewrite(out / "bake.json", lambda f: f.update(files={"config.json": f"sha256:{config}"}))
+    seal(out)
+    assert problems(out) == []
+    (out / SUMS).unlink()
+    rewrite(out / "config.json", lambda found: found.update(extra=1))
+    with pytest.raises(InputError, match=r"config\.json is not what bake\.json lists"):
+        seal(out)
+    rewrite(out / "bake.json", lambda f: f.update(files={"gone.txt": "sha256:0"}))
+    with pytest.raises(InputError, match=r"gone\.txt is missing, and bake\.json lists it"):
+        seal(out)
 
 
 def test_a_link_out_of_the_folder_is_refused(out: Path, tmp_path: Path) -> None:

@@ -354,6 +354,26 @@ def test_a_folder_that_is_in_the_way(tiny_checkpoint: Checkpoints, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
+def test_what_was_there_comes_back_when_the_last_rename_fails(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
+    out = export_lora(plan, base.checkpoint, tmp_path / "out", record={"first": True}).path
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == "files":
+            raise OSError(28, "No space left on device", str(target))
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(InputError, match="cannot write the output: No space left on device"):
+        export_lora(plan, base.checkpoint, out, record={}, force=True)
+    assert json.loads((out / "bake.json").read_text())["first"] is True
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_factor_that_overflows_leaves_nothing(
     tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:

@@ -103,15 +103,15 @@ def test_no_direction_is_rounding_to_nearest() -> None:
     assert torch.equal(feedback(exact, none, torch.float16, "w"), exact.to(torch.float16))
 
 
-def test_steps_that_are_not_allowed_are_not_taken() -> None:
-    """``corrections`` moves a value only where the other neighbour is another one."""
+def test_choices_that_are_equal_are_not_taken() -> None:
+    """A value moves only where the other neighbour is another one."""
     _, directions, exact = problem(64, 16, 1, torch.bfloat16)
     nearest = exact.to(torch.bfloat16)
     other = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
     other[:, 3] = nearest[:, 3]
-    moved = corrections(exact, nearest, other, directions)
-    assert not bool(moved[:, 3].any())
-    assert bool(moved.any())
+    chosen = corrections(exact, (nearest, other), directions)
+    assert not bool(chosen[:, 3].any())
+    assert bool(chosen.any())
 
 
 def test_many_columns_are_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,3 +131,23 @@ def test_the_end_of_the_range_stays_finite() -> None:
     assert float(rounded.max()) == largest
     with pytest.raises(InputError, match="the edited tensor w does not fit its dtype"):
         feedback(exact * 2, directions, torch.float16, "w")
+
+
+def test_one_sided_steps_need_a_way_back() -> None:
+    """An edit that is small beside the steps: with three choices the walk does not get stuck."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-7, 8, (1024, 48), generator=generator).to(torch.float64)
+    direction = torch.randn(1, 1024, generator=generator, dtype=torch.float64)
+    direction /= direction.norm()
+    exact = codes - direction.T @ (direction @ codes)  # the steps are 1, the change is about 0.1
+    towards = torch.sign(exact - codes)
+    two = (codes, codes + towards)
+    three = (*two, codes - towards)
+    left = {}
+    for name, choices in (("nearest", (codes,)), ("two", two), ("three", three)):
+        chosen = corrections(exact, choices, direction).to(torch.int64)
+        taken = torch.stack(choices).gather(0, chosen.unsqueeze(0))[0]
+        left[name] = float((direction @ taken).norm() / (direction @ codes).norm())
+    assert left["nearest"] == pytest.approx(1.0)  # every value is nearest where it was
+    assert left["three"] < 1e-4
+    assert left["three"] < left["two"] / 10

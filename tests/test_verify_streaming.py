@@ -112,7 +112,7 @@ def test_batches_hold_every_prompt_in_order() -> None:
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -120,16 +120,22 @@ from bake.verify.compare import compare
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+before = peak()
 report = compare(Path(sys.argv[1]), base=sys.argv[2], streamed=True)
 assert report.passed, report.rows
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
-    """24 blocks of 13 MB in bfloat16 verify within the memory of six of them in float64."""
+    """24 blocks verify within the memory of four of them in float64, traces and all."""
     model = tiny.make_model(
         "llama",
         dtype=torch.bfloat16,
@@ -155,5 +161,5 @@ def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", MEMORY, str(out), str(tmp_path / "base")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    grown = int(done.stdout.split()[-1]) * 1024
-    assert grown < 6 * block * 8 < total * 8 / 3
+    grown = int(done.stdout.split()[-1])
+    assert grown < 4 * block * 8 < total * 8 / 4

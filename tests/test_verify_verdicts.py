@@ -269,7 +269,7 @@ def test_another_question_starts_anew(tmp_path: Path) -> None:
 def test_a_model_too_large_for_memory_is_streamed(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bake.verify import compare as module
+    from bake.verify import memory as module
 
     base: Base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
     elements = sum(p.numel() for p in base.model.parameters())

@@ -1,16 +1,18 @@
 """Rows of a GGUF tensor to float64 and back.
 
 Decoding is exact: every type's values are float32 numbers. Encoding rounds, to nearest or with
-error feedback. A quantised block's scale comes from rounding to nearest; feedback then chooses
-among the multiples of that scale.
+error feedback. To nearest, a block is quantised anew. With feedback it keeps the scales that it has
+in the base file, where they still span its values, and gets other codes: what an edit does not
+reach stays as it is, and no quantiser is needed.
 """
 
 import numpy as np
 import torch
-from jaxtyping import Float64, UInt8
+from jaxtyping import Bool, Float64, UInt8
 from torch import Tensor
 
 from bake.checkpoints.ggml import VARIABLE, Ggml
+from bake.checkpoints.gguf_grid import PLANES, Grid, read_grid, with_codes
 from bake.checkpoints.gguf_types import GgmlType
 from bake.errors import CheckpointError, InputError, UsageError
 from bake.rounding import corrections, feedback, to_storage
@@ -26,9 +28,10 @@ _GGUF_PY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
 _GGML = tuple(
     "Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS".split()
 )
-_LIMITS = {"Q8_0": (-127, 127), "Q4_0": (-8, 7)}  # of the multiples that a block holds
-FEEDBACK = (*FLOATS, *_LIMITS)
+FEEDBACK = (*FLOATS, *PLANES)
 """The types that can be rounded with error feedback."""
+
+_SLAB = 1 << 22  # values whose codes are chosen at a time
 
 
 def decode(
@@ -122,58 +125,80 @@ def encode_with_feedback(
     name: str,
     *,
     axis: int = 0,
+    base: UInt8[Tensor, "m bytes"] | None = None,
+    ggml: Ggml | None = None,
 ) -> UInt8[Tensor, "m bytes"]:
-    """Return the whole matrix in the type, rounded as ``rounding.feedback`` does.
+    """Return the matrix in the type, rounded as ``rounding.feedback`` does.
 
     Args:
-        values: the exact matrix.
+        values: the exact matrix; whole along ``axis``.
         directions: k rows over the ``axis`` of the matrix.
         kind: one of ``FEEDBACK``.
         name: the tensor's name, for messages.
         axis: the axis that the directions run along.
+        base: the matrix before the edit, in the same type, whose scales are kept where they do.
+        ggml: encodes blocks of types that gguf-py does not, where a scale has to be another.
 
     Raises:
         InputError: a value does not fit the type.
+        UsageError: a block needs other scales, and nothing here quantises to the type.
     """
     if kind.name in FLOATS:
         return _bytes(feedback(values, directions, FLOATS[kind.name], name, axis=axis))
-    raw = encode(values, kind, name)
-    scales, codes = _unpack(raw, kind)
-    nearest = scales * codes
-    low, high = _LIMITS[kind.name]
-    towards = torch.sign((values - nearest) * scales)
-    neighbours = (codes + towards).clamp(low, high)
     if axis == 1:
-        moved = corrections(values.T, nearest.T, (scales * neighbours).T, directions).T
+        return _recoded(values, directions, kind, name, axis, base, ggml)
+    width = max(1, _SLAB // values.shape[0] // kind.block) * kind.block
+    ratio = kind.size / kind.block
+    slabs = []
+    for start in range(0, values.shape[1], width):
+        stop = min(start + width, values.shape[1])
+        old = None if base is None else base[:, round(start * ratio) : round(stop * ratio)]
+        slabs.append(_recoded(values[:, start:stop], directions, kind, name, 0, old, ggml))
+    return torch.cat(slabs, dim=1)
+
+
+def _recoded(
+    values: Tensor,
+    directions: Tensor,
+    kind: GgmlType,
+    name: str,
+    axis: int,
+    base: Tensor | None,
+    ggml: Ggml | None,
+) -> Tensor:
+    """Return the rows under scales that span them, with codes chosen by error feedback."""
+    raw = encode(values, kind, name, ggml=ggml) if base is None else base
+    grid = read_grid(raw, kind, lambda bytes_: decode(bytes_, kind, name))
+    if base is not None:
+        strange = _out_of_reach(values, grid, kind)
+        if bool(strange.any()):
+            blocks = values.reshape(-1, kind.block)[strange]
+            raw = raw.reshape(-1, kind.size).clone()
+            raw[strange] = encode(blocks, kind, name, ggml=ggml)
+            raw = raw.reshape(base.shape)
+            grid = read_grid(raw, kind, lambda bytes_: decode(bytes_, kind, name))
+    ideal = grid.ideal(values)
+    nearest = ideal.round().clamp(grid.low, grid.high)
+    towards = torch.sign(ideal - nearest)
+    # An edit that is small beside the steps pulls all values of a column one way, and of steps
+    # towards the values alone none would lead back from too far: hence the neighbours away from
+    # them as a third choice, which one or two values of a column take.
+    codes = [nearest, *((nearest + s).clamp(grid.low, grid.high) for s in (towards, -towards))]
+    if axis == 1:
+        chosen = corrections(values.T, [grid.values(c).T for c in codes], directions).T
     else:
-        moved = corrections(values, nearest, scales * neighbours, directions)
-    return _pack(raw, torch.where(moved, neighbours, codes), kind)
+        chosen = corrections(values, [grid.values(c) for c in codes], directions)
+    taken = torch.stack(codes).gather(0, chosen.to(torch.int64).unsqueeze(0))[0]
+    return with_codes(raw, kind, taken)
+
+
+def _out_of_reach(values: Tensor, grid: Grid, kind: GgmlType) -> Bool[Tensor, " blocks"]:
+    """Return the blocks with a value outside of their range by more than a sixteenth of it."""
+    reached = grid.values(grid.ideal(values).clamp(grid.low, grid.high))
+    excess = (values - reached).abs().reshape(-1, kind.block).amax(dim=1)
+    span = grid.scale.abs().reshape(-1, kind.block).amax(dim=1) * (grid.high - grid.low + 1)
+    return excess > span / 16
 
 
 def _bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
-
-
-def _unpack(raw: Tensor, kind: GgmlType) -> tuple[Tensor, Tensor]:
-    """Return scale and multiple of every value: a block is a float16 and its 32 codes."""
-    rows = raw.shape[0]
-    blocks = raw.reshape(-1, kind.size)
-    scales = blocks[:, :2].contiguous().view(torch.float16).to(torch.float64)
-    if kind.name == "Q8_0":
-        codes = blocks[:, 2:].contiguous().view(torch.int8).to(torch.float64)
-    else:  # Q4_0: the low halves of the bytes are the first 16 codes, the high ones the others
-        packed = blocks[:, 2:]
-        codes = torch.cat([packed & 15, packed >> 4], dim=1).to(torch.float64) - 8
-    return scales.expand(-1, kind.block).reshape(rows, -1), codes.reshape(rows, -1)
-
-
-def _pack(raw: Tensor, codes: Tensor, kind: GgmlType) -> Tensor:
-    """Return the rows with other multiples of the same scales."""
-    blocks = raw.reshape(-1, kind.size).clone()
-    whole = codes.reshape(-1, kind.block)
-    if kind.name == "Q8_0":
-        blocks[:, 2:] = whole.to(torch.int8).view(torch.uint8)
-    else:
-        shifted = (whole + 8).to(torch.uint8)
-        blocks[:, 2:] = shifted[:, :16] | (shifted[:, 16:] << 4)
-    return blocks.reshape(raw.shape)

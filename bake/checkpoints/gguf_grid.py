@@ -1,8 +1,8 @@
 """The grid of a block: its values are offset + scale × code, and where the bits of the codes lie.
 
 A block keeps scales and codes apart, so codes can be exchanged under the scales that are there.
-The layouts are those of ggml (ggml/src/ggml-common.h: ``block_q4_0`` and so on); scale and offset are
-read off the decoder itself, as what it makes of the codes 0 and 1.
+The layouts are those of ggml (ggml/src/ggml-common.h: ``block_q4_0`` and so on); scale and offset
+are read off the decoder itself, as what it makes of the codes 0 and 1.
 """
 
 from collections.abc import Callable
@@ -74,6 +74,15 @@ class Grid:
     def values(self, codes: Tensor) -> Tensor:
         """Return what the codes stand for."""
         return self.offset + self.scale * codes
+
+    def ideal(self, values: Tensor) -> Tensor:
+        """Return the codes, not whole and maybe out of range, that would stand for the values.
+
+        Where the scale is 0 all codes stand for one value, and those that are there stay.
+        """
+        flat = self.scale == 0
+        exact = (values - self.offset) / self.scale.masked_fill(flat, 1.0)
+        return torch.where(flat, self.codes, exact)
 
 
 def read_grid(raw: UInt8[Tensor, "rows bytes"], kind: GgmlType, decode: Decoder) -> Grid:

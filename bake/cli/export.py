@@ -1,5 +1,6 @@
 """``bake export``: the edited checkpoint, or another carrier of the same edit."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,7 @@ def command(
     from bake.outputs.carry import Options
     from bake.plan.record import plan_record
 
-    _check_out(out, force=force)
+    check_out(out, force=force)
     request = compile_request(recipe, **options)
     chosen = Options(
         allow=frozenset(request.recipe.export.allow),
@@ -125,7 +126,7 @@ def _data(made: "Artifact", request: Request) -> dict[str, Any]:
     }
 
 
-def _check_out(out: Path, *, force: bool) -> None:
+def check_out(out: Path, *, force: bool) -> None:
     """Refuse an output that is in the way before anything is read or downloaded."""
     if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(
@@ -148,7 +149,7 @@ def _write_all(request: Request, out: Path, options: "Options", output: Output) 
     for carrier in carriers:
         place = out if len(carriers) == 1 else out / carrier
         place.parent.mkdir(parents=True, exist_ok=True)
-        click.get_current_context().meta[KEPT] = partial(_kept, place)
+        click.get_current_context().meta[KEPT] = kept_at(place)
         with render.progress(f"writing {place.name}", visible=not output.quiet) as move:
             made.append(
                 write(
@@ -162,6 +163,11 @@ def _write_all(request: Request, out: Path, options: "Options", output: Output) 
                 )
             )
     return made
+
+
+def kept_at(out: Path) -> Callable[[], str]:
+    """Return what says, after an interrupt, what of an output is kept."""
+    return partial(_kept, out)
 
 
 def _kept(out: Path) -> str:

@@ -13,7 +13,7 @@ from bake.cli.request import PATH
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bake.publish.push import Pushed
+    from bake.publish.destination import Pushed
 
 
 @bake_command("push")
@@ -55,8 +55,9 @@ def command(
     same command again takes up a run that was interrupted, and changes nothing when all is there.
     """
     from bake.cli import render
+    from bake.publish.destination import Destination
     from bake.publish.preflight import Terms
-    from bake.publish.push import Destination, push
+    from bake.publish.push import push
 
     to = Destination(repo, revision, public, create_pr)
     terms = Terms(frozenset(allow), unverified, no_card)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from bake.checkpoints import Checkpoint
+from bake.checkpoints.gguf_file import open_gguf
 from bake.errors import UsageError
 from bake.outputs.artifact import Artifact
 from bake.outputs.checkpoint import export_checkpoint, refuse_inexact
@@ -93,8 +94,17 @@ def write(
             plan, checkpoint, out, record=record, allow=allow, force=force, progress=progress
         )
     if carrier == "gguf-lora":
+        # For a quantised base the factors come from the weights that are served.
+        model = None if options.gguf is None else open_gguf(options.gguf)
         return export_gguf_lora(
-            plan, checkpoint, out, record=record, allow=allow, force=force, progress=progress
+            plan,
+            checkpoint,
+            out,
+            record=record,
+            model=model,
+            allow=allow,
+            force=force,
+            progress=progress,
         )
     if carrier == "control-vector":
         return export_control_vector(plan, out, record=record, force=force)

@@ -17,21 +17,23 @@ from torch import Tensor
 
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.ggml import Ggml, find_ggml
-from bake.checkpoints.gguf_codec import FLOATS, check_encodable, decode, encode
+from bake.checkpoints.gguf_codec import FEEDBACK, FLOATS, check_encodable, decode, encode
 from bake.checkpoints.gguf_file import Gguf, open_gguf
 from bake.checkpoints.gguf_types import BY_NAME, GgmlType, type_named
-from bake.errors import UsageError
+from bake.errors import InexactPlan, UsageError
 from bake.families.gguf import GgufPlace, gguf_places
 from bake.fold import WeightFold, fold_bias
 from bake.outputs.artifact import Artifact
 from bake.outputs.checkpoint import refuse_inexact
 from bake.outputs.folder import new_folder, sync
-from bake.outputs.gguf_fold import bias_fold, in_file_order, weight_fold
+from bake.outputs.gguf_fold import bias_fold, guarded, in_file_order, weight_fold
 from bake.outputs.gguf_match import check_corners, check_loadable, check_norms, check_tensors
 from bake.outputs.gguf_tensor import MatrixEdit
 from bake.outputs.gguf_write import NewBytes, write_parts, write_small
-from bake.plan import BiasUpdate, Plan, TensorUpdate
+from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.rounding import Rounding
+
+_LOSS = 0.1  # of an edit; what rounding may take of it unless the user allows more
 
 
 def export_gguf(
@@ -43,7 +45,7 @@ def export_gguf(
     record: Mapping[str, Any],
     allow: frozenset[str] = frozenset(),
     edited_type: str | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Rounding = "feedback",
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
@@ -61,14 +63,14 @@ def export_gguf(
         record: what ``bake.json`` keeps besides the plan.
         allow: the exactness classes below EXACT that the recipe accepts.
         edited_type: the type for edited matrices that are stored in blocks; their own when None.
-        rounding: ``nearest``, or ``feedback``, which keeps removed components removed where the
-            type allows; it holds one matrix in memory.
+        rounding: ``feedback``, which makes the edit survive the rounding where the type allows and
+            holds one matrix in memory, or ``nearest``, which under five bits undoes most edits.
         force: replace an artifact of bake at ``out``.
         progress: called with bytes done and bytes in all.
 
     Raises:
-        InexactPlan: a finding is not exact and not allowed, or llama.cpp has no slot for a tensor
-            that the plan creates.
+        InexactPlan: a finding is not exact and not allowed, llama.cpp has no slot for a tensor that
+            the plan creates, or rounding undoes the edit and ``approximate`` is not allowed.
         CheckpointError: the GGUF is malformed, or of another model.
         UsageError: a type that cannot be written, or ``out`` is in the way.
         InputError: a value does not fit its type, or the disk refuses; nothing is left behind.
@@ -88,11 +90,38 @@ def export_gguf(
     new = _new_tensors(plan, model, places, edited_type, rounding)
     with new_folder(out, force=force) as folder:
         files = write_parts(model, new, plan, folder, progress)
+        if str(Exactness.APPROXIMATE) not in allow:
+            _refuse_undone(new)
         write_small(model, new, plan, folder, files, record)
         sync(folder)
     fresh = sum(tensor.nbytes for tensor in new.values())
     size = sum((out / name).stat().st_size for name in files)
     return Artifact("gguf", out, dict(sorted(files.items())), size, fresh)
+
+
+def _refuse_undone(new: Mapping[str, NewBytes]) -> None:
+    """Raise when rounding took back a part of the edit that nobody would overlook.
+
+    In few bits a step is larger than what an edit of low rank changes of a value, so rounding to
+    nearest mostly returns the old weights.
+
+    Raises:
+        InexactPlan: naming the tensor that lost most.
+    """
+    measured = [(t, t.measure) for t in new.values() if t.measure is not None]
+    for tensor, measure in sorted(measured, key=lambda pair: pair[1].change):
+        if abs(1 - measure.change) <= _LOSS and (measure.leak or 0.0) <= _LOSS:
+            continue
+        leak = (
+            "" if measure.leak is None else f", and {measure.leak:.0%} of what it removes is back"
+        )
+        raise InexactPlan(
+            f"rounding to {tensor.kind.name} leaves {measure.change:.0%} of the edit of "
+            f"{tensor.name}{leak}",
+            why="its steps are coarser than the change of a single value",
+            fix='use rounding = "feedback", or edited_type = "Q8_0", or a GGUF in F16 or BF16; or '
+            'add allow = ["approximate"] to take it as it is',
+        )
 
 
 def _new_tensors(
@@ -151,7 +180,9 @@ def _matrix(
     if folds:
         if chosen is not None and kind.name not in FLOATS:
             kind = chosen
-        check_encodable(kind, ggml, name)
+        recoded = kind == base.kind and kind.name in FEEDBACK and rounding == "feedback"
+        if not recoded or any(guarded(fold) is None for fold in folds.values()):
+            check_encodable(kind, ggml, name)
         kind.row_bytes(base.shape[-1], where=name)
     edit = MatrixEdit(name, source, kind, base.shape, folds)
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import AffineMap, LowRankMap
+from bake.affine import AffineMap, LowRankMap, tolerance
 from bake.edits import WeightUpdate
 from bake.families.gguf import GgufPlace
 from bake.fold import WeightFold
@@ -94,23 +94,38 @@ def removed(fold: WeightFold) -> tuple[Functionals, ...]:
 
 
 def guarded(fold: WeightFold) -> Functionals | None:
-    """Return the directions that error feedback protects: those that the edit reads.
+    """Return the directions that error feedback protects: those that the edit reads or writes.
 
-    Feedback runs along one axis; the output's comes first. None where there are no directions, or
-    too many of them, or a map that is not thin.
+    For W' = (I + L R) W they span R, without which a projection would not remove what it should,
+    and Lᵀ, along which the weight changes. Feedback runs along one axis; the output's comes first.
+    None where there are no directions, or too many, or a map that is not thin.
     """
     size = fold.shape[fold.output_axis]
-    rows = []
+    rows = [update.left.T for update in fold.updates]
     for indices, map_ in fold.outputs:
         if not isinstance(map_, LowRankMap):
             return None
-        rows.append(_scattered(map_.delta_factors()[1], indices, size))
-    found = Functionals(fold.output_axis, torch.cat(rows)) if rows else None
-    if found is None or not found.rows.shape[0]:
+        left, right = map_.delta_factors()
+        rows += [_scattered(part, indices, size) for part in (right, left.T)]
+    axis, spanned = fold.output_axis, _basis(rows)
+    if spanned is None:
         if not isinstance(fold.input, LowRankMap):
             return None
-        found = Functionals(1 - fold.output_axis, fold.input.delta_factors()[0].T)
-    return found if 0 < found.rows.shape[0] <= _MAX_DIRECTIONS else None
+        left, right = fold.input.delta_factors()
+        axis, spanned = 1 - fold.output_axis, _basis([left.T, right])
+    if spanned is None or spanned.shape[0] > _MAX_DIRECTIONS:
+        return None
+    return Functionals(axis, spanned)
+
+
+def _basis(rows: Sequence[Tensor]) -> Tensor | None:
+    """Return orthonormal rows that span the same space, or None where that is empty."""
+    whole = torch.cat(list(rows)) if rows else torch.empty(0, 0)
+    if whole.numel() == 0:
+        return None
+    q, singular, _ = torch.linalg.svd(whole.T, full_matrices=False)
+    kept = q[:, singular > tolerance(whole.shape[1]) * float(singular.max())]
+    return kept.T if kept.shape[1] else None
 
 
 def _scattered(rows: Tensor, indices: Sequence[int] | None, size: int) -> Tensor:

@@ -22,24 +22,36 @@ class Measure:
 
     error: float = 0.0
     norm: float = 0.0
+    meant: float = 0.0
+    done: float = 0.0
     left: float = 0.0
     had: float = 0.0
     rounding: set[str] = field(default_factory=set)
 
-    def add(self, exact: Tensor, written: Tensor) -> None:
-        """Add a stretch of the tensor: as it was meant, and as it reads back."""
+    def add(self, base: Tensor, exact: Tensor, written: Tensor) -> None:
+        """Add a stretch of the tensor: as it was, as it is meant to be, and as it reads back."""
         self.error += float((written - exact).square().sum())
         self.norm += float(exact.square().sum())
+        change = exact - base
+        self.meant += float(change.square().sum())
+        self.done += float((change * (written - base)).sum())
+
+    @property
+    def change(self) -> float:
+        """The share of the edit that the tensor has after rounding: 1 is all of it."""
+        return self.done / self.meant if self.meant else 1.0
+
+    @property
+    def leak(self) -> float | None:
+        """The share of a removed component that came back; None where the edit removes none."""
+        return (self.left / self.had) ** 0.5 if self.had else None
 
     def record(self) -> dict[str, Any]:
-        """Return the numbers for the record.
-
-        ``leak`` is how much of the removed component came back, as a share of what there was;
-        None where the edit removes none. ``error`` is the relative rounding error of the tensor.
-        """
+        """Return the numbers for the record; ``error`` is relative to the tensor's norm."""
         return {
             "rounding": "+".join(sorted(self.rounding)),
-            "leak": (self.left / self.had) ** 0.5 if self.had else None,
+            "change": self.change,
+            "leak": self.leak,
             "error": (self.error / self.norm) ** 0.5 if self.norm else 0.0,
         }
 
@@ -101,12 +113,13 @@ class MatrixEdit:
         start = 0
         for exact, raw in self._rounded(fold, reader, rounding, ggml):
             written = decode(raw, self.kind, self.name)
-            self.measure.add(exact, written)
             stop = start + exact.shape[0]
-            base = reader(start, stop) if vanishing else exact
+            base = reader(start, stop)
+            self.measure.add(base, exact, written)
             for then, now in zip(before, after, strict=True):
                 then.add(base, start)
-                now.add(written, start)
+                # The exact matrix has nothing of it, save what an affine map puts there.
+                now.add(written - exact, start)
             yield raw
             start = stop
         self.measure.had += sum(seen.square() for seen in before)
@@ -121,12 +134,26 @@ class MatrixEdit:
         self.measure.rounding.add("nearest" if guard is None else "feedback")
         if guard is not None and guard.axis == 0:
             tiles = iter([torch.cat(list(tiles))])
+        start = 0
         for tile in tiles:
+            stop = start + tile.shape[0]
             if guard is None:
                 yield tile, encode(tile, self.kind, self.name, ggml=ggml)
-                continue
-            raw = encode_with_feedback(tile, guard.rows, self.kind, self.name, axis=guard.axis)
-            yield tile, raw
+            else:
+                old = reader.raw(start, stop) if reader.kind == self.kind else None
+                yield (
+                    tile,
+                    encode_with_feedback(
+                        tile,
+                        guard.rows,
+                        self.kind,
+                        self.name,
+                        axis=guard.axis,
+                        base=old,
+                        ggml=ggml,
+                    ),
+                )
+            start = stop
 
 
 class _Reader:
@@ -138,7 +165,15 @@ class _Reader:
 
     def __call__(self, start: int, stop: int) -> Tensor:
         if self.span != (start, stop):
-            raw = self.gguf.read_rows(self.name, start, stop, expert=self.expert)
-            self.tile = decode(raw, self.gguf.tensors[self.name].kind, self.name)
+            self.tile = decode(self.raw(start, stop), self.kind, self.name)
             self.span = (start, stop)
         return self.tile
+
+    @property
+    def kind(self) -> GgmlType:
+        """The type that the base file has the matrix in."""
+        return self.gguf.tensors[self.name].kind
+
+    def raw(self, start: int, stop: int) -> Tensor:
+        """Return rows as bytes."""
+        return self.gguf.read_rows(self.name, start, stop, expert=self.expert)

@@ -150,23 +150,33 @@ def _redeclared(plan: Plan) -> str | None:
 
 
 def _plan_findings(plan: Plan) -> list[list[Finding]]:
-    """Return the plan's findings for each edit; it lists them edit by edit, in order."""
+    """Return the plan's findings for each edit; it lists them edit by edit, in order.
+
+    An edit has one finding that is not IMPOSSIBLE, or several that are, each for another reason.
+    """
     grouped: list[list[Finding]] = []
+    named: dict[tuple[str, str], list[Finding]] = {}
     rest = list(plan.findings)
     for edit in plan.edits:
         own: list[Finding] = []
-        while rest and (rest[0].kind, rest[0].concept) == (edit.kind, edit.concept):
-            # An edit has one finding that is not IMPOSSIBLE, or several that are.
-            if own and (
-                rest[0].exactness is not Exactness.IMPOSSIBLE
-                or not set(rest[0].sites) <= set(edit.sites)
-            ):
-                break
+        while rest and _continues(own, rest[0], edit):
             own.append(rest.pop(0))
-            if own[0].exactness is not Exactness.IMPOSSIBLE:
-                break
-        grouped.append(own)
+        # subtle: of two edits of one name the first may have taken what is said of the second.
+        grouped.append(own or named[edit.kind, edit.concept])
+        named[edit.kind, edit.concept] = grouped[-1]
     return grouped
+
+
+def _continues(own: list[Finding], finding: Finding, edit: Edit) -> bool:
+    """Whether a finding belongs to an edit, after those that it has."""
+    if (finding.kind, finding.concept) != (edit.kind, edit.concept):
+        return False
+    if not own:
+        return True
+    hard = own[0].exactness is finding.exactness is Exactness.IMPOSSIBLE
+    reasons = {(known.reason, known.remedy) for known in own}
+    again = (finding.reason, finding.remedy) in reasons
+    return hard and not again and set(finding.sites) <= set(edit.sites)
 
 
 def _obstacles(plan: Plan, carrier: str) -> Iterator[_Obstacle]:

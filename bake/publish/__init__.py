@@ -1,5 +1,6 @@
 """Publishing: check an artifact, seal it, and put it on the Hub in one guarded commit.
 
 Reading order: ``names``, ``manifest``, ``record``, ``weights``, ``provenance``, ``seal``; ``scan``,
-``frontmatter``, ``licences``, ``preflight``; ``failures``, ``remote``, ``push``.
+``frontmatter``, ``licences``, ``preflight``; ``destination``, ``failures``,
+``session``, ``remote``, ``commit``, ``push``.
 """

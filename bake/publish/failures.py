@@ -50,7 +50,7 @@ def redact(text: str) -> str:
 def told(account: Account, doing: str) -> Iterator[None]:
     """Turn what the client raises into a ``HubError`` of one line.
 
-    The original is not chained: its text and its request could hold the token.
+    The original is not shown below it: its text and its request could hold the token.
 
     Args:
         account: who publishes what.
@@ -65,7 +65,7 @@ def told(account: Account, doing: str) -> Iterator[None]:
         failure = explain(error, account, doing)
     else:
         return
-    raise failure
+    raise failure from None
 
 
 def explain(error: BaseException, account: Account, doing: str) -> HubError:

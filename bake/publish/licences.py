@@ -180,5 +180,15 @@ def _duties(
     return problems
 
 
+def remark(base: Stated) -> str | None:
+    """Return what a licence says beyond what can be checked, or None."""
+    if base.id == "gemma":
+        return (
+            "Gemma's Prohibited Use Policy forbids to circumvent safety filters: "
+            "think of it when the edit concerns refusals"
+        )
+    return None
+
+
 def _plain(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("©", "(c)")).strip().rstrip(".").casefold()

@@ -39,6 +39,7 @@ IMAGES = frozenset(".png .svg .jpg .jpeg .gif .webp".split())
 _BINARY = frozenset({".model"})  # SentencePiece
 CODE = ".py"
 _LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_OLLAMA = "Modelfile"
 _FOLDERS = frozenset({"bake", "plots", "verify", "reproduce", folders.CHAT_TEMPLATES})
 
 
@@ -163,6 +164,8 @@ def _by_suffix(file: str, folder: str, kind: str, *, code: bool) -> str | None:
     suffix = PurePosixPath(file).suffix.lower()
     legal = file.upper().startswith(_LEGAL) and suffix in ("", ".txt", ".md", ".pdf")
     if file in OUTSIDE or legal or suffix in TEXT | IMAGES | _BINARY:
+        return None
+    if file == _OLLAMA and folder == "" and WEIGHTS.get(kind) == ".gguf":
         return None
     if suffix == CODE:
         return None if code else "is code, which is published with --allow code only"

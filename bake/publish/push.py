@@ -8,28 +8,18 @@ it up.
 """
 
 import json
-import re
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as theirs
-from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at run time only
-    _http,  # for the factory that it starts with, the same in both generations
-    build_hf_headers,
-    get_session,
-    hf_raise_for_status,
-)
 
 from bake import __version__
-from bake.checkpoints.hub import parse_hub_id
-from bake.errors import HubError, InputError, UsageError
+from bake.errors import HubError, InputError
 from bake.publish import licences
 from bake.publish.commit import (
     Committed,
@@ -39,6 +29,7 @@ from bake.publish.commit import (
     parts_of,
     patiently,
 )
+from bake.publish.destination import Destination, Pushed
 from bake.publish.failures import RAISED, Account, redact, status_of, told
 from bake.publish.frontmatter import card_metadata, read_card
 from bake.publish.manifest import Manifest, Progress, manifest_of, stamp, write_text
@@ -46,83 +37,10 @@ from bake.publish.preflight import Preflight, Terms, check_terms, preflight
 from bake.publish.record import RECORD
 from bake.publish.remote import RemoteFile, differences, read_tree
 from bake.publish.seal import as_error, prepare
+from bake.publish.session import DEADLINE, card_errors, client, patience, within
 
 TIMEOUT = 120.0
 """Seconds that the Hub may take for one answer; it gives a commit up after 60."""
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where and how to publish.
-
-    Attributes:
-        repo: ``owner/name``.
-        revision: the branch; created when it is missing.
-        public: whether the repository ends up public.
-        pull_request: open one instead of committing.
-    """
-
-    repo: str
-    revision: str = "main"
-    public: bool = False
-    pull_request: bool = False
-
-    def __post_init__(self) -> None:
-        repo, revision = parse_hub_id(self.repo, None)
-        if revision is not None or repo != self.repo:
-            raise UsageError(f"{self.repo!r} is no repository", fix="name it as owner/name")
-        if _COMMIT.fullmatch(self.revision) or not _BRANCH.fullmatch(self.revision):
-            raise UsageError(f"{self.revision!r} is no branch", fix="name a branch, such as main")
-        if self.public and self.pull_request:
-            raise UsageError("a pull request does not make a repository public")
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """What a push did, or would do.
-
-    Attributes:
-        repo: ``owner/name``.
-        url: of the commit or the pull request; empty in a dry run.
-        commit: its id; empty in a dry run.
-        tag: what names this artifact in the repository.
-        pull_request: its address, or None.
-        digest: of the artifact: the sha256 of ``SHA256SUMS``.
-        plan_digest: of the plan that the artifact executes.
-        endpoint: the Hub.
-        account: who published.
-        public: whether everybody can see it.
-        uploaded: names of the files that were sent or looked up by their hash.
-        copied: names of those that the Hub took from the base's repository.
-        deleted: names of those that were on the Hub only.
-        unchanged: whether the Hub held all of it already.
-        dry_run: whether nothing was done.
-        notes: what the user should know.
-    """
-
-    repo: str
-    url: str
-    commit: str
-    tag: str
-    pull_request: str | None
-    digest: str
-    plan_digest: str
-    endpoint: str
-    account: str
-    public: bool
-    uploaded: tuple[str, ...]
-    copied: tuple[str, ...]
-    deleted: tuple[str, ...]
-    unchanged: bool
-    dry_run: bool
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values."""
-        return asdict(self)
 
 
 def push(
@@ -158,7 +76,7 @@ def push(
     if constants.HF_HUB_OFFLINE:
         notes = (*found.notes, "the Hub is switched off and was not asked")
         return _dry(to, found, manifest, Account(to.repo, "", ()), notes, Parts((), (), ()))
-    with _patience(timeout), warnings.catch_warnings(record=True) as warned:
+    with patience(timeout), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         run = _Run(folder.resolve(), to, terms, found, manifest, remark)
         pushed = run.dry() if dry_run else run.publish()
@@ -185,22 +103,6 @@ def _checked(
     for name, text in sealed.texts.items():
         files[name] = write_text(folder.resolve(), name, text)
     return found, manifest_of(files.values())
-
-
-@contextmanager
-def _patience(timeout: float) -> Iterator[None]:
-    """Have the client give up on a server that accepts a request and never answers."""
-
-    def factory() -> Any:
-        client = _http.default_client_factory()
-        client.timeout = timeout
-        return client
-
-    set_client_factory(factory)
-    try:
-        yield
-    finally:
-        set_client_factory(_http.default_client_factory)
 
 
 def _tag(manifest: Manifest) -> str:
@@ -236,8 +138,6 @@ def _dry(
 
 
 def _with_notes(pushed: Pushed, more: tuple[str, ...]) -> Pushed:
-    from dataclasses import replace
-
     return replace(pushed, notes=(*pushed.notes, *more))
 
 
@@ -260,7 +160,7 @@ class _Run:
     found: Preflight
     manifest: Manifest
     remark: Callable[[str], None]
-    api: HfApi = field(default_factory=lambda: _client())
+    api: HfApi = field(default_factory=client)
     account: Account = field(init=False)
     notes: list[str] = field(default_factory=list)
     base_gated: str = ""
@@ -339,12 +239,13 @@ class _Run:
             self.base_gated = info.gated if isinstance(info.gated, str) else ""
         else:
             card = self._local_card()
-        problems = check_terms(
-            self.found, self.terms, base=licences.stated(card), repo=self.to.repo
-        )
+        base = licences.stated(card)
+        problems = check_terms(self.found, self.terms, base=base, repo=self.to.repo)
         error = as_error(problems, str(self.folder))
         if error is not None:
             raise error
+        if (said := licences.remark(base)) is not None:
+            self.notes.append(said)
         if self.base_gated:
             self.notes.append(f"the base is gated ({self.base_gated}): keep to its terms")
 
@@ -406,7 +307,7 @@ class _Run:
         self.remark(f"creating {self.to.repo}, private")
         with told(self.account, "creating the repository"):
             within(
-                _DEADLINE,
+                DEADLINE,
                 lambda: patiently(
                     lambda: self.api.create_repo(self.to.repo, private=True, exist_ok=True)
                 ),
@@ -461,28 +362,16 @@ class _Run:
         return guarded.make(parts)
 
     def _validate_card(self) -> None:
-        """Have the Hub read the card before gigabytes are sent for nothing.
-
-        The client does so itself, but only when it commits, or (1.x) at the public Hub whatever
-        the endpoint is.
-        """
+        """Have the Hub read the card before gigabytes are sent for nothing."""
         if self.found.card is None:
             return
-        body = {"content": self.found.card, "repoType": "model"}
-        headers = build_hf_headers(library_name="bake", library_version=__version__)
-
-        def ask() -> Any:
-            url = f"{constants.ENDPOINT}/api/validate-yaml"
-            response = get_session().post(url, json=body, headers=headers)
-            if response.status_code != 400:
-                hf_raise_for_status(response)
-            return response.json()
-
+        card = self.found.card
         with told(self.account, "checking the card"):
-            errors = patiently(ask).get("errors") or []
+            errors = patiently(lambda: card_errors(card))
         if errors:
-            said = "; ".join(" ".join(redact(str(e.get("message", e))).split()) for e in errors)
-            raise HubError(f"the Hub refuses the card: {said}", fix="correct README.md")
+            raise HubError(
+                f"the Hub refuses the card: {redact('; '.join(errors))}", fix="correct README.md"
+            )
 
     def _compare(self, commit: str) -> None:
         """Require that the Hub holds these bytes, by the hashes that it states."""
@@ -515,39 +404,6 @@ class _Run:
         with told(self.account, "making the repository public"):
             patiently(lambda: self.api.update_repo_settings(self.to.repo, **settings))
         return True
-
-
-_DEADLINE = 300.0
-
-
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return what a call returns, or give up on it: the client asks again for ever on some replies.
-
-    Raises:
-        HubError: it has not returned in time.
-    """
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            outcome["value"] = call()
-        except RAISED as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise HubError(
-            f"the Hub did not create the repository within {seconds:.0f} s", fix="run again"
-        )
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome.get("value")
-
-
-def _client() -> HfApi:
-    return HfApi(library_name="bake", library_version=__version__)
 
 
 def _receipt(folder: Path, pushed: Pushed) -> tuple[str, ...]:

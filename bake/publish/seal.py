@@ -14,9 +14,9 @@ from bake.publish.manifest import (
     read_sums,
     write_text,
 )
-from bake.publish.names import STATEMENT, SUMS, Problem, problem_of
+from bake.publish.names import STATEMENT, SUMS, Problem, printable, problem_of
 from bake.publish.provenance import check_statement, made_by_export, statement
-from bake.publish.record import ArtifactRecord, read_record, unverified
+from bake.publish.record import RECORD, ArtifactRecord, read_record, unverified
 from bake.publish.weights import check_unchanged, check_weights
 
 _MEANING = {
@@ -114,6 +114,9 @@ def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
         error = as_error(problems, str(folder))
         if error is not None:
             raise error
+    error = as_error(tuple(_unlike_record(record, manifest)), str(folder))
+    if error is not None:
+        raise error
     files = manifest.by_name()
     texts = {STATEMENT: statement(record, manifest)}
     files[STATEMENT] = entry_of_text(STATEMENT, texts[STATEMENT])
@@ -137,6 +140,8 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
     listed = read_sums(folder)
     manifest = read_manifest(folder, progress)
     problems = [_problem(name, state) for name, state in compare_sums(listed, manifest)]
+    if not problems:
+        problems += _unlike_record(record, manifest)
     if not problems:  # it states the same sums: another line for each would say nothing new
         problems += _statement_problems(folder, record, manifest)
     problems += check_weights(folder, record)
@@ -157,6 +162,21 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
         unverified=reason,
         problems=tuple(problems),
     )
+
+
+def _unlike_record(record: ArtifactRecord, manifest: Manifest) -> list[Problem]:
+    """Return the files that are not what the record lists, where the output lists any."""
+    recorded = record.content.get("files", {})
+    if not isinstance(recorded, dict):
+        return [Problem(RECORD, "files is no object")]
+    found = manifest.by_name()
+    problems = []
+    for name, digest in recorded.items():
+        if name not in found:
+            problems.append(Problem(printable(name), f"is missing, and {RECORD} lists it"))
+        elif f"sha256:{found[name].sha256}" != f"sha256:{str(digest).removeprefix('sha256:')}":
+            problems.append(Problem(name, f"is not what {RECORD} lists", "export again"))
+    return problems
 
 
 def _problem(name: str, state: str) -> Problem:

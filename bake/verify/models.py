@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bake.checkpoints import Checkpoint
 from bake.errors import InputError
 from bake.families import Layout, find_family, read_family, resolve
+from bake.verify.memory import give_back
 from bake.verify.units import Read, Unit, drop_unit, load_unit, units_of
 
 if TYPE_CHECKING:
@@ -195,5 +196,6 @@ def _loader(live: Live, unit: Unit) -> Any:
 def _dropper(live: Live, unit: Unit) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         drop_unit(live.model, unit)
+        give_back()
 
     return hook

@@ -84,8 +84,10 @@ def load_unit(model: "PreTrainedModel", unit: Unit, read: Read) -> None:
     from transformers.modeling_utils import LoadStateDictConfig
 
     module = model.get_submodule(unit.module)
+    # On a model that is spread over devices, each parameter goes back to where it was.
+    places = {name: p.device for name, p in module.named_parameters() if not p.is_meta}
     if unit.tied:
-        weight = read(unit.tensors[0]).to(model.dtype)
+        weight = read(unit.tensors[0]).to(model.dtype).to(places.get("weight", "cpu"))
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         return
     config = LoadStateDictConfig(
@@ -101,8 +103,9 @@ def load_unit(model: "PreTrainedModel", unit: Unit, read: Read) -> None:
             f"transformers does not load {wrong[0]} of {unit.module}",
             why="a tensor that the class does not expect changes the model in silence",
         )
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(places.get(name, parameter.device))
         if parameter.is_meta:
             raise CheckpointError(f"the checkpoint leaves a parameter of {unit.module} unset")
 

@@ -107,10 +107,6 @@ def _plan(mood: str, weather: str, problem: str, ending: str, rng: random.Random
     def maybe(chance: float, pool: list[str]) -> list[str]:
         return [rng.choice(pool)] if rng.random() < chance else []
 
-    def later(pool: list[str]) -> list[str]:
-        """The lines that may follow the problem: nobody holds what has been lost."""
-        return [line for line in pool if problem != "lost" or "{object}" not in line]
-
     first = neutral["opening"] if rng.random() < 0.75 else coloured["opening"]
     scene = [
         *maybe(0.4, neutral["scenery"]),
@@ -127,10 +123,10 @@ def _plan(mood: str, weather: str, problem: str, ending: str, rng: random.Random
         rng.choice(coloured["greeting"]),
         rng.choice(tables["problems"][problem]),
         rng.choice(coloured["reaction"]),
-        *maybe(0.5, later(neutral["walk"])),
+        *maybe(0.5, neutral["walk"]),
         rng.choice(coloured["outcome"][problem]),
         *maybe(0.6, coloured["after"]),
-        rng.choice(later(coloured["ending"][ending])),
+        rng.choice(coloured["ending"][ending]),
     ]
     if "{object}" not in templates[0] and any("{object}" in line for line in templates):
         templates.insert(1, rng.choice(neutral["object"]))

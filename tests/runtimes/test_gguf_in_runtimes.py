@@ -428,7 +428,7 @@ def test_k_quants_round_trip(
     assert {n for n in before if before[n] != after[n]} == {row["name"] for row in rows}
     assert all(after[name][0] == before[name][0] for name in before)
     assert {row["type"] for row in rows if row["name"].endswith("weight")} >= {MIXES[mix]("x")}
-    # An ablated writer keeps a few per cent of the component, and the record says how many.
+    # What an ablated writer keeps of the component is what the record says, and next to nothing.
     (row,) = (row for row in rows if row["name"] == "blk.1.attn_output.weight")
     old, new = (
         decode(
@@ -439,6 +439,15 @@ def test_k_quants_round_trip(
         for kind, raw in (before[row["name"]], after[row["name"]])
     )
     leak = float((unit @ new).norm() / (unit @ old).norm())
-    assert row["leak"] == pytest.approx(leak, rel=1e-6)
-    assert leak < 0.2
+    assert row["leak"] == pytest.approx(leak, rel=1e-4)
+    assert leak < 1e-3
+    # Rounding to nearest needs ggml's quantiser, and gives back much of what was removed.
+    nearest = export(
+        base, file, tmp_path / "b", rounding="nearest", allow=frozenset({"approximate"})
+    )
+    assert {n: kind for n, (kind, _) in stored(nearest).items()} == {
+        n: kind for n, (kind, _) in before.items()
+    }
+    (row,) = (r for r in tensors_in(nearest.parent) if r["name"] == row["name"])
+    assert row["leak"] > 0.02
     check_served(file, edited, llamacpp_python)

@@ -1,0 +1,86 @@
+"""The Hub's client with what it lacks: patience that ends, and the card checked where it goes."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import HfApi, constants, set_client_factory
+from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at run time only
+    _http,  # for the factory that it starts with, the same in both generations
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+)
+
+from bake import __version__
+from bake.errors import HubError
+from bake.publish.failures import RAISED
+
+DEADLINE = 300.0
+"""Seconds that the creation of a repository may take in all."""
+
+
+def client() -> HfApi:
+    """Return a client that says who it is; it looks the token up by itself."""
+    return HfApi(library_name="bake", library_version=__version__)
+
+
+@contextmanager
+def patience(timeout: float) -> Iterator[None]:
+    """Have the client give up on a server that accepts a request and never answers."""
+
+    def factory() -> Any:
+        made = _http.default_client_factory()
+        made.timeout = timeout
+        return made
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(_http.default_client_factory)
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return what a call returns, or give up on it: the client asks again for ever on some replies.
+
+    Raises:
+        HubError: it has not returned in time.
+    """
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["value"] = call()
+        except RAISED as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise HubError(
+            f"the Hub did not create the repository within {seconds:.0f} s", fix="run again"
+        )
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome.get("value")
+
+
+def card_errors(card: str) -> list[str]:
+    """Return what the Hub objects to in a card, one line each.
+
+    The client asks this too, but only when it commits, or (1.x) at the public Hub whatever the
+    endpoint is.
+    """
+    headers = build_hf_headers(library_name="bake", library_version=__version__)
+    response = get_session().post(
+        f"{constants.ENDPOINT}/api/validate-yaml",
+        json={"content": card, "repoType": "model"},
+        headers=headers,
+    )
+    if response.status_code != 400:
+        hf_raise_for_status(response)
+    found = response.json().get("errors") or []
+    return [" ".join(str(error.get("message", error)).split()) for error in found]
