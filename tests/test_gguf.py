@@ -758,8 +758,11 @@ def test_blocks_whose_scales_do_not_reach_are_encoded_anew() -> None:
     assert not bool(same[0, 0])
     assert bool(same[1:7].all())
     assert bool(same[8:].all())
-    error = (decode(fed, kind, "w") - near).norm(dim=1) / near.norm(dim=1)
-    assert float(error.max()) < 0.3  # of two steps at most, everywhere
+    # Half a step to the nearest code, one step of feedback, and a sixteenth of sixteen steps where
+    # a value lies outside of the range that is kept.
+    step = scales[1].contiguous().view(torch.float16).to(torch.float64).abs()
+    error = (decode(fed, kind, "w") - near).abs().reshape(64, 3, 32)
+    assert bool((error <= 2.5 * step + 1e-12).all())
 
 
 def test_library_that_computes_something_else(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
-    """24 blocks verify within the memory of four of them in float64, traces and all."""
+    """24 blocks verify within the memory of six of them in float64, traces and all."""
     model = tiny.make_model(
         "llama",
         dtype=torch.bfloat16,
@@ -162,4 +162,4 @@ def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1])
-    assert grown < 4 * block * 8 < total * 8 / 4
+    assert grown < 6 * block * 8 < total * 8 / 3

@@ -148,7 +148,9 @@ class _Builder:
             site for site in (branch.output_site, *(w.input_site for w in branch.writes)) if site
         ]
         self._say(self.hooks.edits_at(*sites), f"writers of {branch.live}")
-        self._say(self.hooks.edits_at(*self.layout.points[branch.target]), "writers of the stream")
+        if not fold.linear.is_translation():
+            stream = self.hooks.edits_at(*self.layout.points[branch.target])
+            self._say(stream, "writers of the stream")
 
     def _behind_norm(self, branch: Branch, norm: Norm, output: AffineMap) -> AffineMap:
         """Return the map before a post-norm, and put diagonal maps behind it into its gain."""
