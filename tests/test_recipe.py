@@ -186,8 +186,8 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
             ["[export]: target holds 'vlm'", "did you mean 'vllm'?"],
         ),
         (
-            EDIT + '[export]\nallow = ["approximate"]\n',
-            ["[export]: allow holds 'approximate'", "known are recast, nulling"],
+            EDIT + '[export]\nallow = ["guessing"]\n',
+            ["[export]: allow holds 'guessing'", "known are recast, nulling, approximate"],
         ),
         ("[[edits]\n", ["recipe.toml: the recipe is not valid TOML", "line"]),
         ("edits = [1]\n", ["[base]: unknown key 'edits'"]),

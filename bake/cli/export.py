@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "feedback"]),
-    default="nearest",
-    help="For --gguf: feedback keeps what was removed removed, where the type allows.",
+    default="feedback",
+    help="For --gguf: feedback keeps the edit, where nearest loses most of it in few bits.",
 )
 @click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")

@@ -102,7 +102,7 @@ def recipe_options(function: F) -> F:
             "--allow",
             multiple=True,
             metavar="WHAT",
-            help="Allow as well: recast or nulling. May be repeated.",
+            help="Allow as well: recast, nulling or approximate. May be repeated.",
         ),
         click.option("--family", type=PATH, metavar="FILE", help="Your own family table."),
         click.option(

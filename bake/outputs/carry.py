@@ -35,7 +35,7 @@ class Options:
     """A checkout of llama.cpp, whose converter makes a GGUF of the baked checkpoint."""
     edited_type: str | None = None
     outtype: str = "f16"
-    rounding: str = "nearest"
+    rounding: str = "feedback"
 
 
 def refuse(carrier: str, plan: Plan, options: Options) -> None:

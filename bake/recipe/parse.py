@@ -21,7 +21,7 @@ T = TypeVar("T")
 Toml = Any  # a value of the recipe: the one place where the type is the file's, not ours
 
 OUTPUTS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
-ALLOWANCES = ("recast", "nulling")
+ALLOWANCES = ("recast", "nulling", "approximate")
 RUNTIMES = ("transformers", "vllm", "llama.cpp")
 
 HUB_PREFIX = "hf://"

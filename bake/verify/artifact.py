@@ -41,10 +41,14 @@ class Baked:
 
     @property
     def base(self) -> str:
-        """The base model as the record names it: a folder, or a Hub id with its commit."""
+        """Where the base model is: a folder, or a Hub id with its commit."""
+        path = self.record["base"].get("path")
+        return self.base_name if path is None else str((self.path / path).resolve())
+
+    @property
+    def base_name(self) -> str:
+        """The base model as the record names it, with its commit."""
         base = self.record["base"]
-        if base.get("path") is not None:
-            return str(self.path / base["path"])
         return f"{base['model']}@{base['revision']}" if base.get("revision") else str(base["model"])
 
 

@@ -43,7 +43,7 @@ def report_of(
     name, shown = _name(storage), compared[_name(storage)]
     return Report(
         artifact=str(subject.artifact.path),
-        base=subject.base.source,
+        base=subject.artifact.base_name,
         plan_digest=subject.artifact.plan_digest,
         exactness=subject.artifact.exactness,
         dtype=layout.dtype,

@@ -228,7 +228,7 @@ def _served_only(case: _Case) -> Report:
     (effect, *rows), records = _serve(case)
     return Report(
         artifact=str(case.artifact.path),
-        base=case.base.source,
+        base=case.artifact.base_name,
         plan_digest=case.artifact.plan_digest,
         exactness=case.artifact.exactness,
         dtype=case.layout.dtype,
