@@ -127,6 +127,17 @@ def test_the_parts_of_a_fused_layer_share_its_rows(name: str, tiny_checkpoint: C
                 assert len(part.rows) == layout.width(part.site)
 
 
+def test_rows_of_fused_layers_by_hand(tiny_checkpoint: Checkpoint) -> None:
+    """GPT-NeoX lays query, key and value out head by head, GPT-2 and Phi-3 one after another."""
+    (neox,) = tiny.layout_of(tiny_checkpoint("gpt_neox")).branches[0].reads
+    heads = {str(part.site): [part.rows[0], part.rows[8], part.rows[31]] for part in neox.parts}
+    assert heads == {"q.0": [0, 24, 79], "k.0": [8, 32, 87], "v.0": [16, 40, 95]}
+    (gpt2,) = tiny.layout_of(tiny_checkpoint("gpt2")).branches[0].reads
+    assert [part.rows for part in gpt2.parts] == [range(24), range(24, 48), range(48, 72)]
+    (phi3,) = tiny.layout_of(tiny_checkpoint("phi3")).branches[0].reads
+    assert [part.rows for part in phi3.parts] == [range(32), range(32, 48), range(48, 64)]
+
+
 def test_a_name_that_no_table_has() -> None:
     with pytest.raises(FamilyError, match="there is no family table named 'lama'"):
         family_named("lama")
@@ -721,8 +732,12 @@ def test_buffers_of_old_checkpoints_travel_untouched(prefix: str, model: Open) -
 )
 def test_other_buffers(name: str, buffer: str, model: Open) -> None:
     assert model(name).add(buffer, 4).resolve().untouched == (buffer,)
-    nested = buffer.replace(".layers.", ".layers.x.layers.")
-    assert "is not in the table" in model(name).add(nested, 4).refusal().what
+    for other in (
+        buffer.replace(".layers.", ".layers.x.layers."),
+        f"{buffer}.weight",
+        f"x.{buffer}",
+    ):
+        assert f"tensor {other} is not in the table" in model(name).add(other, 4).refusal().what
 
 
 # Sites of a layout
