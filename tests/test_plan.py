@@ -1,6 +1,7 @@
 """The plan as a value: pure, deterministic, and outspoken about what it does and refuses."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ from harness import Base, bake, base_at, edit, matrix, orthogonal, plan_of, vect
 from torch import Tensor
 
 from bake import edits as make
+from bake.edits import Edit, EditKind
 from bake.errors import DirectionError, InexactPlan, UsageError
+from bake.families import parse_family, resolve
 from bake.plan import Exactness, Plan, compile_plan
 from bake.plan.record import plan_record
 from bake.sites import parse_site
+
+ROOT = Path(__file__).parents[1]
 
 
 def finding(plan: Plan) -> str:
@@ -222,3 +227,43 @@ def test_an_update_of_experts_names_no_weight(tiny_checkpoint: Callable[..., Pat
     update = make.update(vector(24), vector(40))
     with pytest.raises(UsageError, match="names no single weight: it has 3"):
         plan_of(base, [edit(base, "update", update, "mlp_out.1")])
+
+
+def test_only_the_edit_with_a_constant_is_to_blame(tiny_checkpoint: Callable[..., Path]) -> None:
+    base = base_at(tiny_checkpoint("mistral"))
+    hidden = base.layout.hidden
+    edits = [
+        edit(base, "ablate", make.ablate(vector(hidden)), "attn_out.0"),
+        edit(base, "offset", make.offset(vector(hidden, 1)), "resid_mid.0"),
+    ]
+    plan = plan_of(base, edits)
+    assert [f.exactness for f in plan.findings] == [Exactness.EXACT, Exactness.IMPOSSIBLE]
+
+
+def test_a_turned_norm_bias_without_a_slot_is_refused(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """A LayerNorm's bias moves into its readers under a rotation; some have no bias for it."""
+    base = base_at(tiny_checkpoint("gpt_neox", attention_bias=False))
+    table = base.layout.family
+    text = (ROOT / "bake/families/gpt_neox.toml").read_text(encoding="utf-8")
+    text = text.replace('bias = "attention_bias"', 'bias = "never"')
+    own = parse_family(text.replace("[flags]\nattention_bias = true\n", ""), "own.toml")
+    assert own.architectures == table.architectures
+    shapes, dtypes = tiny.header_of(base.path)
+    layout = resolve(own, base.checkpoint.config, shapes, dtypes)
+    width = layout.hidden
+    direction = vector(width)
+    edits = [
+        edit(base, "rotate", make.reflect(direction - direction.mean()), "resid_post.1"),
+    ]
+    plan = plan_of(replace(base, layout=layout), edits)
+    assert plan.exactness is Exactness.IMPOSSIBLE
+    assert all("query_key_value without a bias" in f.reason for f in plan.findings)
+
+
+def test_an_edit_without_sites_is_no_edit(tiny_checkpoint: Callable[..., Path]) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    edits = [Edit(EditKind.ABLATE, "mood", (), make.ablate(vector(24)))]
+    with pytest.raises(UsageError, match="'mood' names no site"):
+        plan_of(base, edits)

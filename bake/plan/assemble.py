@@ -196,7 +196,9 @@ class _Builder:
         self.result.slotless |= edits
         names = " and ".join(f"{b.live} ({_why_no_slot(b)})" for b in writers)
         reason = f"{self.layout.family.architectures[0]} has no bias slot there: {names}"
-        for hook in self.hooks.at(*sites, *(branch.output_site for branch in writers)):
+        met = self.hooks.at(*sites, *(branch.output_site for branch in writers))
+        # A linear hook is to blame only where it moves the constant of an earlier point.
+        for hook in [hook for hook in met if not hook.map.is_linear()] or met:
             remedy = self._slot_remedy(hook.site)
             self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
 
@@ -330,8 +332,14 @@ class _Builder:
             name = pending.linear.weight.removesuffix(".weight")
             reason = f"{self.layout.family.architectures[0]} builds {name} without a bias, and the "
             reason += "edit's constant needs one"
-            site = self._first_site(pending)
-            self._fail(frozenset(pending.edits), site, reason, self._slot_remedy(site))
+            if pending.edits:
+                site = self._first_site(pending)
+                self._fail(frozenset(pending.edits), site, reason, self._slot_remedy(site))
+            else:
+                # The constant is the norm's own bias, which a turned frame moves into its readers.
+                for hook in self.hooks.everywhere():
+                    if hook.map.is_orthogonal() and not hook.map.is_translation():
+                        self._fail(frozenset([hook.edit]), hook.site, reason, "use no rotation")
             return
         if slot.state == "closed":
             assert slot.flag is not None

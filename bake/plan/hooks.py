@@ -31,6 +31,8 @@ class Hooks:
         self._updates: defaultdict[Site, list[tuple[int, WeightUpdate]]] = defaultdict(list)
         self._layout = layout
         for index, edit in enumerate(edits):
+            if not edit.sites:
+                raise UsageError(f"the {edit.kind} edit {edit.concept!r} names no site")
             for site in edit.sites:
                 place = Site(site.kind, site.layer)
                 if isinstance(edit.map, WeightUpdate):
@@ -43,6 +45,10 @@ class Hooks:
     def at(self, *sites: Site) -> list[Hook]:
         """Return the hooks at places that are reached one after another."""
         return [hook for site in sites for hook in self._maps.get(site, ())]
+
+    def everywhere(self) -> list[Hook]:
+        """Return every hook, by place."""
+        return [hook for hooks in self._maps.values() for hook in hooks]
 
     def map_at(self, site: Site) -> AffineMap:
         """Return the composed map at one place; per-head maps act on their slice."""
