@@ -76,6 +76,10 @@ class AffineMap(ABC):
     def to(self, *args: object, **kwargs: object) -> "AffineMap":
         """Return the map with its tensors moved as ``Tensor.to`` moves them."""
 
+    def without_bias(self) -> "AffineMap":
+        """Return x ↦ A x, the map itself where it adds no constant."""
+        return self if self.is_linear() else self.with_bias(torch.zeros_like(self.bias))
+
     def matrix(self) -> Float[Tensor, "d d"]:
         """Return A as a full matrix."""
         return self.linear(torch.eye(self.width, dtype=self.bias.dtype, device=self.bias.device)).T

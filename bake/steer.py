@@ -138,9 +138,13 @@ class _Place:
 def _places(layout: Layout) -> Mapping[Site, _Place]:
     """Return where every site of the layout is, except those that no module of its own carries."""
     places = {
-        Site(SiteKind.EMBED): _Place(layout.embed_live, "output"),
         Site(SiteKind.LN_FINAL_OUT): _Place(layout.final_norm.live, "output"),
     }
+    if layout.family.embed_multiplied_by == "module":
+        places[Site(SiteKind.EMBED)] = _Place(layout.embed_live, "output")
+    elif not layout.positions:
+        # Multiplied behind the module: what enters the first block is the first to be seen so.
+        places[Site(SiteKind.EMBED)] = _Place(_block(layout, 0), "input")
     for layer in range(layout.layers):
         places[Site(SiteKind.RESID_PRE, layer)] = _Place(_block(layout, layer), "input")
         places[Site(SiteKind.RESID_POST, layer)] = _Place(_block(layout, layer), "output")

@@ -55,7 +55,8 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Base:
     text = text.replace('module = "mlp"', 'module = "mlp"\ngain = "residual_multiplier"')
     text = text.replace(
         'module = "model.embed_tokens"',
-        'module = "model.embed_tokens"\nmultiplier = "embedding_multiplier"',
+        'module = "model.embed_tokens"\nmultiplier = "embedding_multiplier"\n'
+        'multiplied_by = "model"',
     )
     checkpoint = open_checkpoint(path)
     shapes, dtypes = tiny.header_of(path)
@@ -72,6 +73,8 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Base:
         ("affine", "resid"),
         ("affine", ["resid_pre.*", "attn_out.*", "mlp_out.*"]),
         ("offset", "resid_pre.0"),
+        ("offset", "embed"),
+        ("ablate", ["embed", "resid_pre.0"]),
         ("offset", "resid_mid.1"),
         ("offset", "resid_post.1"),
         ("offset", "mlp_out.1"),

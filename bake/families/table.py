@@ -134,6 +134,8 @@ class Family:
     norm_bias: bool
     embed: str
     embed_multiplier: float | str
+    embed_multiplied_by: Literal["module", "model"]
+    """Who multiplies: the embedding module itself (Gemma), or the model behind it (Granite)."""
     positions: tuple[str, ...]
     unembed: str
     unembed_live: str
@@ -239,6 +241,7 @@ def parse_family(text: str, where: str) -> Family:
         norm_bias=norm.take("bias", bool, False),
         embed=embed.take("module", str),
         embed_multiplier=_number_or_key(embed, "multiplier"),
+        embed_multiplied_by=_choice(embed, "multiplied_by", ("module", "model"), "module"),
         positions=embed.strings("positions", ()),
         unembed=unembed_module,
         unembed_live=unembed.take("live", str, unembed_module),

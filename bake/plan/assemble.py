@@ -95,7 +95,7 @@ class _Builder:
         fold, site = self.stream.folds[0], Site(SiteKind.EMBED)
         first = self.layout.points[0]
         outer = [fold.linear, fold.frame.transpose()]
-        own = [_without_bias(self.hooks.map_at(site)), *outer]
+        own = [self.hooks.map_at(site).without_bias(), *outer]
         constant = fold.frame.transpose().linear(fold.constant)
         tables = [(self.layout.embed, own, self._multiplier())]
         tables += [(name, outer, 1.0) for name in self.layout.positions]
@@ -131,7 +131,7 @@ class _Builder:
         output = self.hooks.map_at(branch.output_site)
         if branch.norm_out is None:
             outer = chain(
-                [_without_bias(output), fold.linear, fold.frame.transpose()], self.layout.hidden
+                [output.without_bias(), fold.linear, fold.frame.transpose()], self.layout.hidden
             )
             outer = thin(outer)
         else:
@@ -308,7 +308,7 @@ class _Builder:
                         linear.output_axis,
                         outputs,
                         pending.updates,
-                        _without_bias(pending.input) if moved and pending.input else None,
+                        pending.input.without_bias() if moved and pending.input else None,
                     )
                 )
                 self.result.untied |= is_head and self.layout.tied
@@ -392,10 +392,6 @@ class _Builder:
     def _fail(self, edits: frozenset[int], site: Site, reason: str, remedy: str) -> None:
         for edit in sorted(edits):
             self.result.failures.append(Failure(edit, site, reason, remedy))
-
-
-def _without_bias(map_: AffineMap) -> AffineMap:
-    return map_ if map_.is_linear() else map_.with_bias(torch.zeros_like(map_.bias))
 
 
 def _as_diagonal(map_: AffineMap) -> Float[Tensor, " d"] | None:

@@ -143,14 +143,14 @@ class _Point:
             functionals = self.known.functionals
             assert functionals is not None
             self.known = self.known.turned(hook.map.linear(functionals))
-            self.turn = _linear_part(hook.map).after(self.turn)
+            self.turn = hook.map.without_bias().after(self.turn)
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
         else:
             reason, remedy = self._refusal(hook)
             self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
             return
-        self.linear = _linear_part(hook.map).after(self.linear)
+        self.linear = hook.map.without_bias().after(self.linear)
         self.applied.append(hook)
 
     def close(self, *, nulling: bool) -> None:
@@ -177,7 +177,7 @@ class _Point:
         return self.constant
 
     def _null(self, *, hooks_map: AffineMap) -> Tensor:
-        return self.linear.after(_linear_part(hooks_map)).left_null()
+        return self.linear.after(hooks_map.without_bias()).left_null()
 
     def _behind_norm(self, branch: Branch, *, nulling: bool) -> Tensor:
         """Return what vanishes on a write that ends in a norm, where no linear map folds."""
@@ -242,10 +242,6 @@ class _Point:
             remedy = "use strength 1 and an idempotent map at every stream site, or edit module "
             remedy += 'outputs (at = ["attn_out.*", "mlp_out.*"]), where any affine map is exact'
         return reason, remedy
-
-
-def _linear_part(map_: AffineMap) -> AffineMap:
-    return map_ if map_.is_linear() else map_.with_bias(torch.zeros_like(map_.bias))
 
 
 def thin(map_: AffineMap) -> AffineMap:
