@@ -18,6 +18,10 @@ from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import BakeError, InputError
 from bake.sites import parse_site
 
+EDITS = "bake/edits.safetensors"
+"""Where an artifact keeps the edits: in a folder of its own, since loaders glob the top level."""
+FITTED = "bake/fitted.safetensors"
+"""Where it keeps what was folded instead, if stand-ins were fitted for some of the edits."""
 FORMAT = "bake-edits"
 Maps = dict[tuple[int, str], AffineMap | WeightUpdate]
 """The maps that were read so far, by number and form: edits that shared one share it again."""
@@ -62,6 +66,19 @@ def _ordered(content: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def edit_files(asked: Sequence[Edit], folded: Sequence[Edit]) -> dict[str, bytes]:
+    """Return the files of an artifact that hold its edits, by name.
+
+    Args:
+        asked: what the hooks apply, and a verification compares with.
+        folded: what went into the weights; another sequence where stand-ins were fitted.
+    """
+    files = {EDITS: dump_edits(asked)}
+    if folded is not asked:
+        files[FITTED] = dump_edits(folded)
+    return files
 
 
 def load_edits(path: Path) -> tuple[Edit, ...]:

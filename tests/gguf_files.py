@@ -24,6 +24,7 @@ ARCH = {
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
     "GemmaForCausalLM": gguf.MODEL_ARCH.GEMMA,
     "Gemma2ForCausalLM": gguf.MODEL_ARCH.GEMMA2,
+    "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
     "Phi3ForCausalLM": gguf.MODEL_ARCH.PHI3,
     "GPT2LMHeadModel": gguf.MODEL_ARCH.GPT2,
     "GPTNeoXForCausalLM": gguf.MODEL_ARCH.GPTNEOX,
@@ -51,7 +52,7 @@ def converted(path: Path) -> tuple[str, dict[str, Array]]:
             value = interleaved(value, heads)
         if arch is gguf.MODEL_ARCH.LLAMA and "k_proj" in key:
             value = interleaved(value, grouped)
-        if arch in (gguf.MODEL_ARCH.GEMMA, gguf.MODEL_ARCH.GEMMA2) and "norm" in key:
+        if name.startswith("Gemma") and "norm" in key:
             value = value + 1
         if arch is gguf.MODEL_ARCH.GPT2 and re.search(r"c_(attn|proj|fc)\.weight$", key):
             value = value.T

@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import base_at, edit, plan_of, vector
 from hub_server import HubServer
 
 from bake import edits as make
 from bake.outputs.checkpoint import export_checkpoint
+from bake.publish.cards.base import base_facts
 
 TOKEN = "hf_" + "T" * 34
+CLIENTS = ("newest", pytest.param("oldest", marks=pytest.mark.runtimes))
+"""The generations of huggingface_hub that every case runs with; see ``client_of``."""
 BASE = "meta/base"
 LICENCE = "apache-2.0"
 CARD = f"---\nlicense: {LICENCE}\nbase_model: {BASE}\n---\n# A baked model\n"
@@ -57,6 +61,8 @@ def make_artifact(
             "revision": commit_of(base_path, model),
             "digest": base.checkpoint.digest(),
             "path": None,
+            **base_facts(base.checkpoint),
+            "card": {"license": LICENCE},
         },
         "directions": {"mood": {"file": "mood.npy", "digest": "sha256:" + "2" * 64}},
         "allow": [],
@@ -127,6 +133,7 @@ from bake.checkpoints import open_checkpoint
 from bake.cli import main
 import bake.publish.push, huggingface_hub
 
+home = os.getcwd()
 real = time.sleep
 time.sleep = lambda seconds: real(min(seconds, 0.02))
 
@@ -140,10 +147,13 @@ def command(args):
 for line in sys.stdin:
     order = json.loads(line)
     os.environ.update(order["env"])
+    os.chdir(order.get("cwd", home))
     huggingface_hub.constants.HF_HUB_OFFLINE = order.get("offline", False)
     if "download" in order:
         path = huggingface_hub.snapshot_download(order["download"], revision=order["revision"])
         answer = {"code": 0, "out": path, "err": huggingface_hub.__version__}
+    elif "version" in order:
+        answer = {"code": 0, "out": huggingface_hub.__version__, "err": ""}
     elif "open" in order:
         found = open_checkpoint(order["open"], complete=True)
         answer = {"code": 0, "out": found.digest(), "err": str(found.path)}
@@ -151,6 +161,26 @@ for line in sys.stdin:
         answer = command(order["args"])
     print("\\n" + json.dumps(answer), flush=True)
 """
+
+
+def client_of(name: str) -> dict[str, str]:
+    """Return the environment of a process with one generation of the Hub's client.
+
+    The oldest that is supported is 1.31, whose HTTP client is another library. It is installed in a
+    folder of its own when it is not there.
+    """
+    if name == "newest":
+        return {}
+    root = Path(__file__).parents[1]
+    cache = Path(os.environ.get("BAKE_TEST_CACHE") or root / ".cache/runtimes")
+    site = cache / "huggingface-hub-1.31"
+    if not (site / "huggingface_hub").is_dir():
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--target", str(site),
+             "huggingface_hub==1.31.0"],
+            check=True,
+        )  # fmt: skip
+    return {"PYTHONPATH": f"{site}{os.pathsep}{root}"}
 
 
 def environment(hub: HubServer, home: Path, **extra: str) -> dict[str, str]:
@@ -224,10 +254,13 @@ class Worker:
         self.said.append(line)
         return Outcome(**json.loads(line))
 
-    def run(self, *args: object, offline: bool = False, **env: str) -> Outcome:
+    def run(
+        self, *args: object, offline: bool = False, cwd: Path | None = None, **env: str
+    ) -> Outcome:
         """Run a command of bake, with ``--json``."""
         env = {"HF_TOKEN": TOKEN, **env}
-        done = self.order(args=[*map(str, args), "--json"], env=env, offline=offline)
+        place = {} if cwd is None else {"cwd": str(cwd)}
+        done = self.order(args=[*map(str, args), "--json"], env=env, offline=offline, **place)
         assert done.code >= 0, done.err
         return done
 
@@ -238,6 +271,11 @@ class Worker:
     def download(self, repo: str, revision: str = "main") -> Path:
         """Download a repository as anybody would."""
         return Path(self.order(download=repo, revision=revision, env={"HF_TOKEN": TOKEN}).out)
+
+    def version(self) -> str:
+        """Return the version of the client, once it has been asked for something."""
+        done = self.order(version=True, env={})
+        return done.out
 
     def traces(self) -> str:
         """Return everything that the process has written, anywhere but to the server."""

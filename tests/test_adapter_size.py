@@ -5,7 +5,7 @@ The checkpoint is a sparse file: it has the shapes of Llama 3 8B, and its values
 
 import json
 import multiprocessing
-import resource
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.header import build_header
 from bake.edits import Edit, EditKind
 from bake.families import Layout, find_family, resolve
-from bake.fold import TILE_VALUES
 from bake.outputs.gguf_lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.plan import Plan, compile_plan
@@ -48,9 +47,12 @@ BLOCK = {
 MEGABYTE = 1 << 20
 
 
-def sparse_checkpoint(folder: Path) -> Path:
+def sparse_checkpoint(folder: Path, *, smaller: int = 1) -> Path:
+    """Write a file with the shapes of Llama 3 8B, or with every size a fraction of them."""
+    sizes = ("hidden_size", "intermediate_size", "head_dim", "vocab_size")
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    config = {key: value // smaller if key in sizes else value for key, value in CONFIG.items()}
+    (folder / "config.json").write_text(json.dumps(config))
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (128256, 4096),
         "lm_head.weight": (128256, 4096),
@@ -59,7 +61,8 @@ def sparse_checkpoint(folder: Path) -> Path:
     for layer in range(32):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in BLOCK.items()}
     header, infos = build_header(
-        {name: ("BF16", shape) for name, shape in shapes.items()}, shard="model.safetensors"
+        {name: ("BF16", tuple(n // smaller for n in shape)) for name, shape in shapes.items()},
+        shard="model.safetensors",
     )
     with (folder / "model.safetensors").open("wb") as file:
         file.write(header)
@@ -77,7 +80,7 @@ def planned(folder: Path) -> tuple[Checkpoint, Plan]:
         {name: info.dtype for name, info in tensors.items()},
     )
     generator = torch.Generator().manual_seed(0)
-    map_ = make.affine(torch.randn(4096, generator=generator), alpha=0.5)
+    map_ = make.affine(torch.randn(layout.hidden, generator=generator), alpha=0.5)
     sites = expand("resid", layers=layout.layers, stream=layout.stream)
     plan = compile_plan(
         [Edit(EditKind.AFFINE, "c", sites, map_)],
@@ -88,30 +91,65 @@ def planned(folder: Path) -> tuple[Checkpoint, Plan]:
     return checkpoint, plan
 
 
-def peak() -> int:
-    """Return the most memory that this process has held, in bytes (Linux counts kilobytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(key: str) -> int:
+    """Return a line of /proc/self/status in bytes: VmRSS is held now, VmHWM was at most (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(dict(line.split(":", 1) for line in lines)[key].split()[0]) * 1024
 
 
-def measured(folder: Path, out: Path) -> tuple[int, int, int]:
-    """Return the memory before and after both exports, and the bytes that they wrote."""
+def bytes_read() -> int:
+    """Return how many bytes this process has asked of files so far (Linux)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What both exports took, in bytes."""
+
+    edited: int
+    """Of the tensors that the plan names."""
+    read: dict[str, int]
+    memory: int
+    written: int
+
+
+def measured(folder: Path, out: Path) -> Measured:
+    """Write both adapters, and say what it took."""
     torch.set_num_threads(1)
+    # A small model first, so that what is measured is no module being imported.
+    checkpoint, plan = planned(sparse_checkpoint(out / "small", smaller=64))
+    export_lora(plan, checkpoint, out / "small-lora", record={})
+    export_gguf_lora(plan, checkpoint, out / "small-gguf-lora", record={})
     checkpoint, plan = planned(folder)
-    before = peak()
-    written = export_lora(plan, checkpoint, out / "lora", record={}).bytes_written
-    written += export_gguf_lora(plan, checkpoint, out / "gguf-lora", record={}).bytes_written
-    return before, peak(), written
+    edited = sum(checkpoint.tensors[update.name].nbytes for update in plan.tensors)
+    # subtle: getrusage's peak would be that of the process which this one was forked from.
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, written, read = resident("VmRSS"), 0, {}
+    for carrier, export in (("lora", export_lora), ("gguf-lora", export_gguf_lora)):
+        start = bytes_read()
+        written += export(plan, checkpoint, out / carrier, record={}).bytes_written
+        read[carrier] = bytes_read() - start
+    return Measured(edited, read, resident("VmHWM") - before, written)
 
 
 @pytest.mark.slow
-def test_memory_of_a_few_tiles(tmp_path: Path) -> None:
+def test_only_edited_tensors_are_read_with_the_memory_of_a_tile(tmp_path: Path) -> None:
     folder = sparse_checkpoint(tmp_path / "base")
-    # A process of its own, since a process's peak never falls.
+    # A process of its own, whose memory holds nothing of other tests.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        before, after, written = pool.apply(measured, (folder, tmp_path))
-    tile = TILE_VALUES * 8
-    # The tile in bfloat16 and in float64, a product, and the pages of the libraries that write.
-    assert after - before < 4 * tile + 64 * MEGABYTE
+        found = pool.apply(measured, (folder, tmp_path))
+    print(found)
+    # The embedding and the two writers of every block, each byte of them once; the rest is what
+    # Python and its libraries read for themselves.
+    assert found.edited == 2 * 4096 * (128256 + 32 * (4096 + 14336))
+    for read in found.read.values():
+        assert found.edited <= read < found.edited + 64 * MEGABYTE
+    # The control: the model is nearly three times as large as what was read of it.
+    assert (folder / "model.safetensors").stat().st_size > 2.5 * found.edited
+    # A tile in bfloat16 and in float64, a product, the buffers of writing and hashing, and what the
+    # allocator keeps of them; the 65 edited matrices are 34 to 1051 MB in bfloat16.
+    assert found.memory < 128 * MEGABYTE
     # The control: the largest tensor alone would have taken more.
-    assert 128256 * 4096 * 2 > 4 * (after - before)
-    assert written < 10 * MEGABYTE
+    assert 128256 * 4096 * 2 > 4 * found.memory
+    assert found.written < 10 * MEGABYTE

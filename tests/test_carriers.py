@@ -3,22 +3,28 @@
 The expected verdicts are written by hand, from the runtimes' sources.
 """
 
-from collections.abc import Callable
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from adapters import NO_BIAS
-from harness import Base, base_at, edit, plan_of, vector
+from adapters import NO_BIAS, logits_of, peft_warnings
+from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 
 from bake import edits as make
 from bake.errors import InexactPlan, UsageError
-from bake.families import load_families
-from bake.families.table import ADAPTABLE
+from bake.families import ADAPTABLE, DESCRIBED, READS, RUNTIMES, load_families
+from bake.outputs.folder import refuse_unfit
 from bake.outputs.lora import export_lora
-from bake.plan import Exactness, Plan
+from bake.plan import Exactness, Plan, compile_plan
 from bake.plan.carriers import CARRIERS, carrier_findings, carrier_runtimes
+from bake.verify.serving import SERVES
 
+TESTS = Path(__file__).parent
 Checkpoints = Callable[..., Path]
 EXACT, IMPOSSIBLE = Exactness.EXACT, Exactness.IMPOSSIBLE
 
@@ -37,23 +43,25 @@ def fits(of: Plan) -> set[str]:
     return {c for c in CARRIERS if all(f.exactness is EXACT for f in carrier_findings(of, c))}
 
 
-ALL_BUT_VECTOR = {"checkpoint", "lora", "gguf-lora"}
+ALL_BUT_VECTOR = {"checkpoint", "lora", "gguf-lora", "gguf"}
 TABLE = [
     ("llama", NO_BIAS, "ablate", "resid", ALL_BUT_VECTOR),
-    ("llama", {**NO_BIAS, "tied": True}, "ablate", "resid", {"checkpoint", "lora"}),
+    ("llama", {**NO_BIAS, "tied": True}, "ablate", "resid", {"checkpoint", "lora", "gguf"}),
     ("llama", {**NO_BIAS, "tied": True}, "ablate", "attn_out.1", ALL_BUT_VECTOR),
-    ("llama", {}, "ablate", "resid", {"checkpoint"}),
-    ("llama", NO_BIAS, "offset", "resid_post.1", {"checkpoint", "control-vector"}),
-    ("llama", NO_BIAS, "offset", "resid_post.0", {"checkpoint"}),
+    ("llama", {}, "ablate", "resid", {"checkpoint", "gguf"}),
+    ("llama", NO_BIAS, "offset", "resid_post.1", {"checkpoint", "control-vector", "gguf"}),
+    ("llama", NO_BIAS, "offset", "resid_post.0", {"checkpoint", "gguf"}),
     ("llama", NO_BIAS, "offset", "embed", ALL_BUT_VECTOR),
-    ("llama", NO_BIAS, "scale", "ln1_out.1", {"checkpoint"}),
+    ("llama", NO_BIAS, "scale", "ln1_out.1", {"checkpoint", "gguf"}),
     ("qwen2", {}, "offset", "resid_post.1", {"control-vector"}),
     ("qwen2", {}, "offset", "resid_post.0", set()),
+    # llama.cpp has no slot for the bias.
+    ("qwen3", {"attention_bias": False}, "offset", "attn_out.1", {"checkpoint"}),
     ("gemma2", {"attention_bias": False}, "ablate", "mlp_out.1", ALL_BUT_VECTOR),
     ("gemma2", {}, "offset", "resid_post.2", {"control-vector"}),
     ("gemma", {"attention_bias": False}, "ablate", "resid", {"checkpoint", "lora"}),
     ("gpt2", {}, "ablate", "ln2_out.1", ALL_BUT_VECTOR),
-    ("gpt2", {}, "ablate", "resid", {"checkpoint"}),
+    ("gpt2", {}, "ablate", "resid", {"checkpoint", "gguf"}),
     ("mixtral", {}, "ablate", "resid", ALL_BUT_VECTOR),
     ("olmo2", {}, "ablate", "resid", set()),
 ]
@@ -73,7 +81,7 @@ def test_which_carrier_holds_what(
             if finding.exactness is IMPOSSIBLE:
                 # The remedy names the carriers that do hold the edit, and no other.
                 assert finding.remedy
-                named = {c for c in CARRIERS if f"--to {c}" in finding.remedy}
+                named = {c for c in CARRIERS if re.search(rf"--to {c}(?![\w-])", finding.remedy)}
                 assert named == expected
 
 
@@ -132,7 +140,8 @@ def test_edits_that_cannot_be_told_apart(tiny_checkpoint: Checkpoints) -> None:
 def test_recast_is_no_adapter(tiny_checkpoint: Checkpoints) -> None:
     base = base_at(tiny_checkpoint("mistral"))
     of = plan(base, "offset", "resid_post.1", allow=["recast"])
-    assert fits(of) == {"checkpoint", "control-vector"}
+    # A GGUF of it is made by llama.cpp's converter, from the checkpoint.
+    assert fits(of) == {"checkpoint", "control-vector", "gguf"}
     assert "down_proj.bias" in carrier_findings(of, "lora")[0].reason
 
 
@@ -140,73 +149,185 @@ def verdicts(of: Plan, carrier: str) -> dict[str, str]:
     return {v.runtime: v.status for v in carrier_runtimes(of, carrier)}
 
 
+def why(of: Plan, carrier: str, runtime: str) -> str:
+    return next(v.reason for v in carrier_runtimes(of, carrier) if v.runtime == runtime)
+
+
+def read_by(of: Plan, carrier: str) -> set[str]:
+    return {v.runtime for v in carrier_runtimes(of, carrier) if v.reads}
+
+
+def test_every_runtime_is_judged_in_every_carrier(tiny_checkpoint: Checkpoints) -> None:
+    of = plan(base_at(tiny_checkpoint("llama", **NO_BIAS)), "ablate", "resid")
+    assert carrier_runtimes(of, "checkpoint") == of.runtimes
+    for carrier in CARRIERS:
+        found = carrier_runtimes(of, carrier)
+        assert tuple(v.runtime for v in found) == RUNTIMES
+        assert all(v.reason for v in found)
+    assert read_by(of, "checkpoint") == set(RUNTIMES) - {"peft"}
+    assert read_by(of, "lora") == {"transformers", "peft", "vllm", "sglang"}
+    assert read_by(of, "gguf-lora") == read_by(of, "gguf") == {"llama.cpp", "ollama"}
+    assert read_by(of, "control-vector") == {"llama.cpp"}
+
+
+def test_verify_asks_only_runtimes_that_read_the_artifact() -> None:
+    for name, kinds in SERVES.items():
+        assert set(kinds) & set(CARRIERS) <= set(READS[name]), name
+
+
+def test_a_matrix_by_hand(tiny_checkpoint: Checkpoints) -> None:
+    """Exact is what was run, refused what the sources refuse or lose; nothing else is promised."""
+    of = plan(base_at(tiny_checkpoint("llama", **NO_BIAS)), "ablate", "resid")
+    none = dict.fromkeys(RUNTIMES, "refused")
+    unread = {"transformers": "not tested", "sglang": "not tested"}
+    exact, read = "exact", "not tested"
+    assert verdicts(of, "checkpoint") == {
+        "transformers": exact, "peft": "refused", "vllm": exact, "llama.cpp": exact,
+        "sglang": read, "ollama": read, "mlx-lm": read,
+    }  # fmt: skip
+    assert verdicts(of, "lora") == {
+        "transformers": exact, "peft": exact, "vllm": exact, "llama.cpp": "refused",
+        "sglang": read, "ollama": "refused", "mlx-lm": "refused",
+    }  # fmt: skip
+    assert verdicts(of, "gguf-lora") == {**none, "llama.cpp": exact, "ollama": read}
+    assert verdicts(of, "gguf") == {**none, **unread, "llama.cpp": exact, "ollama": read}
+    assert verdicts(of, "control-vector") == none
+    assert why(of, "control-vector", "llama.cpp").startswith(
+        "a control-vector cannot hold the edit"
+    )
+    coded = {v.runtime: v.status for v in carrier_runtimes(of, "gguf", codes=True)}
+    assert coded == {**verdicts(of, "gguf"), "llama.cpp": "approximate"}
+
+
+def test_an_edit_that_is_not_the_hooked_one_is_approximate(tiny_checkpoint: Checkpoints) -> None:
+    base = base_at(tiny_checkpoint("gemma3", attention_bias=False, tied=False))
+    of = plan(base, "ablate", "resid", allow=["nulling"])
+    assert of.exactness is Exactness.NULLING
+    assert verdicts(of, "checkpoint")["transformers"] == "approximate"
+    assert verdicts(of, "lora")["peft"] == "approximate"
+    assert "not the hooked one" in why(of, "checkpoint", "transformers")
+    assert verdicts(plan(base, "ablate", "mlp_out.1"), "checkpoint")["transformers"] == "exact"
+
+
 def test_runtimes_of_an_embedding_adapter(tiny_checkpoint: Checkpoints) -> None:
     """vLLM takes one only for classes that name their embedding."""
     expected = {
-        "llama": "loads",
-        "phi3": "loads",
-        "qwen3": "loads",
-        "olmo2": "loads",
+        "llama": "exact",
+        "phi3": "not tested",
+        "qwen3": "exact",
+        "olmo2": "not tested",
         "qwen2": "refused",
         "mistral": "refused",
         "gemma": "refused",
         "gemma2": "refused",
+        "gemma3": "refused",
         "gpt2": "refused",
         "gpt_neox": "refused",
-        "mixtral": "loads",
+        "mixtral": "not tested",
     }
     for family, status in expected.items():
-        of = plan(base_at(tiny_checkpoint(family, tied=False)), "offset", "embed")
+        options = {"attention_bias": False} if family == "qwen3" else {}
+        of = plan(base_at(tiny_checkpoint(family, tied=False, **options)), "offset", "embed")
         if family == "gpt2":
-            assert "takes no adapters" in next(
-                v.reason for v in carrier_runtimes(of, "lora") if v.runtime == "vllm"
-            )
+            assert "takes no adapters" in why(of, "lora", "vllm")
         assert verdicts(of, "lora")["vllm"] == status, family
+
+
+def test_a_base_that_a_runtime_does_not_serve_whole(tiny_checkpoint: Checkpoints) -> None:
+    """The adapter may be fine; the base beside it is another model there."""
+    base = base_at(tiny_checkpoint("qwen3", tied=False))
+    of = plan(base, "ablate", "mlp_out.1", targets=["vllm"])
+    assert "silently drops model.layers.0.self_attn.o_proj.bias, which the base has" in why(
+        of, "lora", "vllm"
+    )
+    assert verdicts(of, "gguf-lora")["llama.cpp"] == "refused"
+    assert verdicts(of, "control-vector")["llama.cpp"] == "refused"
+    assert verdicts(of, "lora")["peft"] == "exact"
+    with pytest.raises(InexactPlan, match="the target vllm would not serve this lora"):
+        refuse_unfit(of, "lora")
+    refuse_unfit(plan(base, "ablate", "mlp_out.1"), "lora")
 
 
 def test_scaled_embedding_under_vllm(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     """Its general backend would leave √d off the adapter's rows, and say nothing."""
     base = base_at(tiny_checkpoint("gemma", attention_bias=False))
     of = plan(base, "ablate", "resid", targets=["vllm"])
-    assert verdicts(of, "lora") == {"transformers": "loads", "vllm": "refused"}
-    with pytest.raises(InexactPlan, match="as lora: impossible") as error:
+    assert verdicts(of, "lora")["peft"] == "exact"
+    assert verdicts(of, "lora")["vllm"] == "refused"
+    with pytest.raises(InexactPlan, match="target vllm would not serve this lora") as error:
         export_lora(of, base.checkpoint, tmp_path / "out", record={})
     assert "leaves the embedding's multiplier off" in str(error.value.why)
+    assert not (tmp_path / "out").exists()
     # The control: without the target, and without the embedding, the adapter is fine.
-    assert "lora" in fits(plan(base, "ablate", "resid"))
-    assert "lora" in fits(plan(base, "ablate", "attn_out.*", targets=["vllm"]))
+    refuse_unfit(plan(base, "ablate", "resid"), "lora")
+    refuse_unfit(plan(base, "ablate", "attn_out.*", targets=["vllm"]), "lora")
+
+
+def test_adapters_of_a_rank_that_vllm_does_not_take(
+    tiny_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    two = make.ablate(torch.stack([vector(24), vector(24, 1)]))
+    of = plan_of(base, [edit(base, "ablate", two, "attn_out.1")])
+    assert verdicts(of, "lora")["vllm"] == "exact"
+    monkeypatch.setattr("bake.plan.carriers._RANK_LIMIT", 1)
+    assert verdicts(of, "lora")["vllm"] == "refused"
+    assert "rank up to 1, and this one has 2" in why(of, "lora", "vllm")
+    assert verdicts(of, "lora")["peft"] == "exact"
 
 
 def test_tied_heads(tiny_checkpoint: Checkpoints) -> None:
     base = base_at(tiny_checkpoint("llama", tied=True, **NO_BIAS))
     of = plan(base, "ablate", "resid")
-    (verdict,) = carrier_runtimes(of, "gguf-lora")
-    assert verdict.status == "refused" and "the process aborts" in verdict.reason
-    assert verdicts(of, "lora") == {"transformers": "loads", "vllm": "loads"}
+    assert verdicts(of, "gguf-lora")["llama.cpp"] == "refused"
+    assert "the process aborts" in why(of, "gguf-lora", "llama.cpp")
+    assert verdicts(of, "lora")["peft"] == verdicts(of, "lora")["vllm"] == "exact"
     assert verdicts(plan(base, "ablate", "ln_final_out"), "lora")["vllm"] == "refused"
 
 
-def test_a_table_that_says_nothing_is_unknown(tiny_checkpoint: Checkpoints) -> None:
-    from dataclasses import replace
-
+def test_a_table_that_says_nothing(tiny_checkpoint: Checkpoints) -> None:
+    """Not tested, and for a target an error: nobody knows what would be lost."""
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
-    of = plan(base, "offset", "resid_post.1", targets=["vllm"])
+    of = plan(base, "ablate", "attn_out.1", targets=["vllm"])
+    refuse_unfit(of, "lora")
     silent = {
         name: replace(runtime, lora=None, control_vector=None)
         for name, runtime in of.layout.family.runtimes.items()
     }
     family = replace(of.layout.family, runtimes=silent)
     of = replace(of, layout=replace(of.layout, family=family))
-    assert verdicts(of, "lora")["vllm"] == "unknown"
-    assert verdicts(of, "control-vector")["llama.cpp"] == "unknown"
+    assert verdicts(of, "lora")["vllm"] == "not tested"
+    with pytest.raises(InexactPlan, match="says nothing of adapters in vllm"):
+        refuse_unfit(of, "lora")
     assert "control-vector" not in fits(of)
 
 
-def test_runtimes_that_do_not_read_a_carrier_are_not_named(tiny_checkpoint: Checkpoints) -> None:
-    of = plan(base_at(tiny_checkpoint("llama", **NO_BIAS)), "ablate", "resid")
-    assert carrier_runtimes(of, "checkpoint") == of.runtimes
-    assert set(verdicts(of, "lora")) == {"transformers", "vllm"}
-    assert set(verdicts(of, "gguf-lora")) == set(verdicts(of, "control-vector")) == {"llama.cpp"}
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_transformers_loads_an_adapter_by_itself(
+    family: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """``load_adapter`` of the model, as the matrix says of every shipped table."""
+    flags = {key: False for key in ("attention_bias", "mlp_bias") if key in tiny.CONFIGS[family]}
+    base = base_at(tiny_checkpoint(family, **flags))
+    n = base.layout.hidden
+    if family in ("gpt2", "gpt_neox", "gpt_neox_sequential"):  # their writers have biases
+        at: str | list[str] = ["ln1_out.1", "ln2_out.1"]
+    elif family in ("gemma2", "gemma3", "olmo2"):  # a norm follows their writers
+        at = ["attn_out.*", "ln_final_out"]
+    else:
+        at = "resid"
+    edits = [edit(base, "ablate", make.ablate(vector(n)), at)]
+    of = plan_of(base, edits)
+    assert verdicts(of, "lora")["transformers"] == verdicts(of, "lora")["peft"] == "exact"
+    out = export_lora(of, base.checkpoint, tmp_path / "out", record={}).path
+    with peft_warnings():
+        model = tiny.load(base.path)
+        model.load_adapter(str(out))
+        served = logits_of(model)
+    hooked = logits(base.model, base, edits)
+    effect = float((hooked - logits(base.model, base)).abs().max())
+    assert effect > 0.1
+    assert float((served - hooked).abs().max()) <= RELATIVE * effect
 
 
 def test_unknown_carrier(tiny_checkpoint: Checkpoints) -> None:
@@ -230,8 +351,108 @@ def test_findings_read_no_weight(
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_shipped_tables_say_what_adapters_may_change() -> None:
+def test_shipped_tables_say_what_every_runtime_does() -> None:
     for family in load_families():
-        for runtime in family.runtimes.values():
-            assert runtime.lora is not None and set(runtime.lora) <= set(ADAPTABLE)
+        assert set(family.runtimes) == set(DESCRIBED)
+        for name in ("vllm", "llama.cpp"):
+            adaptable = family.runtimes[name].lora
+            assert adaptable is not None and set(adaptable) <= set(ADAPTABLE)
         assert family.runtimes["llama.cpp"].control_vector is True
+        for name, runtime in family.runtimes.items():
+            assert re.match(r"(vLLM|llama\.cpp|SGLang|Ollama|MLX-LM) ", runtime.source), name
+
+
+def grid() -> Iterator[tuple[str, set[str], set[str]]]:
+    """Yield each family of the runtime tests' table, with the carriers run in vLLM and llama.cpp.
+
+    Read from the text: those tests need the runtimes, and this one none.
+    """
+    tree = ast.parse((TESTS / "runtimes" / "test_grid.py").read_text(encoding="utf-8"))
+    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert defined >= {
+        "test_checkpoint_in_vllm",
+        "test_adapter_in_vllm",
+        "test_converted_checkpoint_in_llamacpp",
+        "test_edited_gguf_in_llamacpp",
+        "test_gguf_adapter_in_llamacpp",
+        "test_control_vector_in_llamacpp",
+    }
+    values = (n.value for n in tree.body if isinstance(n, ast.Assign) and is_named(n, "CASES"))
+    cases = next(values)
+    assert isinstance(cases, ast.Dict)
+    for key, case in zip(cases.keys, cases.values, strict=True):
+        assert isinstance(key, ast.Constant) and isinstance(case, ast.Call)
+        options = {word.arg for word in case.keywords}
+        if "recast" in options:  # served as another family, whose own row runs it
+            continue
+        vllm = {"checkpoint"} | (set() if "refused" in options else {"lora"})
+        llama_cpp = {"checkpoint", "gguf", "gguf-lora", "control-vector"}
+        yield key.value.lower().replace(" ", "").replace("-", ""), vllm, llama_cpp
+
+
+def is_named(node: ast.Assign, name: str) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+
+
+def test_the_tables_call_run_what_the_tests_run() -> None:
+    ran = {name: (vllm, llama_cpp) for name, vllm, llama_cpp in grid()}
+    assert {"llama", "gemma3", "mixtral"} <= set(ran) <= set(tiny.FAMILIES)
+    for family in load_families():
+        vllm, llama_cpp = ran.get(family.name, (set(), set()))
+        assert {name: set(carriers) for name, carriers in family.run.items()} == {
+            # Every family, by default: tests/test_families.py, tests/test_lora.py and above.
+            "transformers": {"checkpoint", "lora"},
+            "peft": {"lora"},
+            "vllm": vllm,
+            "llama.cpp": llama_cpp,
+            "sglang": set(),
+            "ollama": set(),
+            "mlx-lm": set(),
+        }
+
+
+# --- the tables of the documentation -------------------------------------------------------------
+
+NAMES = {
+    "checkpoints": [(name, "checkpoint") for name in RUNTIMES if name != "peft"],
+    "adapters": [
+        *((name, "lora") for name in ("transformers", "peft", "vllm", "sglang")),
+        *((name, "gguf-lora") for name in ("llama.cpp", "ollama")),
+    ],
+}
+
+
+def documented(table: str) -> dict[str, list[str]]:
+    """Return the rows between a table's marks in docs/carriers.md, by their first cell."""
+    text = (TESTS.parent / "docs" / "carriers.md").read_text(encoding="utf-8")
+    lines = text.partition(f"<!-- {table} -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    assert rows[0] == ["family", *(name for name, _ in NAMES[table])]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+@pytest.mark.parametrize("table", NAMES)
+def test_the_documented_matrix_is_that_of_the_tables(
+    table: str, tiny_checkpoint: Checkpoints
+) -> None:
+    found = {}
+    for family in tiny.FAMILIES:
+        flags = {k: False for k in ("attention_bias", "mlp_bias") if k in tiny.CONFIGS[family]}
+        base = base_at(tiny_checkpoint(family, **flags))
+        linear = ["attn_out.*", "mlp_out.*"]
+        if family in ("gpt2", "gpt_neox", "gpt_neox_sequential"):  # biases stand in the writers
+            linear = ["ln1_out.1", "ln2_out.1"]
+        config = dict(base.checkpoint.config)
+        rope = config.get("rope_parameters", {})
+        if "rope_theta" in rope:  # where checkpoints on the Hub have it
+            config["rope_theta"] = rope["rope_theta"]
+        of = compile_plan(
+            [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), linear)],
+            base.layout,
+            gain=lambda name, base=base: base.checkpoint.read(name).to(torch.float64),
+            config=config,
+        )
+        judged = [(verdicts(of, carrier), name) for name, carrier in NAMES[table]]
+        found[family] = [by_name[name] for by_name, name in judged]
+    rows = "\n".join(f"| {' | '.join([name, *row])} |" for name, row in found.items())
+    assert documented(table) == found, rows

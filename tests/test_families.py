@@ -39,6 +39,7 @@ BIASES = {
     "qwen3": {"q", "k", "v", "o"},
     "gemma": {"q", "k", "v", "o"},
     "gemma2": {"q", "k", "v", "o"},
+    "gemma3": {"q", "k", "v", "o"},
     "phi3": set(),
     "gpt2": ALL,
     "gpt_neox": ALL,
@@ -46,7 +47,7 @@ BIASES = {
     "olmo2": {"q", "k", "v", "o"},
     "mixtral": set(),
 }
-POST_NORM = {"gemma2", "olmo2"}
+POST_NORM = {"gemma2", "gemma3", "olmo2"}
 LAYER_NORM = {"gpt2", "gpt_neox", "gpt_neox_sequential"}
 PARALLEL = {"gpt_neox"}
 # Keys without rotary embedding: one constant on every key moves all scores alike.
@@ -455,7 +456,7 @@ def test_tied_head_is_untied(
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3", "olmo2"])
 def test_a_closed_bias_flag_is_opened_with_zeros_everywhere(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

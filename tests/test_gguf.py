@@ -393,6 +393,11 @@ def test_every_edit_survives_four_bits(name: str, tiny_checkpoint: Tiny, tmp_pat
     assert rows
     assert all(abs(row["change"] - 1) < 0.05 for row in rows)
     assert all(row["error"] < 0.25 for row in rows)
+    (served,) = (v for v in record["plan"]["runtimes"] if v["runtime"] == "llama.cpp")
+    assert (served["status"], served["reason"][:26]) == (
+        "approximate",
+        "the edited weights are rou",
+    )
 
 
 def test_edited_tensors_in_another_type(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
@@ -636,7 +641,8 @@ def test_a_baked_file_can_be_baked_again(tiny_checkpoint: Tiny, tmp_path: Path) 
 def test_modelfile() -> None:
     assert modelfile("m.gguf") == "FROM ./m.gguf\n"
     assert modelfile("m.gguf", "a.gguf") == "FROM ./m.gguf\nADAPTER ./a.gguf\n"
-    for name in ("a\nb.gguf", "../m.gguf", 'a"b'):
+    assert modelfile("../in here/m.gguf") == "FROM ../in here/m.gguf\n"
+    for name in ("a\nb.gguf", "/m.gguf", 'a"b', " m.gguf"):
         with pytest.raises(UsageError, match="cannot be named in a Modelfile"):
             modelfile(name)
 
@@ -676,6 +682,10 @@ def test_converter_that_is_missing_or_fails(tiny_checkpoint: Tiny, tmp_path: Pat
     record = json.loads((artifact.path / "bake.json").read_text(encoding="utf-8"))
     assert record["kind"] == "gguf"
     assert record["plan"]["digest"] == plan.digest
+    # The verdicts are on this file, not on the checkpoint that it was made of.
+    served = {v["runtime"]: v["status"] for v in record["plan"]["runtimes"]}
+    assert (served["llama.cpp"], served["ollama"]) == ("approximate", "not tested")
+    assert served["vllm"] == served["mlx-lm"] == "refused"
     script.write_text("raise SystemExit('no')\n")
     with pytest.raises(Exception, match="converter failed with exit status 1"):
         convert_checkpoint(baked, tmp_path / "other", llama_cpp=tmp_path)

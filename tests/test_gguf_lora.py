@@ -67,7 +67,9 @@ NAMES = {
     "mistral": LLAMA,
     "mixtral": {**LLAMA, "ffn_gate_inp": ("mlp.gate", None)},
     "qwen2": BLOCK,
+    "qwen3": BLOCK,
     "gemma2": BLOCK,
+    "gemma3": BLOCK,
     "phi3": {
         "attn_qkv": ("self_attn.qkv_proj", None),
         "attn_output": ("self_attn.o_proj", None),
@@ -158,7 +160,10 @@ CASES = [
     *[("llama", NO_BIAS, case) for case in ("stream", "writers", "readers", "heads", "head")],
     ("mistral", {}, "heads"),
     ("qwen2", {}, "stream"),
+    ("qwen3", {"attention_bias": False}, "stream"),
     ("gemma2", {"attention_bias": False}, "writers"),
+    ("gemma3", {"attention_bias": False}, "writers"),
+    ("gemma3", {"attention_bias": False}, "readers"),
     ("phi3", {}, "heads"),
     ("phi3", {}, "stream"),
     ("gpt2", {}, "readers"),
@@ -317,4 +322,9 @@ def test_a_gguf_of_another_model_is_refused(tiny_checkpoint: Checkpoints, tmp_pa
     foreign = plan_of(qwen, [edit(qwen, "ablate", ablate(24), "mlp_out.1")])
     with pytest.raises(CheckpointError, match="of architecture 'llama', and the model is 'qwen2'"):
         export_gguf_lora(foreign, qwen.checkpoint, tmp_path / "out", record={}, model=model)
+    # Other weights of the same shapes, which by itself would be edited without a word.
+    finetune = base_at(tiny_checkpoint("llama", **WIDE, seed=1))
+    same = plan_of(finetune, [edit(finetune, "ablate", ablate(64), "mlp_out.1")])
+    with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_down\.weight does not resemble"):
+        export_gguf_lora(same, finetune.checkpoint, tmp_path / "out", record={}, model=model)
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]

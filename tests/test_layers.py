@@ -23,7 +23,7 @@ LINES = (
     ("recipe",),
     ("plan", "steer"),
     ("calibrate", "outputs"),
-    ("verify",),
+    ("verify", "diff"),
     ("publish",),
     ("cli",),
     ("__main__",),

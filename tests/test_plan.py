@@ -133,17 +133,21 @@ def shifted(base: Base, at: str) -> Plan:
 @pytest.mark.parametrize(
     ("family", "options", "at", "vllm", "llama_cpp"),
     [
-        ("llama", {}, "resid_post.1", "loads", "loads"),
+        ("llama", {}, "resid_post.1", "exact", "exact"),
         # vLLM builds Qwen3's o_proj without bias and drops the tensor in silence.
         ("qwen3", {}, "attn_out.1", "refused", "refused"),
         # q, k, v alone are fine in vLLM: the companion zero of o_proj may be dropped.
-        ("qwen3", {"attention_bias": False}, "ln1_out.1", "loads", "refused"),
+        ("qwen3", {"attention_bias": False}, "ln1_out.1", "exact", "refused"),
         ("gemma", {"attention_bias": False}, "attn_out.1", "refused", "refused"),
-        # Neither loads a head of its own for Gemma.
-        ("gemma", {"attention_bias": False}, "embed", "refused", "refused"),
-        ("gemma2", {"attention_bias": False}, "attn_out.1", "loads", "refused"),
-        ("gpt_neox", {}, "resid_post.1", "loads", "loads"),
-        ("mixtral", {}, "embed", "loads", "loads"),
+        # llama.cpp loads no head of its own for either Gemma, vLLM one for the first.
+        ("gemma", {"attention_bias": False}, "embed", "not tested", "refused"),
+        ("gemma2", {"attention_bias": False}, "embed", "refused", "refused"),
+        ("gemma2", {"attention_bias": False}, "attn_out.1", "exact", "refused"),
+        # Its sources take it, and no test has served a Pythia in either.
+        ("gpt_neox", {}, "resid_post.1", "not tested", "not tested"),
+        ("mixtral", {}, "embed", "exact", "exact"),
+        # The base's own bias is dropped or refused, whatever the edit.
+        ("qwen3", {}, "embed", "refused", "refused"),
     ],
 )
 def test_runtimes_are_judged(
@@ -156,7 +160,7 @@ def test_runtimes_are_judged(
 ) -> None:
     plan = shifted(base_at(tiny_checkpoint(family, **options)), at)
     assert plan.exactness is Exactness.EXACT
-    assert verdict(plan, "transformers")[0] == "loads"
+    assert verdict(plan, "transformers")[0] == "exact"
     assert (verdict(plan, "vllm")[0], verdict(plan, "llama.cpp")[0]) == (vllm, llama_cpp)
 
 
@@ -170,10 +174,27 @@ def test_a_target_that_would_drop_the_edit_is_refused(
         bake(base, wanted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert bake(base, plan_of(base, edits), tmp_path / "out").exists()
-    unknown = plan_of(base, edits, targets=["mlx-lm"])
-    assert verdict(unknown, "mlx-lm") == ("unknown", "the table 'qwen3' says nothing of it")
-    with pytest.raises(InexactPlan, match="mlx-lm"):
-        bake(base, unknown, tmp_path / "other")
+
+
+def test_a_target_that_nobody_has_run_is_served_all_the_same(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Read and not run is no refusal; a table that says nothing is one."""
+    base = base_at(tiny_checkpoint("llama"))
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
+    plan = plan_of(base, edits, targets=["mlx-lm"])
+    status, reason = verdict(plan, "mlx-lm")
+    assert status == "not tested"
+    assert reason.startswith("read, not run (MLX-LM models/llama.py")
+    assert bake(base, plan, tmp_path / "out").exists()
+    others = {n: r for n, r in base.layout.family.runtimes.items() if n != "mlx-lm"}
+    family = replace(base.layout.family, runtimes=others)
+    silent = replace(base, layout=replace(base.layout, family=family))
+    plan = plan_of(silent, edits, targets=["mlx-lm"])
+    assert verdict(plan, "mlx-lm") == ("not tested", "the table 'llama' says nothing of it")
+    with pytest.raises(InexactPlan, match=r"(?s)mlx-lm would not serve.*says nothing of it"):
+        bake(silent, plan, tmp_path / "other")
+    assert bake(silent, plan_of(silent, edits), tmp_path / "other").exists()
 
 
 def test_a_wrong_width_is_named(tiny_checkpoint: Callable[..., Path]) -> None:

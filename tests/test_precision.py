@@ -15,6 +15,7 @@ NORMS = {
     "llama": "model.norm",
     "gemma": "model.norm",
     "gemma2": "model.layers.1.post_feedforward_layernorm",
+    "gemma3": "model.layers.1.post_feedforward_layernorm",
     "phi3": "model.layers.0.input_layernorm",
     "olmo2": "model.layers.2.post_attention_layernorm",
     "mixtral": "model.layers.1.post_attention_layernorm",

@@ -410,8 +410,14 @@ def test_only_a_verification_of_this_plan_that_passed_counts(out: Path) -> None:
     for changes, message in cases:
         write_verification(out, **changes)
         only(out, message)
+        only(out, "README.md: does not say in its first line", unverified=True)
+        kept = (out / "README.md").read_text()
+        (out / "README.md").write_text(CARD.replace("# A", "<!-- Unverified. -->\n\n# A"))
+        only(out, "README.md: does not say in its first line", unverified=True)
+        (out / "README.md").write_text(CARD.replace("# A", "**Unverified.**\n\n# A"))
         found = preflight(out, Terms(unverified=True))
-        assert found.problems == ()
+        (out / "README.md").write_text(kept)
+        assert found.problems == () and found.unverified is not None
         assert found.notes == ("the artifact is published without a verification that passed",)
     (out / "verify.json").unlink()
     only(out, "is no proof of this plan: there is no verify.json (run `bake verify`, or publish")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +20,22 @@ from hub_server import HubServer, running_hub
 from published import (
     BASE,
     CARD,
+    CLIENTS,
     TOKEN,
     Worker,
     base_files,
+    client_of,
     copy_of,
     environment,
     make_artifact,
     record_again,
+    rewrite,
+    write_verification,
 )
+from safetensors.torch import load_file, save_file
 
 from bake.checkpoints import open_checkpoint
+from bake.publish.frontmatter import first_line_of
 
 STRANGER = "hf_" + "S" * 34
 READER = "hf_" + "R" * 34
@@ -47,8 +55,14 @@ def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_artifact(base, tmp_path_factory.mktemp("made") / "out")
 
 
+@pytest.fixture(scope="module", params=CLIENTS)
+def client(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Every case runs with both generations of the Hub's client."""
+    return client_of(request.param)
+
+
 @pytest.fixture(scope="module")
-def hub(base: Path) -> Iterator[HubServer]:
+def hub(base: Path, client: dict[str, str]) -> Iterator[HubServer]:
     with running_hub() as state:
         state.add_user(TOKEN, "alice", orgs=("lab",))
         state.add_user(READER, "reader", role="read")
@@ -59,18 +73,22 @@ def hub(base: Path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def workers(
-    hub: HubServer, tmp_path_factory: pytest.TempPathFactory
+    hub: HubServer, client: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Worker]]:
     home = tmp_path_factory.mktemp("homes")
-    made = {"xet": Worker(hub, home / "xet"), "lfs": Worker(hub, home / "lfs", LFS)}
+    made = {
+        "xet": Worker(hub, home / "xet", client),
+        "lfs": Worker(hub, home / "lfs", {**LFS, **client}),
+    }
     for worker in made.values():
         worker.start()
+    assert made["lfs"].version().startswith("1.31." if client else "2.")
     yield made
     for worker in made.values():
         worker.stop()
     for worker in made.values():
         # Promise 8 and 9, over everything that happened in this file, with debug logging on.
-        assert "Send: curl" in worker.log.read_text(errors="replace") or not worker.said
+        assert "Send: curl" in worker.log.read_text(errors="replace") or len(worker.said) < 2
         for token in (TOKEN, STRANGER, READER):
             assert token not in worker.traces()
     assert not any(request.token for request in hub.log if request.at == "store")
@@ -290,6 +308,137 @@ def test_what_is_not_ours_is_not_overwritten(xet: Worker, hub: HubServer, out: P
     assert "--create-pr" in refused.error and commits(hub, "alice/mine") == 1
 
 
+# --- downloaded again --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["xet", "lfs"])
+def test_the_download_is_compared_before_the_tag_and_the_public_view(
+    way: str, workers: dict[str, Worker], hub: HubServer, out: Path, request: pytest.FixtureRequest
+) -> None:
+    worker: Worker = request.getfixturevalue(way)
+    repo, start = f"alice/verified-{way}", len(hub.log)
+    done = worker.push(out, repo, "--verify-download", "--public")
+    assert done.code == 0 and done.data["outcome"] == "published and verified", done.out
+    receipt = json.loads((out.parent / "out.push.json").read_text())
+    assert receipt["outcome"] == "published and verified" and receipt["unverified"] is None
+    paths = [r.path for r in hub.log[start:]]
+    downloads = [n for n, path in enumerate(paths) if "/resolve/" in path or "/files/" in path]
+    (tag,) = (n for n, path in enumerate(paths) if "/tag/" in path)
+    (show,) = (n for n, path in enumerate(paths) if "/settings" in path)
+    assert downloads and max(downloads) < tag < show
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out", "out.push.json"]
+    plain = worker.push(out, repo, "--public")
+    assert plain.data["outcome"] == "published but unverified" and plain.data["unchanged"]
+
+
+def test_bytes_that_come_back_changed_are_told(lfs: Worker, hub: HubServer, out: Path) -> None:
+    repo = "alice/changed"
+    lfs.push(out, repo)
+    lfs.download(repo)  # what is in the cache already proves nothing of the Hub
+    held = hub.repos[repo]
+    held.tags.clear()
+    hub.fault("GET", "/files/", "corrupt")
+    done = lfs.push(out, repo, "--verify-download", "--public")
+    assert done.code == 5, done.out
+    assert "alice/changed is published but unverified: 1 files came back" in done.error
+    (name,) = (n for n in files(out) if f"other bytes, {n} |" in done.error)
+    assert name.endswith(".safetensors") and held.private and held.tags == {}
+    receipt = json.loads((out.parent / "out.push.json").read_text())
+    assert receipt["outcome"] == "published but unverified"
+    again = lfs.push(out, repo, "--verify-download", "--public")
+    assert again.code == 0 and not held.private and len(held.tags) == 1  # the way on
+
+
+def test_a_download_that_fails_is_no_verification(lfs: Worker, hub: HubServer, out: Path) -> None:
+    assert lfs.push(out, "alice/away").code == 0
+    hub.fault("GET", "/files/", 403, 100)
+    done = lfs.push(out, "alice/away", "--verify-download")
+    assert done.code == 5 and "may not read" in done.error, done.out
+    assert "while downloading bake/edits.safetensors" in done.error
+
+
+# --- the card ----------------------------------------------------------------------------------
+
+
+def test_a_card_is_generated_where_there_is_none(xet: Worker, hub: HubServer, out: Path) -> None:
+    (out / "README.md").unlink()
+    before = files(out)
+    dry = xet.push(out, "alice/carded", "--dry-run")
+    assert dry.code == 0 and "README.md" in dry.data["uploaded"], dry.out
+    assert files(out) == before
+    done = xet.push(out, "alice/carded")
+    assert done.code == 0, done.out
+    assert done.data["digest"] == dry.data["digest"]
+    held = hub.repos["alice/carded"].files()
+    assert held == files(out) and b"alice/carded" in held["README.md"]
+    assert not admits(held["README.md"])
+    assert xet.push(out, "alice/carded").data["unchanged"]
+
+    # what bake wrote, it writes again when the records change; what somebody wrote, it leaves
+    (out / "verify.json").unlink()
+    refused = xet.push(out, "alice/carded")
+    assert refused.code == 4 and "there is no verify.json" in refused.error
+    assert (out / "README.md").read_bytes() == held["README.md"]  # nothing was touched
+    bare = xet.push(out, "alice/carded", "--unverified")
+    assert bare.code == 0 and bare.data["unverified"] == "there is no verify.json", bare.out
+    assert admits(hub.repos["alice/carded"].files()["README.md"])
+    (out / "README.md").write_text(CARD)
+    silent = xet.push(out, "alice/carded", "--unverified")
+    assert silent.code == 4 and "does not say in its first line" in silent.error
+    (out / "README.md").write_text(CARD.replace("# A", "> Not verified.\n\n# A"))
+    assert xet.push(out, "alice/carded", "--unverified").code == 0
+
+
+def test_a_signature_is_made_last_and_never_out_of_date(
+    xet: Worker, hub: HubServer, out: Path, tmp_path: Path
+) -> None:
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from test_sign import write_key
+
+    key = write_key(tmp_path / "key.pem", ec.generate_private_key(ec.SECP256R1()))
+    done = xet.push(out, "alice/signed", "--sign", key)
+    assert done.code == 0, done.out
+    assert "model.sig" in done.data["uploaded"]
+    held = hub.repos["alice/signed"].files()
+    assert held == files(out) and key.read_bytes() not in held.values()
+    there = xet.download("alice/signed")
+    checked = xet.run("check", there, "--key", key.with_suffix(".pub"))
+    assert checked.code == 0 and checked.data["signature"]["status"] == "valid", checked.out
+    again = xet.push(out, "alice/signed", "--sign", key)
+    assert again.data["unchanged"] and xet.push(out, "alice/signed").data["unchanged"]
+
+    write_verification(out, note="another run")
+    stale = xet.push(out, "alice/signed")
+    assert stale.code == 4 and "verify.json is not what was signed" in stale.error, stale.out
+    assert commits(hub, "alice/signed") == 1
+    assert xet.push(out, "alice/signed", "--sign", key).code == 0
+    nokey = xet.push(out, "alice/signed", "--sign", tmp_path / "none.pem")
+    assert nokey.code == 4 and "none.pem" in nokey.error
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "verify.json").write_bytes((out / "verify.json").read_bytes())
+    added = xet.push(report, "alice/signed", "--record", cwd=tmp_path)
+    assert added.code == 2 and "alice/signed is signed" in added.error, added.out
+
+
+def admits(card: bytes) -> bool:
+    """Tell whether the first line of a card says that nothing was verified."""
+    return re.search("unverified|not verified", first_line_of(card.decode()), re.I) is not None
+
+
+def test_the_token_is_in_nothing_that_is_written(xet: Worker, hub: HubServer, out: Path) -> None:
+    """Promise 8, over the card, the receipt, the seal and the log, with debug logging on."""
+    (out / "README.md").unlink()
+    done = xet.push(out, "alice/written", "--verify-download")
+    assert done.code == 0, done.out
+    written = files(out.parent)
+    assert {"out.push.json", "out/README.md", "out/SHA256SUMS"} <= set(written)
+    assert not any(TOKEN.encode() in data for data in written.values())
+    assert "Send: curl" in xet.log.read_text(errors="replace")  # the control: it does log
+    assert TOKEN not in xet.traces()
+    assert not any(TOKEN.encode() in data for data in hub.repos["alice/written"].files().values())
+
+
 # --- the network -------------------------------------------------------------------------------
 
 PASSING: dict[str, tuple[str, str, Any, int]] = {
@@ -342,6 +491,21 @@ def test_xet_uploads_are_tried_again(
     done = xet.push(out, repo)
     assert done.code == 0, done.out
     assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+
+
+def test_a_xet_upload_that_lasts_is_one_clear_line(xet: Worker, hub: HubServer, out: Path) -> None:
+    """Chunks fail with errors of Python's own, which say nothing of the Hub."""
+    (out / "plots").mkdir()
+    (out / "plots" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + os.urandom(70_000))
+    hub.fault("POST", "/v1/xorbs/", 500, 100)
+    done = xet.push(out, "alice/lasting")
+    hub.faults.clear()
+    assert done.code == 5, done.out
+    content = done.data["error"]
+    assert content["what"].startswith("the transfer with alice/lasting broke off: "), content
+    assert "\n" not in content["what"] and "HF_HUB_DISABLE_XET=1" in content["fix"]
+    assert commits(hub, "alice/lasting") == 0
+    assert xet.push(out, "alice/lasting").code == 0
 
 
 FAILING: dict[str, tuple[str, str, Any, str]] = {
@@ -417,6 +581,36 @@ def test_usage(xet: Worker, hub: HubServer, out: Path) -> None:
 
 
 # --- the base ----------------------------------------------------------------------------------
+
+
+def test_untouched_tensors_are_compared_with_a_base_at_hand(
+    xet: Worker, hub: HubServer, base: Path, out: Path
+) -> None:
+    """Promise 5: the record and the sums are made to agree, so that only the base can tell."""
+    record = json.loads((out / "bake.json").read_text())
+    changed = {row["name"] for row in record["plan"]["tensors"]}
+    for shard in sorted(out.glob("model-*.safetensors")):
+        tensors = load_file(shard)
+        if not changed & tensors.keys():
+            break
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    record_again(out)
+    away = xet.push(out, "alice/tampered", "--dry-run")
+    assert away.code == 0 and any("not on this machine" in note for note in away.data["notes"])
+    xet.order(open=BASE, env={"HF_TOKEN": TOKEN})  # the base comes into the cache
+    done = xet.push(out, "alice/tampered")
+    shutil.rmtree(xet.home / "hub")
+    assert done.code == 4 and "alice/tampered" not in hub.repos, done.out
+    assert f"{shard.name} {name} differs from the base, and the plan leaves it" in done.error
+
+    def local(found: dict[str, Any]) -> None:
+        found["base"].update(model="a folder", revision=None, path=os.path.relpath(base, out))
+
+    rewrite(out / "bake.json", local)
+    again = xet.push(out, "alice/tampered", "--allow", "licence", "--dry-run")
+    assert again.code == 4 and "differs from the base" in again.error, again.out
 
 
 def test_a_base_that_cannot_be_copied_from(xet: Worker, hub: HubServer, out: Path) -> None:
@@ -524,7 +718,9 @@ def test_a_file_that_changes_meanwhile_stops_the_commit(
 
 
 @pytest.mark.parametrize("way", ["xet", "lfs"])
-def test_a_killed_upload_is_taken_up(way: str, hub: HubServer, out: Path, tmp_path: Path) -> None:
+def test_a_killed_upload_is_taken_up(
+    way: str, hub: HubServer, client: dict[str, str], out: Path, tmp_path: Path
+) -> None:
     (out / "plots").mkdir()
     for number in range(3):
         noise = b"\x89PNG\r\n\x1a\n" + os.urandom(300_000)
@@ -542,7 +738,7 @@ def test_a_killed_upload_is_taken_up(way: str, hub: HubServer, out: Path, tmp_pa
     hub.fault(method, path, stop, 4)
     process = subprocess.Popen(
         [sys.executable, "-m", "bake", "push", str(out), repo, "-q"],
-        env=environment(hub, tmp_path / "home", **(LFS if way == "lfs" else {})),
+        env=environment(hub, tmp_path / "home", **client, **(LFS if way == "lfs" else {})),
         cwd=Path(__file__).parent.parent,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -554,7 +750,7 @@ def test_a_killed_upload_is_taken_up(way: str, hub: HubServer, out: Path, tmp_pa
     hang.set()
     hub.faults.clear()
     assert commits(hub, repo) == 0 and hub.repos[repo].private
-    second = Worker(hub, tmp_path / "home", LFS if way == "lfs" else {})
+    second = Worker(hub, tmp_path / "home", {**client, **(LFS if way == "lfs" else {})})
     start = len(hub.log)
     done = second.push(out, repo)
     second.stop()
@@ -622,50 +818,6 @@ def test_bytes_sent_for_a_partial_edit_over_xet(
     done = xet.push(out, f"alice/part-{kind}")
     assert done.code == 0 and done.data["copied"] == [], done.out
     sent = hub.uploaded() - before
+    print(f"{kind}: edited {size / total:.4%}, sent {sent / total:.4%} of {total:,} bytes")
     assert size * 0.5 < sent < limit * total, (sent / total, size / total)
     assert hub.repos[f"alice/part-{kind}"].files() == files(out)
-
-
-# --- the older client --------------------------------------------------------------------------
-
-
-@pytest.mark.runtimes
-@pytest.mark.parametrize("way", ["xet", "lfs"])
-def test_the_oldest_client_that_is_supported(
-    way: str, hub: HubServer, out: Path, tmp_path: Path
-) -> None:
-    """huggingface_hub 1.31, whose HTTP client is another library, in a folder of its own."""
-    site = older_client()
-    paths = f"{site}{os.pathsep}{Path(__file__).parent.parent}"
-    extra = {**(LFS if way == "lfs" else {}), "PYTHONPATH": paths}
-    worker = Worker(hub, tmp_path / "home", extra)
-    repo = f"alice/older-{way}"
-    hub.fault("POST", "/commit/", "lost")
-    done = worker.push(out, repo)
-    assert done.code == 0, done.out
-    assert worker.push(out, repo).data["unchanged"]
-    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
-    order = worker.order(download=repo, revision="main", env={})
-    assert order.err.startswith("1.31.")
-    assert worker.run("check", order.out).code == 0
-    for action, message in ((503, "answered 503"), ("drop", "cannot reach"), (412, "somebody")):
-        (out / "README.md").write_text(CARD + f"\n{action}\n")
-        hub.fault("POST", "/commit/", action, 100)
-        failed = worker.push(out, repo)
-        assert failed.code == 5 and message in failed.error, failed.out
-        hub.faults.clear()
-    worker.stop()
-    assert TOKEN not in worker.traces()
-
-
-def older_client() -> Path:
-    """Return a folder with huggingface_hub 1.31 and what it needs, installed when not there."""
-    cache = Path(os.environ.get("BAKE_TEST_CACHE") or Path(__file__).parents[1] / ".cache/runtimes")
-    site = cache / "huggingface-hub-1.31"
-    if not (site / "huggingface_hub").is_dir():
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "--target", str(site),
-             "huggingface_hub==1.31.0"],
-            check=True,
-        )  # fmt: skip
-    return site

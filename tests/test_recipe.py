@@ -14,8 +14,7 @@ from bake.affine import AffineMap
 from bake.directions import Direction, Directions, Role, Shape
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import BakeError, DirectionError, HubError, InputError, UsageError
-from bake.families import Layout
-from bake.plan.targets import KNOWN as PLANNED_RUNTIMES
+from bake.families import CARRIERS, READS, Layout
 from bake.recipe import (
     ALLOWANCES,
     OUTPUTS,
@@ -250,8 +249,52 @@ def test_the_title_defaults_to_the_name_of_the_file(tmp_path: Path) -> None:
     assert recipe_of(tmp_path, EDIT, HEAD.replace(TITLE, "")).title == "recipe"
 
 
+@pytest.mark.parametrize(
+    ("spelt", "meant"),
+    [
+        (["vLLM", "llama_cpp", "MLX-LM"], ("vllm", "llama.cpp", "mlx-lm")),
+        (
+            ["SGLang", "Ollama", "PEFT", "Transformers"],
+            ("sglang", "ollama", "peft", "transformers"),
+        ),
+        (["llama.cpp", "llamacpp", "llama-cpp"], ("llama.cpp",)),
+    ],
+)
+def test_runtimes_in_the_spellings_of_their_makers(
+    tmp_path: Path, spelt: list[str], meant: tuple[str, ...]
+) -> None:
+    to = '[export]\nto = ["checkpoint", "lora"]\n'
+    assert recipe_of(tmp_path, EDIT + f"{to}target = {spelt}\n").export.target == meant
+    assert override(recipe_of(tmp_path, EDIT + to), target=spelt).export.target == meant
+
+
+def test_a_runtime_that_is_none(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, EDIT)
+    for wrong, near in (("mlx", "mlx-lm"), ("olama", "ollama"), ("transformer", "transformers")):
+        with pytest.raises(UsageError, match=f"holds '{wrong}'.*\\n.*did you mean '{near}'"):
+            override(recipe, target=[wrong])
+
+
+def test_a_target_that_reads_nothing_of_the_output(tmp_path: Path) -> None:
+    """What nobody named, as the default, need not read everything; nor every target everything."""
+    vector = '[export]\nto = ["control-vector"]\n'
+    assert recipe_of(tmp_path, EDIT + vector).export.target == ("transformers",)
+    both = '[export]\nto = ["lora", "gguf"]\ntarget = ["peft", "ollama"]\n'
+    assert recipe_of(tmp_path, EDIT + both).export.target == ("peft", "ollama")
+    with pytest.raises(UsageError, match=r"vllm is a target, and reads no control-vector") as error:
+        recipe_of(tmp_path, EDIT + vector + 'target = ["llama.cpp", "vllm"]\n')
+    assert error.value.fix == "write checkpoint or lora as well, or leave vllm out"
+    with pytest.raises(UsageError, match="--target: peft is a target, and reads no checkpoint"):
+        override(recipe_of(tmp_path, EDIT), target=["peft"])
+    assert override(recipe_of(tmp_path, EDIT), target=["peft"], to=["lora"]).export.to == ("lora",)
+    # Another output on the command line does not make the recipe's own targets wrong.
+    named = recipe_of(tmp_path, EDIT + '[export]\ntarget = ["vllm"]\n')
+    assert override(named, to=["control-vector"]).export.target == ("vllm",)
+
+
 def test_the_words_are_those_of_the_plan() -> None:
-    assert set(RUNTIMES) == set(PLANNED_RUNTIMES)
+    assert OUTPUTS == CARRIERS
+    assert set(RUNTIMES) == set(READS)
     assert {kind for kinds in KINDS_OF_KEY.values() for kind in kinds} == set(EditKind)
 
 
@@ -830,7 +873,7 @@ def test_the_documentation_has_every_key_of_a_family_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from bake.families import load_families
-    from bake.families.table import Section
+    from bake.families.section import Section
 
     text = (DOCS / "families.md").read_text(encoding="utf-8")
     keys = known_keys(monkeypatch, Section, load_families)

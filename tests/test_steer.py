@@ -179,6 +179,7 @@ def _neox_sequential(b: nn.Module, do: Callable[[str, Tensor], Tensor], x: Tenso
 
 BLOCKS: dict[str, Callable[..., Tensor]] = {
     "gemma2": _sandwich,
+    "gemma3": _sandwich,
     "olmo2": _post_norm,
     "gpt2": _gpt2,
     "gpt_neox": _neox,

@@ -49,7 +49,14 @@ def test_files_hold_every_number(report: Report, tmp_path: Path) -> None:
     assert data["artifact"] == "out"  # not where it is on this machine
     assert len(data["rows"]) == len(report.rows)
     assert data["prompts"]["digest"].startswith("sha256:")
-    assert set(data["environment"]) == {"bake", "python", "torch", "transformers"}
+    assert set(data["environment"]) == {
+        "attention",
+        "bake",
+        "device",
+        "python",
+        "torch",
+        "transformers",
+    }
     shown = (tmp_path / "new" / "folder" / "verify.md").read_text(encoding="utf-8")
     for row in report.rows:
         assert row.name.replace("|", "\\|") in shown

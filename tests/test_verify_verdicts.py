@@ -119,7 +119,7 @@ def test_files_are_held_to_their_digests(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["F64", "BF16"])
-@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
 def test_a_nulling_plan_leaves_its_edit_nothing_to_do(
     family: str, dtype: torch.dtype, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -48,6 +48,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 8,
         "sliding_window": 4,  # shorter than the tests' sequences, so that it matters
     },
+    "gemma3": {
+        **_GROUPED,
+        "model_type": "gemma3_text",
+        "attention_bias": True,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "phi3": {**_GROUPED, "model_type": "phi3"},
     "gpt2": {
         **_TOKENS,
@@ -64,8 +72,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {**_GROUPED, "model_type": "mixtral", "num_local_experts": 3},
 }
 FAMILIES = tuple(CONFIGS)
-TIED = ("gemma", "gemma2", "gpt2")
-GAIN_OFFSET = {"gemma": 1.0, "gemma2": 1.0}  # their norms multiply by 1 + weight
+TIED = ("gemma", "gemma2", "gemma3", "gpt2")
+GAIN_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}  # their norms multiply by 1 + weight
 # Gemma-2's softcapping exists in eager attention only, and grouped experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 

@@ -152,7 +152,7 @@ def _online(
         return Located(path, commit, listing, None if here else HubFiles(repo, commit, token))
     wanted = [name for name in names if name in _wanted(listing)]
     with translated(repo, revision):
-        _download(repo, commit, wanted, token)
+        download(repo, commit, wanted, token)
     _check_blobs(path, listing, repo)
     return Located(path, commit, listing, None)
 
@@ -162,7 +162,12 @@ def _wanted(listing: folders.Listing) -> frozenset[str]:
     return frozenset((*listing.shards, *listing.side_files, CONFIG, INDEX, "README.md"))
 
 
-def _download(repo: str, commit: str, names: list[str], token: str | bool | None) -> None:
+def download(repo: str, commit: str, names: list[str], token: str | bool | None) -> None:
+    """Fetch files of a commit into the cache.
+
+    Raises:
+        HubError: the chunk transfer failed; other failures are the client's own.
+    """
     try:
         snapshot_download(
             repo,

@@ -79,7 +79,7 @@ class Staging:
         self._root.mkdir(exist_ok=True)
         self._journal = (self._root / "journal").open("a+b", buffering=0)
         try:
-            _lock(self._journal, self._out)
+            lock(self._journal, self._out)
             self._recover()
             self._check_free()  # again, for what has just come back
             self._take_up()
@@ -206,7 +206,12 @@ def _read_journal(raw: bytes, identity: str) -> dict[str, Finished]:
     return found
 
 
-def _lock(file: FileIO, out: Path) -> None:
+def lock(file: FileIO, out: Path) -> None:
+    """Hold a file of the output's staging folder, until it is closed, against other runs.
+
+    Raises:
+        UsageError: another run holds it.
+    """
     if sys.platform == "win32":
         return
     import fcntl  # POSIX only

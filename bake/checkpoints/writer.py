@@ -22,6 +22,7 @@ from bake.checkpoints.stream import Fill, Producer, can_clone, write_file
 from bake.errors import CheckpointError, UsageError
 
 Closing = Callable[[Mapping[str, str]], Mapping[str, bytes]]
+Check = Callable[[Path, Mapping[str, str]], None]
 
 _SLACK = 1 << 20  # for directory entries and the journal
 
@@ -78,14 +79,52 @@ def write_checkpoint(
             or the disk is too small or cannot be written.
         UsageError: ``out`` exists, overlaps the source or is being written by another run.
     """
-    out = _place(source, out)
+    out = clear_of(out, source.path)
     _check_request(source, replace, new, config_text)
     shards, index_text = weight_files(source, replace, new)
     files = small_files(source, config_text, index_text, extra_files, {s.name for s in shards})
+    return write_files(
+        out,
+        shards,
+        files,
+        identity=_identity(source, digest, replace, new),
+        closing=closing,
+        force=force,
+        progress=progress,
+    )
+
+
+def write_files(
+    out: Path,
+    shards: tuple[File, ...],
+    files: tuple[File, ...],
+    *,
+    identity: str,
+    closing: Closing | None = None,
+    check: Check | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> WrittenFiles:
+    """Write files to a new folder, which appears by one rename when all of them are on disk.
+
+    Args:
+        out: the folder to create, its path resolved.
+        shards: the large files: each is kept by itself when the run is interrupted.
+        files: the small ones.
+        identity: a digest of everything that decides the bytes of the shards.
+        closing: given the sha256 of every file so far, returns the files that speak of them.
+        check: given the unpublished folder and the sha256 of its files, raises to have it removed.
+        force: replace a checkpoint that exists at ``out``.
+        progress: called with the bytes of the shards that are done and their total.
+
+    Raises:
+        CheckpointError: a tile does not fit, or the disk is too small or cannot be written.
+        UsageError: ``out`` exists or is being written by another run.
+    """
     tally = _Tally(sum(shard.size for shard in shards), progress)
-    stage = Staging(out, _identity(source, digest, replace, new), force=force)
+    stage = Staging(out, identity, force=force)
     try:
-        hashes, sizes = _write_all(stage, shards, files, closing, tally)
+        hashes, sizes = _write_all(stage, shards, files, closing, check, tally)
     except OSError as error:
         raise CheckpointError(
             f"cannot write the output: {error.strerror or error}", where=str(error.filename or out)
@@ -100,6 +139,7 @@ def _write_all(
     shards: tuple[File, ...],
     files: tuple[File, ...],
     closing: Closing | None,
+    check: Check | None,
     tally: "_Tally",
 ) -> tuple[dict[str, str], int]:
     """Write every file and let the output appear.
@@ -115,6 +155,8 @@ def _write_all(
         last = () if closing is None else closing_files(closing(dict(hashes)), taken=hashes)
         for file in last:
             hashes[file.name] = _write_small(stage, file)
+        if check is not None:
+            check(stage.folder, hashes)
         stage.publish()
     return hashes, sum(file.size for file in (*files, *last))
 
@@ -153,11 +195,15 @@ class _Tally:
             self._report(self._done, self._total)
 
 
-def _place(source: Checkpoint, out: Path) -> Path:
-    """Return the output's path in full, once it is clear of the base."""
+def clear_of(out: Path, base: Path) -> Path:
+    """Return the output's path in full, once it is clear of a folder that is read.
+
+    Raises:
+        UsageError: it is a link, or one of the two holds the other.
+    """
     if out.is_symlink():
         raise UsageError(f"{out} is a link", fix="name the folder that it leads to")
-    out, base = out.resolve(), source.path
+    out = out.resolve()
     if out == base or base in out.parents or out in base.parents:
         raise UsageError(
             f"the output {out} and the base {base} overlap",

@@ -14,7 +14,19 @@ from bake import __version__
 from bake.cli.output import KEPT, NOTHING_KEPT, report_failure
 from bake.errors import BakeError, UsageError
 
-COMMANDS = ("plan", "export", "verify", "check", "push", "merge", "directions", "families")
+COMMANDS = (
+    "plan",
+    "export",
+    "verify",
+    "diff",
+    "check",
+    "card",
+    "push",
+    "merge",
+    "revert",
+    "directions",
+    "families",
+)
 INTERRUPTED = 130  # as a shell counts it: 128 + SIGINT
 
 

@@ -1,6 +1,9 @@
-"""``bake check``: whether an artifact's files are those that were sealed."""
+"""``bake check``: whether an artifact's files are those that were sealed, and who signed them."""
 
+import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -8,25 +11,54 @@ from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 from bake.cli.request import PATH
 
+if TYPE_CHECKING:
+    from bake.publish.sign import Signed
+
+PASSPHRASE = "BAKE_SIGNING_PASSPHRASE"
+"""The environment variable that holds the passphrase of an encrypted key."""
+
 
 @bake_command("check")
 @click.argument("out", type=PATH)
 @click.option("--base", type=PATH, metavar="DIR", help="Compare untouched tensors with this base.")
 @click.option("--seal", is_flag=True, help="Write SHA256SUMS and the statement first.")
-def command(output: Output, out: Path, *, base: Path | None, seal: bool) -> None:
+@click.option("--sign", type=PATH, metavar="KEY", help="Seal and sign with this private key first.")
+@click.option("--key", type=PATH, metavar="PUB", help="Verify the signature with this public key.")
+def command(
+    output: Output,
+    out: Path,
+    *,
+    base: Path | None,
+    seal: bool,
+    sign: Path | None,
+    key: Path | None,
+) -> None:
     """Check that the files of OUT are those that were sealed.
 
     Reads every byte and compares it with SHA256SUMS; checks that the index and the headers agree,
     and that the statement of how the artifact was made fits its record. OUT may be a download.
+    With --key it also tells whether the owner of that key has signed these files.
+    Keys are elliptic curves in PEM; the passphrase of an encrypted one is asked for, or read from
+    the environment variable BAKE_SIGNING_PASSPHRASE.
     """
     from bake.cli import render
     from bake.publish import seal as sealing
+    from bake.publish.sign import check_signed
+    from bake.publish.sign import sign as sign_it
 
+    passphrase = passphrase_of(sign)
     with render.progress(f"reading {out.name}", visible=not output.quiet) as move:
-        if seal:
+        made = None
+        if sign is not None:
+            made = sign_it(out, sign, passphrase=lambda: passphrase, progress=move)
+        elif seal:
             sealing.seal(out, move)
         found = sealing.check(out, base=base, progress=move)
+        signed, found = check_signed(out, found, key)
     failure = found.failure()
+    # A signature that was made just now has been verified with the other half of its key.
+    signed = signed if key is not None or failure is not None else made
+    signature = _signature(signed, found.manifest.by_name(), named=key is not None)
     output.present(
         data=lambda: {
             "folder": found.folder,
@@ -36,6 +68,7 @@ def command(output: Output, out: Path, *, base: Path | None, seal: bool) -> None
             "files": found.files,
             "bytes": found.size,
             "verified": found.unverified is None,
+            "signature": signature,
             "problems": [str(problem) for problem in found.problems],
         },
         view=lambda: [
@@ -46,9 +79,45 @@ def command(output: Output, out: Path, *, base: Path | None, seal: bool) -> None
                     ("digest", found.digest),
                     ("plan", found.plan_digest),
                     ("verified", "yes" if found.unverified is None else f"no: {found.unverified}"),
+                    ("signed", _words(signature)),
                     ("intact", "yes" if failure is None else "no"),
                 ]
             )
         ],
         error=failure,
     )
+
+
+def passphrase_of(key: Path | None) -> bytes | None:
+    """Return the passphrase of an encrypted key, asked for where the environment has none.
+
+    It is asked for before a progress bar is drawn, and never an argument, which other users see.
+    """
+    if key is None or not key.is_file() or b"ENCRYPTED" not in key.read_bytes()[: 1 << 16]:
+        return None
+    if found := os.environ.get(PASSPHRASE):
+        return found.encode()
+    if not sys.stdin.isatty():
+        return None
+    return str(click.prompt(f"Passphrase of {key}", hide_input=True, err=True)).encode()
+
+
+def _signature(signed: "Signed | None", files: dict[str, Any], *, named: bool) -> dict[str, Any]:
+    from bake.publish.names import SIGNATURE
+
+    if signed is not None:
+        return {"status": "valid", "key": signed.key, "files": signed.files}
+    if named:
+        return {"status": "invalid"}
+    return {"status": "unverified" if SIGNATURE in files else "none"}
+
+
+def _words(signature: dict[str, Any]) -> str:
+    match signature["status"]:
+        case "valid":
+            return f"yes, over {signature['files']} files, by the key {signature['key']}"
+        case "unverified":
+            return "yes, by whom is not verified: name a public key with --key"
+        case "invalid":
+            return "no valid signature"
+    return "no"

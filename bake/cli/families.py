@@ -7,7 +7,7 @@ import click
 
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH, layout_of
+from bake.cli.request import PATH
 
 if TYPE_CHECKING:
     from bake.families import Family, Layout
@@ -24,6 +24,7 @@ def command(output: Output, model: str | None, *, family: Path | None) -> None:
     from bake.checkpoints import open_checkpoint
     from bake.cli import render
     from bake.families import load_families, read_family
+    from bake.families.fit import layout_of
 
     if model is None:
         found = load_families() if family is None else (read_family(family),)
@@ -60,9 +61,16 @@ def _family(table: "Family") -> dict[str, Any]:
         "architectures": list(table.architectures),
         "runtimes": {
             name: {
+                "checkpoint": runtime.checkpoint,
                 "biases": list(runtime.biases),
+                "misplaced": list(runtime.misplaced),
                 "extra_bias": runtime.extra_bias,
                 "untied_head": runtime.untied_head,
+                "extra_head": runtime.extra_head,
+                "lora": None if runtime.lora is None else list(runtime.lora),
+                "control_vector": runtime.control_vector,
+                "defaults": dict(runtime.defaults),
+                "run": list(table.run.get(name, ())),
                 "source": runtime.source,
             }
             for name, runtime in table.runtimes.items()
@@ -77,7 +85,11 @@ def _slots(layout: "Layout") -> list[dict[str, Any]]:
     linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
     for linear in (*linears, layout.unembed):
         able = linear.bias.state != "never"
-        applied = [n for n, r in layout.family.runtimes.items() if linear.module in r.biases]
+        applied = [
+            name
+            for name, runtime in layout.family.runtimes.items()
+            if linear.module in runtime.biases and linear.module not in runtime.misplaced
+        ]
         slots[linear.module] = {
             "module": linear.module,
             "state": linear.bias.state,

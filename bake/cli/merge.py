@@ -1,18 +1,19 @@
 """``bake merge``: fold a PEFT LoRA adapter into a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from bake.cli.export import check_out, kept_at
 from bake.cli.output import KEPT, Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH, layout_of
+from bake.cli.request import PATH, table_of
 from bake.errors import FamilyError
 
 
 @bake_command("merge")
-@click.argument("adapter", type=PATH)
+@click.argument("adapter")
 @click.argument("base")
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
@@ -20,7 +21,7 @@ from bake.errors import FamilyError
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is at --out.")
 def command(
     output: Output,
-    adapter: Path,
+    adapter: str,
     base: str,
     out: Path,
     *,
@@ -30,15 +31,19 @@ def command(
 ) -> None:
     """Merge the PEFT adapter ADAPTER into the checkpoint BASE.
 
-    The model is never loaded: untouched tensors keep their bytes, their order and their files.
-    Rank and alpha patterns, rank-stabilised scaling, biases and embedding factors are merged;
-    what is no sum of base and factors (DoRA) is refused.
+    Both are folders or Hub ids. The model is never loaded: untouched tensors keep their bytes,
+    their order and their files. Rank and alpha patterns, rank-stabilised scaling, biases and
+    embedding factors are merged; what is no sum of base and factors (DoRA) is refused.
     """
     from bake.checkpoints import open_checkpoint
+    from bake.checkpoints.adapter import find_adapter
     from bake.cli import render
-    from bake.outputs.merge import merge_adapter
+    from bake.families.fit import layout_of
+    from bake.outputs.merge import merge_adapter, merge_notes
+    from bake.publish.cards.base import base_facts
 
     check_out(out, force=force)
+    found = find_adapter(adapter)
     checkpoint = open_checkpoint(base, revision=revision, complete=True)
     try:
         layout = layout_of(checkpoint, family)
@@ -49,11 +54,16 @@ def command(
         output.remark(f"merging without a family table: {error.what}")
         layout = None
     click.get_current_context().meta[KEPT] = kept_at(out)
-    record = {"base": {"model": base, "revision": checkpoint.revision}}
+    record: dict[str, Any] = {"base": base_facts(checkpoint)}
+    if found.repo is not None:
+        record["adapter"] = {"name": found.repo, "revision": found.commit, "path": None}
+    if family is not None:
+        record["family"] = table_of(family)
     with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
         made = merge_adapter(
-            adapter, checkpoint, out, layout=layout, record=record, force=force, progress=move
+            found.folder, checkpoint, out, layout=layout, record=record, force=force, progress=move
         )
+    notes = merge_notes(made)
     output.present(
         data=lambda: {
             "kind": made.kind,
@@ -61,6 +71,7 @@ def command(
             "files": dict(made.files),
             "bytes_written": made.bytes_written,
             "bytes_edited": made.bytes_edited,
+            "notes": list(notes),
         },
         view=lambda: [
             render.facts(
@@ -68,6 +79,7 @@ def command(
                     ("written", str(made.path)),
                     ("files", str(len(made.files))),
                     ("bytes", f"{made.bytes_written:,}, of which {made.bytes_edited:,} are edited"),
+                    *(("note", note) for note in notes),
                 ]
             )
         ],

@@ -1,27 +1,88 @@
 """``bake plan``: what would change, exact or not, and why."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
+from bake.cli.recorded import find, is_artifact, plan_again, refuse_overrides
 from bake.cli.request import compile_request, recipe_options
+from bake.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from bake.cli.recorded import Again
+    from bake.plan import Plan
 
 
 @bake_command("plan")
 @recipe_options
-def command(output: Output, recipe: Path, **options: Any) -> None:
+def command(output: Output, recipe: str, *, base: str | None, **options: Any) -> None:
     """Say what RECIPE would change, whether that is exact, and why.
 
     Reads headers only, and writes nothing. The exit code is 0 when `bake export` would go ahead,
     and 3 when a finding is not exact and not allowed, or a target runtime refuses the result.
+
+    For an ARTIFACT (a folder, owner/name or hf://owner/name@revision) the plan is made again from
+    the edits and the record in it and from its base. The exit code is 1 when it is not the plan
+    of the record.
     """
     from bake.cli import render
     from bake.plan.record import plan_record
 
-    request = compile_request(recipe, **options)
+    if is_artifact(recipe):
+        _of_artifact(output, recipe, base, **options)
+        return
+    if base is not None:
+        raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
+    request = compile_request(Path(recipe), **options)
     output.present(
-        data=lambda: {**request.record(), "plan": plan_record(request.plan)},
+        data=lambda: {
+            **request.record(),
+            "plan": plan_record(request.plan),
+            "carriers": _carriers(request.plan),
+        },
         view=lambda: render.plan(request, verbose=output.verbose),
         error=request.refusal(),
     )
+
+
+def _of_artifact(
+    output: Output, text: str, base: str | None, *, family: Path | None, **options: Any
+) -> None:
+    from bake.cli import render
+    from bake.plan.record import plan_record
+
+    refuse_overrides(options, fix="name the base with --base, where it has moved")
+    again = plan_again(find(text, weights=False), base=base, family=family)
+    request = again.request
+    output.present(
+        data=lambda: {
+            **request.record(),
+            "plan": plan_record(request.plan),
+            "carriers": _carriers(request.plan),
+            "again": again.to_json(),
+        },
+        view=lambda: [*render.plan(request, verbose=output.verbose), *view(again)],
+        error=again.failure(),
+    )
+
+
+def _carriers(plan: "Plan") -> dict[str, Any]:
+    """Return every carrier with what it does with the edits, and what the runtimes make of it."""
+    from bake.families import CARRIERS
+    from bake.outputs.folder import carrier_record
+
+    return {carrier: carrier_record(plan, carrier) for carrier in CARRIERS}
+
+
+def view(again: "Again") -> list["RenderableType"]:
+    """Return whether the plan is that of the record."""
+    from bake.cli import render
+
+    artifact = f"{again.source.name} ({again.artifact.kind})"
+    parts: list[RenderableType] = [render.facts([("artifact", artifact), ("this is", again.told)])]
+    if again.notes:
+        parts.append(render.section("Notes on the artifact", render.indented(again.notes)))
+    return parts

@@ -22,7 +22,9 @@ from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -46,9 +48,8 @@ STYLES = {
     "nulling": "yellow",
     "approximate": "yellow",
     "impossible": "red",
-    "loads": "green",
     "refused": "red",
-    "unknown": "yellow",
+    "not tested": "yellow",
 }
 
 
@@ -87,17 +88,27 @@ def failure(error: "BakeError") -> None:
 
 
 @contextmanager
-def progress(label: str, *, visible: bool = True) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar in bytes on stderr, on terminals only; yield the function that moves it."""
+def progress(
+    label: str, *, visible: bool = True, unit: str | None = None
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar on stderr, on terminals only; yield the function that moves it.
+
+    Args:
+        label: what is being done.
+        visible: whether there is to be a bar.
+        unit: what is counted; bytes when None.
+    """
     target = console(stderr=True)
     if not visible or not target.is_terminal:
         yield None
         return
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn())
+    if unit is not None:
+        counts = (MofNCompleteColumn(), TextColumn(unit))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *counts,
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=target) as bar:
@@ -237,6 +248,8 @@ def tensor_table(rows: Sequence[Named], *, verbose: bool) -> Table:
 
 def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
     """Return a plan: model, findings, changes, runtimes, notes and digest."""
+    from bake.cli import matrix
+
     made, checkpoint = request.plan, request.checkpoint
     parts: list[RenderableType] = [facts(_header(request))]
     parts.append(section("Findings", _findings(made)))
@@ -245,8 +258,9 @@ def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
         parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
     if made.config:
         parts.append(section("config.json", _config(made)))
-    parts.append(section("Runtimes of the checkpoint", _runtimes(made)))
-    parts.append(section("Carriers", _carriers(made)))
+    chosen = request.recipe.export.to
+    parts.append(section(f"Runtimes: {', '.join(chosen)}", Group(*matrix.runtimes(made, chosen))))
+    parts.append(section("Carriers", matrix.carriers(made)))
     if made.notes:
         parts.append(section("Notes", indented(made.notes)))
     if checkpoint.left_out and verbose:
@@ -328,31 +342,6 @@ def _config(made: "Plan") -> Table:
     for change in made.config:
         old = "(absent)" if change.old is None else json.dumps(change.old)
         rows.add_row(change.key, old, "(removed)" if change.new is None else json.dumps(change.new))
-    return rows
-
-
-def _runtimes(made: "Plan") -> Table:
-    rows = table("runtime", "verdict", "target", "why")
-    for verdict in made.runtimes:
-        wanted = "yes" if verdict.wanted else "no"
-        rows.add_row(verdict.runtime, word(verdict.status), wanted, verdict.reason)
-    return rows
-
-
-def _carriers(made: "Plan") -> Table:
-    """Return which carriers hold the plan, and which runtimes load them as it is meant."""
-    from bake.plan.carriers import CARRIERS, carrier_findings, carrier_runtimes
-    from bake.plan.types import Exactness
-
-    rows = table("carrier", "holds the edit", "runtimes, or why not")
-    for carrier in CARRIERS:
-        findings = carrier_findings(made, carrier)
-        worst = max((f.exactness for f in findings), key=list(Exactness).index)
-        if worst is Exactness.IMPOSSIBLE:
-            why = next(f.reason for f in findings if f.exactness is worst)
-        else:
-            why = ", ".join(f"{v.runtime}: {v.status}" for v in carrier_runtimes(made, carrier))
-        rows.add_row(carrier, word(str(worst)), why)
     return rows
 
 
@@ -453,12 +442,16 @@ def model_check(
     for slot in slots:
         made.add_row(slot["module"], slot["state"], slot["flag"] or "", ", ".join(slot["runtimes"]))
     parts.append(section("Bias slots", made))
-    runtimes = table("runtime", "untied head", "other biases", "read from")
+    runtimes = table("runtime", "untied head", "other biases", "adapters of", "read from")
     for name, runtime in family.runtimes.items():
-        runtimes.add_row(
-            name, "loads" if runtime.untied_head else "refused", runtime.extra_bias, runtime.source
-        )
+        head: str = "loaded" if runtime.untied_head else runtime.extra_head
+        biases = runtime.extra_bias if runtime.checkpoint else ""
+        adapters = "" if runtime.lora is None else ", ".join(runtime.lora) or "none"
+        head = head if runtime.checkpoint else "no checkpoint"
+        runtimes.add_row(name, head, biases, adapters, runtime.source)
     parts.append(section("Runtimes", runtimes))
+    ran = [(name, ", ".join(carriers)) for name, carriers in family.run.items() if carriers]
+    parts.append(section("Carriers that tests have run", facts(ran or [("none", "")])))
     if family.recasts:
         names = [f"as {recast.family}" for recast in family.recasts]
         parts.append(section('Can be declared, with allow = ["recast"]', indented(names)))

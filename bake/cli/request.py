@@ -1,8 +1,10 @@
 """From a recipe and the command line's options to a plan: what ``plan`` and ``export`` share."""
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from bake.checkpoints import Checkpoint
     from bake.directions import Directions
     from bake.errors import InexactPlan
-    from bake.families import Family, Layout
+    from bake.families import Layout
     from bake.outputs.carry import Options
     from bake.plan import Plan
     from bake.recipe import Recipe
@@ -31,6 +33,12 @@ class Request:
     """Of the base: a recast changes the plan's."""
     directions: "Mapping[str, Directions]"
     plan: "Plan"
+    family: Path | None = None
+    """The user's own table, which the record then carries."""
+    calibration: Mapping[str, Any] | None = None
+    """How stand-ins were fitted, where some were."""
+    recorded: Mapping[str, Any] | None = None
+    """What an artifact's record says of the request, where the plan was made anew from it."""
 
     def refusal(self, options: "Options | None" = None) -> "InexactPlan | None":
         """Return why the plan may not be executed, or None when it may.
@@ -56,6 +64,11 @@ class Request:
         Args:
             out: the output, from which the path of a local base is told.
         """
+        if self.recorded is not None:
+            return dict(self.recorded)
+        from bake.plan.sketch import sketch
+        from bake.publish.cards.base import base_facts, direction_facts
+
         recipe, base = self.recipe, self.recipe.base
         path = None
         if base.path is not None and out is not None:
@@ -72,6 +85,7 @@ class Request:
                 "revision": self.checkpoint.revision,
                 "digest": self.checkpoint.digest(),
                 "path": path,
+                **base_facts(self.checkpoint),
             },
             "directions": {
                 name: {
@@ -79,24 +93,36 @@ class Request:
                     "concept": found.concept,
                     "format": found.format,
                     "digest": found.digest,
-                    "metadata": dict(found.metadata),
+                    "metadata": dict(sorted(found.metadata.items())),
+                    "tensors": direction_facts(found),
                 }
                 for name, found in self.directions.items()
             },
             "allow": list(recipe.export.allow),
             "target": list(recipe.export.target),
+            "sketch": sketch(self.plan),
+            **({} if self.family is None else {"family": table_of(self.family)}),
+            **({} if recipe.verify.most_kl is None else {"verify": asdict(recipe.verify)}),
+            **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
         }
 
 
+def table_of(path: Path) -> dict[str, str]:
+    """Return what the record keeps of the user's own table: all of it, to make the plan again."""
+    data = path.read_bytes()
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    return {"file": path.name, "digest": digest, "text": data.decode("utf-8")}
+
+
 def recipe_options(function: F) -> F:
-    """Add the recipe and the options that override it."""
+    """Add the recipe, or the artifact that takes its place, and the options that override it."""
     for option in (
         click.option(
             "--target",
             multiple=True,
             metavar="RUNTIME",
-            help="A runtime that must load the result, instead of the recipe's: "
-            "transformers, vllm or llama.cpp. May be repeated.",
+            help="A runtime that must load the result, instead of the recipe's: transformers, "
+            "peft, vllm, llama.cpp, sglang, ollama or mlx-lm. May be repeated.",
         ),
         click.option(
             "--allow",
@@ -108,7 +134,8 @@ def recipe_options(function: F) -> F:
         click.option(
             "--model", metavar="MODEL", help="Edit this model instead: a folder or a Hub id."
         ),
-        click.argument("recipe", type=PATH),
+        click.option("--base", metavar="MODEL", help="Of an artifact: where its base is."),
+        click.argument("recipe", metavar="RECIPE|ARTIFACT"),
     ):
         function = option(function)
     return function
@@ -125,12 +152,16 @@ def compile_request(
 ) -> Request:
     """Return the plan of a recipe. Of the model only headers, config and norms are read.
 
+    Where the recipe allows an approximation and an edit needs one, the model is loaded and run.
+
     Raises:
         BakeError: whatever is wrong with the recipe, the model, the directions or their fit.
     """
     import torch
 
     from bake.checkpoints import open_checkpoint
+    from bake.cli.fitting import fitted, wanted
+    from bake.families.fit import layout_of
     from bake.plan.compile import compile_plan
     from bake.recipe import build_edits, load_recipe, override, read_artifacts
 
@@ -138,48 +169,15 @@ def compile_request(
     directions = read_artifacts(loaded)
     checkpoint = open_checkpoint(loaded.base.source, revision=loaded.base.revision)
     layout = layout_of(checkpoint, family)
-    plan = compile_plan(
-        build_edits(loaded, layout, directions),
-        layout,
+    compile_ = partial(
+        compile_plan,
+        layout=layout,
         gain=lambda name: checkpoint.read(name).to(torch.float64),
         config=checkpoint.config,
         allow=loaded.export.allow,
         targets=loaded.export.target,
     )
-    return Request(loaded, checkpoint, layout, directions, plan)
-
-
-def layout_of(checkpoint: "Checkpoint", family: Path | None) -> "Layout":
-    """Return the layout of a model, by the shipped tables or by the user's own.
-
-    Raises:
-        FamilyError: no table fits.
-        CheckpointError: the tensors are not what the table expects.
-    """
-    from bake.errors import BakeError
-    from bake.families import find_family, resolve
-
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    try:
-        table = find_family(checkpoint.config) if family is None else _own(checkpoint, family)
-        return resolve(table, checkpoint.config, shapes, dtypes)
-    except BakeError as error:
-        where = checkpoint.source if error.where is None else f"{checkpoint.source}: {error.where}"
-        raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
-
-
-def _own(checkpoint: "Checkpoint", path: Path) -> "Family":
-    from bake.errors import FamilyError
-    from bake.families import find_family, read_family
-
-    table = read_family(path)
-    names = checkpoint.config.get("architectures")
-    if isinstance(names, list) and not set(names) & set(table.architectures):
-        raise FamilyError(
-            f"the table {path} is for {', '.join(table.architectures)}, "
-            f"and the model is a {', '.join(map(str, names))}",
-            where="config.json",
-            fix="name the table of this architecture, or leave --family out",
-        )
-    return find_family(checkpoint.config, (table,))
+    plan, facts = compile_(build_edits(loaded, layout, directions)), None
+    if (spec := wanted(loaded, plan)) is not None:
+        plan, facts = fitted(loaded, spec, plan, compile_, checkpoint, layout)
+    return Request(loaded, checkpoint, layout, directions, plan, family, facts)

@@ -1,6 +1,7 @@
 """``bake verify``: the baked model against the same edits as hooks on its base."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +9,13 @@ import click
 
 from bake.cli.output import KEPT, NOTHING_KEPT, Output
 from bake.cli.output import command as bake_command
+from bake.cli.recorded import base_of, find
 from bake.cli.request import PATH
 from bake.errors import BakeError, UsageError
 
 if TYPE_CHECKING:
+    from bake.cli.published import Record
+    from bake.cli.recorded import Source
     from bake.verify.report import Report
     from bake.verify.serving import Runtimes
 
@@ -20,7 +24,7 @@ PARTIAL = ".bake-verify-partial"
 
 
 @bake_command("verify")
-@click.argument("out", type=PATH)
+@click.argument("out", metavar="ARTIFACT")
 @click.option("--base", metavar="MODEL", help="The base model, where it has moved since.")
 @click.option(
     "--runtime",
@@ -60,14 +64,23 @@ PARTIAL = ".bake-verify-partial"
 )
 @click.option("--device-map", metavar="MAP", help="As transformers takes it, for example auto.")
 @click.option("--most-kl", type=float, metavar="SHARE", help="Limit of KL over the effect's KL.")
-@click.option("--report", "folder", type=PATH, metavar="DIR", help="Where the report goes: OUT.")
+@click.option(
+    "--report",
+    "folder",
+    type=PATH,
+    metavar="DIR",
+    help="Where the report goes: the artifact's folder.",
+)
+@click.option("--rebake", is_flag=True, help="Export it again and compare every file.")
 @click.option("--html", is_flag=True, help="Write the report as one page as well.")
 @click.option("--plots/--no-plots", default=None, help="Draw the report's plots.")
 @click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+@click.option("--adapter", type=PATH, metavar="DIR", help="The merged adapter, if it has moved.")
 def command(
     output: Output,
-    out: Path,
+    out: str,
     *,
+    rebake: bool,
     runtimes: tuple[str, ...],
     pythons: tuple[str, ...],
     converter: Path | None,
@@ -78,37 +91,80 @@ def command(
     plots: bool | None,
     **options: Any,
 ) -> None:
-    """Measure the artifact OUT against hooks on its base.
+    """Measure ARTIFACT against hooks on its base.
 
-    The report goes to verify.json, verify.md and plots/ in OUT. A run that is interrupted is taken
-    up by the same command.
+    A merge is measured against its adapter in PEFT. The report goes to verify.json, verify.md and
+    plots/ in the artifact's folder. A run that is interrupted is taken up by the same command.
+
+    ARTIFACT may be published: owner/name or hf://owner/name@revision. Then it is fetched, its plan
+    is made again from the recipe and the base that it names and has to be the recorded one, and
+    what is measured is held against what was published. The report goes to ./verify-NAME.
 
     The exit code is 0 when every limit holds, 1 when one does not or the edit has no effect, 4
     when a runtime that was asked for is not installed, and 6 when a plan that says exact measures
     otherwise.
     """
     from bake.cli import render
+    from bake.verify.artifact import open_baked
     from bake.verify.compare import compare
 
     if html and plots is False:
         raise UsageError("--html and --no-plots exclude each other")
+    _runtimes(runtimes, pythons, converter)  # before anything is fetched
+    source = find(out, weights=True)
+    place = folder or (Path(f"verify-{source.short}") if source.published else source.folder)
+    if source.published:
+        artifact = open_baked(source.folder)
+        options["base"] = base_of(source, artifact, options["base"])
+        # The one runtime of an adapter that is here wherever bake is.
+        runtimes = runtimes or (("peft",) if artifact.kind == "lora" else ())
     asked = _runtimes(runtimes, pythons, converter)
-    partial = (folder or out) / PARTIAL
+    record = _record_again(source, place, options, rebake=rebake, output=output)
+    partial = place / PARTIAL
     click.get_current_context().meta[KEPT] = lambda: _kept(partial)
     report = compare(
-        out,
-        prompts=None if prompts is None else _tokens(out, prompts, tokens),
+        source.folder,
+        prompts=prompts,
         runtimes=asked,
         longest=tokens,
         progress=output.remark,
         resume=partial,
         **options,
     )
-    written = _write(report, folder or out, html=html, plots=plots)
+    # An artifact in the cache is called by its commit there.
+    report = replace(report, artifact=source.name) if source.published else report
+    written = _write(report, place, html=html, plots=plots)
+    if record is not None:
+        record = record.beside(report)
+        written = (*written, *record.write(place))
     output.present(
-        data=report.to_json,
-        view=lambda: [*render.report(report), *_more(report, written)],
-        error=_judgement(report),
+        data=lambda: {
+            **report.to_json(),
+            **({} if record is None else {"reproduction": record.to_json()}),
+        },
+        view=lambda: [
+            *render.report(report),
+            *_more(report, written),
+            *([] if record is None else record.view()),
+        ],
+        error=_judgement(report) or (None if record is None else record.failure()),
+    )
+
+
+def _record_again(
+    source: "Source", place: Path, options: Mapping[str, Any], *, rebake: bool, output: Output
+) -> "Record | None":
+    """Return what the record of a published artifact gives again, and of any other when asked."""
+    if not source.published and not rebake:
+        return None
+    from bake.cli.published import record_again
+
+    return record_again(
+        source,
+        base=options["base"],
+        family=options["family"],
+        beside=place if rebake else None,
+        output=output,
     )
 
 
@@ -184,10 +240,3 @@ def _judgement(report: "Report") -> BakeError | None:
 
         return not_run(report.runtimes)
     return None
-
-
-def _tokens(out: Path, prompts: Path, longest: int | None) -> list[list[int]]:
-    """Return the token ids of every prompt in the file."""
-    from bake.verify.prompts import read_prompts
-
-    return [list(prompt) for prompt in read_prompts(prompts, out, longest).tokens]

@@ -6,21 +6,21 @@ from pathlib import Path
 
 from bake.errors import FamilyError
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, resolve, runtime_of
-from bake.families.table import (
-    Family,
-    GgufNames,
-    Json,
-    Recast,
-    Runtime,
-    configured,
-    parse_family,
-)
+from bake.families.runtime import ADAPTABLE, CARRIERS, DESCRIBED, READS, RUNTIMES, Runtime
+from bake.families.section import Json
+from bake.families.table import Family, GgufNames, Recast, configured, parse_family
 
 __all__ = [
+    "ADAPTABLE",
+    "CARRIERS",
+    "DESCRIBED",
+    "READS",
+    "RUNTIMES",
     "BiasSlot",
     "Branch",
     "Family",
     "GgufNames",
+    "Json",
     "Layout",
     "Linear",
     "Norm",

@@ -11,15 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bake.errors import CheckpointError, FamilyError, UsageError
-from bake.families.table import (
-    MISSING,
-    BranchRow,
-    Family,
-    Json,
-    LinearRow,
-    Runtime,
-    configured,
-)
+from bake.families.runtime import Runtime
+from bake.families.section import Json
+from bake.families.table import MISSING, BranchRow, Family, LinearRow, configured
 from bake.sites import HEAD_KINDS, STREAM_KINDS, Site, SiteKind
 
 Shape = tuple[int, ...]

@@ -1,22 +1,23 @@
-"""One export, several carriers: which function writes which, and what each needs to be refused."""
+"""One export, one carrier: which function writes which, and what each needs to be refused."""
 
-import tempfile
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from bake.checkpoints import Checkpoint
-from bake.checkpoints.gguf_file import open_gguf
+from bake.checkpoints.gguf_file import Gguf, open_gguf
 from bake.errors import UsageError
 from bake.outputs.artifact import Artifact
 from bake.outputs.checkpoint import export_checkpoint, refuse_inexact
-from bake.outputs.control_vector import export_control_vector
-from bake.outputs.folder import refuse_unfit
-from bake.outputs.gguf import export_gguf
-from bake.outputs.gguf_convert import convert_checkpoint
-from bake.outputs.gguf_lora import export_gguf_lora
-from bake.outputs.lora import export_lora
+from bake.outputs.control_vector import check_control_vector, export_control_vector
+from bake.outputs.folder import RECORD, check_apart, refuse_unfit, scratch_beside
+from bake.outputs.gguf import check_gguf, export_gguf
+from bake.outputs.gguf_convert import check_convertible, convert_checkpoint
+from bake.outputs.gguf_lora import check_gguf_lora, export_gguf_lora
+from bake.outputs.lora import check_lora, export_lora
+from bake.outputs.shared import SharedFactors
 from bake.plan import Plan
 from bake.rounding import Rounding
 
@@ -30,16 +31,36 @@ class Options:
     allow: frozenset[str] = frozenset()
     force: bool = False
     gguf: Path | None = None
-    """The base in GGUF, to be edited."""
+    """The base in GGUF: to be edited, or to make an adapter for."""
     llama_cpp: Path | None = None
     """A checkout of llama.cpp, whose converter makes a GGUF of the baked checkpoint."""
     edited_type: str | None = None
     outtype: str = "f16"
     rounding: str = "feedback"
 
+    @property
+    def rounds(self) -> Rounding:
+        """How edited tensors of a GGUF are rounded."""
+        return "feedback" if self.rounding == "feedback" else "nearest"
+
+    def model(self) -> Gguf | None:
+        """Return the base in GGUF, opened, where one is named."""
+        return None if self.gguf is None else open_gguf(self.gguf)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the other carriers of the same run have made, for the next one to use."""
+
+    factors: SharedFactors | None = None
+    baked: Path | None = None
+    """The baked checkpoint, which llama.cpp's converter reads."""
+    place: Path | None = None
+    """Where the carrier's folder will be when the run is done."""
+
 
 def refuse(carrier: str, plan: Plan, options: Options) -> None:
-    """Raise when a carrier does not hold the plan, or lacks an option.
+    """Raise when a carrier does not hold the plan, or lacks an option. No file is read.
 
     Raises:
         InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the result.
@@ -47,19 +68,45 @@ def refuse(carrier: str, plan: Plan, options: Options) -> None:
     """
     if options.rounding not in get_args(Rounding):
         raise UsageError(f"rounding is {options.rounding!r}, and has to be nearest or feedback")
+    if carrier == "gguf" and (options.gguf is None) == (options.llama_cpp is None):
+        raise UsageError(
+            "a GGUF is made from one of two things",
+            fix="name the base's GGUF with --gguf FILE, or a llama.cpp checkout with "
+            "--llama-cpp DIR",
+        )
     if carrier == "checkpoint":
         refuse_inexact(plan, options.allow)
-    elif carrier == "gguf":
-        if (options.gguf is None) == (options.llama_cpp is None):
-            raise UsageError(
-                "a GGUF is made from one of two things",
-                fix="name the base's GGUF with --gguf FILE, or a llama.cpp checkout with "
-                "--llama-cpp DIR",
-            )
-        only = tuple(v for v in plan.runtimes if v.runtime == "llama.cpp")
-        refuse_inexact(replace(plan, runtimes=only), options.allow)
     else:
         refuse_unfit(plan, carrier, options.allow)
+
+
+def check(carrier: str, plan: Plan, checkpoint: Checkpoint, options: Options) -> None:
+    """Raise whatever can be known to be wrong before the first byte is written.
+
+    Of the weights only what shows that a GGUF is one of the base is read.
+
+    Raises:
+        BakeError: what ``write`` would raise, save for what a weight or the disk decides.
+    """
+    refuse(carrier, plan, options)
+    if carrier == "lora":
+        check_lora(plan, options.allow)
+    elif carrier == "gguf-lora":
+        check_gguf_lora(plan, checkpoint, options.model(), options.allow)
+    elif carrier == "control-vector":
+        check_control_vector(plan)
+    elif carrier == "gguf" and options.gguf is not None:
+        check_gguf(
+            plan,
+            checkpoint,
+            options.gguf,
+            allow=options.allow,
+            edited_type=options.edited_type,
+            rounding=options.rounds,
+        )
+    elif carrier == "gguf":
+        assert options.llama_cpp is not None
+        check_convertible(plan, options.llama_cpp)
 
 
 def write(
@@ -70,6 +117,7 @@ def write(
     *,
     record: Mapping[str, Any],
     options: Options,
+    beside: Beside = Beside(),
     progress: Progress | None = None,
 ) -> Artifact:
     """Write one carrier of a plan to the folder ``out`` and return what was written.
@@ -78,7 +126,9 @@ def write(
         BakeError: what the carrier's own function raises; nothing is left behind.
     """
     refuse(carrier, plan, options)
-    allow, force = options.allow, options.force
+    check_apart(out, checkpoint.path, options.gguf)
+    allow, force, shared = options.allow, options.force, beside.factors
+    source = None if shared is None else shared.source
     if carrier == "checkpoint":
         return export_checkpoint(
             plan,
@@ -87,62 +137,80 @@ def write(
             record=record,
             allow=allow,
             force=force,
+            shared=shared,
             progress=progress,
         )
     if carrier == "lora":
         return export_lora(
-            plan, checkpoint, out, record=record, allow=allow, force=force, progress=progress
+            plan,
+            checkpoint,
+            out,
+            record=record,
+            allow=allow,
+            force=force,
+            factors=source,
+            progress=progress,
         )
     if carrier == "gguf-lora":
-        # For a quantised base the factors come from the weights that are served.
-        model = None if options.gguf is None else open_gguf(options.gguf)
         return export_gguf_lora(
             plan,
             checkpoint,
             out,
             record=record,
-            model=model,
+            # For a quantised base the factors come from the weights that are served.
+            model=options.model(),
             allow=allow,
             force=force,
+            factors=source,
+            place=beside.place,
             progress=progress,
         )
     if carrier == "control-vector":
         return export_control_vector(plan, out, record=record, force=force)
     if carrier != "gguf":
         raise UsageError(f"there is no carrier {carrier!r}")
-    return _write_gguf(plan, checkpoint, out, record=record, options=options, progress=progress)
+    if options.gguf is None:
+        return _convert(plan, checkpoint, out, record, options, beside, progress)
+    return export_gguf(
+        plan,
+        checkpoint,
+        options.gguf,
+        out,
+        record=record,
+        allow=allow,
+        edited_type=options.edited_type,
+        rounding=options.rounds,
+        force=force,
+        progress=progress,
+    )
 
 
-def _write_gguf(
+def _convert(
     plan: Plan,
     checkpoint: Checkpoint,
     out: Path,
-    *,
     record: Mapping[str, Any],
     options: Options,
+    beside: Beside,
     progress: Progress | None,
 ) -> Artifact:
-    if options.gguf is not None:
-        rounding: Rounding = "feedback" if options.rounding == "feedback" else "nearest"
-        return export_gguf(
-            plan,
-            checkpoint,
-            options.gguf,
-            out,
-            record=record,
-            allow=options.allow,
-            edited_type=options.edited_type,
-            rounding=rounding,
-            force=options.force,
-            progress=progress,
-        )
+    """Convert the baked checkpoint, which is made for the moment where no carrier has made it."""
     assert options.llama_cpp is not None
-    # The baked checkpoint is needed on the way only: beside the output, on the same disk.
-    with tempfile.TemporaryDirectory(prefix=".bake-", dir=out.absolute().parent) as folder:
-        baked = Path(folder) / out.name
-        export_checkpoint(
-            plan, checkpoint, baked, record=record, allow=options.allow, progress=progress
-        )
+    # Beside the output, on the same disk. The converter takes the model's name from the folder's.
+    with scratch_beside(out.resolve()) as folder:
+        baked = folder / out.name
+        if beside.baked is not None:
+            _link(beside.baked, baked, record)
+        else:
+            export_checkpoint(
+                plan,
+                checkpoint,
+                baked,
+                record=record,
+                allow=options.allow,
+                shared=beside.factors,
+                progress=progress,
+            )
         return convert_checkpoint(
             baked,
             out,
@@ -151,3 +219,18 @@ def _write_gguf(
             name=out.name,
             force=options.force,
         )
+
+
+def _link(folder: Path, link: Path, record: Mapping[str, Any]) -> None:
+    """Make a folder of another name with links to the same files, and a record of its own."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            target = link / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path.resolve())
+    content = json.loads((link / RECORD).read_text(encoding="utf-8"))
+    own = {key: content[key] for key in ("bake", "kind")} | dict(record)
+    (link / RECORD).unlink()
+    (link / RECORD).write_text(
+        json.dumps({**own, **{key: content[key] for key in ("plan", "files")}}), encoding="utf-8"
+    )

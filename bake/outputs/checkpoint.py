@@ -11,16 +11,16 @@ from torch import Tensor
 from bake import __version__
 from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
 from bake.checkpoints.config import Key
-from bake.edit_store import dump_edits
+from bake.edit_store import edit_files
 from bake.errors import InexactPlan
 from bake.fold import WeightFold, fold_bias, fold_weight
 from bake.outputs.artifact import Artifact
+from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.plan.record import plan_record
 from bake.rounding import to_storage
 
 RECORD = "bake.json"
-EDITS = "bake/edits.safetensors"  # in a folder of its own: loaders glob the top level for weights
 
 
 def export_checkpoint(
@@ -31,6 +31,7 @@ def export_checkpoint(
     record: Mapping[str, Any],
     allow: frozenset[str] = frozenset(),
     force: bool = False,
+    shared: SharedFactors | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Write the edited checkpoint to ``out`` and return what was written.
@@ -42,6 +43,7 @@ def export_checkpoint(
         record: what ``bake.json`` keeps besides the plan: recipe, base, directions.
         allow: the exactness classes below EXACT that the recipe accepts.
         force: replace an existing ``out``.
+        shared: takes the factors that adapters of this plan need from the tiles that pass here.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -49,21 +51,7 @@ def export_checkpoint(
         InputError: an edited value does not fit the storage dtype; nothing is left behind.
     """
     refuse_inexact(plan, allow)
-    replace: dict[str, Producer] = {}
-    new: dict[str, NewTensor] = {}
-    for update in plan.tensors:
-        producer = _weight_producer(update, plan, checkpoint)
-        if update.create:
-            dtype = checkpoint.tensors[update.source].dtype
-            new[update.name] = NewTensor(dtype, update.shape, producer)
-        else:
-            replace[update.name] = producer
-    for bias in plan.biases:
-        producer = _bias_producer(bias, plan, checkpoint)
-        if bias.create:
-            new[bias.name] = NewTensor(plan.layout.dtype, (bias.size,), producer)
-        else:
-            replace[bias.name] = producer
+    replace, new = planned_tensors(plan, checkpoint, shared)
     changes: dict[Key, Any] = {
         (change.key,): DELETE if change.new is None else change.new for change in plan.config
     }
@@ -79,7 +67,7 @@ def export_checkpoint(
         replace=replace,
         new=new,
         config_text=patch_config(checkpoint.config_text, changes),
-        extra_files={EDITS: dump_edits(plan.edits)},
+        extra_files=edit_files(plan.reference, plan.edits),
         digest=plan.digest,
         closing=closing,
         force=force,
@@ -88,6 +76,28 @@ def export_checkpoint(
     return Artifact(
         "checkpoint", written.path, written.files, written.bytes_written, written.bytes_edited
     )
+
+
+def planned_tensors(
+    plan: Plan, checkpoint: Checkpoint, shared: SharedFactors | None = None
+) -> tuple[dict[str, Producer], dict[str, NewTensor]]:
+    """Return producers of the tensors that a plan replaces, and those that it adds, by name."""
+    replace: dict[str, Producer] = {}
+    new: dict[str, NewTensor] = {}
+    for update in plan.tensors:
+        producer = _weight_producer(update, checkpoint, shared)
+        if update.create:
+            dtype = checkpoint.tensors[update.source].dtype
+            new[update.name] = NewTensor(dtype, update.shape, producer)
+        else:
+            replace[update.name] = producer
+    for bias in plan.biases:
+        producer = _bias_producer(bias, plan, checkpoint)
+        if bias.create:
+            new[bias.name] = NewTensor(plan.layout.dtype, (bias.size,), producer)
+        else:
+            replace[bias.name] = producer
+    return replace, new
 
 
 def refuse_inexact(plan: Plan, allow: frozenset[str]) -> None:
@@ -107,12 +117,12 @@ def refuse_inexact(plan: Plan, allow: frozenset[str]) -> None:
             fix=finding.remedy,
         )
     for verdict in plan.runtimes:
-        if verdict.wanted and verdict.status != "loads":
+        if verdict.stops:
             raise InexactPlan(
                 f"the target {verdict.runtime} would not serve this checkpoint as it is meant",
                 why=verdict.reason,
-                fix=f"leave {verdict.runtime} out of export.target, or choose an edit that needs "
-                "no bias there",
+                fix=f"leave {verdict.runtime} out of export.target, or choose another edit, or a "
+                "carrier that `bake plan` calls exact",
             )
 
 
@@ -128,7 +138,9 @@ def _fold_of(update: TensorUpdate) -> WeightFold:
     )
 
 
-def _weight_producer(update: TensorUpdate, plan: Plan, checkpoint: Checkpoint) -> Producer:
+def _weight_producer(
+    update: TensorUpdate, checkpoint: Checkpoint, shared: SharedFactors | None
+) -> Producer:
     dtype = checkpoint.tensors[update.source].torch_dtype
 
     def read(start: int, stop: int) -> Tensor:
@@ -138,7 +150,8 @@ def _weight_producer(update: TensorUpdate, plan: Plan, checkpoint: Checkpoint) -
         if update.replacement is not None:
             yield to_storage(update.replacement, dtype, update.name)
             return
-        for tile in fold_weight(read, _fold_of(update)):
+        reader = read if shared is None else shared.watched(update, read)
+        for tile in fold_weight(reader, _fold_of(update)):
             yield to_storage(tile, dtype, update.name)
 
     return produce

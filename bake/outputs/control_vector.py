@@ -48,16 +48,28 @@ def export_control_vector(
         UsageError: every offset is zero, or ``out`` is in the way.
         InputError: a value does not fit float32, or the disk refuses.
     """
-    refuse_unfit(plan, "control-vector")
-    vectors = summed_vectors(plan)
-    if not vectors:
-        raise UsageError("every offset is zero, so a control vector of them would be empty")
+    vectors = check_control_vector(plan)
     hint = plan.layout.family.gguf.arch if plan.layout.family.gguf else plan.layout.family.name
 
     def write(folder: Path) -> None:
         write_vectors(folder / FILE, vectors, hint)
 
     return write_artifact(plan, "control-vector", out, record=record, force=force, write=write)
+
+
+def check_control_vector(plan: Plan) -> dict[int, Float32[Tensor, " d"]]:
+    """Return the constant behind every block, as ``summed_vectors`` does.
+
+    Raises:
+        InexactPlan: an edit is no control vector, or llama.cpp adds none in this architecture.
+        UsageError: every offset is zero.
+        InputError: a value does not fit float32.
+    """
+    refuse_unfit(plan, "control-vector")
+    vectors = summed_vectors(plan)
+    if not vectors:
+        raise UsageError("every offset is zero, so a control vector of them would be empty")
+    return vectors
 
 
 def summed_vectors(plan: Plan) -> dict[int, Float32[Tensor, " d"]]:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from bake import __version__
-from bake.edit_store import dump_edits
+from bake.edit_store import edit_files
 from bake.errors import InexactPlan, InputError, UsageError
 from bake.outputs.artifact import Artifact
 from bake.plan import Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes
-from bake.plan.record import plan_record
+from bake.plan.record import plan_record, runtimes_record
 
 RECORD = "bake.json"
-EDITS = "bake/edits.safetensors"
 
 
 @contextmanager
@@ -32,15 +31,28 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """
     _check_free(out, force=force)
     out = out.resolve()
+    with scratch_beside(out) as scratch:
+        made = scratch / "files"
+        made.mkdir()
+        yield made
+        _publish(made, out, aside=scratch / "replaced")
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """Yield a folder on the disk of ``out`` that goes when the block ends.
+
+    Parents of ``out`` are made where they are missing, and go too if nothing came into them.
+
+    Raises:
+        InputError: the disk refuses.
+    """
     missing = [p for p in (out.parent, *out.parent.parents) if not p.exists()]
     scratch: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.bake-", dir=out.parent))
-        made = scratch / "files"
-        made.mkdir()
-        yield made
-        _publish(made, out, aside=scratch / "replaced")
+        yield scratch
     except OSError as error:
         raise InputError(
             f"cannot write the output: {error.strerror or error}", where=str(error.filename or out)
@@ -51,6 +63,28 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         for parent in missing:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
+
+
+def check_apart(out: Path, base: Path, gguf: Path | None = None) -> None:
+    """Require that an output neither holds nor lies in what it is made from, which --force removes.
+
+    Args:
+        out: the output folder.
+        base: the base checkpoint's folder.
+        gguf: the base in GGUF.
+
+    Raises:
+        UsageError: they overlap.
+    """
+    place, folder = out.resolve(), base.resolve()
+    if place == folder or folder in place.parents or place in folder.parents:
+        raise UsageError(
+            f"the output {place} and the base {folder} overlap",
+            why="an export never changes its base",
+            fix="name an output outside of it",
+        )
+    if gguf is not None and place in gguf.resolve().parents:
+        raise UsageError(f"the output {out} holds the base {gguf}", fix="name another output")
 
 
 def _publish(made: Path, out: Path, *, aside: Path) -> None:
@@ -108,8 +142,9 @@ def write_artifact(
     with new_folder(out, force=force) as folder:
         write(folder)
         own = sum(path.stat().st_size for path in folder.iterdir())
-        (folder / EDITS).parent.mkdir()
-        (folder / EDITS).write_bytes(dump_edits(plan.edits))
+        for name, data in edit_files(plan.reference, plan.edits).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
         files = digests(folder)
         findings = plan_record(plan) | carrier_record(plan, kind)
         content = {"bake": __version__, "kind": kind, **record, "plan": findings, "files": files}
@@ -121,8 +156,14 @@ def write_artifact(
     return Artifact(kind, out, files, size, own)
 
 
-def carrier_record(plan: Plan, kind: str) -> dict[str, Any]:
-    """Return what of the plan's record is another for an adapter than for a checkpoint."""
+def carrier_record(plan: Plan, kind: str, *, codes: bool = False) -> dict[str, Any]:
+    """Return what of the plan's record is another for this carrier than for a checkpoint.
+
+    Args:
+        plan: the plan.
+        kind: the carrier.
+        codes: whether it is a GGUF file whose edited weights are stored in a few bits each.
+    """
     findings = carrier_findings(plan, kind)
     worst = max((f.exactness for f in findings), key=list(Exactness).index)
     return {
@@ -138,10 +179,7 @@ def carrier_record(plan: Plan, kind: str) -> dict[str, Any]:
             }
             for finding in findings
         ],
-        "runtimes": [
-            {"runtime": v.runtime, "status": v.status, "reason": v.reason, "wanted": v.wanted}
-            for v in carrier_runtimes(plan, kind)
-        ],
+        "runtimes": runtimes_record(carrier_runtimes(plan, kind, codes=codes)),
     }
 
 
@@ -164,11 +202,12 @@ def refuse_unfit(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) 
             fix=finding.remedy,
         )
     for verdict in carrier_runtimes(plan, carrier):
-        if verdict.wanted and verdict.status != "loads":
+        if verdict.stops:
             raise InexactPlan(
                 f"the target {verdict.runtime} would not serve this {carrier} as it is meant",
                 why=verdict.reason,
-                fix=f"leave {verdict.runtime} out of export.target, or write a checkpoint",
+                fix=f"leave {verdict.runtime} out of export.target, or write a carrier that "
+                "`bake plan` calls exact there",
             )
 
 

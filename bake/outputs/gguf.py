@@ -25,11 +25,12 @@ from bake.families.gguf import GgufPlace, gguf_places
 from bake.fold import WeightFold, fold_bias
 from bake.outputs.artifact import Artifact
 from bake.outputs.checkpoint import refuse_inexact
-from bake.outputs.folder import new_folder, sync
+from bake.outputs.folder import check_apart, new_folder, sync
 from bake.outputs.gguf_fold import bias_fold, guarded, in_file_order, weight_fold
 from bake.outputs.gguf_match import check_corners, check_loadable, check_norms, check_tensors
 from bake.outputs.gguf_tensor import MatrixEdit
 from bake.outputs.gguf_write import NewBytes, write_parts, write_small
+from bake.outputs.modelfile import modelfile
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.rounding import Rounding
 
@@ -75,6 +76,35 @@ def export_gguf(
         UsageError: a type that cannot be written, or ``out`` is in the way.
         InputError: a value does not fit its type, or the disk refuses; nothing is left behind.
     """
+    model, new = check_gguf(
+        plan, base_checkpoint, gguf, allow=allow, edited_type=edited_type, rounding=rounding
+    )
+    check_apart(out, base_checkpoint.path, gguf)
+    with new_folder(out, force=force) as folder:
+        files = write_parts(model, new, plan, folder, progress)
+        if str(Exactness.APPROXIMATE) not in allow:
+            _refuse_undone(new)
+        write_small(model, new, plan, folder, files, record)
+        sync(folder)
+    fresh = sum(tensor.nbytes for tensor in new.values())
+    size = sum((out / name).stat().st_size for name in files)
+    return Artifact("gguf", out, dict(sorted(files.items())), size, fresh)
+
+
+def check_gguf(
+    plan: Plan,
+    base_checkpoint: Checkpoint,
+    gguf: Path,
+    *,
+    allow: frozenset[str] = frozenset(),
+    edited_type: str | None = None,
+    rounding: Rounding = "feedback",
+) -> tuple[Gguf, dict[str, NewBytes]]:
+    """Return the opened file, and every tensor that is to be written anew, by its name in it.
+
+    Raises:
+        InexactPlan, CheckpointError, UsageError: as ``export_gguf``, before anything is written.
+    """
     refuse_inexact(replace(plan, runtimes=()), allow)
     if rounding not in get_args(Rounding):
         raise UsageError(f"rounding is {rounding!r}, and has to be nearest or feedback")
@@ -85,18 +115,9 @@ def export_gguf(
     check_norms(plan, base_checkpoint, model, places)
     edited = [u.source for u in plan.tensors if u.replacement is None]
     check_corners(edited, base_checkpoint, model, places)
-    if out.resolve() in model.path.resolve().parents:
-        raise UsageError(f"the output {out} holds the base {gguf}", fix="name another output")
-    new = _new_tensors(plan, model, places, edited_type, rounding)
-    with new_folder(out, force=force) as folder:
-        files = write_parts(model, new, plan, folder, progress)
-        if str(Exactness.APPROXIMATE) not in allow:
-            _refuse_undone(new)
-        write_small(model, new, plan, folder, files, record)
-        sync(folder)
-    fresh = sum(tensor.nbytes for tensor in new.values())
-    size = sum((out / name).stat().st_size for name in files)
-    return Artifact("gguf", out, dict(sorted(files.items())), size, fresh)
+    if len(model.parts) == 1:
+        modelfile(model.path.name)  # raises for a name that a Modelfile cannot hold
+    return model, _new_tensors(plan, model, places, edited_type, rounding)
 
 
 def _refuse_undone(new: Mapping[str, NewBytes]) -> None:

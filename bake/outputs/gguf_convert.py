@@ -3,18 +3,25 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bake import __version__
 from bake.checkpoints import strictjson
+from bake.checkpoints.gguf_codec import FLOATS
 from bake.converter import convert
+from bake.edit_store import EDITS, FITTED
 from bake.errors import CheckpointError, InexactPlan, UsageError
+from bake.families import RUNTIMES
 from bake.outputs.artifact import Artifact
-from bake.outputs.checkpoint import EDITS, RECORD
+from bake.outputs.checkpoint import RECORD
 from bake.outputs.folder import digests, new_folder, sync
 from bake.outputs.modelfile import MODELFILE, modelfile
+from bake.plan import Plan, RuntimeVerdict
+from bake.plan.record import runtimes_record
+from bake.plan.targets import LLAMA_CPP, converted_runtimes
+from bake.process import RuntimeMissing
 
 SCRIPT = "convert_hf_to_gguf.py"
 
@@ -51,7 +58,9 @@ def convert_checkpoint(
         RuntimeMissing: there is no converter in ``llama_cpp``.
         RuntimeFailed: the converter failed; the end of its output is in the message.
     """
-    record, edits = _read(baked, RECORD), _read(baked, EDITS)
+    record, small = _read(baked, RECORD), {EDITS: _read(baked, EDITS)}
+    if (baked / FITTED).is_file():
+        small[FITTED] = _read(baked, FITTED)
     if out.resolve() in (baked.resolve(), *baked.resolve().parents):
         raise UsageError(f"the output {out} holds the checkpoint", fix="name another output")
     file = f"{name or baked.resolve().name}-{outtype.upper()}.gguf"
@@ -59,7 +68,8 @@ def convert_checkpoint(
     content = strictjson.parse_object(
         strictjson.decode(record, where=RECORD), where=str(baked / RECORD)
     )
-    _refuse_unserved(content, baked)
+    verdicts = _recorded(content, baked)
+    _refuse_unserved(verdicts, baked)
     with new_folder(out, force=force) as folder:
         interpreter = python or Path(sys.executable)
         convert(
@@ -71,15 +81,31 @@ def convert_checkpoint(
             timeout=timeout,
         )
         (folder / MODELFILE).write_text(text, encoding="utf-8")
-        (folder / EDITS).parent.mkdir()
-        (folder / EDITS).write_bytes(edits)
+        for kept, data in small.items():
+            (folder / kept).parent.mkdir(exist_ok=True)
+            (folder / kept).write_bytes(data)
         size = (folder / file).stat().st_size
         files = digests(folder)
-        (folder / RECORD).write_text(_record(content, outtype, files), encoding="utf-8")
+        (folder / RECORD).write_text(_record(content, verdicts, files, outtype), encoding="utf-8")
         with (folder / RECORD).open("rb") as written:
             files[RECORD] = hashlib.file_digest(written, "sha256").hexdigest()
         sync(folder)
     return Artifact("gguf", out, files, sum((out / f).stat().st_size for f in files), size)
+
+
+def check_convertible(plan: Plan, llama_cpp: Path) -> None:
+    """Raise when there is no converter, or when llama.cpp would not serve what it makes.
+
+    Raises:
+        InexactPlan: llama.cpp would refuse the file, or drop a part of it.
+        RuntimeMissing: there is no converter in ``llama_cpp``.
+    """
+    _refuse_unserved(plan.runtimes, llama_cpp)
+    if not (llama_cpp / SCRIPT).is_file():
+        raise RuntimeMissing(
+            f"there is no converter at {llama_cpp / SCRIPT}",
+            fix="name a checkout of llama.cpp, whose folder holds it",
+        )
 
 
 def _read(baked: Path, name: str) -> bytes:
@@ -93,30 +119,63 @@ def _read(baked: Path, name: str) -> bytes:
     return path.read_bytes()
 
 
-def _refuse_unserved(content: Mapping[str, Any], baked: Path) -> None:
-    """Raise when the checkpoint's own record says that llama.cpp does not serve it.
+def _refuse_unserved(verdicts: Sequence[RuntimeVerdict], where: Path) -> None:
+    """Raise when llama.cpp does not serve the checkpoint, by the verdicts on it.
 
     The converter drops the output head of a Gemma without a word, and passes biases on that the
     loader then refuses.
     """
+    for verdict in verdicts:
+        if verdict.runtime == LLAMA_CPP and (verdict.status == "refused" or not verdict.known):
+            raise InexactPlan(
+                f"llama.cpp would not serve this checkpoint as it is meant ({verdict.status})",
+                where=str(where),
+                why=verdict.reason,
+                fix="choose an edit that fits, or a runtime that loads the checkpoint",
+            )
+
+
+def _recorded(content: Mapping[str, Any], baked: Path) -> tuple[RuntimeVerdict, ...]:
+    """Return the verdicts on a checkpoint that its record holds.
+
+    Raises:
+        CheckpointError: it holds none on llama.cpp, or something else in their place.
+    """
     match content:
-        case {"plan": {"runtimes": [*verdicts]}}:
-            for verdict in verdicts:
-                match verdict:
-                    case {"runtime": "llama.cpp", "status": "loads"}:
-                        return
-                    case {"runtime": "llama.cpp", "status": status, "reason": reason}:
-                        raise InexactPlan(
-                            f"llama.cpp would not serve this checkpoint as it is meant ({status})",
-                            where=str(baked),
-                            why=str(reason),
-                            fix="choose an edit that fits, or a runtime that loads the checkpoint",
-                        )
+        case {"plan": {"runtimes": [*entries]}}:
+            verdicts = tuple(_verdict(entry, baked) for entry in entries)
+            if any(verdict.runtime == LLAMA_CPP for verdict in verdicts):
+                return verdicts
     raise CheckpointError("says nothing of llama.cpp", where=str(baked / RECORD))
 
 
-def _record(content: Mapping[str, Any], outtype: str, files: Mapping[str, str]) -> str:
-    """Return the checkpoint's record as the GGUF file's, which has files of its own."""
+def _verdict(entry: Any, baked: Path) -> RuntimeVerdict:
+    match entry:
+        case {
+            "runtime": str() as runtime,
+            "status": ("exact" | "approximate" | "refused" | "not tested") as status,
+            "reason": str() as reason,
+            "wanted": bool() as wanted,
+            "reads": bool() as reads,
+            "known": bool() as known,
+        } if runtime in RUNTIMES:
+            return RuntimeVerdict(runtime, status, reason, wanted, reads, known)
+    raise CheckpointError(
+        f"plan.runtimes holds {entry!r:.80}, which is no verdict on a runtime",
+        where=str(baked / RECORD),
+        fix="bake the checkpoint anew with this version",
+    )
+
+
+def _record(
+    content: Mapping[str, Any],
+    verdicts: Sequence[RuntimeVerdict],
+    files: Mapping[str, str],
+    outtype: str,
+) -> str:
+    """Return the checkpoint's record as the GGUF file's: other files, and other runtimes."""
     gguf = {"converter": SCRIPT, "outtype": outtype}
-    own = {"bake": __version__, "kind": "gguf", "gguf": gguf, "files": dict(files)}
+    served = converted_runtimes(verdicts, codes=outtype.upper() not in FLOATS)
+    plan = {**content["plan"], "runtimes": runtimes_record(served)}
+    own = {"bake": __version__, "kind": "gguf", "plan": plan, "gguf": gguf, "files": dict(files)}
     return json.dumps({**content, **own}, indent=2, ensure_ascii=False) + "\n"

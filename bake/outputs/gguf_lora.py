@@ -7,6 +7,7 @@ both are stacked; for the token embedding A is [tokens, r] and B [d, r]. ``adapt
 are in the order of the file that llama.cpp's converter makes, which reorders some layers.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +24,11 @@ from bake.checkpoints.gguf_file import Gguf
 from bake.errors import CheckpointError
 from bake.families.gguf import GgufPlace, gguf_names, gguf_places
 from bake.outputs.artifact import Artifact
-from bake.outputs.factors import layer_factors, padded, table_factors
-from bake.outputs.folder import refuse_unfit, write_artifact
+from bake.outputs.factors import FactorSource, factors_from, padded, weight_factors
+from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
+from bake.outputs.gguf_match import check_corners
 from bake.outputs.lora import nonempty, target_factors
+from bake.outputs.modelfile import MODELFILE, modelfile
 from bake.plan import Plan
 from bake.plan.lowrank import LowRank, Target, low_rank, rank_of, targets_of
 from bake.rounding import to_storage
@@ -34,7 +37,7 @@ FILE = "lora.gguf"
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class Pair:
     """The factors of one tensor of the base's GGUF: of one matrix, or of a stack of experts."""
 
     name: str
@@ -63,9 +66,13 @@ def export_gguf_lora(
     model: Gguf | None = None,
     allow: frozenset[str] = frozenset(),
     force: bool = False,
+    factors: FactorSource | None = None,
+    place: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Write the plan as ``lora.gguf`` to the folder ``out``.
+
+    Where ``model`` is one file, a Modelfile for Ollama beside it names both.
 
     Args:
         plan: made for this checkpoint.
@@ -76,6 +83,9 @@ def export_gguf_lora(
             own weights, dequantised, so that the edit is exact for what is served.
         allow: the exactness classes below EXACT that the recipe accepts.
         force: replace an artifact of bake at ``out``.
+        factors: where the factors come from without ``model``; a pass over the base's weights
+            when None.
+        place: where the folder will be in the end, for the Modelfile; ``out`` when None.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -85,21 +95,50 @@ def export_gguf_lora(
         UsageError: the plan changes no weight, or ``out`` is in the way.
         InputError: a factor does not fit float32, or the disk refuses.
     """
-    refuse_unfit(plan, "gguf-lora", allow)
-    pairs = _pairs(plan, nonempty(targets_of(plan)))
-    if model is not None:
-        _check_model(model, plan, pairs)
-
+    check_apart(out, checkpoint.path, None if model is None else model.path)
+    pairs = check_gguf_lora(plan, checkpoint, model, allow)
     report = _Progress(pairs, progress)
-    make = _maker(checkpoint, model)
+    make = _maker(factors or factors_from(checkpoint), model)
+    text = None if model is None or len(model.parts) > 1 else _modelfile(model, place or out)
 
     def write(folder: Path) -> None:
         _write(folder / FILE, plan, record.get("base", {}), pairs, make, report)
+        if text is not None:
+            (folder / MODELFILE).write_text(text, encoding="utf-8")
 
     return write_artifact(plan, "gguf-lora", out, record=record, force=force, write=write)
 
 
-def _pairs(plan: Plan, targets: Sequence[Target]) -> tuple[_Pair, ...]:
+def check_gguf_lora(
+    plan: Plan, checkpoint: Checkpoint, model: Gguf | None, allow: frozenset[str] = frozenset()
+) -> tuple[Pair, ...]:
+    """Return the tensors of the adapter. Of weights only what shows that a GGUF fits is read.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or llama.cpp would drop or refuse a
+            part of the adapter.
+        CheckpointError: the GGUF is not one of this model.
+        UsageError: the plan changes no weight, or a Modelfile cannot name the GGUF.
+    """
+    refuse_unfit(plan, "gguf-lora", allow)
+    pairs = _pairs(plan, nonempty(targets_of(plan)))
+    if model is not None:
+        _check_model(model, plan, pairs)
+        members = (target.update for pair in pairs for target, _ in pair.members)
+        edited = [update.source for update in members if update is not None]
+        check_corners(edited, checkpoint, model, gguf_places(plan.layout))
+        if len(model.parts) == 1:
+            modelfile(model.path.name, FILE)
+    return pairs
+
+
+def _modelfile(model: Gguf, out: Path) -> str:
+    """Return a Modelfile that finds the base from the adapter's folder."""
+    where = os.path.relpath(model.path.resolve(), out.resolve())
+    return modelfile(Path(where).as_posix(), FILE)
+
+
+def _pairs(plan: Plan, targets: Sequence[Target]) -> tuple[Pair, ...]:
     """Return the tensors of the file, the experts of one projection together."""
     places = gguf_places(plan.layout)
     grouped: defaultdict[str, list[tuple[Target, GgufPlace]]] = defaultdict(list)
@@ -113,18 +152,18 @@ def _pairs(plan: Plan, targets: Sequence[Target]) -> tuple[_Pair, ...]:
         assert [place.expert or 0 for _, place in members] == list(range(len(members)))
         ranks = [rank_of(target.update) for target, _ in members if target.update is not None]
         is_table = members[0][0].role == "embed"
-        pairs.append(_Pair(name, tuple(members), stacked, is_table, max(1, *ranks, 0)))
+        pairs.append(Pair(name, tuple(members), stacked, is_table, max(1, *ranks, 0)))
     return tuple(pairs)
 
 
 Make = Callable[[Target, GgufPlace, int], tuple[Tensor, Tensor]]
 
 
-def _maker(checkpoint: Checkpoint, model: Gguf | None) -> Make:
+def _maker(source: FactorSource, model: Gguf | None) -> Make:
     """Return what makes the factors of one weight, B in the order of the file's rows."""
 
     def from_checkpoint(target: Target, place: GgufPlace, rank: int) -> tuple[Tensor, Tensor]:
-        a, b = target_factors(checkpoint, target, rank)
+        a, b = target_factors(source, target, rank)
         return a, b if place.rows is None else b[torch.tensor(place.rows)]
 
     def from_model(target: Target, place: GgufPlace, rank: int) -> tuple[Tensor, Tensor]:
@@ -138,9 +177,8 @@ def _maker(checkpoint: Checkpoint, model: Gguf | None) -> Make:
             return decode(raw, info.kind, place.name)
 
         change, shape = _reordered(low_rank(target.update), place), info.shape[-2:]
-        if target.role == "embed":
-            return padded(*table_factors(read, shape, change), rank)
-        return padded(*layer_factors(read, shape, 0, change), rank)
+        output_axis = 1 if target.role == "embed" else 0
+        return padded(*weight_factors(read, shape, output_axis, change), rank)
 
     return from_checkpoint if model is None else from_model
 
@@ -158,7 +196,7 @@ def _reordered(change: LowRank, place: GgufPlace) -> LowRank:
     )
 
 
-def _check_model(model: Gguf, plan: Plan, pairs: Sequence[_Pair]) -> None:
+def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
     """Require a GGUF of the planned model: its architecture, names and shapes."""
     arch = gguf_names(plan.layout).arch
     if model.arch != arch:
@@ -184,7 +222,7 @@ def _check_model(model: Gguf, plan: Plan, pairs: Sequence[_Pair]) -> None:
 class _Progress:
     """Counts the bytes of factors that are written."""
 
-    def __init__(self, pairs: Sequence[_Pair], report: Callable[[int, int], None] | None) -> None:
+    def __init__(self, pairs: Sequence[Pair], report: Callable[[int, int], None] | None) -> None:
         sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
         self.done, self.total, self.report = 0, sum(sizes), report
 
@@ -198,7 +236,7 @@ def _write(
     path: Path,
     plan: Plan,
     base: Mapping[str, Any],
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     make: Make,
     progress: _Progress,
 ) -> None:
@@ -229,7 +267,7 @@ def _write(
     writer.close()
 
 
-def _factors(pair: _Pair, make: Make) -> Iterator[Float32[Tensor, "..."]]:
+def _factors(pair: Pair, make: Make) -> Iterator[Float32[Tensor, "..."]]:
     """Yield A and B of one tensor in float32, in the shapes of the file."""
     made = [make(target, place, pair.rank) for target, place in pair.members]
     a = torch.stack([a for a, _ in made]) if pair.stacked else made[0][0]

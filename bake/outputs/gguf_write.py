@@ -9,14 +9,16 @@ from typing import Any
 
 from bake import __version__
 from bake.checkpoints import TensorInfo
+from bake.checkpoints.gguf_codec import FLOATS
 from bake.checkpoints.gguf_file import Gguf, GgufPart
 from bake.checkpoints.gguf_header import GgufTensor, GgufValue, build_header, like, string_value
 from bake.checkpoints.gguf_types import GgmlType
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
-from bake.edit_store import dump_edits
+from bake.edit_store import edit_files
 from bake.errors import CheckpointError
 from bake.families.gguf import gguf_names
-from bake.outputs.checkpoint import EDITS, RECORD
+from bake.outputs.checkpoint import RECORD
+from bake.outputs.folder import carrier_record
 from bake.outputs.gguf_tensor import Measure
 from bake.outputs.modelfile import MODELFILE, modelfile
 from bake.plan import Plan
@@ -146,7 +148,7 @@ def write_small(
     record: Mapping[str, Any],
 ) -> None:
     """Write edits, Modelfile and last the record, and add their digests to ``files``."""
-    small = {EDITS: dump_edits(plan.edits)}
+    small = edit_files(plan.reference, plan.edits)
     if len(model.parts) == 1:  # Ollama reads no split model
         small[MODELFILE] = modelfile(model.path.name).encode()
     for name, data in small.items():
@@ -155,12 +157,17 @@ def write_small(
         "bake": __version__,
         "kind": "gguf",
         **record,
-        "plan": plan_record(plan),
+        "plan": plan_record(plan) | carrier_record(plan, "gguf", codes=_has_codes(new)),
         "gguf": _gguf_record(model, new, plan),
         "files": dict(sorted(files.items())),
     }
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     files[RECORD] = _write(folder / RECORD, text.encode())
+
+
+def _has_codes(new: Mapping[str, NewBytes]) -> bool:
+    """Whether an edited tensor is stored in blocks of codes, which rounds the edit."""
+    return any(t.kind.name not in FLOATS for t in new.values() if t.measure is not None)
 
 
 def _write(target: Path, data: bytes) -> str:

@@ -24,16 +24,15 @@ from bake.checkpoints.header import build_header
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.errors import UsageError
 from bake.outputs.artifact import Artifact
-from bake.outputs.factors import layer_factors, padded, table_factors
-from bake.outputs.folder import refuse_unfit, write_artifact
+from bake.outputs.factors import Factors, FactorSource, factors_from, padded
+from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
 from bake.plan import Plan
-from bake.plan.lowrank import Target, low_rank, rank_of, targets_of
+from bake.plan.lowrank import Target, rank_of, targets_of
 from bake.rounding import to_storage
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-Factors = tuple[Tensor, Tensor]
 
 
 def export_lora(
@@ -44,6 +43,7 @@ def export_lora(
     record: Mapping[str, Any],
     allow: frozenset[str] = frozenset(),
     force: bool = False,
+    factors: FactorSource | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Artifact:
     """Write the plan as a PEFT adapter to the folder ``out``.
@@ -58,6 +58,7 @@ def export_lora(
             ``revision`` is what ``adapter_config.json`` names as the base.
         allow: the exactness classes below EXACT that the recipe accepts.
         force: replace an artifact of bake at ``out``.
+        factors: where the factors come from; a pass over the base's weights when None.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -66,17 +67,29 @@ def export_lora(
         UsageError: the plan changes no weight, or ``out`` is in the way.
         InputError: a factor does not fit the storage dtype, or the disk refuses.
     """
-    refuse_unfit(plan, "lora", allow)
-    targets = nonempty(targets_of(plan))
-    rank = common_rank(targets)
+    check_apart(out, checkpoint.path)
+    targets = check_lora(plan, allow)
+    rank, source = common_rank(targets), factors or factors_from(checkpoint)
 
     def write(folder: Path) -> None:
         config = adapter_config(plan, targets, rank, record.get("base", {}))
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        _write_weights(folder / WEIGHTS, plan, checkpoint, targets, rank, progress)
+        _write_weights(folder / WEIGHTS, plan, source, targets, rank, progress)
 
     return write_artifact(plan, "lora", out, record=record, force=force, write=write)
+
+
+def check_lora(plan: Plan, allow: frozenset[str] = frozenset()) -> Sequence[Target]:
+    """Return the weights that the adapter has factors for. No weight is read.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the
+            adapter.
+        UsageError: the plan changes no weight.
+    """
+    refuse_unfit(plan, "lora", allow)
+    return nonempty(targets_of(plan))
 
 
 def nonempty(targets: Sequence[Target]) -> Sequence[Target]:
@@ -95,21 +108,13 @@ def common_rank(targets: Sequence[Target]) -> int:
     return max(1, *(rank_of(target.update) for target in targets if target.update is not None))
 
 
-def target_factors(checkpoint: Checkpoint, target: Target, rank: int) -> Factors:
+def target_factors(source: FactorSource, target: Target, rank: int) -> Factors:
     """Return (A, B) of one weight in float64, zero-padded; a table's A is [rank, tokens]."""
+    if target.update is not None:
+        return padded(*source(target), rank)
     outer, inner = target.shape[target.output_axis], target.shape[1 - target.output_axis]
-    update = target.update
-    if update is None:
-        zeros = torch.zeros(rank, inner, dtype=torch.float64)
-        return zeros, torch.zeros(outer, rank, dtype=torch.float64)
-
-    def read(start: int, stop: int) -> Tensor:
-        return checkpoint.read_rows(update.source, start, stop)
-
-    change = low_rank(update)
-    if update.is_table:
-        return padded(*table_factors(read, target.shape, change), rank)
-    return padded(*layer_factors(read, target.shape, target.output_axis, change), rank)
+    zeros = torch.zeros(rank, inner, dtype=torch.float64)
+    return zeros, torch.zeros(outer, rank, dtype=torch.float64)
 
 
 def adapter_config(
@@ -156,7 +161,7 @@ def adapter_keys(target: Target) -> tuple[str, str]:
 def _write_weights(
     path: Path,
     plan: Plan,
-    checkpoint: Checkpoint,
+    source: FactorSource,
     targets: Sequence[Target],
     rank: int,
     progress: Callable[[int, int], None] | None,
@@ -171,7 +176,7 @@ def _write_weights(
         key_a, key_b = adapter_keys(target)
         shapes[key_a] = name, (rank, inner)
         shapes[key_b] = name, (outer, rank)
-        producers[key_a], producers[key_b] = _producers(checkpoint, target, rank, dtype)
+        producers[key_a], producers[key_b] = _producers(source, target, rank, dtype)
     header, infos = build_header(shapes, shard=WEIGHTS)
     pieces: list[Piece] = [Literal(header), *(Fill(info, producers[info.name]) for info in infos)]
     total, done = infos[-1].stop, 0
@@ -186,13 +191,13 @@ def _write_weights(
 
 
 def _producers(
-    checkpoint: Checkpoint, target: Target, rank: int, dtype: torch.dtype
+    source: FactorSource, target: Target, rank: int, dtype: torch.dtype
 ) -> tuple[Producer, Producer]:
     """Return producers of A and B that read the weight once: B waits for its turn after A."""
     waiting: list[Tensor] = []
 
     def first() -> Iterator[Tensor]:
-        a, b = target_factors(checkpoint, target, rank)
+        a, b = target_factors(source, target, rank)
         waiting.append(to_storage(b, dtype, f"{target.name} (B)"))
         yield to_storage(a, dtype, f"{target.name} (A)")
 

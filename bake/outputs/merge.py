@@ -17,14 +17,16 @@ from torch import Tensor
 from bake import __version__
 from bake.checkpoints import Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
 from bake.checkpoints.config import Key
-from bake.errors import CheckpointError, InputError
+from bake.errors import CheckpointError, InputError, UsageError
 from bake.families import Layout, Linear
-from bake.fold import TILE_VALUES
 from bake.outputs.artifact import Artifact
+from bake.outputs.merge_record import merge_record
 from bake.outputs.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.rounding import to_storage
 
 RECORD = "bake.json"
+KIND = "merge"
+TILE_VALUES = 1 << 20  # 8 MB in float64: no map needs a second pass, and caches like it
 
 
 @dataclass(slots=True)
@@ -34,6 +36,8 @@ class _Work:
     replace: dict[str, Producer] = field(default_factory=dict)
     new: dict[str, NewTensor] = field(default_factory=dict)
     untied: bool = False
+    sides: dict[str, str] = field(default_factory=dict)
+    """Whether the adapter adds to a tensor (``update``) or replaces it; a copy is not named."""
 
 
 def merge_adapter(
@@ -54,7 +58,8 @@ def merge_adapter(
         out: a folder that does not exist, unless ``force``.
         layout: the base's family resolved. It says which tensor a module of a loaded model is,
             how it is stored, and what a tied head is; without it names and storage must be plain.
-        record: what ``bake.json`` keeps besides the adapter.
+        record: what ``bake.json`` keeps besides base, adapter and what changes; of these two it
+            may say more, or otherwise.
         force: replace a checkpoint at ``out``.
         progress: called with the bytes of weights that are done and their total.
 
@@ -62,17 +67,20 @@ def merge_adapter(
         InputError: the adapter is malformed or no sum of base and factors, a tensor of it has no
             place in the base, or a merged value does not fit the storage dtype.
         CheckpointError: the base lacks a tensor, has another shape, or the disk is too small.
-        UsageError: ``out`` exists or overlaps the base.
+        UsageError: ``out`` exists, overlaps the base or holds the adapter.
     """
     opened = open_adapter(adapter)
+    if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
+        raise UsageError(f"the output {out} holds the adapter {adapter}", fix="name another output")
     work = _Merger(opened, base, layout).work()
     changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
-    content = {
-        "bake": __version__,
-        "kind": "merge",
-        **(record or {}),
-        "adapter": {"sha256": opened.digest(), "config": dict(opened.config)},
-    }
+    changed = merge_record(
+        opened, base, layout, out, sides=work.sides, names=(*work.replace, *work.new)
+    )
+    content = {"bake": __version__, "kind": KIND, **changed}
+    for key, told in (record or {}).items():
+        own = content.get(key)
+        content[key] = {**own, **told} if isinstance(own, dict) else told
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
         text = json.dumps({**content, "files": dict(files)}, indent=2, ensure_ascii=False) + "\n"
@@ -90,9 +98,13 @@ def merge_adapter(
         force=force,
         progress=progress,
     )
-    return Artifact(
-        "merge", written.path, written.files, written.bytes_written, written.bytes_edited
-    )
+    return Artifact(KIND, written.path, written.files, written.bytes_written, written.bytes_edited)
+
+
+def merge_notes(artifact: Artifact) -> tuple[str, ...]:
+    """Return what the record of a merge notes."""
+    content = json.loads((artifact.path / RECORD).read_text(encoding="utf-8"))
+    return tuple(content["plan"]["notes"])
 
 
 class _Merger:
@@ -144,9 +156,10 @@ class _Merger:
             self.result.untied = True
         produce = self._sum(module, source, transposed)
         if source == name:
-            self._put(name, produce)
+            self._put(name, produce, "update")
         else:
             self.result.new[name] = NewTensor(info.dtype, info.shape, produce)
+            self.result.sides[name] = "update"
         if module.bias is not None:
             self._bias(module)
 
@@ -192,8 +205,8 @@ class _Merger:
             step = max(1, TILE_VALUES // max(1, info.shape[1]))
             for start in range(0, info.shape[0], step):
                 stop = min(start + step, info.shape[0])
-                tile = self.base.read_rows(source, start, stop).to(torch.float64)
-                yield to_storage(tile + left[start:stop] @ right, dtype, source)
+                tile = self.base.read_rows(source, start, stop).to(torch.float64, copy=True)
+                yield to_storage(tile.addmm_(left[start:stop], right), dtype, source)
 
         return produce
 
@@ -215,7 +228,7 @@ class _Merger:
             total = total + module.scale * self.adapter.read(added)
             yield to_storage(total, info.torch_dtype, name)
 
-        self._put(name, produce)
+        self._put(name, produce, "update")
 
     def _replaced(self, target: str, tensor: str) -> None:
         """Put a tensor that the adapter stores whole in the place of the base's."""
@@ -235,7 +248,7 @@ class _Merger:
         def produce() -> Iterator[Tensor]:
             yield to_storage(self.adapter.read(tensor), dtype, name)
 
-        self._put(name, produce)
+        self._put(name, produce, "replaced")
 
     def _copy(self, target: str, tensor: str) -> None:
         """Require that what PEFT saved of the base is the base's: it saves embeddings whole."""
@@ -268,10 +281,11 @@ class _Merger:
 
         self.result.new[head] = NewTensor(info.dtype, info.shape, produce)
 
-    def _put(self, name: str, produce: Producer) -> None:
+    def _put(self, name: str, produce: Producer, side: str) -> None:
         if name in self.result.replace:
             raise InputError(f"the adapter changes {name} twice", where=self.where)
         self.result.replace[name] = produce
+        self.result.sides[name] = side
 
     def _check_shape(self, tensor: str, name: str) -> None:
         have, want = self.adapter.shapes[tensor], self.base.tensors[name].shape

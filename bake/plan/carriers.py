@@ -1,4 +1,4 @@
-"""Which carrier holds a plan: a checkpoint, an adapter or a control vector. Pure.
+"""Which carrier holds a plan: a checkpoint, an adapter, a control vector or a GGUF file. Pure.
 
 A carrier holds an edit exactly or not at all. What each cannot hold:
 
@@ -6,22 +6,25 @@ A carrier holds an edit exactly or not at all. What each cannot hold:
   of weights whose rank is not low. Runtimes drop or refuse such parts of an adapter.
 - ``control-vector`` (llama.cpp): anything but a constant added to the stream behind block 1 or
   later.
+- ``gguf`` (llama.cpp): biases and output heads that its loader has no slot for.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bake.affine import AffineMap
 from bake.edits import Edit
 from bake.errors import UsageError
-from bake.families import Layout, runtime_of
-from bake.plan.lowrank import Role, Target, rank_of, targets_of
-from bake.plan.types import Exactness, Finding, Plan, RuntimeVerdict, Status
+from bake.families import CARRIERS, READS, RUNTIMES, Layout, runtime_of
+from bake.plan.lowrank import Role, Target, is_copy, rank_of, targets_of
+from bake.plan.targets import GGUF_ENGINE, LLAMA_CPP, ROUNDED, conclude, model_hindrance
+from bake.plan.types import Exactness, Finding, Plan, RuntimeVerdict
 from bake.sites import Site, SiteKind
 
-CARRIERS = ("checkpoint", "lora", "gguf-lora", "control-vector")
 _HEAD_LIMIT = 258048  # vLLM lora/layers/logits_processor.py: rows of a head that an adapter is for
+_RANK_LIMIT = 512  # vLLM config/lora.py: MaxLoRARanks
+_NO_GRAPH = "llama.cpp's graph of this architecture adds no control vector"
 _PLURAL: dict[Role, str] = {
     "linear": "linear layers",
     "expert": "experts",
@@ -75,8 +78,15 @@ def carrier_findings(plan: Plan, carrier: str) -> tuple[Finding, ...]:
     return tuple(findings)
 
 
-def carrier_runtimes(plan: Plan, carrier: str) -> tuple[RuntimeVerdict, ...]:
-    """Return which runtimes load the carrier as it is meant, of those that read such files.
+def carrier_runtimes(
+    plan: Plan, carrier: str, *, codes: bool = False
+) -> tuple[RuntimeVerdict, ...]:
+    """Return what every runtime makes of the carrier.
+
+    Args:
+        plan: the plan.
+        carrier: the carrier.
+        codes: whether it is a GGUF file whose edited weights are stored in a few bits each.
 
     Raises:
         UsageError: there is no such carrier.
@@ -85,17 +95,15 @@ def carrier_runtimes(plan: Plan, carrier: str) -> tuple[RuntimeVerdict, ...]:
     if carrier == "checkpoint":
         return plan.runtimes
     wanted = {verdict.runtime for verdict in plan.runtimes if verdict.wanted}
-    if carrier == "lora":
-        verdicts = [("transformers", "loads", "PEFT adds the factors to its modules")]
-        verdicts.append(("vllm", *_adapter_verdict(plan, "vllm")))
-    elif carrier == "gguf-lora":
-        verdicts = [("llama.cpp", *_adapter_verdict(plan, "llama.cpp"))]
-    else:
-        verdicts = [("llama.cpp", *_vector_verdict(plan.layout))]
-    return tuple(
-        RuntimeVerdict(name, status, reason, name in wanted)  # type: ignore[arg-type]
-        for name, status, reason in verdicts
-    )
+    findings = carrier_findings(plan, carrier)
+    verdicts = []
+    for name in RUNTIMES:
+        reason, known = _hindrance(plan, name, carrier)
+        verdict = conclude(plan, findings, name, carrier, name in wanted, reason, known=known)
+        if codes and verdict.status == "exact":
+            verdict = replace(verdict, status="approximate", reason=ROUNDED)
+        verdicts.append(verdict)
+    return tuple(verdicts)
 
 
 def vector_layers(plan: Plan) -> tuple[tuple[int, Edit], ...]:
@@ -123,7 +131,8 @@ def _blocked(plan: Plan, carrier: str) -> dict[int, list[str]]:
     if carrier == "checkpoint":
         return dict(blocked)
     touched = _touched(plan)
-    for obstacle in _obstacles(plan, carrier):
+    obstacles = _no_slot(plan) if carrier == "gguf" else _obstacles(plan, carrier)
+    for obstacle in obstacles:
         sites = touched.get(obstacle.tensor, frozenset())
         concerned = [
             i
@@ -133,7 +142,7 @@ def _blocked(plan: Plan, carrier: str) -> dict[int, list[str]]:
         for index in concerned or range(len(plan.edits)):
             if obstacle.reason not in blocked[index]:
                 blocked[index].append(obstacle.reason)
-    redeclared = _redeclared(plan)
+    redeclared = None if carrier == "gguf" else _redeclared(plan)
     if redeclared is not None and not any(blocked.values()):
         # What opens a bias slot has been named; another change of the model concerns every edit.
         return {index: [redeclared] for index in range(len(plan.edits))}
@@ -200,29 +209,71 @@ def _obstacles(plan: Plan, carrier: str) -> Iterator[_Obstacle]:
                 f"the change of {update.name} has rank {rank}: factors would be as large as the "
                 "weight",
             )
-    yield from _served(plan, carrier)
+    if carrier == "gguf-lora":
+        yield from _served(plan)
 
 
-def _served(plan: Plan, carrier: str) -> Iterator[_Obstacle]:
-    """Yield what the runtimes that read the adapter, and are wanted, would drop or refuse."""
-    wanted = {verdict.runtime for verdict in plan.runtimes if verdict.wanted}
-    readers = ["llama.cpp"] if carrier == "gguf-lora" else [n for n in ("vllm",) if n in wanted]
-    for name in readers:
-        for target in targets_of(plan):
-            reason = _refusal(plan, name, target)
-            if reason is not None:
-                yield _Obstacle(target.name, reason)
-
-
-def _adapter_verdict(plan: Plan, name: str) -> tuple[Status, str]:
-    runtime = runtime_of(plan.layout, name)
-    if runtime is None or runtime.lora is None:
-        return "unknown", f"the table {plan.layout.family.name!r} says nothing of adapters in it"
+def _served(plan: Plan) -> Iterator[_Obstacle]:
+    """Yield what llama.cpp, the one runtime that GGUF adapters are for, would drop or refuse."""
     for target in targets_of(plan):
-        reason = _refusal(plan, name, target)
+        reason = _refusal(plan, LLAMA_CPP, target)
         if reason is not None:
-            return "refused", reason
-    return "loads", runtime.source
+            yield _Obstacle(target.name, reason)
+
+
+def _no_slot(plan: Plan) -> Iterator[_Obstacle]:
+    """Yield what of a plan llama.cpp's loader has no slot for in a GGUF file."""
+    layout, runtime = plan.layout, runtime_of(plan.layout, LLAMA_CPP)
+    if runtime is None:
+        yield _Obstacle("", f"the table {layout.family.name!r} says nothing of llama.cpp")
+        return
+    linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
+    modules = {linear.bias.name: linear.module for linear in linears}
+    for bias in plan.biases:
+        if bias.create and not bias.is_zero() and modules.get(bias.name) not in runtime.biases:
+            yield _Obstacle(bias.name, f"llama.cpp has no slot for {bias.name} ({runtime.source})")
+    if any(update.create for update in plan.tensors) and not runtime.untied_head:
+        reason = f"llama.cpp loads no output head of its own here ({runtime.source})"
+        changed = [update.name for update in plan.tensors if not is_copy(update)]
+        for name in (layout.embed, layout.unembed.weight):
+            if name in changed:
+                yield _Obstacle(name, reason)
+
+
+def _hindrance(plan: Plan, name: str, carrier: str) -> tuple[str | None, bool]:
+    """Return why a runtime would not serve a carrier as it is meant, or what is not known of it.
+
+    Second is whether the table says anything of the runtime with this carrier.
+    """
+    if carrier not in READS[name] or name in ("transformers", "peft"):
+        return None, True
+    layout = plan.layout
+    where = f"the table {layout.family.name!r}"
+    engine = GGUF_ENGINE.get(name, name)
+    runtime = runtime_of(layout, engine)
+    if runtime is None:
+        return f"{where} says nothing of {engine}", False
+    if carrier == "gguf":
+        untied = not layout.tied or any(update.create for update in plan.tensors)
+        return (
+            model_hindrance(layout, runtime, plan.biases, untied=untied, companions=False),
+            True,
+        )
+    base = model_hindrance(layout, runtime, untied=not layout.tied)
+    if base is not None:
+        return base, True
+    if carrier == "control-vector":
+        if runtime.control_vector is None:
+            return f"{where} says nothing of control vectors", False
+        return (None if runtime.control_vector else _NO_GRAPH), True
+    if runtime.lora is None:
+        return f"{where} says nothing of adapters in {engine}", False
+    targets = targets_of(plan)
+    rank = max((rank_of(target.update) for target in targets if target.update), default=0)
+    if engine == "vllm" and rank > _RANK_LIMIT:
+        return f"vllm takes adapters of rank up to {_RANK_LIMIT}, and this one has {rank}", True
+    reasons = (_refusal(plan, engine, target) for target in targets)
+    return next((reason for reason in reasons if reason is not None), None), True
 
 
 def _refusal(plan: Plan, name: str, target: Target) -> str | None:
@@ -237,8 +288,8 @@ def _refusal(plan: Plan, name: str, target: Target) -> str | None:
         return f"{name} takes no adapters for {layout.family.architectures[0]}"
     if target.role not in runtime.lora:
         reason = f"{name} takes no adapter of {_PLURAL[target.role]} in "
-        reason += layout.family.architectures[0]
-        if target.role == "embed" and layout.embed_multiplier != 1:
+        reason += f"{layout.family.architectures[0]} ({runtime.source})"
+        if (name, target.role) == ("vllm", "embed") and layout.embed_multiplier != 1:
             reason += ", and its general backend leaves the embedding's multiplier off such rows"
         return reason
     if layout.tied and name == "llama.cpp" and target.role in ("embed", "head"):
@@ -254,20 +305,13 @@ def _refusal(plan: Plan, name: str, target: Target) -> str | None:
     return None
 
 
-def _vector_verdict(layout: Layout) -> tuple[Status, str]:
-    runtime = runtime_of(layout, "llama.cpp")
-    if runtime is None or runtime.control_vector is None:
-        return "unknown", f"the table {layout.family.name!r} says nothing of control vectors"
-    if not runtime.control_vector:
-        return "refused", "its graph of this architecture adds no control vector"
-    return "loads", runtime.source
-
-
 def _no_vector(layout: Layout, edit: Edit) -> str | None:
     """Return why an edit is no control vector, or None."""
-    status, why = _vector_verdict(layout)
-    if status != "loads":
-        return why
+    runtime = runtime_of(layout, LLAMA_CPP)
+    if runtime is None or runtime.control_vector is None:
+        return f"the table {layout.family.name!r} says nothing of control vectors"
+    if not runtime.control_vector:
+        return _NO_GRAPH
     if not isinstance(edit.map, AffineMap) or not edit.map.is_translation():
         return f"a control vector adds a constant, and {edit.kind} does more than that"
     for site in edit.sites:

@@ -1,21 +1,22 @@
 """``compile_plan``: edits × layout → ``Plan``. Pure, but for the values of norms."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 from bake.affine import AffineMap
 from bake.edits import Edit
-from bake.families import Layout, Recast
-from bake.families.table import Json
+from bake.families import Json, Layout, Recast
 from bake.plan.assemble import Assembly, Gain, assemble
 from bake.plan.hooks import Hooks
 from bake.plan.recast import obstacle, recast_changes, recast_layout
 from bake.plan.stream import Failure, fold_stream
-from bake.plan.targets import judge
+from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
 from bake.sites import Site
 
+IMPOSSIBLE = Exactness.IMPOSSIBLE
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -47,82 +48,72 @@ def compile_plan(
     stream = fold_stream(layout, hooks, nulling="nulling" in allowed)
     assembly = assemble(layout, hooks, stream, gain)
     changes: tuple[ConfigChange, ...] = ()
-    notes: list[str] = []
-    if assembly.slotless:
-        recast, hindrance = _recast(layout, config)
-        if recast is not None and "recast" in allowed and hindrance is None:
-            notes.append(
-                f"declared as {recast.family}: {layout.family.name} has no such bias slots"
-            )
-            changes = recast_changes(layout, recast, config)
-            layout = recast_layout(layout, recast)
-            assembly = assemble(layout, hooks, stream, gain)
-            assembly.flags |= set(layout.flags)
-        elif recast is not None and "recast" in allowed:
-            notes.append(f"not declared as {recast.family}: {hindrance}")
-    failures = [*stream.failures, *assembly.failures]
-    findings = _findings(edits, failures, stream.nulled, assembly, layout)
+    may_recast = assembly.slotless and "recast" in allowed
+    recast, notes = _recast(layout, config) if may_recast else (None, [])
+    if recast is not None:
+        changes = recast_changes(layout, recast, config)
+        layout = recast_layout(layout, recast)
+        assembly = assemble(layout, hooks, stream, gain)
+        assembly.flags |= set(layout.flags)
     biases = _with_companions(layout, assembly)
-    changes += _flag_changes(layout, assembly, config)
-    if assembly.untied:
-        changes += (ConfigChange("tie_word_embeddings", config.get("tie_word_embeddings"), False),)
-    notes += _notes(layout, assembly, biases)
-    return Plan(
+    plan = Plan(
         layout=layout,
         edits=tuple(edits),
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
-        config=_merged(changes),
-        findings=findings,
-        runtimes=judge(layout, biases, untied=assembly.untied or _untied(layout), targets=targets),
-        notes=tuple(notes),
+        config=_merged((*changes, *_own_changes(assembly, config))),
+        findings=_findings(edits, (*stream.failures, *assembly.failures), stream.nulled, assembly),
+        runtimes=(),
+        notes=(*notes, *_notes(layout, assembly, biases)),
         created_bytes=_created(layout, assembly.tensors, biases),
     )
+    return replace(plan, runtimes=checkpoint_runtimes(plan, config, targets))
 
 
-def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, str | None]:
-    for recast in layout.family.recasts:
-        return recast, obstacle(layout, recast, config)
-    return None, None
+def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, list[str]]:
+    """Return the recast to apply, or None, and what the plan notes of it."""
+    if not layout.family.recasts:
+        return None, []
+    recast = layout.family.recasts[0]
+    hindrance = obstacle(layout, recast, config)
+    if hindrance is not None:
+        return None, [f"not declared as {recast.family}: {hindrance}"]
+    note = f"declared as {recast.family}: {layout.family.name} has no such bias slots"
+    return recast, [note]
 
 
 def _findings(
-    edits: Sequence[Edit],
-    failures: Sequence[Failure],
-    nulled: set[int],
-    assembly: Assembly,
-    layout: Layout,
+    edits: Sequence[Edit], failures: Sequence[Failure], nulled: set[int], assembly: Assembly
 ) -> tuple[Finding, ...]:
     by_edit: defaultdict[int, dict[tuple[str, str], list[Site]]] = defaultdict(dict)
     for failure in failures:
         reasons = by_edit[failure.edit]
         reasons.setdefault((failure.reason, failure.remedy), []).append(failure.site)
-    findings = []
+    findings: list[Finding] = []
     for index, edit in enumerate(edits):
-        for (reason, remedy), sites in by_edit[index].items():
-            findings.append(
-                Finding(
-                    edit.kind,
-                    edit.concept,
-                    tuple(dict.fromkeys(sites)),
-                    Exactness.IMPOSSIBLE,
-                    reason,
-                    remedy,
-                )
-            )
-        if by_edit[index]:
-            continue
-        idle = isinstance(edit.map, AffineMap) and edit.map.is_identity()
-        how = [] if idle else sorted(assembly.how[index])
-        shown = ", ".join(how[:3]) + (f" and {len(how) - 3} more" if len(how) > 3 else "")
-        if index in nulled:
-            reason = "the direction leaves the stream, but every write that a post-norm follows "
-            reason += "is rescaled, so the function is not the hooked one"
-            findings.append(Finding(edit.kind, edit.concept, edit.sites, Exactness.NULLING, reason))
-        else:
-            reason = f"folded into {shown}" if how else "the map is the identity: nothing changes"
-            findings.append(Finding(edit.kind, edit.concept, edit.sites, Exactness.EXACT, reason))
+        hard = by_edit[index]
+        findings += [
+            Finding(edit.kind, edit.concept, tuple(dict.fromkeys(sites)), IMPOSSIBLE, *said)
+            for said, sites in hard.items()
+        ]
+        if not hard:
+            exactness, reason = _success(edit, index in nulled, assembly.how[index])
+            findings.append(Finding(edit.kind, edit.concept, edit.sites, exactness, reason))
     return tuple(findings)
+
+
+def _success(edit: Edit, nulled: bool, how: set[str]) -> tuple[Exactness, str]:
+    """Return how an edit that folds relates to its hooks, and where it is folded into."""
+    if nulled:
+        return Exactness.NULLING, (
+            "the direction leaves the stream, but every write that a post-norm follows is "
+            "rescaled, so the function is not the hooked one"
+        )
+    if not how or (isinstance(edit.map, AffineMap) and edit.map.is_identity()):
+        return Exactness.EXACT, "the map is the identity: nothing changes"
+    places = sorted(how)
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return Exactness.EXACT, f"folded into {', '.join(places[:3])}{more}"
 
 
 def _with_companions(layout: Layout, assembly: Assembly) -> tuple[BiasUpdate, ...]:
@@ -137,14 +128,13 @@ def _with_companions(layout: Layout, assembly: Assembly) -> tuple[BiasUpdate, ..
     return tuple(biases.values())
 
 
-def _flag_changes(
-    layout: Layout, assembly: Assembly, config: Mapping[str, Json]
-) -> tuple[ConfigChange, ...]:
-    return tuple(
-        ConfigChange(flag, config.get(flag), True)
-        for flag in sorted(assembly.flags)
-        if config.get(flag) is not True
-    )
+def _own_changes(assembly: Assembly, config: Mapping[str, Json]) -> Iterator[ConfigChange]:
+    """Yield what the edits themselves change in config.json: bias flags, and an untied head."""
+    for flag in sorted(assembly.flags):
+        if config.get(flag) is not True:
+            yield ConfigChange(flag, config.get(flag), True)
+    if assembly.untied:
+        yield ConfigChange("tie_word_embeddings", config.get("tie_word_embeddings"), False)
 
 
 def _merged(changes: tuple[ConfigChange, ...]) -> tuple[ConfigChange, ...]:
@@ -173,10 +163,6 @@ def _notes(layout: Layout, assembly: Assembly, biases: Sequence[BiasUpdate]) -> 
 def _ordered(layout: Layout, updates: Sequence[TensorUpdate]) -> list[TensorUpdate]:
     order = {name: index for index, name in enumerate(layout.shapes)}
     return sorted(updates, key=lambda update: order.get(update.name, len(order)))
-
-
-def _untied(layout: Layout) -> bool:
-    return not layout.tied
 
 
 def _created(layout: Layout, tensors: Sequence[TensorUpdate], biases: Sequence[BiasUpdate]) -> int:

@@ -68,7 +68,7 @@ def targets_of(plan: Plan) -> tuple[Target, ...]:
     embedding alone, and the tied head reads the base's. Where one expert changes, every expert of
     every layer gets factors, because loaders stack them; where one router does, every router.
     """
-    updates = {u.name: u for u in plan.tensors if u.replacement is None and not _is_copy(u)}
+    updates = {u.name: u for u in plan.tensors if u.replacement is None and not is_copy(u)}
     found = list(_tables(plan.layout, updates))
     layers = [
         (linear, branch)
@@ -135,7 +135,8 @@ def _layer_target(
     )
 
 
-def _is_copy(update: TensorUpdate) -> bool:
+def is_copy(update: TensorUpdate) -> bool:
+    """Whether an update writes the embedding once more, as a head of its own, and no edit."""
     return update.create and not (update.outputs or update.updates or update.input is not None)
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from bake.errors import FamilyError
 from bake.families import BiasSlot, Layout, Linear, Recast, configured, family_named
-from bake.families.table import MISSING, Json, LinearRow
+from bake.families.section import Json
+from bake.families.table import MISSING, LinearRow
 from bake.plan.types import ConfigChange
 
 

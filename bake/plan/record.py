@@ -1,10 +1,11 @@
 """A plan as JSON: what ``--json`` prints and ``bake.json`` keeps."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 from bake.plan.compile import ITEM_BYTES
-from bake.plan.types import BiasUpdate, Plan, TensorUpdate
+from bake.plan.types import BiasUpdate, Plan, RuntimeVerdict, TensorUpdate
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -27,13 +28,25 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "tensors": [_tensor(update, plan.layout.dtype) for update in plan.tensors],
         "biases": [_bias(update) for update in plan.biases],
         "config": [{"key": c.key, "old": c.old, "new": c.new} for c in plan.config],
-        "runtimes": [
-            {"runtime": v.runtime, "status": v.status, "reason": v.reason, "wanted": v.wanted}
-            for v in plan.runtimes
-        ],
+        "runtimes": runtimes_record(plan.runtimes),
         "notes": list(plan.notes),
         "created_bytes": plan.created_bytes,
     }
+
+
+def runtimes_record(verdicts: Sequence[RuntimeVerdict]) -> list[dict[str, Any]]:
+    """Return verdicts on one carrier, a runtime each."""
+    return [
+        {
+            "runtime": verdict.runtime,
+            "status": verdict.status,
+            "reason": verdict.reason,
+            "wanted": verdict.wanted,
+            "reads": verdict.reads,
+            "known": verdict.known,
+        }
+        for verdict in verdicts
+    ]
 
 
 def _tensor(update: TensorUpdate, dtype: str) -> dict[str, Any]:

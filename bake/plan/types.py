@@ -15,7 +15,9 @@ from bake.edits import Edit, WeightUpdate
 from bake.families import Layout
 from bake.sites import Site
 
-Status = Literal["loads", "refused", "unknown"]
+Status = Literal["exact", "approximate", "refused", "not tested"]
+"""What a runtime makes of a carrier: the hooked function, something near it, nothing (it would
+refuse the files, or silently serve another model), or something that nobody has run."""
 
 
 class Exactness(StrEnum):
@@ -113,13 +115,22 @@ class ConfigChange:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeVerdict:
-    """Whether a runtime loads the planned checkpoint as it is meant."""
+    """What one runtime makes of a plan in one carrier."""
 
     runtime: str
     status: Status
     reason: str
     wanted: bool
     """Whether the recipe names the runtime as a target."""
+    reads: bool = True
+    """Whether the runtime is one that such files are for. A target need not read every carrier."""
+    known: bool = True
+    """Whether the table says anything of the runtime with this carrier."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the verdict keeps the carrier from being written."""
+        return self.wanted and self.reads and (self.status == "refused" or not self.known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,10 +144,18 @@ class Plan:
     config: tuple[ConfigChange, ...]
     findings: tuple[Finding, ...]
     runtimes: tuple[RuntimeVerdict, ...]
+    """What every runtime makes of the checkpoint."""
     notes: tuple[str, ...]
     """What the plan does beyond the edits themselves: untied head, opened bias slots, a recast."""
     created_bytes: int
     """Size of the tensors that the base checkpoint does not have."""
+    asked: tuple[Edit, ...] | None = None
+    """What the hooks apply, where ``edits`` holds fitted stand-ins for some of it."""
+
+    @property
+    def reference(self) -> tuple[Edit, ...]:
+        """The edits that the result is verified against."""
+        return self.edits if self.asked is None else self.asked
 
     @property
     def exactness(self) -> Exactness:

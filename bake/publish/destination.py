@@ -7,6 +7,11 @@ from typing import Any
 from bake.checkpoints.hub import parse_hub_id
 from bake.errors import UsageError
 
+VERIFIED = "published and verified"
+"""The outcome of a push whose files were downloaded again and compared, every byte of them."""
+UNVERIFIED = "published but unverified"
+"""The outcome of any other: the hashes that the Hub states are right, its bytes were not read."""
+
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
@@ -52,6 +57,8 @@ class Pushed:
         endpoint: the Hub.
         account: who published.
         public: whether everybody can see it.
+        outcome: ``published and verified`` or ``published but unverified``; empty in a dry run.
+        unverified: why the artifact has no verification against hooks that counts, or None.
         uploaded: names of the files that were sent or looked up by their hash.
         copied: names of those that the Hub took from the base's repository.
         deleted: names of those that were on the Hub only.
@@ -70,6 +77,8 @@ class Pushed:
     endpoint: str
     account: str
     public: bool
+    outcome: str
+    unverified: str | None
     uploaded: tuple[str, ...]
     copied: tuple[str, ...]
     deleted: tuple[str, ...]

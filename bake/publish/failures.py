@@ -71,7 +71,11 @@ def told(account: Account, doing: str) -> Iterator[None]:
 def explain(error: BaseException, account: Account, doing: str) -> HubError:
     """Return the error that says what happened, where and what to do."""
     cause = _cause(error)
-    what, fix = _status(cause, account) if _code(cause) is not None else _plain(cause, account)
+    if _code(cause) is None:
+        what, fix = _plain(cause, account)
+    else:
+        reading = doing.startswith(("reading", "downloading"))
+        what, fix = _status(cause, account, reading=reading)
     return HubError(redact(what), where=f"while {doing}", fix=redact(fix))
 
 
@@ -95,17 +99,29 @@ def status_of(error: BaseException) -> int | None:
     return _code(_cause(error))
 
 
-def _status(error: BaseException, account: Account) -> tuple[str, str]:
+def _status(error: BaseException, account: Account, *, reading: bool) -> tuple[str, str]:
     """Explain a reply of the Hub by its class and its status."""
     repo, status = account.repo, _code(error)
     if isinstance(error, theirs.GatedRepoError):
         return f"{repo} is gated and {account.name} is not on its list", (
             f"accept the terms at {account.page} as {account.name}"
         )
+    if isinstance(error, theirs.DisabledRepoError):
+        return f"the Hub has disabled {repo}: {_said(error)}", f"see {account.page}"
+    if isinstance(error, theirs.RevisionNotFoundError):
+        return f"{repo} has no such branch or commit: {_said(error)}", (
+            f"see {account.page}/commits"
+        )
+    if isinstance(error, theirs.RemoteEntryNotFoundError):
+        return f"{repo} lacks a file: {_said(error)}", f"see {account.page}/tree/main"
     if isinstance(error, theirs.RepositoryNotFoundError) or status == 404:
         return f"{repo} is not on the Hub, or your token cannot see it", f"check the name; {_LOGIN}"
     if status == 401:
         return "the Hub does not accept your token", _LOGIN
+    if status == 403 and reading:
+        return f"{account.name} may not read {repo}: {_said(error)}", (
+            f"use a token that can read it: {_LOGIN}"
+        )
     if status == 403:
         spaces = ", ".join(account.namespaces) or account.name
         return (
@@ -129,6 +145,9 @@ def _status(error: BaseException, account: Account) -> tuple[str, str]:
 
 def _plain(error: BaseException, account: Account) -> tuple[str, str]:
     """Explain a failure without a reply: no token, no network, a transfer that broke."""
+    # subtle: the client reports a dead network as "not in the cache"; the cause says which.
+    if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return _plain(error.__cause__, account)
     if isinstance(error, theirs.LocalTokenNotFoundError):
         return "there is no token of the Hub on this machine", _LOGIN
     if isinstance(error, theirs.OfflineModeIsEnabled):
@@ -138,7 +157,7 @@ def _plain(error: BaseException, account: Account) -> tuple[str, str]:
     if isinstance(error, CLIENT_ERROR):
         return f"cannot reach {constants.ENDPOINT}: {first_line(error)}", _AGAIN
     return (
-        f"the upload to {account.repo} broke off: {first_line(error)}",
+        f"the transfer with {account.repo} broke off: {first_line(error)}",
         f"{_AGAIN}; HF_HUB_DISABLE_XET=1 avoids the transfer by chunks",
     )
 

@@ -9,6 +9,7 @@ from bake.errors import InputError
 from bake.publish.names import CARD, regular
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 _LIMIT = 1_000_000
 
 
@@ -45,3 +46,10 @@ def card_metadata(text: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise InputError("has metadata that is no mapping of names", where=CARD)
     return found
+
+
+def first_line_of(text: str) -> str:
+    """Return the first line of a card that its reader sees: below the metadata, not blank."""
+    match = _BLOCK.match(text)
+    shown = _COMMENT.sub("", text if match is None else text[match.end() :])
+    return next((line.strip() for line in shown.splitlines() if line.strip()), "")

@@ -78,6 +78,11 @@ def entry_of_text(name: str, text: str) -> FileEntry:
     return FileEntry(name, len(data), hashlib.sha256(data).hexdigest(), git, (0, 0, 0))
 
 
+def entry_of(path: Path, name: str) -> FileEntry:
+    """Return the entry of a file, wherever it lies, under the name that it is published as."""
+    return _entry(name, path, Tally(0, None))
+
+
 def sums_text(hashes: dict[str, str]) -> str:
     """Return the text that lists hashes by name."""
     names = sorted(hashes, key=os.fsencode)
@@ -100,24 +105,25 @@ def read_manifest(folder: Path, progress: Progress | None = None) -> Manifest:
         raise InputError(str(problems[0]), where=str(folder))
     names = [name for name in found if name not in HUBS_OWN]
     paths = [regular(folder, name) for name in names]
-    tally = _Tally(sum(path.stat().st_size for path in paths), progress)
+    tally = Tally(sum(path.stat().st_size for path in paths), progress)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return Manifest(tuple(pool.map(lambda name, path: _entry(name, path, tally), names, paths)))
 
 
-class _Tally:
-    """Counts hashed bytes, for a progress bar."""
+class Tally:
+    """Counts bytes that are done, for a progress bar."""
 
     def __init__(self, total: int, report: Progress | None) -> None:
         self._done, self._total, self._report = 0, total, report
 
     def advance(self, count: int) -> None:
+        """Count some more."""
         self._done += count
         if self._report is not None:
             self._report(self._done, self._total)
 
 
-def _entry(name: str, path: Path, tally: _Tally) -> FileEntry:
+def _entry(name: str, path: Path, tally: Tally) -> FileEntry:
     before = stamp(path)
     size = before[0]
     sha256 = hashlib.sha256()
@@ -207,4 +213,4 @@ def write_text(folder: Path, name: str, text: str) -> FileEntry:
         Path(temporary).replace(target)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return _entry(name, target, _Tally(0, None))
+    return _entry(name, target, Tally(0, None))

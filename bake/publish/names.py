@@ -27,12 +27,16 @@ _LEFT_BY_DOWNLOADS = frozenset({".cache"})  # what snapshot_download(local_dir=â
 
 WEIGHTS = {
     "checkpoint": ".safetensors",
+    "merge": ".safetensors",
     "lora": ".safetensors",
     "gguf": ".gguf",
     "gguf-lora": ".gguf",
     "control-vector": ".gguf",
 }
 """The format of the weights by the kind of artifact that ``bake.json`` states."""
+
+WHOLE = frozenset({"checkpoint", "merge"})
+"""The kinds that are a whole model, all of whose tensors can be held against the base's."""
 
 TEXT = frozenset(".json .jsonl .jinja .txt .md .html .toml .yaml .yml .bpe .tiktoken .csv".split())
 IMAGES = frozenset(".png .svg .jpg .jpeg .gif .webp".split())

@@ -4,18 +4,20 @@ It needs no network. What only the Hub can say (the base's licence) is checked b
 ``check_terms`` before the repository is created.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.errors import InputError, UsageError
 from bake.publish import licences
-from bake.publish.frontmatter import card_metadata, read_card
+from bake.publish.frontmatter import card_metadata, first_line_of, read_card
 from bake.publish.names import CARD, Problem, check_links, check_names, problem_of, walk
 from bake.publish.record import RECORD, ArtifactRecord, read_json, read_record, unverified
 from bake.publish.scan import scan
-from bake.publish.weights import check_finite, check_weights
+from bake.publish.weights import check_finite, check_headers, check_weights
 
+_ADMITTED = re.compile(r"\b(?:unverified|not (?:been )?verified)\b", re.IGNORECASE)
 ALLOWANCES = ("licence", "paths", "code")
 
 
@@ -53,6 +55,7 @@ class Preflight:
         card: the text of its card, or None.
         notes: what the user should know, and what is no reason to stop.
         problems: everything that is.
+        unverified: why the artifact does not count as verified, or None.
     """
 
     folder: Path
@@ -61,10 +64,20 @@ class Preflight:
     card: str | None = field(repr=False)
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
+    unverified: str | None = None
 
 
-def preflight(folder: Path, terms: Terms) -> Preflight:
+def preflight(
+    folder: Path, terms: Terms, *, weights: Sequence[str] = (), card: str | None = None
+) -> Preflight:
     """Check an artifact on this machine.
+
+    Args:
+        folder: where it is.
+        terms: what the user takes on.
+        weights: names of weights that are not in the folder; whoever brings them checks what is
+            in them.
+        card: the card that the folder is going to have, in place of the one that it has.
 
     Raises:
         InputError: the folder is no artifact at all; everything else is a problem.
@@ -76,22 +89,25 @@ def preflight(folder: Path, terms: Terms) -> Preflight:
     names = list(found)
     links = check_links(folder, names)
     files = [name for name in names if name not in {link.where for link in links}]
+    files += weights
     problems += links + check_names(files, record.kind, code="code" in terms.allow)
     if not problems:  # what is inside a file matters only once the file may travel
-        problems += check_weights(folder, record)
+        problems += check_headers(folder) if weights else check_weights(folder, record)
         problems += scan(folder, names, paths="paths" in terms.allow)
-    if not problems:
+    if not problems and not weights:
         problems += check_finite(folder, record)
-    card, more = _check_card(folder, record, terms)
+    reason, more = _check_verification(folder, record, terms)
+    problems += more
+    card, more = _check_card(folder, record, terms, reason, card)
     problems += more
     problems += _gather(lambda: _check_code(folder, terms), "config.json")
-    problems += _gather(lambda: _check_verification(folder, record, terms), "verify.json")
     if record.base_on_hub and not record.pinned:
         problems.append(
             Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
         )
-    notes = tuple(_notes(record, terms))
-    return Preflight(folder, record, tuple(names), card, notes, tuple(dict.fromkeys(problems)))
+    notes = tuple(_notes(record, terms, reason))
+    problems = list(dict.fromkeys(problems))
+    return Preflight(folder, record, tuple(names), card, notes, tuple(problems), reason)
 
 
 def _gather(check: Callable[[], list[Problem]], name: str) -> list[Problem]:
@@ -102,10 +118,10 @@ def _gather(check: Callable[[], list[Problem]], name: str) -> list[Problem]:
 
 
 def _check_card(
-    folder: Path, record: ArtifactRecord, terms: Terms
+    folder: Path, record: ArtifactRecord, terms: Terms, reason: str | None, card: str | None
 ) -> tuple[str | None, list[Problem]]:
     try:
-        card = read_card(folder)
+        card = read_card(folder) if card is None else card
         if card is None:
             fix = "run `bake card`, or publish without with --no-card"
             return None, [] if terms.no_card else [Problem(CARD, "there is no card", fix)]
@@ -116,6 +132,9 @@ def _check_card(
     if record.base_on_hub and base is not None and record.base_repo not in named:
         what = f"names the base_model {base}, the record names {record.base_repo}"
         return card, [Problem(CARD, what, "run `bake card` again")]
+    if reason is not None and terms.unverified and not _ADMITTED.search(first_line_of(card)):
+        what = "does not say in its first line that the artifact is not verified"
+        return card, [Problem(CARD, what, "say so there, or remove it and have one generated")]
     return card, []
 
 
@@ -131,17 +150,23 @@ def _check_code(folder: Path, terms: Terms) -> list[Problem]:
     return problems
 
 
-def _check_verification(folder: Path, record: ArtifactRecord, terms: Terms) -> list[Problem]:
-    reason = unverified(folder, record)
+def _check_verification(
+    folder: Path, record: ArtifactRecord, terms: Terms
+) -> tuple[str | None, list[Problem]]:
+    """Return why the artifact does not count as verified, or None, and whether that stops it."""
+    try:
+        reason = unverified(folder, record)
+    except InputError as error:
+        return "verify.json is malformed", [problem_of(error, "verify.json")]
     if reason is None or terms.unverified:
-        return []
+        return reason, []
     fix = "run `bake verify`, or publish as it is with --unverified"
-    return [Problem("verify.json", f"is no proof of this plan: {reason}", fix)]
+    return reason, [Problem("verify.json", f"is no proof of this plan: {reason}", fix)]
 
 
-def _notes(record: ArtifactRecord, terms: Terms) -> list[str]:
+def _notes(record: ArtifactRecord, terms: Terms, reason: str | None) -> list[str]:
     notes = []
-    if terms.unverified:
+    if terms.unverified and reason is not None:
         notes.append("the artifact is published without a verification that passed")
     if not record.base_on_hub:
         notes.append(f"the base {record.base} is a folder: nobody else can reproduce this model")

@@ -49,6 +49,7 @@ def statement(record: ArtifactRecord, manifest: Manifest) -> str:
             "resolvedDependencies": [
                 _base(record, base),
                 *_directions(content.get("directions", {})),
+                *_adapter(content.get("adapter")),
             ],
         },
         "runDetails": {
@@ -87,6 +88,13 @@ def _directions(directions: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, found in sorted(directions.items())
     ]
+
+
+def _adapter(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the adapter of a merge as a dependency; its digest is over its two files'."""
+    if adapter is None:
+        return []
+    return [{"name": f"adapter {adapter.get('name')}", "digest": {"sha256": adapter.get("sha256")}}]
 
 
 def check_statement(folder: Path, record: ArtifactRecord, manifest: Manifest) -> str | None:

@@ -7,37 +7,38 @@ and the public view come last. Every step may be repeated, and a run after an in
 it up.
 """
 
-import json
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
-from huggingface_hub import HfApi, constants
-from huggingface_hub import errors as theirs
+from huggingface_hub import constants, try_to_load_from_cache
 
-from bake import __version__
-from bake.errors import HubError, InputError
-from bake.publish import licences
-from bake.publish.commit import (
-    Committed,
-    GuardedCommit,
-    Parts,
-    find_pull_request,
-    parts_of,
-    patiently,
-)
+from bake.checkpoints import open_checkpoint
+from bake.checkpoints.config import CONFIG
+from bake.errors import CheckpointError, HubError, InputError
+from bake.publish.commit import Parts
 from bake.publish.destination import Destination, Pushed
-from bake.publish.failures import RAISED, Account, redact, status_of, told
-from bake.publish.frontmatter import card_metadata, read_card
-from bake.publish.manifest import Manifest, Progress, manifest_of, stamp, write_text
-from bake.publish.preflight import Preflight, Terms, check_terms, preflight
-from bake.publish.record import RECORD
-from bake.publish.remote import RemoteFile, differences, read_tree
-from bake.publish.seal import as_error, prepare
-from bake.publish.session import DEADLINE, card_errors, client, patience, within
+from bake.publish.failures import redact
+from bake.publish.keys import Passphrase
+from bake.publish.manifest import (
+    Manifest,
+    Progress,
+    entry_of,
+    entry_of_text,
+    manifest_of,
+    stamp,
+    write_text,
+)
+from bake.publish.names import CARD, SIGNATURE, STATEMENT, SUMS, WHOLE
+from bake.publish.preflight import Preflight, Terms, preflight
+from bake.publish.record import ArtifactRecord, read_record
+from bake.publish.run import Run
+from bake.publish.scan import MAX_TEXT
+from bake.publish.seal import Sealed, as_error, prepare, seal_of
+from bake.publish.session import patience
+from bake.publish.weights import check_unchanged
 
 TIMEOUT = 120.0
 """Seconds that the Hub may take for one answer; it gives a commit up after 60."""
@@ -49,6 +50,9 @@ def push(
     terms: Terms,
     *,
     dry_run: bool = False,
+    download: bool = False,
+    key: Path | None = None,
+    passphrase: Passphrase = lambda: None,
     timeout: float = TIMEOUT,
     progress: Progress | None = None,
     remark: Callable[[str], None] = lambda text: None,
@@ -60,6 +64,9 @@ def push(
         to: where.
         terms: what the user takes on.
         dry_run: say what would be done; the Hub is read where it can be reached.
+        download: download everything again before the tag and the public view, and compare it.
+        key: sign the artifact with this private key.
+        passphrase: called where the key is encrypted.
         timeout: seconds that the Hub may take for one answer.
         progress: called with the bytes that are hashed and their total.
         remark: told what is being done.
@@ -68,352 +75,181 @@ def push(
         InputError: the artifact must not be published as it is.
         HubError: the Hub refuses, fails or holds other bytes than were sent.
     """
-    if constants.HF_HUB_OFFLINE and not dry_run:
+    if not dry_run:
+        refuse_offline()
+    card = _card_for(folder, to, terms)
+    found, sealed = _checked(folder, terms, progress, card, write=not dry_run)
+    if card is not None:
+        remark(f"{CARD} {'would be' if dry_run else 'is'} generated")
+    folder = folder.resolve()
+    if key is None:
+        _check_signature(folder, sealed.manifest)
+    manifest = sealed.manifest if dry_run else _written(folder, sealed)
+    if key is not None and not dry_run:
+        manifest = _signed(folder, manifest, key, passphrase)
+    receipt = folder.parent / f"{folder.name}.push.json"
+    run = Run(folder, to, terms, receipt, remark, download=download, manifest=manifest)
+    run.take(found)
+    if dry_run and constants.HF_HUB_OFFLINE:
+        run.account = replace(run.account, name="")
+        run.notes.append("the Hub is switched off and was not asked")
+        return run.would(Parts((), (), ()))
+    with listening(timeout) as said:
+        pushed = run.dry() if dry_run else run.complete(run.begin())
+    return replace(pushed, notes=(*pushed.notes, *said))
+
+
+def refuse_offline() -> None:
+    """Refuse to publish while the Hub is switched off.
+
+    Raises:
+        HubError: it is.
+    """
+    if constants.HF_HUB_OFFLINE:
         raise HubError(
             "publishing needs the Hub, which is switched off", fix="unset HF_HUB_OFFLINE"
         )
-    found, manifest = _checked(folder, terms, progress, write=not dry_run)
-    if constants.HF_HUB_OFFLINE:
-        notes = (*found.notes, "the Hub is switched off and was not asked")
-        return _dry(to, found, manifest, Account(to.repo, "", ()), notes, Parts((), (), ()))
+
+
+@contextmanager
+def listening(timeout: float) -> Iterator[list[str]]:
+    """Bound the client's patience; yield a list that holds its remarks on the card afterwards."""
+    said: list[str] = []
     with patience(timeout), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        run = _Run(folder.resolve(), to, terms, found, manifest, remark)
-        pushed = run.dry() if dry_run else run.publish()
-    said = tuple(redact(str(w.message)) for w in warned if "metadata" in str(w.message))
-    return _with_notes(pushed, said)
+        yield said
+    said += [redact(str(w.message)) for w in warned if "metadata" in str(w.message)]
+
+
+def compare_with_base(folder: Path, record: ArtifactRecord) -> list[str]:
+    """Compare every tensor that the plan leaves alone with the base's, where the base is at hand.
+
+    Args:
+        folder: the artifact.
+        record: what it says of itself.
+
+    Returns:
+        what there is to say when it is not.
+
+    Raises:
+        InputError: a tensor differs although the plan leaves it alone.
+    """
+    if record.kind not in WHOLE:
+        return []
+    base = _base_at_hand(folder, record)
+    if base is None:
+        return ["the base is not on this machine: untouched tensors were not compared with it"]
+    error = as_error(tuple(check_unchanged(folder, record, base)), str(folder))
+    if error is not None:
+        raise error
+    return []
+
+
+def _base_at_hand(folder: Path, record: ArtifactRecord) -> Path | None:
+    """Return the folder of the base, its own or that of the Hub's cache, when it is whole."""
+    path = record.content["base"].get("path")
+    base = folder / path if isinstance(path, str) else None
+    if record.base_on_hub and record.pinned:
+        config = try_to_load_from_cache(record.base_repo, CONFIG, revision=record.revision)
+        base = Path(config).parent if isinstance(config, str) else None
+    if base is None:
+        return None
+    try:
+        open_checkpoint(base)
+    except CheckpointError:
+        return None  # moved, or in the cache in part
+    return base
+
+
+def _card_for(folder: Path, to: Destination, terms: Terms) -> str | None:
+    """Return the card that is to be generated: there is none, or one of bake's that nobody edited.
+
+    Raises:
+        InputError: the folder is no artifact, or its records do not make a card.
+    """
+    path = folder / CARD
+    if folder.is_symlink() or not folder.is_dir() or path.is_symlink():
+        return None  # the preflight says what that means
+    if terms.no_card if not path.exists() else not is_bakes(path):
+        return None
+    from bake.publish.card import lint_card, render_card
+    from bake.publish.cards.metadata import RELATION
+
+    if read_record(folder).kind not in RELATION:
+        return None  # there is no card for this kind yet: the preflight asks for one
+    text = render_card(folder, repo=to.repo, unverified=terms.unverified)
+    error = as_error(lint_card(text, folder), str(path))
+    if error is not None:
+        raise error
+    return text
+
+
+def is_bakes(path: Path) -> bool:
+    """Tell whether a file is a card that bake wrote and nobody has edited since."""
+    from bake.publish.cards.stamp import is_stamped
+
+    if not path.is_file() or path.stat().st_size > MAX_TEXT:
+        return False
+    return is_stamped(path.read_bytes().decode("utf-8", errors="replace"))
 
 
 def _checked(
-    folder: Path, terms: Terms, progress: Progress | None, *, write: bool
-) -> tuple[Preflight, Manifest]:
-    """Check and seal a folder that nobody writes to meanwhile."""
-    found = preflight(folder, terms)
+    folder: Path,
+    terms: Terms,
+    progress: Progress | None,
+    card: str | None,
+    *,
+    write: bool,
+) -> tuple[Preflight, Sealed]:
+    """Check a folder that nobody writes to meanwhile, and return its seal."""
+    found = preflight(folder, terms, card=card)
     error = as_error(found.problems, str(folder))
     if error is not None:
         raise error
-    stamps = {name: stamp(folder / name) for name in found.names}
+    compared = compare_with_base(folder.resolve(), found.record)
+    found = replace(found, notes=(*found.notes, *compared))
+    if write and card is not None:
+        write_text(folder.resolve(), CARD, card)
+    there = {*found.names, CARD} if write and card is not None else found.names
+    stamps = {name: stamp(folder / name) for name in there}
     sealed = prepare(folder, progress)
     for file in sealed.manifest.files:
         if file.name not in sealed.texts and stamps.get(file.name) != file.stamp:
             raise InputError("changed while it was being checked", where=file.name, fix="run again")
-    if not write:
-        return found, sealed.manifest
+    if not write and card is not None:
+        files = sealed.manifest.by_name() | {CARD: entry_of_text(CARD, card)}
+        sealed = seal_of(found.record, manifest_of(files.values()), str(folder))
+    return found, sealed
+
+
+def _written(folder: Path, sealed: Sealed) -> Manifest:
+    """Write the seal and return what is there now."""
     files = sealed.manifest.by_name()
     for name, text in sealed.texts.items():
-        files[name] = write_text(folder.resolve(), name, text)
-    return found, manifest_of(files.values())
+        files[name] = write_text(folder, name, text)
+    return manifest_of(files.values())
 
 
-def _tag(manifest: Manifest) -> str:
-    return f"bake-{manifest.digest[:12]}"
+def _signed(folder: Path, manifest: Manifest, key: Path, passphrase: Passphrase) -> Manifest:
+    """Sign what is sealed; the signature is the last file that comes."""
+    from bake.publish.sign import sign
+
+    sign(folder, key, passphrase=passphrase)
+    # Signing seals again, which gives the same bytes in other files.
+    again = {name: entry_of(folder / name, name) for name in (STATEMENT, SUMS, SIGNATURE)}
+    return manifest_of((manifest.by_name() | again).values())
 
 
-def _dry(
-    to: Destination,
-    found: Preflight,
-    manifest: Manifest,
-    account: Account,
-    notes: tuple[str, ...],
-    parts: Parts,
-) -> Pushed:
-    return Pushed(
-        repo=to.repo,
-        url="",
-        commit="",
-        tag=_tag(manifest),
-        pull_request=None,
-        digest=manifest.digest,
-        plan_digest=found.record.plan_digest,
-        endpoint=constants.ENDPOINT,
-        account=account.name,
-        public=to.public,
-        uploaded=tuple(file.name for file in parts.add),
-        copied=tuple(file.name for file, _ in parts.copy),
-        deleted=parts.delete,
-        unchanged=parts.empty,
-        dry_run=True,
-        notes=notes,
-    )
+def _check_signature(folder: Path, manifest: Manifest) -> None:
+    """Refuse a signature that is over other files: whoever verifies it would see a forgery.
 
+    Raises:
+        InputError: it is out of date, or none.
+    """
+    if SIGNATURE not in manifest.by_name():
+        return
+    from bake.publish.sign import out_of_date
 
-def _with_notes(pushed: Pushed, more: tuple[str, ...]) -> Pushed:
-    return replace(pushed, notes=(*pushed.notes, *more))
-
-
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """The state of the repository: None as its commit when it does not exist."""
-
-    commit: str | None
-    private: bool
-    tree: dict[str, RemoteFile]
-
-
-@dataclass(slots=True)
-class _Run:
-    """One push."""
-
-    folder: Path
-    to: Destination
-    terms: Terms
-    found: Preflight
-    manifest: Manifest
-    remark: Callable[[str], None]
-    api: HfApi = field(default_factory=client)
-    account: Account = field(init=False)
-    notes: list[str] = field(default_factory=list)
-    base_gated: str = ""
-
-    def __post_init__(self) -> None:
-        self.account = Account(self.to.repo, "this account", ())
-        self.notes += self.found.notes
-
-    def dry(self) -> Pushed:
-        """Say what would be done; nothing is written, here or there."""
-        self._who()
-        self._check_base()
-        head = self._head()
-        self._check_head(head)
-        parts = parts_of(self.manifest, head.tree, self._base_tree())
-        if head.commit is None:
-            self.notes.append(f"{self.to.repo} would be created, private")
-        return _dry(self.to, self.found, self.manifest, self.account, tuple(self.notes), parts)
-
-    def publish(self) -> Pushed:
-        """Do it, step by step; see the head of this module."""
-        self._who()
-        self._check_base()
-        head = self._head()
-        self._check_head(head)
-        if head.commit is None:
-            head = self._create()
-            self._check_head(head)
-        assert head.commit is not None
-        parts = parts_of(self.manifest, head.tree, {})
-        made = Committed(head.commit, None, (), ()) if parts.empty else self._commit(head)
-        self._compare(made.commit)
-        if not self.to.pull_request:
-            self._tag(made.commit)
-        public = self._show(head)
-        pushed = Pushed(
-            repo=self.to.repo,
-            url=made.pull_request or f"{self.account.page}/commit/{made.commit}",
-            commit=made.commit,
-            tag="" if self.to.pull_request else _tag(self.manifest),
-            pull_request=made.pull_request,
-            digest=self.manifest.digest,
-            plan_digest=self.found.record.plan_digest,
-            endpoint=constants.ENDPOINT,
-            account=self.account.name,
-            public=public,
-            uploaded=made.uploaded,
-            copied=made.copied,
-            deleted=parts.delete if made.uploaded or made.copied else (),
-            unchanged=not (made.uploaded or made.copied or parts.delete),
-            dry_run=False,
-            notes=tuple(self.notes),
-        )
-        return _with_notes(pushed, _receipt(self.folder, pushed))
-
-    def _who(self) -> None:
-        """Ask whose token this is, and say where it goes."""
-        if constants.ENDPOINT != "https://huggingface.co":
-            self.remark(f"the Hub is {constants.ENDPOINT}: your token is sent there")
-        with told(self.account, "asking who you are"):
-            found = patiently(lambda: self.api.whoami(cache=True))
-        spaces = (found["name"], *(org["name"] for org in found.get("orgs", [])))
-        self.account = Account(self.to.repo, found["name"], tuple(map(str, spaces)))
-        self.remark(f"publishing as {found['name']} to {self.account.page}")
-
-    def _check_base(self) -> None:
-        """Ask the Hub for the base's licence and refuse what it does not permit."""
-        record = self.found.record
-        if record.base_on_hub:
-            asking = Account(record.base_repo, self.account.name, self.account.namespaces)
-            with told(asking, "reading the base's licence"):
-                info = patiently(
-                    lambda: self.api.model_info(record.base_repo, revision=record.revision)
-                )
-            card = {} if info.card_data is None else dict(vars(info.card_data))
-            self.base_gated = info.gated if isinstance(info.gated, str) else ""
-        else:
-            card = self._local_card()
-        base = licences.stated(card)
-        problems = check_terms(self.found, self.terms, base=base, repo=self.to.repo)
-        error = as_error(problems, str(self.folder))
-        if error is not None:
-            raise error
-        if (said := licences.remark(base)) is not None:
-            self.notes.append(said)
-        if self.base_gated:
-            self.notes.append(f"the base is gated ({self.base_gated}): keep to its terms")
-
-    def _local_card(self) -> dict[str, Any]:
-        """Return the metadata of the card in the folder of a local base."""
-        path = self.found.record.content["base"].get("path")
-        text = read_card(self.folder / path) if isinstance(path, str) else None
-        return {} if text is None else card_metadata(text)
-
-    def _head(self) -> _Head:
-        """Return what the repository holds at the branch."""
-        repo = self.to.repo
-        try:
-            info = patiently(lambda: self.api.model_info(repo))
-        except theirs.GatedRepoError as error:
-            with told(self.account, "reading the repository"):
-                raise error
-        except theirs.RepositoryNotFoundError:
-            if self.to.pull_request:
-                with told(self.account, "reading the repository"):
-                    raise
-            return _Head(None, True, {})
-        except RAISED as error:
-            with told(self.account, "reading the repository"):
-                raise error
-        with told(self.account, "reading the repository"):
-            commit = self._branch(str(info.sha))
-            tree = patiently(lambda: read_tree(self.api, repo, commit))
-        return _Head(commit, bool(info.private), tree)
-
-    def _branch(self, main: str) -> str:
-        """Return the commit of the branch; that of main where there is no such branch yet."""
-        if self.to.revision == "main":
-            return main
-        try:
-            info = patiently(lambda: self.api.model_info(self.to.repo, revision=self.to.revision))
-        except theirs.RevisionNotFoundError:
-            return main
-        return str(info.sha)
-
-    def _check_head(self, head: _Head) -> None:
-        """Refuse a repository that is not ours to overwrite, or public against expectation."""
-        if head.commit is None or self.to.pull_request:
-            return
-        if head.tree and RECORD not in head.tree:
-            raise HubError(
-                f"{self.to.repo} exists and holds something that bake did not make",
-                why=f"it has {len(head.tree)} files and no {RECORD}",
-                fix="choose another name, or propose the change with --create-pr",
-            )
-        if not head.private and not self.to.public:
-            raise HubError(
-                f"{self.to.repo} is public: everybody would see this at once",
-                fix="say so with --public, make it private, or choose another name",
-            )
-
-    def _create(self) -> _Head:
-        """Create the repository, private, and return its state."""
-        self.remark(f"creating {self.to.repo}, private")
-        with told(self.account, "creating the repository"):
-            within(
-                DEADLINE,
-                lambda: patiently(
-                    lambda: self.api.create_repo(self.to.repo, private=True, exist_ok=True)
-                ),
-            )
-        return self._head()
-
-    def _base_tree(self) -> dict[str, RemoteFile]:
-        """Return the base's files on the Hub, for copying; none where they cannot be read."""
-        record = self.found.record
-        if not record.base_on_hub or not record.pinned:
-            return {}
-        try:
-            return patiently(lambda: read_tree(self.api, record.base_repo, str(record.revision)))
-        except RAISED as error:
-            if status_of(error) in (401, 403, 404):
-                return {}  # nothing to copy from then: every file is uploaded
-            with told(self.account, "reading the base"):
-                raise
-
-    def _commit(self, head: _Head) -> Committed:
-        assert head.commit is not None
-        parts = parts_of(self.manifest, head.tree, self._base_tree())
-        record, repo = self.found.record, self.to.repo
-        if self.to.pull_request:
-            with told(self.account, "looking for the pull request"):
-                there = find_pull_request(self.api, repo, self.manifest)
-            if there is not None:
-                return there
-        elif self.to.revision != "main":
-            with told(self.account, "creating the branch"):
-                patiently(
-                    lambda: self.api.create_branch(
-                        repo, branch=self.to.revision, revision=head.commit, exist_ok=True
-                    )
-                )
-        size = sum(file.size for file in parts.add)
-        self.remark(f"uploading {len(parts.add)} files with {size:,} bytes")
-        self._validate_card()
-        title = f"Publish {record.kind} of plan {record.plan_digest.removeprefix('sha256:')[:12]}"
-        text = f"Artifact {self.manifest.digest}, made by bake {record.content.get('bake')}."
-        guarded = GuardedCommit(
-            api=self.api,
-            account=self.account,
-            folder=self.folder,
-            manifest=self.manifest,
-            base=(record.base_repo, record.revision),
-            revision=self.to.revision,
-            parent=head.commit,
-            message=(title, text),
-            pull_request=self.to.pull_request,
-        )
-        return guarded.make(parts)
-
-    def _validate_card(self) -> None:
-        """Have the Hub read the card before gigabytes are sent for nothing."""
-        if self.found.card is None:
-            return
-        card = self.found.card
-        with told(self.account, "checking the card"):
-            errors = patiently(lambda: card_errors(card))
-        if errors:
-            raise HubError(
-                f"the Hub refuses the card: {redact('; '.join(errors))}", fix="correct README.md"
-            )
-
-    def _compare(self, commit: str) -> None:
-        """Require that the Hub holds these bytes, by the hashes that it states."""
-        with told(self.account, "comparing what the Hub holds"):
-            tree = patiently(lambda: read_tree(self.api, self.to.repo, commit))
-        wrong = differences(tree, self.manifest)
-        if wrong:
-            raise HubError(
-                f"{self.to.repo} does not hold what was sent: {wrong[0]}",
-                where=commit,
-                why=f"{len(wrong)} files differ; it was neither tagged nor made public",
-                fix="run the same command again",
-            )
-
-    def _tag(self, commit: str) -> None:
-        with told(self.account, "tagging"):
-            patiently(
-                lambda: self.api.create_tag(
-                    self.to.repo, tag=_tag(self.manifest), revision=commit, exist_ok=True
-                )
-            )
-
-    def _show(self, head: _Head) -> bool:
-        """Make the repository public when that was asked, and tell whether it is."""
-        if not self.to.public or not head.private:
-            return not head.private
-        settings: dict[str, Any] = {"private": False}
-        if self.base_gated:
-            settings["gated"] = self.base_gated
-        with told(self.account, "making the repository public"):
-            patiently(lambda: self.api.update_repo_settings(self.to.repo, **settings))
-        return True
-
-
-def _receipt(folder: Path, pushed: Pushed) -> tuple[str, ...]:
-    """Write what was done beside the folder; return what there is to say about that."""
-    name = f"{folder.name}.push.json"
-    versions = {"bake": __version__, "huggingface_hub": huggingface_hub.__version__}
-    content = {**pushed.to_json(), "versions": versions}
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    try:
-        write_text(folder.parent, name, text)
-    except OSError as error:
-        return (f"the receipt could not be written: {error.strerror}",)
-    return (f"the receipt is {folder.parent / name}",)
+    error = as_error(tuple(out_of_date(folder, manifest)), str(folder))
+    if error is not None:
+        raise error

@@ -108,6 +108,11 @@ def _check_json(text: str, name: str) -> None:
     strictjson.parse_object(text, where=name, constants=True)
 
 
+def findings(name: str, text: str, *, paths: bool = False) -> list[Problem]:
+    """Return the secrets and, unless they are allowed, the private names in a text."""
+    return list(_findings(name, text, paths=paths))
+
+
 def _findings(name: str, text: str, *, paths: bool, place: str | None = None) -> Iterator[Problem]:
     def at(match: re.Match[str]) -> str:
         return place or f"line {_line(text, match)}"

@@ -1,6 +1,6 @@
 """Seal an artifact with its sums and its statement, and check one that was sealed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.errors import InputError
@@ -39,6 +39,7 @@ class Check:
         size: bytes of all files.
         unverified: why the artifact does not count as verified, or None.
         problems: everything that is wrong, one line each.
+        manifest: every file with its hashes.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class Check:
     size: int
     unverified: str | None
     problems: tuple[Problem, ...]
+    manifest: Manifest = field(repr=False)
 
     def failure(self) -> InputError | None:
         """Return the problems as one error, or None when there are none."""
@@ -114,7 +116,16 @@ def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
         error = as_error(problems, str(folder))
         if error is not None:
             raise error
-    error = as_error(tuple(_unlike_record(record, manifest)), str(folder))
+    return seal_of(record, manifest, str(folder))
+
+
+def seal_of(record: ArtifactRecord, manifest: Manifest, where: str) -> Sealed:
+    """Return the seal of files that need not lie in one folder.
+
+    Raises:
+        InputError: they are not what the record lists.
+    """
+    error = as_error(tuple(_unlike_record(record, manifest)), where)
     if error is not None:
         raise error
     files = manifest.by_name()
@@ -161,6 +172,7 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
         size=manifest.size,
         unverified=reason,
         problems=tuple(problems),
+        manifest=manifest,
     )
 
 

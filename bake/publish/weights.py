@@ -1,7 +1,7 @@
 """The weights of an artifact: strict headers, a closed index, finite numbers, untouched tensors."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
 from bake.errors import InputError
-from bake.publish.names import WEIGHTS, Problem, problem_of, regular, walk
+from bake.publish.names import WEIGHTS, WHOLE, Problem, problem_of, regular, walk
 from bake.publish.record import ArtifactRecord
 
 MAX_HEADER = 25_000_000
 """Longest header text that the Hub's own client reads."""
 
 _ROWS = 1 << 24  # elements looked at in one step
+_SPAN = 1 << 26  # bytes looked at in one step, a multiple of every type's size
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -25,24 +26,40 @@ def check_weights(folder: Path, record: ArtifactRecord) -> list[Problem]:
     """Return what is wrong with headers, index and format of the weights."""
     folder = folder.resolve()
     suffix = WEIGHTS[record.kind]
-    names = [name for name in walk(folder)[0] if name.endswith((".safetensors", ".gguf"))]
-    problems: list[Problem] = []
-    for name in names:
-        try:
-            if name.endswith(".safetensors"):
-                _check_header(folder, name)
-            else:
-                _check_gguf(folder, name)
-        except InputError as error:
-            problems.append(problem_of(error, name))
+    names = _weights_in(folder)
+    problems = check_headers(folder)
     if not any(name.endswith(suffix) and "/" not in name for name in names):
         problems.append(Problem(suffix, f"an artifact of kind {record.kind} has no such file"))
-    if record.kind == "checkpoint" and not problems:
+    if record.kind in WHOLE and not problems:
         problems += _check_checkpoint(folder, record)
     return problems
 
 
-def _check_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
+def _weights_in(folder: Path) -> list[str]:
+    return [name for name in walk(folder)[0] if name.endswith((".safetensors", ".gguf"))]
+
+
+def check_headers(folder: Path) -> list[Problem]:
+    """Return what is wrong with the headers of the weights that are in a folder."""
+    folder = folder.resolve()
+    problems: list[Problem] = []
+    for name in _weights_in(folder):
+        try:
+            if name.endswith(".safetensors"):
+                read_header(folder, name)
+            else:
+                _check_gguf(folder, name)
+        except InputError as error:
+            problems.append(problem_of(error, name))
+    return problems
+
+
+def read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
+    """Return the tensors of a safetensors file, its header read strictly.
+
+    Raises:
+        InputError: the header is malformed, or too long for the Hub.
+    """
     path = regular(folder, name)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -67,7 +84,7 @@ def metadata(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: its header is malformed.
     """
-    _check_header(folder, name)
+    read_header(folder, name)
     with regular(folder, name).open("rb") as file:
         length = int.from_bytes(file.read(PREFIX), "little")
         content = json.loads(file.read(length))
@@ -105,7 +122,7 @@ def _check_total(checkpoint: Checkpoint) -> list[Problem]:
 
 def check_finite(folder: Path, record: ArtifactRecord) -> list[Problem]:
     """Return the edited tensors that hold NaN or an infinity."""
-    if record.kind != "checkpoint":
+    if record.kind not in WHOLE:
         return []
     checkpoint = open_checkpoint(folder.resolve())
     return [
@@ -128,9 +145,32 @@ def _finite(checkpoint: Checkpoint, name: str) -> Iterator[bool]:
         yield bool(torch.isfinite(rows).all())
 
 
+def check_shard(folder: Path, name: str, changed: Container[str]) -> list[Problem]:
+    """Return what is wrong with one file of weights: its header, or an edited tensor's values."""
+    try:
+        tensors = read_header(folder, name)
+    except InputError as error:
+        return [problem_of(error, name)]
+    return [
+        Problem(name, f"{info.name} holds NaN or an infinity", "export again")
+        for info in tensors
+        if info.name in changed and info.dtype in _FLOATS and not _finite_span(folder / name, info)
+    ]
+
+
+def _finite_span(path: Path, info: TensorInfo) -> bool:
+    with path.open("rb") as file:
+        file.seek(info.start)
+        for start in range(info.start, info.stop, _SPAN):
+            data = bytearray(file.read(min(_SPAN, info.stop - start)))
+            if not bool(torch.isfinite(torch.frombuffer(data, dtype=info.torch_dtype)).all()):
+                return False
+    return True
+
+
 def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Problem]:
     """Return the tensors that differ from the base's although the plan leaves them alone."""
-    if record.kind != "checkpoint":
+    if record.kind not in WHOLE:
         return []
     ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
     problems = []

@@ -7,6 +7,7 @@ known one. ``docs/recipes.md`` documents the keys.
 import difflib
 import hashlib
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,15 @@ from typing import Any, TypeVar
 from bake.directions import Shape
 from bake.edits import EditKind
 from bake.errors import InputError, UsageError
+from bake.families import CARRIERS, READS, RUNTIMES
 
 T = TypeVar("T")
 Toml = Any  # a value of the recipe: the one place where the type is the file's, not ours
 
-OUTPUTS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
+OUTPUTS = CARRIERS
 ALLOWANCES = ("recast", "nulling", "approximate")
-RUNTIMES = ("transformers", "vllm", "llama.cpp")
+TOKENS, RANK = 128, 8  # of a calibration, where the recipe does not say
+NOTICES = ("safety",)
 
 HUB_PREFIX = "hf://"
 LOCAL_PREFIXES = ("/", "./", "../", "~")
@@ -111,6 +114,47 @@ class ExportSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CardSpec:
+    """What the model card says beyond what the record shows: the words of whoever publishes it."""
+
+    notice: str | None = None
+    """``safety`` for an edit that concerns refusals or safety."""
+    summary: str | None = None
+    intended: str | None = None
+    side_effects: str | None = None
+    not_for: str | None = None
+    licence: str | None = None
+    """The licence's id as the Hub spells it; the base's own where it is absent."""
+    licence_name: str | None = None
+    language: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    """Data sets on the Hub that the directions were fitted on."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifySpec:
+    """What the result is held to where it is not exact."""
+
+    most_kl: float | None = None
+    """Limit of mean KL(hooked ‖ baked) over mean KL(hooked ‖ base)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateSpec:
+    """How stand-ins are fitted for edits that have no exact fold."""
+
+    prompts: str
+    """The file with the texts, as the recipe names it."""
+    path: Path
+    """The same from the recipe's own folder."""
+    tokens: int
+    """The most that are used of every text."""
+    rank: int
+    corrections: int | None
+    constant: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """A recipe, read and checked."""
 
@@ -124,6 +168,9 @@ class Recipe:
     directions: Mapping[str, DirectionSpec]
     edits: tuple[EditSpec, ...]
     export: ExportSpec
+    card: CardSpec = CardSpec()
+    verify: VerifySpec = VerifySpec()
+    calibrate: CalibrateSpec | None = None
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -135,7 +182,6 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         data = path.read_bytes()
-        text = data.decode("utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(
@@ -143,11 +189,27 @@ def load_recipe(path: Path) -> Recipe:
             where=str(path),
             fix="check the path: it is taken from the folder that bake runs in",
         ) from error
+    return parse_recipe(data, path)
+
+
+def parse_recipe(data: bytes, path: Path) -> Recipe:
+    """Return the recipe that a file holds.
+
+    Args:
+        data: the file's bytes.
+        path: where it is, which its own paths are taken from and messages name.
+
+    Raises:
+        InputError: the file is no UTF-8 text.
+        UsageError: it is no TOML, lacks a key, or holds an unknown or contradictory one.
+    """
+    try:
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError("the recipe is no UTF-8 text", where=str(path)) from error
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"the recipe is not valid TOML: {error}", where=str(path)) from error
     root = _Table(values, str(path))
     title = root.take("title", str, path.stem)
@@ -155,6 +217,9 @@ def load_recipe(path: Path) -> Recipe:
     artifacts = root.take("directions", dict, {})
     rows = root.take("edits", list, [])
     export = root.table("export", optional=True)
+    card = root.table("card", optional=True)
+    verify = root.table("verify", optional=True)
+    fitting = root.table("calibrate", optional=True)
     root.close()  # first: a table whose name is misspelt explains most of what else is missing
     directions = _directions(artifacts, path)
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
@@ -167,7 +232,23 @@ def load_recipe(path: Path) -> Recipe:
         directions=directions,
         edits=_edits(rows, path, directions),
         export=_export(export),
+        card=_card(card),
+        verify=_verify(verify),
+        calibrate=_calibrate(fitting, path.parent),
     )
+
+
+def card_of(text: str, *, where: str) -> CardSpec:
+    """Return the ``[card]`` of a recipe's text, as a record keeps it.
+
+    Raises:
+        UsageError: the text is no TOML, or its ``[card]`` holds an unknown key or value.
+    """
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"the recipe is not valid TOML: {error}", where=where) from error
+    return _card(_Table(values.get("card", {}), f"{where} [card]"))
 
 
 def override(
@@ -188,7 +269,7 @@ def override(
         target: other runtimes.
 
     Raises:
-        UsageError: a word that is none of the known ones.
+        UsageError: a word that is none of the known ones, or a runtime that reads no output.
     """
     base = recipe.base
     if model is not None:
@@ -203,6 +284,7 @@ def override(
         allow=tuple(dict.fromkeys((*recipe.export.allow, *words["allow"]))),
         target=words["target"] or recipe.export.target,
     )
+    _check_read(export.to, words["target"], "--target")
     return replace(recipe, base=base, export=export)
 
 
@@ -269,6 +351,11 @@ class _Table:
         values = self.take(key, dict, {} if optional else None)
         return _Table(values, f"{self.where} [{key}]")
 
+    @property
+    def empty(self) -> bool:
+        """Whether the table holds nothing, or is not there."""
+        return not self._values
+
     def words(self, key: str) -> tuple[str, ...]:
         """Return a text or a list of texts; an absent key gives none."""
         value = self.raw(key)
@@ -280,8 +367,13 @@ class _Table:
         return tuple(values)
 
     def choices(self, key: str, known: Sequence[str], default: tuple[str, ...]) -> tuple[str, ...]:
-        """Return a list of words, each one of ``known``, without repeats."""
+        """Return a list of words, each one of ``known``, without repeats.
+
+        Case, dots, hyphens and underscores do not count: ``vLLM``, ``llama_cpp`` and ``MLX-LM``.
+        """
+        names = {_plain(word): word for word in known}
         values = self.take(key, list, list(default))
+        values = [names.get(_plain(v), v) if isinstance(v, str) else v for v in values]
         for value in values:
             if value not in known:
                 raise UsageError(
@@ -295,6 +387,11 @@ class _Table:
             raise UsageError(
                 f"unknown key {key!r}", where=self.where, fix=_nearest(key, self._known)
             )
+
+
+def _plain(word: str) -> str:
+    """Return a word without what people spell in several ways."""
+    return re.sub(r"[-_. ]", "", word.lower())
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -484,7 +581,19 @@ def _check_directions(spec: EditSpec) -> None:
         )
 
 
+def _check_read(to: Sequence[str], targets: Sequence[str], where: str) -> None:
+    """Raise when a target that somebody named reads nothing of what is written."""
+    for target in targets:
+        if not set(READS[target]) & set(to):
+            raise UsageError(
+                f"{target} is a target, and reads no {' or '.join(to)}",
+                where=where,
+                fix=f"write {' or '.join(READS[target])} as well, or leave {target} out",
+            )
+
+
 def _export(table: _Table) -> ExportSpec:
+    named = "target" in table
     export = ExportSpec(
         to=table.choices("to", OUTPUTS, ("checkpoint",)),
         allow=table.choices("allow", ALLOWANCES, ()),
@@ -494,4 +603,77 @@ def _export(table: _Table) -> ExportSpec:
     for key, values in (("to", export.to), ("target", export.target)):
         if not values:
             raise UsageError(f"{key} is an empty list", where=table.where)
+    _check_read(export.to, export.target if named else (), table.where)
     return export
+
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+_DATASET = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def _card(table: _Table) -> CardSpec:
+    card = CardSpec(
+        notice=table.optional("notice", str),
+        summary=table.optional("summary", str),
+        intended=table.optional("intended", str),
+        side_effects=table.optional("side_effects", str),
+        not_for=table.optional("not_for", str),
+        licence=table.optional("licence", str),
+        licence_name=table.optional("licence_name", str),
+        language=table.words("language"),
+        datasets=table.words("datasets"),
+    )
+    table.close()
+    for key, values, pattern, meant in (
+        ("licence", (card.licence or "other",), _LICENCE, "an id as the Hub spells it: apache-2.0"),
+        ("language", card.language, _LANGUAGE, "an ISO 639 code: en"),
+        ("datasets", card.datasets, _DATASET, "an id on the Hub: owner/name"),
+    ):
+        for value in values:
+            if pattern.fullmatch(value) is None:
+                raise UsageError(f"{key} holds {value!r}", where=table.where, fix=f"give {meant}")
+    if card.notice is not None and card.notice not in NOTICES:
+        raise UsageError(
+            f"notice = {card.notice!r}", where=table.where, fix=_nearest(card.notice, NOTICES)
+        )
+    if (card.licence == "other") != (card.licence_name is not None):
+        raise UsageError(
+            'licence_name goes with licence = "other", and licence = "other" with it',
+            where=table.where,
+            fix="name the licence, or leave both out to inherit the base's",
+        )
+    return card
+
+
+def _verify(table: _Table) -> VerifySpec:
+    most_kl = table.optional("most_kl", float)
+    table.close()
+    if most_kl is not None and most_kl <= 0:
+        raise UsageError(
+            f"most_kl = {most_kl} is not above zero",
+            where=table.where,
+            why="it is what KL(hooked ‖ baked) may be of KL(hooked ‖ base), and no plan that is "
+            "not exact reaches 0",
+        )
+    return VerifySpec(most_kl)
+
+
+def _calibrate(table: _Table, folder: Path) -> CalibrateSpec | None:
+    if table.empty:
+        return None
+    prompts = table.take("prompts", str)
+    tokens = table.take("tokens", int, TOKENS)
+    rank = table.take("rank", int, RANK)
+    corrections = table.optional("corrections", int)
+    constant = table.take("constant", bool, True)
+    table.close()
+    for key, value, least in (
+        ("tokens", tokens, 1),
+        ("rank", rank, 1),
+        ("corrections", corrections, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{key} = {value} is below {least}", where=table.where)
+    path = folder / Path(prompts).expanduser()
+    return CalibrateSpec(prompts, path, tokens, rank, corrections, constant)

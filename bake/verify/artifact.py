@@ -1,19 +1,49 @@
 """What ``bake export`` wrote: its record, its edits, and whether its files are still the same."""
 
 import hashlib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
-from bake.edit_store import load_edits
+from bake.checkpoints import strictjson
+from bake.checkpoints.folder import regular_file
+from bake.edit_store import EDITS, FITTED, load_edits
 from bake.edits import Edit
-from bake.errors import InputError
+from bake.errors import BakeError, FamilyError, InputError
+from bake.families import Family
+from bake.families.table import parse_family
 
-RECORD, EDITS = "bake.json", "bake/edits.safetensors"
-CHECKPOINT = "checkpoint"
+RECORD = "bake.json"
+CHECKPOINT, MERGE = "checkpoint", "merge"
 _CHUNK = 8 << 20
+_LIMIT = 64_000_000
+# What a record has to hold, and of which type; NoneType where it may be absent.
+_TYPES: Mapping[tuple[str, ...], tuple[type, ...]] = {
+    ("kind",): (str,),
+    ("bake",): (str, NoneType),
+    ("plan",): (dict,),
+    ("plan", "digest"): (str,),
+    ("plan", "exactness"): (str,),
+    ("base",): (dict,),
+    ("base", "model"): (str,),
+    ("base", "revision"): (str, NoneType),
+    ("base", "digest"): (str, NoneType),
+    ("base", "path"): (str, NoneType),
+    ("recipe",): (dict, NoneType),
+    ("recipe", "title"): (str, NoneType),
+    ("recipe", "digest"): (str, NoneType),
+    ("family",): (dict, NoneType),
+    ("family", "text"): (str, NoneType),
+    ("verify",): (dict, NoneType),
+    ("export",): (dict, NoneType),
+    ("sketch",): (dict, NoneType),
+    ("allow",): (list, NoneType),
+    ("target",): (list, NoneType),
+    ("files",): (dict, NoneType),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +53,9 @@ class Baked:
     path: Path
     record: Mapping[str, Any]
     edits: tuple[Edit, ...]
+    """What the hooks apply."""
+    fitted: tuple[Edit, ...] | None = None
+    """What the weights hold instead, where stand-ins were fitted for some of the edits."""
 
     @property
     def kind(self) -> str:
@@ -40,6 +73,26 @@ class Baked:
         return str(self.record["plan"]["digest"])
 
     @property
+    def most_kl(self) -> float | None:
+        """The share of the effect's KL that the recipe allows, where it names one."""
+        found = (self.record.get("verify") or {}).get("most_kl")
+        return None if found is None else float(found)
+
+    def family(self) -> Family | None:
+        """Return the table of the user's own that the artifact was made with, or None.
+
+        Raises:
+            FamilyError: it is malformed.
+        """
+        table = self.record.get("family")
+        if table is None:
+            return None
+        try:
+            return parse_family(str(table.get("text")), f"{RECORD}: family")
+        except RecursionError as error:
+            raise FamilyError("nests too deeply to be parsed", where=f"{RECORD}: family") from error
+
+    @property
     def base(self) -> str:
         """Where the base model is: a folder, or a Hub id with its commit."""
         path = self.record["base"].get("path")
@@ -53,28 +106,63 @@ class Baked:
 
 
 def open_baked(path: Path) -> Baked:
-    """Return an artifact.
+    """Return an artifact. Its record may be anybody's: what is used of it is checked here.
 
     Raises:
         InputError: the folder holds no record of bake, or a malformed one.
     """
+    where = str(path / RECORD)
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        kind, plan, base = record["kind"], record["plan"], record["base"]
-        _ = plan["digest"], plan["exactness"], base["model"]
-        files = record.get("files", {})
-        known = isinstance(kind, str) and all(
-            isinstance(name, str) and isinstance(digest, str) for name, digest in files.items()
-        )
-        if not known:
-            raise ValueError("kind is no text, or files is no object of texts")
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        file = _own_file(path, RECORD)
+        if file.stat().st_size > _LIMIT:
+            raise InputError(f"is {file.stat().st_size} bytes long; the limit is {_LIMIT}")
+        text = strictjson.decode(file.read_bytes(), where=RECORD)
+        record = strictjson.parse_object(text, where=RECORD, constants=True)
+        _check_record(record)
+    except (OSError, InputError, FamilyError) as error:
+        reason = error.what if isinstance(error, BakeError) else error.strerror or str(error)
         raise InputError(
-            f"this is no artifact of bake: {RECORD} cannot be read ({error!r})",
+            f"this is no artifact of bake: {RECORD} cannot be read ({reason})",
             where=str(path),
             fix="name a folder that `bake export` wrote",
         ) from error
-    return Baked(path, record, load_edits(path / EDITS))
+    if record["kind"] == MERGE:
+        return Baked(path, record, ())  # what it executes is an adapter, not edits
+    if not (path / EDITS).is_file():
+        return Baked(path, record, load_edits(path / EDITS))  # which says that it is missing
+    edits = load_edits(_own_file(path, EDITS))
+    for edit in edits:
+        if not edit.concept.isprintable():
+            raise InputError(f"the concept {edit.concept!r} cannot be shown", where=where)
+    fitted = load_edits(_own_file(path, FITTED)) if "calibration" in record else None
+    return Baked(path, record, edits, fitted)
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    """Require the types of everything that is read from a record later.
+
+    Raises:
+        InputError: naming the key.
+    """
+    for names, kinds in _TYPES.items():
+        value: Any = record
+        for key in names[:-1]:
+            value = value.get(key, {}) if isinstance(value, Mapping) else {}
+        found = value.get(names[-1]) if isinstance(value, Mapping) else None
+        shown = names[-1] == "text" or not isinstance(found, str) or found.isprintable()
+        if not isinstance(found, kinds) or not shown:
+            raise InputError(f"{'.'.join(names)} is missing or not what is meant there")
+    for key in ("allow", "target"):
+        if not all(isinstance(word, str) for word in record.get(key) or ()):
+            raise InputError(f"{key} is no list of texts")
+    for name, digest in (record.get("files") or {}).items():
+        if not isinstance(digest, str) or not name.isprintable():
+            raise InputError("files is no object of names and digests")
+    limit = (record.get("verify") or {}).get("most_kl")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
+        raise InputError("verify.most_kl is no number")
+    if limit is not None and not 0 < limit < math.inf:
+        raise InputError(f"verify.most_kl is {limit}")
 
 
 def changed_files(baked: Baked) -> tuple[str, ...] | None:
@@ -88,15 +176,34 @@ def changed_files(baked: Baked) -> tuple[str, ...] | None:
     files: Mapping[str, str] | None = baked.record.get("files")
     if files is None:
         return None
-    folder = baked.path.resolve()
     changed = []
     for name, digest in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder):
+        if not is_inside(name):
             raise InputError(f"{RECORD} names the file {name}, outside the artifact")
-        if not path.is_file() or _sha256(path) != digest.removeprefix("sha256:"):
+        if not (baked.path / name).is_file():
+            changed.append(name)
+        elif _sha256(_own_file(baked.path, name)) != digest.removeprefix("sha256:"):
             changed.append(name)
     return tuple(changed)
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a name from a record stays below the folder that it is taken from."""
+    parts = PurePosixPath(name).parts
+    drive = "\\" in name or ":" in parts[0] if parts else True
+    return not (drive or name.startswith("/") or ".." in parts)
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """Return a file of the artifact: no link out of it, but for those of the Hub's cache.
+
+    Raises:
+        InputError: it is missing, or lies outside.
+    """
+    resolved = folder.resolve()
+    if not (resolved / name).parent.resolve().is_relative_to(resolved):
+        raise InputError(f"{name} lies outside the artifact", where=str(folder))
+    return regular_file(resolved, name)
 
 
 def _sha256(path: Path) -> str:

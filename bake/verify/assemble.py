@@ -11,6 +11,7 @@ from bake.verify import verdict
 from bake.verify.evidence import TORCH, Evidence, Subject
 from bake.verify.leak import leaks
 from bake.verify.metrics import Compared, compare_logits, stream_differences
+from bake.verify.models import LOADING
 from bake.verify.observe import block_sites
 from bake.verify.prompts import PromptSet
 from bake.verify.report import Report
@@ -41,6 +42,12 @@ def report_of(
     }
     effect = _compared(subject, evidence.exact.hooked, evidence.base)
     name, shown = _name(storage), compared[_name(storage)]
+    # The reference beside itself in float64: what the dtype alone costs, in every metric.
+    floors = {
+        f"floor {_name(dtype)}": _compared(subject, evidence.exact.hooked, runs.hooked)
+        for dtype, runs in evidence.runs.items()
+        if dtype != torch.float64
+    }
     return Report(
         artifact=str(subject.artifact.path),
         base=subject.artifact.base_name,
@@ -57,10 +64,10 @@ def report_of(
             *verdict.metric_rows(name, shown),
             *verdict.greedy_rows(bench),
         ),
-        environment=environment(),
+        environment=environment(subject.device),
         prompts=prompts.to_json(),
         metrics={
-            **{key: found.metrics.to_json() for key, found in compared.items()},
+            **{key: found.metrics.to_json() for key, found in (compared | floors).items()},
             "effect": effect.metrics.to_json(),
         },
         layers=_layers(subject, evidence, storage),
@@ -70,11 +77,13 @@ def report_of(
     )
 
 
-def environment() -> dict[str, str]:
-    """Return the versions of what computed."""
+def environment(device: str) -> dict[str, str]:
+    """Return the versions of what computed, and what it computed on."""
     import transformers
 
     return {
+        "device": device,
+        "attention": str(LOADING["attn_implementation"]),
         "bake": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -4,7 +4,9 @@ The reference shares no code with the fold: it loads the base with transformers,
 as hooks and runs it. The baked checkpoint is loaded as any user would load it.
 """
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -13,19 +15,26 @@ from typing import Any
 from bake import __version__
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.errors import InputError, UsageError
-from bake.families import Layout
+from bake.families import Layout, fit
 from bake.verify import verdict
-from bake.verify.artifact import CHECKPOINT, Baked, changed_files, open_baked
+from bake.verify.artifact import CHECKPOINT, MERGE, Baked, changed_files, open_baked
 from bake.verify.assemble import environment, report_of
 from bake.verify.effects import effects
 from bake.verify.evidence import Progress, Subject, collect
 from bake.verify.judgement import raise_unless_passed
 from bake.verify.memory import too_large
+from bake.verify.merged import adapter_of, compare_merged, target_of_merge
 from bake.verify.models import layout_of
-from bake.verify.prompts import LONGEST, PromptSet, default_prompts, given_prompts
+from bake.verify.prompts import (
+    LONGEST,
+    PromptSet,
+    default_prompts,
+    given_prompts,
+    read_prompts,
+)
 from bake.verify.report import Report, Row
 from bake.verify.runs import batches_of
-from bake.verify.serving import Runtimes, serve_all, serving, target_of
+from bake.verify.serving import Runtimes, Target, serve_all, serving, target_of
 from bake.verify.store import Store, question
 
 GREEDY = 16
@@ -38,7 +47,7 @@ def compare(
     out: Path,
     *,
     base: str | None = None,
-    prompts: Sequence[Sequence[int]] | PromptSet | None = None,
+    prompts: Sequence[Sequence[int]] | Path | None = None,
     family: Path | None = None,
     progress: Progress = lambda text: None,
     streamed: bool | None = None,
@@ -49,34 +58,70 @@ def compare(
     generate: int | None = None,
     scores: Sequence[str] = (),
     resume: Path | None = None,
+    adapter: Path | None = None,
 ) -> Report:
     """Measure how far a baked checkpoint lies from the hook-steered base model.
 
     Args:
         out: a folder that ``bake export`` wrote.
         base: the base model's folder or Hub id; as recorded when None.
-        prompts: token ids; when None, bake's own prompts where the artifact has a tokenizer, and
-            random tokens of several lengths where it has none.
-        family: a table of the user's own, where the export used one.
+        prompts: token ids, or a file of texts; when None, bake's own prompts where the artifact has
+            a tokenizer, and random tokens of several lengths where it has none. An adapter's and a
+            GGUF's tokenizer is that of the base.
+        family: a table of the user's own; that of the record when None, where the export used one.
         progress: told what is being done.
         streamed: hold one block in memory at a time; when None, where memory asks for it.
         device_map: as transformers takes it, for machines with accelerators.
-        most_kl: what KL(hooked ‖ baked) may be of KL(hooked ‖ base), for an approximate plan.
-        longest: tokens of each of bake's own prompts; 64 when None.
+        most_kl: what KL(hooked ‖ baked) may be of KL(hooked ‖ base), for an approximate plan; what
+            the recipe asks for when None.
+        longest: tokens of each text; of bake's own prompts 64 when None, of a file's all of them.
         runtimes: which runtimes serve the artifact as well.
         generate: greedy tokens after each prompt; when None, 16 with the model in memory, none
             streamed, since every token reads the whole model again.
         scores: what to score the generated text by, see ``bake.verify.scores``.
         resume: a folder for finished runs, so that an interrupted verification is taken up.
+        adapter: of a merge, the adapter's folder, where it has moved since.
 
     Raises:
         InputError: the artifact or the base cannot be read, or the base is another one.
         FamilyError: no table fits the base.
     """
     start = perf_counter()
-    case = _open(out, base, prompts, family, longest, runtimes, streamed, progress)
-    if case.artifact.kind != CHECKPOINT:
-        return _served_only(case)
+    artifact = open_baked(out)
+    if runtimes is not None:
+        runtimes.check(artifact.kind)
+    with _table(artifact, family) as own:
+        case = _open(artifact, base, prompts, own, longest, runtimes, streamed, progress)
+        if case.artifact.kind not in (CHECKPOINT, MERGE):
+            return _served_only(case)
+        most = artifact.most_kl if most_kl is None else most_kl
+        report = _compared(case, device_map, most, generate, scores, resume, adapter)
+    return replace(report, timing={**report.timing, "total": perf_counter() - start})
+
+
+@contextmanager
+def _table(artifact: Baked, family: Path | None) -> Iterator[Path | None]:
+    """Yield the file of the user's own table: the one that is named, or the one of the record."""
+    if family is not None or artifact.family() is None:
+        yield family
+        return
+    with tempfile.TemporaryDirectory(prefix="bake-") as folder:
+        path = Path(folder) / "family.toml"
+        path.write_text(artifact.record["family"]["text"], encoding="utf-8")
+        yield path
+
+
+def _compared(
+    case: "_Case",
+    device_map: str | None,
+    most_kl: float | None,
+    generate: int | None,
+    scores: Sequence[str],
+    resume: Path | None,
+    adapter: Path | None,
+) -> Report:
+    """Compare a checkpoint, with hooks on its base or with the adapter that was merged."""
+    out, progress = case.artifact.path, case.progress
     count = (0 if case.streamed else GREEDY) if generate is None else generate
     if scores and not count:
         raise UsageError("a score needs generated text", fix="name a length with --generate")
@@ -90,12 +135,14 @@ def compare(
         batches=batches_of(case.prompts.tokens),
         generate=count,
         texts=bool(scores),
-        family=family,
+        family=case.family,
         streamed=case.streamed,
         device_map=device_map,
         progress=progress,
         store=Store(resume, _question(case, baked)),
     )
+    if case.artifact.kind == MERGE:
+        return _compared_merge(case, subject, adapter_of(case.artifact, adapter), scores)
     progress("digests of the artifact's files")
     changed = changed_files(case.artifact)
     evidence = collect(subject)
@@ -108,8 +155,18 @@ def compare(
         rows=(*report.rows, *rows),
         runtimes=records,
         effects=found,
-        timing={"total": perf_counter() - start, "forward": evidence.seconds},
+        timing={"forward": evidence.seconds},
     )
+
+
+def _compared_merge(
+    case: "_Case", subject: Subject, adapter: Path, scores: Sequence[str]
+) -> Report:
+    """Compare a merged checkpoint with its adapter at work."""
+    report = compare_merged(subject, adapter, case.prompts, scores)
+    rows, records = _judge(case, lambda: target_of_merge(subject, adapter))
+    subject.store.clear()
+    return replace(report, rows=(*report.rows, *rows), runtimes=records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,26 +184,25 @@ class _Case:
 
 
 def _open(
-    out: Path,
+    artifact: Baked,
     base: str | None,
-    prompts: Sequence[Sequence[int]] | PromptSet | None,
+    prompts: Sequence[Sequence[int]] | Path | None,
     family: Path | None,
     longest: int | None,
     runtimes: Runtimes | None,
     streamed: bool | None,
     progress: Progress,
 ) -> _Case:
-    artifact = open_baked(out)
-    if runtimes is not None:
-        runtimes.check(artifact.kind)
     checkpoint = open_base(artifact, base)
-    layout = layout_of(checkpoint, family)
-    if prompts is None or not prompts:
-        # An adapter has no tokenizer of its own.
-        tokenizer = out if artifact.kind == CHECKPOINT else checkpoint.path
-        chosen = default_prompts(tokenizer, layout.dims["vocab"], longest or LONGEST)
+    layout = fit.layout_of(checkpoint, family)
+    # An adapter has no tokenizer of its own.
+    tokenizer = artifact.path if artifact.kind in (CHECKPOINT, MERGE) else checkpoint.path
+    if isinstance(prompts, Path):
+        chosen = read_prompts(prompts, tokenizer, longest)
+    elif prompts:
+        chosen = given_prompts(prompts)
     else:
-        chosen = prompts if isinstance(prompts, PromptSet) else given_prompts(prompts)
+        chosen = default_prompts(tokenizer, layout.dims["vocab"], longest or LONGEST)
     parts = too_large(checkpoint) if streamed is None else streamed
     return _Case(artifact, checkpoint, layout, chosen, family, runtimes, parts, progress)
 
@@ -157,7 +213,32 @@ def open_base(artifact: Baked, base: str | None) -> Checkpoint:
     Raises:
         InputError: it is another one than the artifact was made from.
     """
-    checkpoint = open_checkpoint(base or artifact.base, complete=True)
+    place = place_of_base(artifact) if base is None else base
+    return check_base(artifact, open_checkpoint(place, complete=True))
+
+
+def place_of_base(artifact: Baked) -> str:
+    """Return where the record says that the base is.
+
+    Raises:
+        InputError: a folder that is not there any more.
+    """
+    named = artifact.record["base"]
+    if named.get("path") is not None and not Path(artifact.base).is_dir():
+        raise InputError(
+            f"the base {named['model']} is not where it was: there is no {artifact.base}",
+            where=str(artifact.path),
+            fix="name it with --base",
+        )
+    return artifact.base
+
+
+def check_base(artifact: Baked, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that is found to be the artifact's base, by config and headers.
+
+    Raises:
+        InputError: it is another one than the artifact was made from.
+    """
     recorded = artifact.record["base"].get("digest")
     if recorded is not None and checkpoint.digest() != recorded:
         raise InputError(
@@ -189,17 +270,27 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _serve(case: _Case) -> tuple[tuple[Row, ...], tuple[dict[str, Any], ...]]:
+    def target() -> Target:
+        return target_of(
+            case.artifact,
+            case.base,
+            case.layout,
+            case.prompts.tokens,
+            family=case.family,
+            streamed=case.streamed,
+        )
+
+    return _judge(case, target)
+
+
+def _judge(
+    case: _Case, reference: Callable[[], Target]
+) -> tuple[tuple[Row, ...], tuple[dict[str, Any], ...]]:
+    """Return the rows and records of the runtimes that are asked for, beside a reference."""
     if case.runtimes is None:
         return (), ()
-    case.progress("hooked model for the runtimes")
-    target = target_of(
-        case.artifact,
-        case.base,
-        case.layout,
-        case.prompts.tokens,
-        family=case.family,
-        streamed=case.streamed,
-    )
+    case.progress("reference for the runtimes")
+    target = reference()
     rows, records = serve_all(case.runtimes, case.artifact, case.base, target, case.progress)
     effect = Row(
         "effect: hooked − base, max |Δlog p|",
@@ -233,7 +324,7 @@ def _served_only(case: _Case) -> Report:
         exactness=case.artifact.exactness,
         dtype=case.layout.dtype,
         rows=(effect, *verdict.files_row(changed_files(case.artifact)), *rows),
-        environment=environment(),
+        environment=environment("cpu"),
         prompts=case.prompts.to_json(),
         runtimes=records,
     )

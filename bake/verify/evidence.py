@@ -52,6 +52,13 @@ class Subject:
     store: Store
     _live: tuple[Source, torch.dtype, Live] | None = None
 
+    @property
+    def device(self) -> str:
+        """What the models run on, by name."""
+        if self.device_map is None or not torch.cuda.is_available():
+            return "cpu"
+        return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+
     def model(self, source: Source, dtype: torch.dtype) -> Live:
         """Return one of the two models; the one before it is let go first."""
         if self._live is not None and self._live[:2] == (source, dtype):
@@ -180,7 +187,7 @@ def collect(subject: Subject) -> Evidence:
     hooked = subject.trace("base and hooked model", "base", double, edits, sites=sites)
     baked = subject.trace("baked model", "baked", double, sites=everything, writes=True)
     evidence.runs[double] = Measured(hooked, None, baked)
-    evidence.controls = _controls(subject, held, baked)
+    evidence.controls = controls_of(subject, held, baked)
     storage = TORCH[subject.layout.dtype]
     for dtype in dict.fromkeys((torch.float32, storage)):
         if dtype == double:
@@ -207,7 +214,7 @@ def _texts(subject: Subject, dtype: torch.dtype) -> dict[str, Generated]:
     return found
 
 
-def _controls(subject: Subject, sites: Sequence[Site], baked: Trace) -> list[ControlRun]:
+def controls_of(subject: Subject, sites: Sequence[Site], baked: Trace) -> list[ControlRun]:
     """Return the broken bakes whose change the prompts reach, a few of each kind."""
     layout = layout_of(subject.baked, subject.family)
     found: list[ControlRun] = []

@@ -1,9 +1,12 @@
 """Write a report to disk: verify.json, verify.md, the plots, and one page of them all."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from bake.verify.html import page
 from bake.verify.markdown import markdown
@@ -11,6 +14,12 @@ from bake.verify.plots import draw, titles
 from bake.verify.report import Report
 
 JSON, MARKDOWN, HTML, PLOTS = "verify.json", "verify.md", "verify.html", "plots"
+# What stands before the last name of an absolute path. An address (https://…) is none, and neither
+# is a fraction or a path from here.
+_PLACE = re.compile(
+    r"(?<![\w./\\])(?:/(?:[^\s/'\"(),;]+/)*|[A-Za-z]:[\\/]+(?:[^\s\\/'\"(),;]+[\\/]+)*)"
+    r"(?=[\w.])"
+)
 
 
 def write_report(
@@ -28,8 +37,7 @@ def write_report(
         UsageError: plots or a page are wanted, and matplotlib is not installed.
     """
     drawn = html or (find_spec("matplotlib") is not None if plots is None else plots)
-    # A folder's own place on this machine says nothing to whoever reads the record.
-    report = replace(report, artifact=Path(report.artifact).name)
+    report = placeless(report)
     images = {title: draw(report, title) for title in titles(report)} if drawn else {}
     vectors = {title: draw(report, title, "svg") for title in titles(report)} if html else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +57,36 @@ def write_report(
         written.append(folder / name)
         written[-1].write_text(text, encoding="utf-8")
     return tuple(written)
+
+
+def placeless(report: Report) -> Report:
+    """Return a report without a path of this machine: it may be published, and says nothing there.
+
+    A folder or a file keeps its last name.
+    """
+    artifact = Path(report.artifact)
+    name = artifact.resolve().name if artifact.is_dir() else report.artifact
+    return replace(
+        report,
+        artifact=without_paths(name),
+        base=without_paths(report.base),
+        rows=tuple(replace(row, note=without_paths(row.note)) for row in report.rows),
+        prompts=without_paths(report.prompts),
+        environment=without_paths(report.environment),
+        runtimes=without_paths(report.runtimes),
+        effects=without_paths(report.effects),
+    )
+
+
+def without_paths(value: Any) -> Any:
+    """Return JSON values with every absolute path in a text cut down to its last name."""
+    if isinstance(value, str):
+        return _PLACE.sub("", value)
+    if isinstance(value, Mapping):
+        return {without_paths(key): without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_paths(item) for item in value)
+    return value
 
 
 def _slug(title: str) -> str:

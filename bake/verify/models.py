@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bake.checkpoints import Checkpoint
 from bake.errors import InputError
-from bake.families import Layout, find_family, read_family, resolve
+from bake.families import Layout, fit
 from bake.verify.memory import give_back
 from bake.verify.units import Read, Unit, drop_unit, load_unit, units_of
 
@@ -78,13 +78,7 @@ def layout_of(checkpoint: Checkpoint, family: Path | None = None) -> Layout:
         family: a table of the user's own; it is used where it is for the checkpoint's class, so
             that a model which was declared as another class gets that class's table.
     """
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
-    table = None if family is None else read_family(family)
-    classes = checkpoint.config.get("architectures") or ()
-    if table is None or (table.architectures and not set(classes) & set(table.architectures)):
-        table = find_family(checkpoint.config)
-    return resolve(table, checkpoint.config, shapes, dtypes)
+    return fit.layout_of(checkpoint, family, declared=True)
 
 
 def load(
@@ -122,14 +116,16 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
 
     logging.disable_progress_bar()
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
-        dtype=dtype,
-        output_loading_info=True,
-        local_files_only=True,
-        **LOADING,
-        **placed,
-    )
+    with _loading(checkpoint):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            **LOADING,
+            **placed,
+        )
     wrong = {key: sorted(names) for key, names in info.items() if names}
     if wrong:
         raise InputError(
@@ -139,6 +135,22 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers raises at a config that it does not load into one line.
+
+    Code that a config names is never run: such a model is refused.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"transformers does not load this checkpoint: {first}",
+            where=str(checkpoint.path),
+        ) from error
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
@@ -151,9 +163,14 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    with _loading(checkpoint):
+        config = AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False
+        )
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **LOADING)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False, **LOADING
+        )
     for name, buffer in list(model.named_buffers()):
         owner, _, key = name.rpartition(".")
         module = model.get_submodule(owner)

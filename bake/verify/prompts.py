@@ -122,7 +122,7 @@ def load_tokenizer(out: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(out, local_files_only=True)
+        return AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             "the artifact has no tokenizer that transformers loads",

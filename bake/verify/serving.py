@@ -18,7 +18,7 @@ from jaxtyping import Float
 from bake.checkpoints import Checkpoint
 from bake.errors import BakeError, UsageError
 from bake.families import Layout
-from bake.verify.artifact import Baked
+from bake.verify.artifact import CHECKPOINT, MERGE, Baked
 from bake.verify.evidence import TORCH
 from bake.verify.greedy import Generated, disagreement, generate
 from bake.verify.metrics import largest_difference
@@ -40,10 +40,10 @@ PROMPTS, TOKENS, GREEDY = 8, 16, 16
 llama.cpp answers one position at a time."""
 
 SERVES: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("checkpoint",),
+    "transformers": (CHECKPOINT, MERGE),
     "peft": ("lora",),
-    "vllm": ("checkpoint", "lora"),
-    "llama.cpp": ("checkpoint", "gguf", "gguf-lora", "control-vector"),
+    "vllm": (CHECKPOINT, MERGE, "lora"),
+    "llama.cpp": (CHECKPOINT, MERGE, "gguf", "gguf-lora", "control-vector"),
 }
 """The kinds of artifact that each runtime loads; llama.cpp a checkpoint once it is converted."""
 
@@ -122,21 +122,53 @@ def target_of(
         streamed: hold one block in memory at a time.
         generate_count: greedy tokens after each prompt.
     """
-    asked = tuple(tuple(prompt[:TOKENS]) for prompt in prompts[:PROMPTS])
+    asked = asked_of(prompts)
     batches, edits = batches_of(asked), artifact.edits
     live = load(base, torch.float64, family=family, streamed=streamed)
-    plain = run(live, batches).logits.log_softmax(-1)
+    plain = run(live, batches).logits
     hooked = run(live, batches, edits).logits
     greedy = generate(live, asked, generate_count, edits)
     del live
-    logprobs = hooked.log_softmax(-1)
-    narrow = {torch.float32, TORCH[layout.dtype]} - {torch.float64}
-    floors = {
-        dtype: largest_difference(
-            run(load(base, dtype, family=family, streamed=streamed), batches, edits).logits, hooked
-        )
-        for dtype in narrow
+    narrow = {
+        dtype: run(load(base, dtype, family=family, streamed=streamed), batches, edits).logits
+        for dtype in dict.fromkeys((*narrow_dtypes(layout), *_stored_in(artifact)))
     }
+    return target_from(layout, asked, plain, hooked, narrow, greedy, generate_count)
+
+
+def asked_of(prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Return what a runtime is asked: the first few tokens of the first few prompts."""
+    return tuple(tuple(prompt[:TOKENS]) for prompt in prompts[:PROMPTS])
+
+
+def narrow_dtypes(layout: Layout) -> tuple[torch.dtype, ...]:
+    """Return the dtypes below float64 in which the reference is run for its floor."""
+    found = dict.fromkeys((torch.float32, TORCH[layout.dtype]))
+    return tuple(dtype for dtype in found if dtype != torch.float64)
+
+
+def target_from(
+    layout: Layout,
+    asked: tuple[tuple[int, ...], ...],
+    plain: Float[torch.Tensor, "tokens vocab"],
+    hooked: Float[torch.Tensor, "tokens vocab"],
+    narrow: Mapping[torch.dtype, Float[torch.Tensor, "tokens vocab"]],
+    greedy: Generated,
+    count: int,
+) -> Target:
+    """Return what every runtime is held against.
+
+    Args:
+        layout: of the base.
+        asked: the prompts.
+        plain: the base's logits in float64.
+        hooked: the reference's logits in float64.
+        narrow: the reference's logits in other dtypes.
+        greedy: the reference's greedy text.
+        count: greedy tokens after each prompt.
+    """
+    logprobs = hooked.log_softmax(-1)
+    floor = max(largest_difference(found, hooked) for found in narrow.values())
     tolerance = logprob_tolerance(
         torch.float32,
         layers=layout.layers,
@@ -148,10 +180,10 @@ def target_of(
         logprobs=logprobs.numpy(),
         greedy=greedy,
         # A log-probability moves by twice what a logit does.
-        limit=tolerance + 2 * FLOOR_FACTOR * max(floors.values()),
-        effect=largest_difference(logprobs, plain),
+        limit=tolerance + 2 * FLOOR_FACTOR * floor,
+        effect=largest_difference(logprobs, plain.log_softmax(-1)),
         vocab=hooked.shape[1],
-        count=generate_count,
+        count=count,
     )
 
 
@@ -218,7 +250,7 @@ def _ask(
         return vllm.run(request, python, timeout=timeout)
     if artifact.kind == "gguf":
         request = replace(request, model=_only_gguf(artifact.path))
-    elif artifact.kind == "checkpoint":
+    elif artifact.kind in (CHECKPOINT, MERGE):
         request = replace(request, model=_converted(runtimes, artifact.path, scratch))
     else:
         model = _converted(runtimes, base.path, scratch)
@@ -273,18 +305,30 @@ def _judged(name: str, result: RuntimeResult, artifact: Baked, target: Target) -
     )
 
 
-def _quantised(artifact: Baked) -> bool:
-    """Whether a GGUF artifact holds weights in codes, which cost more than any tolerance here."""
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _types(artifact: Baked) -> frozenset[str]:
+    """Return the types of the tensors of a GGUF artifact; of any other none."""
     if artifact.kind != "gguf":
-        return False
+        return frozenset()
     import gguf
 
-    kept = {gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")}
-    return any(
-        tensor.tensor_type not in kept
+    return frozenset(
+        tensor.tensor_type.name
         for file in sorted(artifact.path.glob("*.gguf"))
         for tensor in gguf.GGUFReader(file).tensors
     )
+
+
+def _stored_in(artifact: Baked) -> tuple[torch.dtype, ...]:
+    """Return the floating types of a GGUF artifact, which may be narrower than the base's."""
+    return tuple(_FLOATS[name] for name in sorted(_types(artifact) & _FLOATS.keys()))
+
+
+def _quantised(artifact: Baked) -> bool:
+    """Whether a GGUF artifact holds weights in codes, which cost more than any tolerance here."""
+    return bool(_types(artifact) - _FLOATS.keys())
 
 
 def not_run(records: Sequence[Mapping[str, Any]]) -> BakeError | None:

@@ -52,14 +52,14 @@ def continue_greedily(
     return tokens[len(prompt) :], tuple(margins)
 
 
-def largest_difference(reference: Reference, result: RuntimeResult) -> float:
+def largest_difference(reference: Reference, result: RuntimeResult | Reference) -> float:
     """max |Δ log p| over every prompt, position and token, in nats."""
     pairs = zip(reference.prompt_logprobs, result.prompt_logprobs, strict=True)
     return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
 
 
 def first_disagreement(
-    reference: Reference, result: RuntimeResult, tolerance: float
+    reference: Reference, result: RuntimeResult | Reference, tolerance: float
 ) -> tuple[int, int] | None:
     """(prompt, step) of the first greedy token that differs, or None.
 

@@ -1,0 +1,95 @@
+"""Stand-ins for edits without an exact fold, as a recipe with ``[calibrate]`` asks for them."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bake.cli import render
+from bake.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from bake.checkpoints import Checkpoint
+    from bake.edits import Edit
+    from bake.families import Layout
+    from bake.plan import Plan
+    from bake.recipe import CalibrateSpec, Recipe
+
+
+def wanted(recipe: "Recipe", plan: "Plan") -> "CalibrateSpec | None":
+    """Return how stand-ins are to be fitted, or None where nothing is to be.
+
+    Raises:
+        UsageError: the recipe allows an approximation and names no texts to make it from.
+    """
+    from bake.plan import Exactness
+
+    if "approximate" not in recipe.export.allow or plan.exactness is not Exactness.IMPOSSIBLE:
+        return None
+    if recipe.calibrate is None:
+        raise UsageError(
+            "an approximation is allowed, and there are no texts to fit it on",
+            where=str(recipe.path),
+            fix="add [calibrate] with prompts = FILE, one text a line",
+        )
+    if recipe.verify.most_kl is None:
+        raise UsageError(
+            "an approximation is allowed, and nothing says how good it has to be",
+            where=str(recipe.path),
+            fix="add [verify] with most_kl, the share of the effect's KL that may be lost: 0.05",
+        )
+    return recipe.calibrate
+
+
+def fitted(
+    recipe: "Recipe",
+    spec: "CalibrateSpec",
+    plan: "Plan",
+    compile_: "Callable[[Sequence[Edit]], Plan]",
+    checkpoint: "Checkpoint",
+    layout: "Layout",
+) -> "tuple[Plan, dict[str, Any]]":
+    """Return a plan with stand-ins, and what the record keeps of how they were fitted.
+
+    The whole model is loaded in float32 and run on the texts.
+
+    Raises:
+        InputError: the texts or the model cannot be read.
+        UsageError, InexactPlan: nothing can be fitted.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from bake.calibrate import Settings, approximate
+    from bake.checkpoints import open_checkpoint
+    from bake.verify.prompts import read_prompts
+
+    if not checkpoint.complete:
+        checkpoint = open_checkpoint(
+            recipe.base.source, revision=checkpoint.revision, complete=True
+        )
+    prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "the base cannot be loaded to fit stand-ins",
+            where=str(checkpoint.path),
+            why=str(error).partition("\n")[0],
+        ) from error
+    settings = Settings(spec.rank, spec.corrections, spec.constant)
+    with render.progress("fitting stand-ins", visible=True, unit="writers") as move:
+        planned, facts = approximate(
+            plan,
+            compile_,
+            model=model.eval(),
+            layout=layout,
+            prompts=prompts.tokens,
+            settings=settings,
+            progress=move,
+        )
+    return planned, {**facts, "prompts": prompts.to_json()}

@@ -1,0 +1,352 @@
+"""From an artifact, here or on the Hub, back to its plan: what the commands on artifacts share.
+
+The edits are in the artifact, and the record says what the plan was allowed to do, so that the
+plan can be made again from the base alone. Its digest has to be the recorded one.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.cli.request import Request
+from bake.errors import BakeError, InputError, UsageError, VerificationFailed
+
+if TYPE_CHECKING:
+    from bake.checkpoints import Checkpoint
+    from bake.plan import Plan
+    from bake.recipe import Recipe
+    from bake.verify.artifact import Baked
+
+HUB_PREFIX = "hf://"
+RECORD = "bake.json"
+ADDRESS = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
+_COMPUTED = ("bake", "kind", "plan", "gguf", "files")
+"""What an output writes into the record by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An artifact that a command names.
+
+    Attributes:
+        folder: where its files are; for one on the Hub in the cache, which is never written to.
+        name: the folder, or ``owner/name@commit``.
+        published: whether it is on the Hub. Then its record is a stranger's, and paths in it mean
+            nothing here.
+        notes: what is worth knowing of how it arrived.
+    """
+
+    folder: Path
+    name: str
+    published: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def short(self) -> str:
+        """The last part of the name, without the commit."""
+        return self.name.partition("@")[0].rpartition("/")[2] if self.published else self.name
+
+
+def is_artifact(text: str) -> bool:
+    """Tell whether an argument names an artifact rather than a recipe."""
+    if text.startswith(HUB_PREFIX) or Path(text).is_dir():
+        return True
+    return not Path(text).exists() and _is_address(text)
+
+
+def _is_address(text: str) -> bool:
+    local = text.startswith(("/", "./", "../", "~")) or text.endswith(".toml")
+    return not local and ADDRESS.fullmatch(text) is not None
+
+
+def find(text: str, *, weights: bool) -> Source:
+    """Return an artifact: a folder, ``hf://owner/name[@revision]``, or the same without ``hf://``.
+
+    A folder that exists wins over a Hub id of the same spelling.
+
+    Args:
+        text: what the user names.
+        weights: whether the artifact's weights are needed, or its record and its edits alone.
+
+    Raises:
+        InputError: there is no such artifact.
+        HubError: the Hub refuses or cannot be reached.
+        VerificationFailed: a file on the Hub is not the one that was exported.
+    """
+    named = text.startswith(HUB_PREFIX)
+    if not named and (Path(text).exists() or not _is_address(text)):
+        return Source(_with_record(Path(text)), text, published=False)
+    from bake.checkpoints.hub import parse_hub_id
+    from bake.publish.fetch import fetch
+
+    repo, revision = parse_hub_id(text.removeprefix(HUB_PREFIX), None)
+    found = fetch(repo, revision, weights=weights)
+    return Source(found.folder, found.source, published=True, notes=found.notes)
+
+
+def _with_record(folder: Path) -> Path:
+    if (folder / RECORD).is_file() or not folder.is_dir():
+        return folder  # whoever opens it says what is wrong
+    from bake.publish.fetch import what_it_is
+
+    names = [path.relative_to(folder).as_posix() for path in folder.iterdir()]
+    raise InputError(
+        f"this is no artifact of bake: it is {what_it_is(names)}, and there is no {RECORD} in it",
+        where=str(folder),
+        fix="name a folder that `bake export` wrote",
+    )
+
+
+def base_of(source: Source, artifact: "Baked", given: str | None) -> str:
+    """Return where the base of an artifact is: what the user says, or what the record does.
+
+    Raises:
+        InputError: the record names a folder of the machine that it was written on.
+    """
+    if given is not None:
+        return given
+    from bake.verify.compare import place_of_base
+
+    base = artifact.record["base"]
+    if not source.published:
+        return place_of_base(artifact)
+    model, revision = str(base["model"]), base.get("revision")
+    if base.get("path") is not None or not _is_address(model):
+        raise InputError(
+            f"the base {model} is a folder of the machine that the model was made on",
+            where=source.name,
+            fix="name it with --base, if you have it",
+        )
+    if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision) is None:
+        raise InputError(
+            f"the record names no commit of the base {model}",
+            where=source.name,
+            fix="name the base with its commit, as --base owner/name@commit",
+        )
+    return f"{model.partition('@')[0]}@{revision}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Again:
+    """The plan of an artifact, made again from its base, its edits and its record.
+
+    Attributes:
+        source: the artifact.
+        artifact: its record and edits.
+        request: with the new plan; its recipe is what the record keeps of it.
+        differences: why the new plan is not the recorded one; none where it is.
+        notes: what else is worth knowing.
+    """
+
+    source: Source
+    artifact: "Baked"
+    request: Request
+    differences: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        """Whether the plan is the recorded one, bit by bit or within rounding."""
+        return not self.differences
+
+    @property
+    def told(self) -> str:
+        """How the plan compares with the recorded one, in a few words."""
+        if not self.same:
+            return f"NOT the plan of the record, {self.artifact.plan_digest}"
+        exactly = self.request.plan.digest == self.artifact.plan_digest
+        return "the plan of the record" + ("" if exactly else ", within rounding")
+
+    def failure(self) -> VerificationFailed | None:
+        """Return what it means that the plan is another one, or None when it is not."""
+        if self.same:
+            return None
+        return VerificationFailed(
+            f"the plan of {self.source.name} is not the recorded one",
+            why="\n".join(self.differences),
+            fix="compare with the version of bake that made it, "
+            f"{self.artifact.record.get('bake', 'which it does not name')}",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "artifact": self.source.name,
+            "kind": self.artifact.kind,
+            "recorded": self.artifact.plan_digest,
+            "digest": self.request.plan.digest,
+            "same": self.same,
+            "differences": list(self.differences),
+            "notes": list(self.notes),
+        }
+
+
+def plan_again(source: Source, *, base: str | None, family: Path | None) -> Again:
+    """Make the plan of an artifact again. Of the base only headers, config and norms are read.
+
+    Args:
+        source: the artifact.
+        base: where its base is; as recorded when None.
+        family: the user's own table; that of the record when None.
+
+    Raises:
+        BakeError: whatever is wrong with the artifact, its base or their fit.
+    """
+    import torch
+
+    from bake.checkpoints import open_checkpoint
+    from bake.families.fit import layout_of
+    from bake.plan.compile import compile_plan
+    from bake.verify.artifact import open_baked
+    from bake.verify.compare import check_base
+
+    artifact = open_baked(source.folder)
+    if not artifact.edits:
+        raise InputError(
+            f"{source.name} is a {artifact.kind} and holds no edits, so it has no plan",
+            fix="a plan is made of what `bake export` wrote",
+        )
+    place = base_of(source, artifact, base)
+    checkpoint = check_base(artifact, open_checkpoint(place))
+    if checkpoint.revision is not None:  # which the name need not say again
+        checkpoint = replace(checkpoint, source=checkpoint.source.partition("@")[0])
+    layout = layout_of(checkpoint, artifact.family() if family is None else family)
+    recipe = _recipe(source, artifact, place, checkpoint)
+    plan = compile_plan(
+        artifact.edits if artifact.fitted is None else artifact.fitted,
+        layout,
+        gain=lambda name: checkpoint.read(name).to(torch.float64),
+        config=checkpoint.config,
+        allow=recipe.export.allow,
+        targets=recipe.export.target,
+    )
+    facts = artifact.record.get("calibration")
+    if artifact.fitted is not None and facts is not None:
+        from bake.calibrate import labelled
+
+        plan = labelled(plan, artifact.edits, facts)
+    recorded = {k: v for k, v in artifact.record.items() if k not in _COMPUTED}
+    request = Request(recipe, checkpoint, layout, {}, plan, family, facts, recorded)
+    text_differs, notes = _against_recipe(artifact, request)
+    plan_differs, more = _against_plan(artifact, plan)
+    differences = tuple(map(_shown, (*_against_files(artifact), *text_differs, *plan_differs)))
+    return Again(source, artifact, request, differences, (*source.notes, *notes, *more))
+
+
+def _shown(text: str) -> str:
+    """Return a text with words of a stranger's in it as a terminal may show it."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoint") -> "Recipe":
+    """Return the recipe as the record keeps it: what the plan depends on, and its title.
+
+    Raises:
+        InputError: the record allows or targets what bake does not know.
+    """
+    from bake.recipe import ALLOWANCES, OUTPUTS, RUNTIMES, Base, ExportSpec, Recipe
+
+    record = artifact.record
+    words = {"allow": tuple(record.get("allow") or ()), "target": tuple(record.get("target") or ())}
+    known = {"allow": ALLOWANCES, "target": RUNTIMES}
+    for key, found in (*words.items(), ("kind", (artifact.kind,))):
+        for word in found:
+            if word not in known.get(key, OUTPUTS):
+                raise InputError(
+                    f"{key} holds {word!r}, which this bake does not know",
+                    where=f"{source.name}: {RECORD}",
+                    fix=f"use the bake that made it, {record.get('bake', 'of another version')}",
+                )
+    told = record.get("recipe") or {}
+    # A folder has no revision; a Hub id is spelled with its own.
+    local = None if checkpoint.revision is not None else checkpoint.path
+    return Recipe(
+        title=str(told.get("title") or source.short),
+        text=str(told.get("text") or ""),
+        digest=str(told.get("digest") or ""),
+        path=Path(source.name) / RECORD,
+        base=Base(place, None, local),
+        directions={},
+        edits=(),
+        export=ExportSpec((artifact.kind,), words["allow"], words["target"] or ("transformers",)),
+    )
+
+
+def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return how the edits differ from the text of the recipe beside them, and notes."""
+    from bake.recipe import disagreement, parse_recipe
+
+    recipe = request.recipe
+    if not recipe.text:
+        return (), ("the record has no text of a recipe: the plan is that of the edits alone",)
+    data = recipe.text.encode()
+    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    if digest != recipe.digest:
+        return (f"the recipe's digest is {digest}, recorded is {recipe.digest}",), ()
+    try:
+        parsed = parse_recipe(data, Path(RECORD))
+        found = disagreement(parsed, artifact.edits, request.layout)
+    except BakeError as error:
+        return (f"the recipe is not one that this bake reads: {error.what}",), ()
+    if found is None and parsed.verify.most_kl != artifact.most_kl:
+        found = f"the recipe says most_kl = {parsed.verify.most_kl}, the record {artifact.most_kl}"
+    return (() if found is None else (f"the edits are not those of the recipe: {found}",)), ()
+
+
+def _against_files(artifact: "Baked") -> tuple[str, ...]:
+    """Return whether the edits are those that were exported."""
+    from bake.edit_store import EDITS, FITTED
+    from bake.verify.artifact import changed_files
+
+    files = artifact.record.get("files") or {}
+    listed = {name: files[name] for name in (EDITS, FITTED) if name in files}
+    if not listed:
+        return ()
+    only = replace(artifact, record={**artifact.record, "files": listed})
+    changed = changed_files(only) or ()
+    return tuple(f"{name} is not the file that {RECORD} lists" for name in changed)
+
+
+def _against_plan(artifact: "Baked", plan: "Plan") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return how the plan differs from the recorded one, and notes.
+
+    The digest is over every bit. Where it is another one, the plan still is the recorded one if it
+    changes the same tensors in the same way and has the same values within rounding.
+    """
+    if plan.digest == artifact.plan_digest:
+        return (), ()
+    from bake.plan.record import plan_record
+    from bake.plan.sketch import differing
+
+    recorded, here = artifact.record["plan"], plan_record(plan)
+    told = f"its digest is {plan.digest}, recorded is {artifact.plan_digest}"
+    parts = [key for key in ("tensors", "biases", "config") if recorded.get(key) != here[key]]
+    if parts:
+        return (f"{told}: other {' and '.join(parts)}",), ()
+    values = artifact.record.get("sketch")
+    if values is None:
+        why = "from other edits or by the rounding of another processor or torch; the record does "
+        return (f"{told}: the same tensors with other values, {why}not say which",), ()
+    if names := differing(values, plan):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (f"{told}: {names[0]}{more} would get other values",), ()
+    note = "the plan is the recorded one within the rounding of this processor and torch: "
+    return (), (f"{note}{told}",)
+
+
+def refuse_overrides(options: Mapping[str, Any], *, fix: str) -> None:
+    """Require that nothing is asked for that the record decides.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for name, value in options.items():
+        if value not in (None, (), False):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for recipes, and this is an artifact",
+                why="the plan of an artifact is that of its record",
+                fix=fix,
+            )

@@ -1,0 +1,180 @@
+"""``Claims``: what an artifact's own record says was changed, read as data.
+
+Nothing of the code that makes and executes plans is used here: the record is held against the
+bytes, and not against the program that wrote both.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bake.affine import LowRankMap
+from bake.diff.sources import RECORD, Model, read_json
+from bake.edit_store import EDITS, load_edits
+from bake.edits import Edit, EditKind, WeightUpdate
+from bake.errors import InputError
+from bake.sites import STREAM_KINDS, SiteKind
+
+# Kinds of edit whose maps change a weight by no more than their own rank, and the sites at which
+# each of them acts on the whole width of the stream: elsewhere one map may act on several parts.
+_LOW_RANK = (EditKind.ABLATE, EditKind.AFFINE, EditKind.ERASE, EditKind.OFFSET)
+_WHOLE = (*STREAM_KINDS, SiteKind.EMBED, SiteKind.ATTN_OUT, SiteKind.MLP_OUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the record says of one tensor.
+
+    Attributes:
+        name: as the artifact calls it.
+        source: the base's tensor that it was made from; None for a new bias.
+        created: whether the base has no such tensor.
+        zero: whether it is new and holds zeros.
+        same: whether it is a copy of its source.
+        rank: the most that the edits can change, or None where that is not derived.
+        dtype: the type that it was written in, where the record says so.
+        shape: its shape, where the record says so.
+    """
+
+    name: str
+    source: str | None
+    created: bool
+    zero: bool = False
+    same: bool = False
+    rank: int | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claims:
+    """Everything that a record says of the difference between an artifact and its base.
+
+    Attributes:
+        kind: which output wrote the artifact.
+        digest: the plan's.
+        tensors: by name.
+        config: key, old and new value; new None for a key that is removed.
+        files: the files that the export wrote.
+        edits: the edits, where the artifact carries them.
+    """
+
+    kind: str
+    digest: str
+    tensors: Mapping[str, Claim]
+    config: tuple[tuple[str, Any, Any], ...]
+    files: frozenset[str]
+    edits: tuple[Edit, ...]
+
+
+def read_claims(out: Model) -> tuple[Claims | None, str | None]:
+    """Return what an artifact claims, or None and the reason why it claims nothing.
+
+    Raises:
+        InputError: the record or the edits are malformed.
+    """
+    path = out.small_file(RECORD)
+    if path is None:
+        return None, None
+    content = read_json(path)
+    kind = content.get("kind")
+    if "plan" not in content:
+        return None, f"its {RECORD} (kind {kind!r}) has no plan to hold the bytes against"
+    if kind != ("checkpoint" if out.checkpoint is not None else "gguf"):
+        return None, f"its {RECORD} is of the kind {kind!r}, and these are other files"
+    if out.gguf is not None and out.gguf.path.name not in content.get("files", {}):
+        return None, f"the {RECORD} beside it does not list {out.gguf.path.name}"
+    edits_path = out.small_file(EDITS)
+    edits = () if edits_path is None else load_edits(edits_path)
+    try:
+        return _claims(content, edits, out), None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"the record is malformed: {error!r}", where=f"{out.label}: {RECORD}"
+        ) from error
+
+
+def _claims(content: Mapping[str, Any], edits: tuple[Edit, ...], out: Model) -> Claims:
+    plan = content["plan"]
+    rows = plan["tensors"] if out.checkpoint is not None else []
+    found = {str(row["name"]): _tensor(row, edits) for row in rows}
+    if out.checkpoint is not None:
+        for row in plan["biases"]:
+            name, created = str(row["name"]), bool(row["created"])
+            source = None if created else name
+            size = (int(row["size"]),)
+            found[name] = Claim(name, source, created, zero=bool(row["zero"]), shape=size)
+    else:
+        for row in content["gguf"]["tensors"]:
+            name, created = str(row["name"]), row["base_type"] is None
+            found[name] = Claim(name, None if created else name, created, dtype=str(row["type"]))
+    config = tuple((str(c["key"]), c["old"], c["new"]) for c in plan["config"])
+    return Claims(
+        kind=str(content["kind"]),
+        digest=str(plan["digest"]),
+        tensors=found,
+        config=config if out.checkpoint is not None else (),
+        files=frozenset(map(str, content.get("files", {}))),
+        edits=edits,
+    )
+
+
+def _tensor(row: Mapping[str, Any], edits: Sequence[Edit]) -> Claim:
+    name, source, sides = str(row["name"]), str(row["source"]), [str(s) for s in row["sides"]]
+    table = int(row["output_axis"]) == 1 and sides == ["output"]
+    return Claim(
+        name=name,
+        source=source,
+        created=name != source,
+        same=sides == ["copied"],
+        rank=_most(edits, sides, table=table),
+        shape=tuple(int(size) for size in row["shape"]),
+    )
+
+
+def _most(edits: Sequence[Edit], sides: Sequence[str], *, table: bool) -> int | None:
+    """Return the most directions that the edits can change of a tensor; None if not derived.
+
+    Maps x ↦ x + L(Rx) compose to I + something in the span of all L on the left and of all R on
+    the right, so a weight with them on one side changes by no more than the sum of the ranks of
+    those that differ, and on both sides by twice that. Rows of a table may get a constant as well.
+    """
+    if not edits or not set(sides) <= {"output", "input"}:
+        return None
+    ranks: dict[int, int] = {}
+    for edit in edits:
+        whole = all(site.kind in _WHOLE for site in edit.sites)
+        if edit.kind not in _LOW_RANK or not isinstance(edit.map, LowRankMap) or not whole:
+            return None
+        ranks[id(edit.map)] = edit.map.left.shape[1]
+    return sum(ranks.values()) * len(sides) + table
+
+
+def edit_directions(edits: Sequence[Edit], side: str) -> dict[str, Float[Tensor, "n d"]]:
+    """Return, by concept, what the edits add to the stream, or what they read of it.
+
+    Args:
+        edits: of an artifact.
+        side: ``read`` for what they read, anything else for what they add.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    for edit in edits:
+        if isinstance(edit.map, WeightUpdate):
+            continue
+        left, right = edit.map.delta_factors()
+        if left.shape[1] >= edit.map.width:
+            continue  # it turns every direction and singles none out
+        factor = right if side == "read" else left.T
+        bias = edit.map.bias[None, :]
+        found = factor if side == "read" or not bool(bias.any()) else torch.cat([factor, bias])
+        if len(found):
+            rows.setdefault(f"edit {edit.concept}", []).append(found.to(torch.float64))
+    return {
+        label: torch.cat(parts)
+        for label, parts in rows.items()
+        if len({part.shape[1] for part in parts}) == 1
+    }

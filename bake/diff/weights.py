@@ -1,0 +1,241 @@
+"""The two kinds of weights that can be compared, checkpoints and GGUF files, behind one face."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.gguf_codec import FLOATS as GGUF_FLOATS
+from bake.checkpoints.gguf_codec import decode
+from bake.checkpoints.gguf_file import Gguf
+from bake.checkpoints.gguf_grid import PLANES, read_grid
+from bake.diff.bytesource import Spool
+from bake.diff.precision import FLOATS, half_step
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor as it lies in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: str
+    numeric: bool
+    """Whether its values are numbers that can be read: no codes whose scale lies elsewhere."""
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it stacks, 1 for all but a stack."""
+        return self.shape[0] if self.stacks else 1
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of one matrix.
+
+        A vector is a single column, and the kernels of a convolution are the columns of one row
+        per output.
+        """
+        if len(self.shape) < 2:
+            return math.prod(self.shape), 1
+        if self.stacks:
+            return self.shape[1], self.shape[2]
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
+    def stacks(self) -> bool:
+        """Whether its first axis counts matrices, as that of fused experts does."""
+        return len(self.shape) == 3 and self.shape[1] > 1
+
+
+class Weights(Protocol):
+    """Tensors by name, whose bytes and values are read piece by piece."""
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor, by name."""
+        ...
+
+    @property
+    def derived(self) -> bool:
+        """Whether values are made of the base's as they are stored, by exact arithmetic."""
+        ...
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes; each chunk is valid until the next."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
+        """Return the bytes of rows of the matrices that a tensor stacks, one below the other."""
+        ...
+
+    def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
+        """Return the numbers that rows hold, in float64 or narrower without loss."""
+        ...
+
+    def steps(
+        self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
+    ) -> Float[Tensor, "rows n"] | None:
+        """Return how far rounding may have moved each value, or None where that is unknown."""
+        ...
+
+    def keep(self, name: str) -> None:
+        """Keep what is read of a tensor at hand, because it is read again."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Undo ``keep``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointWeights:
+    """A checkpoint's tensors."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, Stored]
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> "CheckpointWeights":
+        """Return the tensors of a checkpoint.
+
+        Types of eight bits and fewer are codes, whose scales lie in tensors of their own.
+        """
+        tensors = {
+            name: Stored(name, t.dtype, t.shape, t.nbytes, t.shard, t.dtype in FLOATS)
+            for name, t in checkpoint.tensors.items()
+        }
+        return CheckpointWeights(checkpoint, tensors)
+
+    @property
+    def derived(self) -> bool:
+        """Whether values are made of the base's as they are stored, by exact arithmetic."""
+        return False
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes; each chunk is valid until the next."""
+        info = self.checkpoint.tensors[name]
+        yield from self.checkpoint.chunks(info.shard, info.start, info.stop)
+
+    def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
+        """Return the bytes of rows of the matrices that a tensor stacks, one below the other."""
+        info, stored = self.checkpoint.tensors[name], self.tensors[name]
+        width = info.nbytes // (stored.matrices * stored.matrix[0])
+        flat = torch.empty((stop - start) * width, dtype=torch.uint8)
+        if flat.numel():
+            offset = info.start + start * width
+            self.checkpoint.files.read_into(info.shard, offset, flat.numpy().data)
+        return flat.reshape(stop - start, width)
+
+    def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
+        """Return the numbers that rows hold."""
+        return raw.view(self.checkpoint.tensors[name].torch_dtype)
+
+    def steps(
+        self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
+    ) -> Float[Tensor, "rows n"]:
+        """Return how far rounding may have moved each value."""
+        return half_step(values, self.tensors[name].dtype)
+
+    def keep(self, name: str) -> None:
+        """Keep what comes over the network."""
+        if isinstance(self.checkpoint.files, Spool):
+            self.checkpoint.files.keep(self.checkpoint.tensors[name])
+
+    def drop(self, name: str) -> None:
+        """Undo ``keep``."""
+        if isinstance(self.checkpoint.files, Spool):
+            self.checkpoint.files.drop(self.checkpoint.tensors[name])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GgufWeights:
+    """The tensors of a GGUF model, decoded as runtimes decode them."""
+
+    model: Gguf
+    tensors: Mapping[str, Stored]
+
+    @staticmethod
+    def of(model: Gguf) -> "GgufWeights":
+        """Return the tensors of a GGUF model."""
+        return GgufWeights(
+            model,
+            {
+                name: Stored(
+                    name, t.kind.name, t.shape, t.nbytes, t.shard, _is_numeric(t.kind.name, t.shape)
+                )
+                for name, t in model.tensors.items()
+            },
+        )
+
+    @property
+    def derived(self) -> bool:
+        """Whether values are made of the base's as they are stored, by exact arithmetic."""
+        return False
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield a tensor's bytes; each chunk is valid until the next."""
+        for chunk in self.model.chunks(name):
+            yield chunk.numpy().data
+
+    def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
+        """Return the bytes of rows of the matrices that a tensor stacks, one below the other."""
+        stored = self.tensors[name]
+        if len(stored.shape) < 2:  # one row of a GGUF file, and a column here
+            width = stored.nbytes // max(1, stored.matrix[0])
+            return self.model.read_rows(name, 0, 1).reshape(-1, width)[start:stop]
+        # The file's own rows are along the last axis, and one of these may be several of them.
+        total = math.prod(stored.shape[:-1])
+        inside = total // (stored.matrices * stored.matrix[0])
+        height, pieces = stored.shape[-2], []
+        first, last = start * inside, stop * inside
+        while first < last:
+            expert, row = divmod(first, height)
+            end = min(height, row + last - first)
+            pieces.append(self.model.read_rows(name, row, end, expert=expert))
+            first += end - row
+        return torch.cat(pieces).reshape(stop - start, -1)
+
+    def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
+        """Return the numbers that rows hold, in float64."""
+        return decode(raw, self.model.tensors[name].kind, name)
+
+    def steps(
+        self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
+    ) -> Float[Tensor, "rows n"] | None:
+        """Return how far rounding may have moved each value: a whole step, see ``gguf_codec``.
+
+        Rounding with error feedback may take the neighbour of the nearest code.
+        """
+        kind = self.model.tensors[name].kind
+        if kind.name in FLOATS:
+            return half_step(values, kind.name)
+        if kind.name in PLANES:
+            return read_grid(raw, kind, lambda some: decode(some, kind, name)).scale.abs()
+        return None
+
+    def keep(self, name: str) -> None:
+        """Do nothing: the file is here."""
+
+    def drop(self, name: str) -> None:
+        """Do nothing."""
+
+
+def _is_numeric(kind: str, shape: tuple[int, ...]) -> bool:
+    """Whether gguf-py decodes a type; whole numbers, which are no weights, are left out."""
+    if kind in GGUF_FLOATS:
+        return True
+    return len(shape) > 1 and kind.startswith(("Q", "IQ", "TQ", "MXFP"))
+
+
+def file_digest(checkpoint: Checkpoint, shard: str) -> str:
+    """Return the sha256 of a shard on this machine."""
+    with checkpoint.file(shard).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""One model against its table: the layout of whatever has a config and named tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from bake.errors import BakeError, FamilyError
+from bake.families import find_family, read_family
+from bake.families.layout import Layout, resolve
+from bake.families.section import Json
+from bake.families.table import Family
+
+
+class _Tensor(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+class Model(Protocol):
+    """What a table is held against: a checkpoint whose headers have been read."""
+
+    @property
+    def source(self) -> str:
+        """The model as the user names it."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, Json]:
+        """``config.json``, parsed."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, _Tensor]:
+        """Shape and storage type of every tensor, by name."""
+        ...
+
+
+def layout_of(
+    model: Model, table: Family | Path | None = None, *, declared: bool = False
+) -> Layout:
+    """Return the layout of a model, by the shipped tables or by the user's own.
+
+    Args:
+        model: the base, or a baked checkpoint.
+        table: a table of the user's own, or the file that holds it.
+        declared: the model may have been declared as another class since the table was written
+            for it (a recast), and then that class's shipped table is used.
+
+    Raises:
+        FamilyError: no table fits, or the user's own is for another class.
+        CheckpointError: the tensors are not what the table expects.
+    """
+    shapes = {name: info.shape for name, info in model.tensors.items()}
+    dtypes = {name: info.dtype for name, info in model.tensors.items()}
+    try:
+        chosen = _chosen(model, table, declared=declared)
+        return resolve(chosen, model.config, shapes, dtypes)
+    except BakeError as error:
+        where = model.source if error.where is None else f"{model.source}: {error.where}"
+        raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
+
+
+def _chosen(model: Model, given: Family | Path | None, *, declared: bool) -> Family:
+    if given is None:
+        return find_family(model.config)
+    table = read_family(given) if isinstance(given, Path) else given
+    names = model.config.get("architectures")
+    if isinstance(names, list) and not {str(name) for name in names} & set(table.architectures):
+        if declared:
+            return find_family(model.config)
+        named = given if isinstance(given, Path) else given.name
+        raise FamilyError(
+            f"the table {named} is for {', '.join(table.architectures)}, "
+            f"and the model is a {', '.join(map(str, names))}",
+            where="config.json",
+            fix="name the table of this architecture, or leave --family out",
+        )
+    return find_family(model.config, (table,))

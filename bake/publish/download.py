@@ -1,0 +1,76 @@
+"""What the Hub sends back, compared with what was sent: every byte of every file.
+
+The client does not compare: it takes a byte that flipped on the way for the right one.
+"""
+
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from bake import __version__
+from bake.publish.commit import patiently
+from bake.publish.failures import Account, told
+from bake.publish.manifest import Manifest, entry_of
+from bake.publish.seal import check
+
+TOGETHER = 1 << 30
+"""An artifact up to this size is kept whole and checked by its seal; a longer one file by file."""
+
+
+def compare_download(
+    repo: str,
+    commit: str,
+    manifest: Manifest,
+    *,
+    place: Path,
+    account: Account,
+    together: int = TOGETHER,
+) -> list[str]:
+    """Download a commit and return the names of the files that are not what the manifest says.
+
+    Args:
+        repo: ``owner/name``.
+        commit: to download.
+        manifest: what its files have to be.
+        place: a folder on a disk with room for the longest file, or for ``together``.
+        account: who asks, for messages.
+        together: bytes up to which the whole artifact is kept here for the check of its seal.
+
+    Raises:
+        HubError: the Hub refuses or fails.
+        InputError: the bytes are those that were sent, and they are no sound artifact.
+    """
+    keep = manifest.size <= together
+    wrong = []
+    with tempfile.TemporaryDirectory(prefix=".bake-download-", dir=place) as temporary:
+        folder = Path(temporary) / "files"
+        for file in manifest.files:
+            with told(account, f"downloading {file.name}"):
+                path = patiently(
+                    lambda name=file.name: fetch(repo, commit, name, folder)  # type: ignore[misc]
+                )
+            if entry_of(path, file.name).sha256 != file.sha256:
+                wrong.append(file.name)
+            if not keep:
+                path.unlink()
+        if keep and not wrong:
+            failure = check(folder).failure()
+            if failure is not None:  # equal bytes: what was sealed here was never sound
+                raise failure
+    return wrong
+
+
+def fetch(repo: str, commit: str, name: str, folder: Path) -> Path:
+    """Download one file to a folder, from the Hub and never from the cache on this machine."""
+    return Path(
+        hf_hub_download(
+            repo,
+            name,
+            revision=commit,
+            local_dir=folder,
+            cache_dir=folder / ".cache" / "none",
+            library_name="bake",
+            library_version=__version__,
+        )
+    )

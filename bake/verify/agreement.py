@@ -1,0 +1,233 @@
+"""A published verification beside one that was made here: the same rows, the same verdicts.
+
+A verdict is a limit that holds or not, so it has to be the same everywhere. A number may differ by
+the rounding of another processor; what the edit does (its effect) may not differ by more than that.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bake.errors import InputError
+from bake.verify.report import GROUPS, Report, Row
+
+WHERE = "verify.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One comparison as it was published and as it was measured here; None where it was not."""
+
+    name: str
+    group: str
+    published: Row | None
+    here: Row | None
+    problem: str | None = None
+    """Why the two do not agree; None where they do, or where nothing is demanded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far a published verification was reproduced.
+
+    Attributes:
+        pairs: every row of either.
+        problems: why it was not; none where it was.
+        notes: what a reader of the numbers should know.
+        same_prompts: whether both were run on the same tokens, so that numbers can be compared.
+        published: versions that the published one was run with.
+        here: those of this one.
+    """
+
+    pairs: tuple[Pair, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    same_prompts: bool
+    published: Mapping[str, str]
+    here: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "reproduced": not self.problems,
+            "same_prompts": self.same_prompts,
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "environment": {"published": dict(self.published), "here": dict(self.here)},
+            "rows": [
+                {
+                    "name": pair.name,
+                    "published": _plain(pair.published),
+                    "here": _plain(pair.here),
+                    "problem": pair.problem,
+                }
+                for pair in self.pairs
+            ],
+        }
+
+
+def _plain(row: Row | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    value = row.value if math.isfinite(row.value) else None
+    return {"value": value, "limit": row.limit, "passed": row.passed}
+
+
+def agreement(content: Mapping[str, Any], report: Report) -> Agreement:
+    """Return how a published verification and one that was made here agree.
+
+    Args:
+        content: the published ``verify.json``, parsed; nobody vouches for it.
+        report: measured here, on the same artifact.
+
+    Raises:
+        InputError: the published one is malformed.
+    """
+    rows = _rows(content)
+    there, prompts = {row.name: row for row in rows}, _texts(content, "prompts")
+    same_prompts = prompts.get("digest") == report.prompts.get("digest")
+    pairs = tuple(
+        _pair(there.get(name), row, same_prompts)
+        for name, row in _both({row.name: row for row in report.rows}, there)
+    )
+    problems = [f"{pair.name}: {pair.problem}" for pair in pairs if pair.problem is not None]
+    if content.get("plan_digest") != report.plan_digest:
+        problems.insert(0, f"the published {WHERE} is of another plan")
+    if content.get("passed") is not True:
+        problems.insert(0, "the published verification did not pass")
+    notes = []
+    if not same_prompts:
+        notes.append(
+            f"published on other prompts ({prompts.get('source', 'not named')}, "
+            f"{prompts.get('tokens', 'an unknown number of')} tokens): the numbers are of other "
+            "tokens, name the same ones with --prompts or --tokens"
+        )
+    unasked = [p.name for p in pairs if p.here is None and p.group == "runtime"]
+    if unasked:
+        notes.append(f"not measured here (--runtime): {', '.join(unasked[:4])}")
+    found = {k: str(v) for k, v in _texts(content, "environment").items()}
+    return Agreement(pairs, tuple(problems), tuple(notes), same_prompts, found, report.environment)
+
+
+def _both(here: Mapping[str, Row], there: Mapping[str, Row]) -> list[tuple[str, Row | None]]:
+    """Return every name once, those that were measured here first, with what was measured."""
+    return [*here.items(), *((name, None) for name in there if name not in here)]
+
+
+def _pair(published: Row | None, here: Row | None, same_prompts: bool) -> Pair:
+    known = here or published
+    assert known is not None
+    problem = None
+    if published is not None and here is not None:
+        problem = _difference(published, here, same_prompts)
+    elif same_prompts and known.passed is not None and known.group not in ("runtime", "side"):
+        # Which controls there are, and which rows, follows from plan and prompts.
+        problem = "published, and not measured here" if here is None else "not published"
+    return Pair(known.name, known.group, published, here, problem)
+
+
+def _difference(published: Row, here: Row, same_prompts: bool) -> str | None:
+    if None not in (published.passed, here.passed) and published.passed != here.passed:
+        return f"published as {_told(published)}, measured here as {_told(here)}"
+    if here.group != "effect" or not same_prompts:
+        return None
+    # Both are the same difference of float64 runs: its rounding is what the limits are.
+    allowed = (here.limit or 0.0) * 2
+    if abs(published.value - here.value) <= allowed:
+        return None
+    return f"published as {published.value:.6g}, measured here as {here.value:.6g}"
+
+
+def _told(row: Row) -> str:
+    return f"{row.value:.3g} ({'passed' if row.passed else 'failed'})"
+
+
+def _texts(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return an object of short texts and numbers.
+
+    Raises:
+        InputError: it is no such object.
+    """
+    found = content.get(key, {})
+    if not isinstance(found, dict):
+        raise InputError(f"{key} is no object", where=WHERE)
+    for name, value in found.items():
+        if not f"{name}{value}".isprintable():
+            raise InputError(f"{key}.{name!r} cannot be shown", where=WHERE)
+    return found
+
+
+def _rows(content: Mapping[str, Any]) -> list[Row]:
+    rows = content.get("rows")
+    if not isinstance(rows, list) or not rows:
+        raise InputError("holds no rows", where=WHERE)
+    found = [_row(row) for row in rows]
+    if len({row.name for row in found}) < len(found):
+        raise InputError("names a row twice", where=WHERE)
+    return found
+
+
+def _row(row: Any) -> Row:
+    match row:
+        case {"name": str(name), "value": value, "limit": limit, "passed": bool() | None as passed}:
+            if _number(value) and _number(limit) and name.isprintable():
+                group = row.get("group", "exact")
+                return Row(
+                    name,
+                    math.nan if value is None else float(value),
+                    None if limit is None else float(limit),
+                    passed,
+                    group=group if group in GROUPS else "exact",
+                )
+    raise InputError("holds a row that is none", where=WHERE)
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def markdown(found: Agreement, source: str) -> str:
+    """Return the two side by side, for whoever reads the report.
+
+    Args:
+        found: how they agree.
+        source: the artifact, with its commit.
+    """
+    lines = [f"# Verification of {source}, published and measured here", ""]
+    if found.problems:
+        lines += ["**Not reproduced:**", "", *(f"- {text}" for text in found.problems), ""]
+    else:
+        lines += [f"{outcome(found)}.", ""]
+    lines += ["| comparison | published | measured here | limit here | |", "|---|---|---|---|---|"]
+    for pair in found.pairs:
+        limit = "" if pair.here is None or pair.here.limit is None else f"{pair.here.limit:.2e}"
+        cells = (shown(pair.published), shown(pair.here), limit, pair.problem or "")
+        name = pair.name.replace("|", "\\|")
+        lines.append(f"| {name} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if found.notes:
+        lines += ["", *(f"- {text}" for text in found.notes)]
+    versions = {name: None for name in (*found.published, *found.here)}
+    lines += ["", "| version | published | here |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {found.published.get(name, '')} | {found.here.get(name, '')} |"
+        for name in versions
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def outcome(found: Agreement) -> str:
+    """Return in a few words how far the two agree."""
+    if found.problems:
+        return "NOT reproduced"
+    if found.same_prompts:
+        return "Reproduced: the same rows with the same verdicts"
+    return "The same verdicts, on other prompts"
+
+
+def shown(row: Row | None) -> str:
+    """Return a number with its verdict in a few characters."""
+    if row is None:
+        return "–"
+    verdict = {True: " pass", False: " FAIL", None: ""}[row.passed]
+    return f"{row.value:.4g}{verdict}"

@@ -1,0 +1,93 @@
+"""What ``bake plan`` prints of runtimes and carriers, on a terminal and as JSON."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from bake.cli import main
+from bake.families import CARRIERS, RUNTIMES
+
+RECIPE = """title = "Mood"
+[base]
+model = "{model}"
+[directions.mood]
+file = "mood.npy"
+[[edits]]
+kind = "{kind}"
+direction = "mood"
+at = "{at}"
+[export]
+to = {to}
+"""
+Plan = Callable[..., Result]
+
+
+@pytest.fixture
+def plan(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Plan:
+    """Return a function that plans one edit of a tiny model for some carriers."""
+
+    def run(family: str, kind: str, at: str, to: list[str], *args: str, **options: Any) -> Result:
+        np.save(tmp_path / "mood.npy", np.linspace(-1, 1, 24, dtype=np.float32))
+        model = tiny_checkpoint(family, **options)
+        text = RECIPE.format(model=model, kind=kind, at=at, to=json.dumps(to))
+        (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
+        command = ["plan", str(tmp_path / "recipe.toml"), *args]
+        return CliRunner(env={"COLUMNS": "200"}).invoke(main, command)
+
+    return run
+
+
+def section(text: str, title: str) -> str:
+    found = re.search(rf"(?ms)^{title}.*?(?=^\w[^\n]*\n[^\n]*\n─|^Notes|^plan )", text)
+    assert found is not None, text
+    return found[0]
+
+
+def test_one_carrier_has_the_reasons_beside_its_verdicts(plan: Plan) -> None:
+    result = plan("qwen3", "offset", "attn_out.1", ["checkpoint"], attention_bias=False)
+    assert result.exit_code == 0
+    shown = section(result.stdout, "Runtimes: checkpoint")
+    rows = [line.split()[0] for line in shown.splitlines()[3:] if line]
+    assert rows == list(RUNTIMES)
+    assert re.search(r"vllm +refused +no +it silently drops model\.layers\.1\.self_attn", shown)
+    assert re.search(r"sglang +not tested +no +read, not run \(SGLang srt/models/qwen3\.py", shown)
+
+
+def test_several_carriers_make_a_matrix_with_its_reasons_below(plan: Plan) -> None:
+    to = ["checkpoint", "lora", "gguf"]
+    result = plan("gemma2", "ablate", "mlp_out.1", to, "--target", "vLLM", attention_bias=False)
+    assert result.exit_code == 0
+    shown = section(result.stdout, "Runtimes: checkpoint, lora, gguf")
+    assert re.search(r"runtime +target +checkpoint +lora +gguf\n", shown)
+    assert re.search(r"transformers +no +exact +exact +not tested\n", shown)
+    assert re.search(r"vllm +yes +exact +exact +refused\n", shown)
+    assert re.search(r"llama\.cpp +no +exact +refused +exact\n", shown)
+    # A reason is said once, with every place that it is for.
+    assert shown.count("adds adapters to a model that transformers loads") == 1
+    assert "checkpoint in peft; gguf in peft: refused: it adds adapters" in shown
+    assert re.search(r"gguf in ollama: not tested: read, not run \(it starts llama\.cpp;", shown)
+    carriers = section(result.stdout, "Carriers")
+    assert re.search(
+        r"lora +exact +exact: transformers, peft, vllm; not tested: sglang\n", carriers
+    )
+    assert re.search(r"control-vector +impossible +a control vector adds a constant", carriers)
+
+
+def test_json_has_every_carrier_and_runtime(plan: Plan) -> None:
+    result = plan("llama", "ablate", "ln2_out.1", ["lora"], "--json", "--target", "sglang")
+    content = json.loads(result.stdout)
+    assert list(content["carriers"]) == list(CARRIERS)
+    for found in content["carriers"].values():
+        assert [entry["runtime"] for entry in found["runtimes"]] == list(RUNTIMES)
+        assert all(entry["reason"] for entry in found["runtimes"])
+        assert {entry["runtime"] for entry in found["runtimes"] if entry["wanted"]} == {"sglang"}
+    assert content["carriers"]["checkpoint"]["runtimes"] == content["plan"]["runtimes"]
+    # The tiny Llama has biases in its MLP, which SGLang drops: the adapter's base is another model.
+    assert result.exit_code == 3
+    assert "silently drops" in content["error"]["why"]

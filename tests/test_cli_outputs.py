@@ -1,0 +1,541 @@
+"""``bake merge`` and exports of several carriers, from the command line."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf_files
+import numpy as np
+import pytest
+import tiny
+from adapters import factors_of, rewritten
+from click.testing import CliRunner, Result
+from harness import base_at
+from test_merge import trained
+
+from bake.checkpoints import open_checkpoint
+from bake.cli import main
+from bake.outputs.modelfile import MODELFILE
+
+RECIPE = """
+title = "Mood"
+[base]
+model = {model}
+[directions.mood]
+file = "mood.npy"
+[[edits]]
+kind = "ablate"
+direction = "mood"
+at = "resid"
+"""
+NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+Checkpoints = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def run(*args: object) -> Result:
+    """Run one command; an exception that is no exit is an error of the test."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def told(result: Result) -> str:
+    """Return an error as it is shown, without the folding of its lines."""
+    return " ".join(result.stderr.split())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A base, an adapter of it and a recipe for it, in one folder."""
+
+    folder: Path
+    base: Path
+    adapter: Path
+    recipe: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def listing(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_checkpoint: Checkpoints) -> Bench:
+    base = tiny_checkpoint("llama", **NO_BIAS)
+    np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(24))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(model=json.dumps(str(base))), encoding="utf-8")
+    return Bench(tmp_path, base, trained(base_at(base), tmp_path / "adapter"), recipe)
+
+
+# --- merge -------------------------------------------------------------------------------------
+
+
+def test_merge_writes_a_checkpoint_that_verifies(bench: Bench) -> None:
+    result = run("merge", bench.adapter, bench.base, "--out", bench.out)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "written" in result.stdout and "of which" in result.stdout
+    record = json.loads((bench.out / "bake.json").read_text())
+    assert (bench.out / record["adapter"]["path"]).resolve() == bench.adapter.resolve()
+    assert record["base"]["tensors"] == len(open_checkpoint(bench.base).tensors)
+    # A label for others, and not a place on this machine.
+    assert record["base"]["model"] == bench.base.name
+    result = run("verify", bench.out, "--generate", "2", "--no-plots", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["passed"] is True and report["plan_digest"] == record["plan"]["digest"]
+    result = run("check", bench.out, "--seal", "--base", bench.base, "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["kind"], found["verified"]) == (0, "merge", True)
+
+
+def test_merge_as_json_and_quiet(bench: Bench) -> None:
+    result = run("merge", bench.adapter, bench.base, "--out", bench.out, "--json")
+    data = json.loads(result.stdout)
+    assert (data["kind"], data["path"], result.stderr) == ("merge", str(bench.out), "")
+    assert set(data["files"]) >= {"bake.json", "config.json", "model.safetensors"}
+    assert 0 < data["bytes_edited"] < data["bytes_written"]
+    quiet = run("merge", bench.adapter, bench.base, "--out", bench.folder / "quiet", "-q")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_merge_into_another_base_than_the_adapter_names(bench: Bench) -> None:
+    """Shapes do not tell a base from its finetunes, so the merge says what the adapter names."""
+    own = run("merge", bench.adapter, bench.base, "--out", bench.out, "--json")
+    assert json.loads(own.stdout)["notes"] == []
+    factors = factors_of(bench.adapter)
+    named = {"base_model_name_or_path": "owner/name"}
+    adapter = rewritten(bench.adapter, bench.folder / "named", factors, **named)
+    result = run("merge", adapter, bench.base, "--out", bench.folder / "other")
+    assert result.exit_code == 0
+    assert "the adapter names owner/name as its base" in " ".join(result.stdout.split())
+
+
+def wrong_rank(bench: Bench) -> tuple[object, object]:
+    changed = rewritten(bench.adapter, bench.folder / "wrong", factors_of(bench.adapter), r=4)
+    return changed, bench.base
+
+
+def dora(bench: Bench) -> tuple[object, object]:
+    factors = factors_of(bench.adapter)
+    return rewritten(bench.adapter, bench.folder / "wrong", factors, use_dora=True), bench.base
+
+
+def other_base(bench: Bench) -> tuple[object, object]:
+    other = bench.folder / "other"
+    tiny.write_checkpoint(tiny.make_model("llama", hidden_size=32, **NO_BIAS), other)
+    return bench.adapter, other
+
+
+def pickled(bench: Bench) -> tuple[object, object]:
+    folder = bench.folder / "wrong"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.bin").write_bytes(b"\x80")
+    return folder, bench.base
+
+
+WRONG: dict[str, tuple[Callable[[Bench], tuple[object, object]], int, str]] = {
+    "no adapter": (lambda b: (b.base, b.base), 4, "this is no PEFT adapter"),
+    "no folder": (
+        lambda b: (b.folder / "none", b.base),
+        4,
+        "is neither a folder here nor a Hub id",
+    ),
+    "not fetched": (lambda b: ("owner/none", b.base), 5, "owner/none"),
+    "a pickle": (pickled, 4, "adapter_model.bin is a pickle, which can run code"),
+    "another rank": (wrong_rank, 4, "gives it the rank 4"),
+    "DoRA": (dora, 4, "an adapter with use_dora cannot be merged"),
+    "another base": (other_base, 4, "name the base that the adapter was made for"),
+    "no base": (lambda b: (b.adapter, b.folder / "none"), 4, "none"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_merge_of_what_does_not_fit(case: str, as_json: bool, bench: Bench) -> None:
+    make, code, message = WRONG[case]
+    adapter, base = make(bench)
+    before = bench.listing()
+    json_option = ["--json"] if as_json else []
+    result = run("merge", adapter, base, "--out", bench.folder / "deep" / "out", *json_option)
+    assert result.exit_code == code
+    assert bench.listing() == before
+    if as_json:
+        error = json.loads(result.stdout)["error"]
+        assert error["exit_code"] == code and result.stderr == ""
+        assert message in " ".join(filter(None, (error["what"], error["why"], error["fix"])))
+    else:
+        assert "error: " in result.stderr and message in told(result)
+
+
+def test_merge_of_an_adapter_on_the_hub(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its id, as the cache holds it; the record names the commit and no path of this machine."""
+    commit, cache = "c0ffee" + "0" * 34, bench.folder / "cache"
+    place = cache / "models--owner--style"
+    shutil.copytree(bench.adapter, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    result = run("merge", "owner/style", bench.base, "--out", bench.out)
+    assert (result.exit_code, result.stderr) == (0, "")
+    told_of = json.loads((bench.out / "bake.json").read_text())["adapter"]
+    assert (told_of["name"], told_of["revision"]) == ("owner/style", commit)
+    assert told_of["path"] is None and str(cache) not in json.dumps(told_of)
+    assert run("verify", bench.out, "--generate", "0", "--no-plots", "-q").exit_code == 0
+    by_commit = run("merge", f"owner/style@{commit}", bench.base, "--out", bench.folder / "c", "-q")
+    assert by_commit.exit_code == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(bench.folder))
+    result = run("verify", bench.out, "--generate", "0", "--no-plots", "-q")
+    assert result.exit_code == 5 and "owner/style" in told(result)
+
+
+def test_a_repository_without_an_adapter(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def missing(*args: object, **options: object) -> str:
+        raise EntryNotFoundError("404")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
+    result = run("merge", "owner/style", bench.base, "--out", bench.out)
+    assert result.exit_code == 4
+    assert "owner/style holds no adapter_config.json" in told(result)
+    assert not bench.out.exists()
+
+
+def test_merge_into_what_is_there(bench: Bench) -> None:
+    bench.out.mkdir()
+    (bench.out / "mine.txt").write_text("mine")
+    result = run("merge", bench.adapter, bench.base, "--out", bench.out)
+    assert result.exit_code == 2 and "exists and is not empty" in told(result)
+    result = run("merge", bench.adapter, bench.base, "--out", bench.out, "--force")
+    assert result.exit_code == 2 and "is no checkpoint, so it is not replaced" in told(result)
+    assert contents(bench.out) == {"mine.txt": b"mine"}
+    (bench.out / "mine.txt").unlink()
+    assert run("merge", bench.adapter, bench.base, "--out", bench.out, "-q").exit_code == 0
+    first = contents(bench.out)
+    assert run("merge", bench.adapter, bench.base, "--out", bench.out, "-q").exit_code == 2
+    result = run("merge", bench.adapter, bench.base, "--out", bench.out, "-q", "--force")
+    assert result.exit_code == 0 and contents(bench.out) == first
+    inside = bench.out / "adapter"
+    shutil.copytree(bench.adapter, inside)
+    for place in (bench.out, inside):
+        result = run("merge", inside, bench.base, "--out", place, "--force")
+        assert result.exit_code == 2 and "holds the adapter" in told(result)
+    result = run("merge", bench.adapter, bench.base, "--out", bench.base / "out")
+    assert result.exit_code == 2 and "overlap" in told(result)
+
+
+KILLED = """
+import os, sys
+from bake.checkpoints import writer
+from bake.cli import main
+real, count = writer.write_file, 0
+
+def write_file(*args, **options):
+    global count
+    if count == {after}:
+        print("ready", flush=True)
+        sys.stdin.read()
+    count += 1
+    return real(*args, **options)
+
+writer.write_file = write_file
+main({args!r})
+"""
+
+
+def kill(after: int, *args: object) -> None:
+    """Run a command in a process that is killed once it has written some files."""
+    code = KILLED.format(after=after, args=[str(arg) for arg in args])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None and child.stdout is not None
+    while (line := child.stdout.readline()) != "ready\n":
+        assert line, child.wait()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdin.close()
+    child.stdout.close()
+
+
+def test_a_killed_merge_is_taken_up(bench: Bench) -> None:
+    sharded = bench.folder / "sharded"
+    model = tiny.make_model("llama", **NO_BIAS)
+    tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
+    kill(2, "merge", bench.adapter, sharded, "--out", bench.out, "-q")
+    partial = bench.folder / ".out.bake-partial"
+    finished = sorted((partial / "files").glob("*.safetensors"))[:2]
+    stamps = {path.name: path.stat().st_mtime_ns for path in finished}
+    assert not bench.out.exists() and len(stamps) == 2
+    time.sleep(0.01)
+    assert run("merge", bench.adapter, sharded, "--out", bench.out, "-q").exit_code == 0
+    assert not partial.exists()
+    for name, stamp in stamps.items():
+        assert (bench.out / name).stat().st_mtime_ns == stamp
+    whole = bench.folder / "new"
+    assert run("merge", bench.adapter, sharded, "--out", whole, "-q").exit_code == 0
+    one, other = contents(bench.out), contents(whole)
+    assert one == other
+
+
+# --- several carriers --------------------------------------------------------------------------
+
+BOTH = ("--to", "lora", "--to", "checkpoint")
+
+
+def test_export_of_several_carriers(bench: Bench) -> None:
+    result = run("export", bench.recipe, "--out", bench.out, *BOTH)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for carrier in ("checkpoint", "lora"):
+        alone = bench.folder / "one" / carrier
+        assert run("export", bench.recipe, "--out", alone, "--to", carrier, "-q").exit_code == 0
+        assert contents(bench.out / carrier) == contents(alone)
+        assert str(bench.out / carrier) in result.stdout.replace("\n", "")
+    assert {path.name for path in bench.out.iterdir()} == {"checkpoint", "lora"}
+    assert run("verify", bench.out / "checkpoint", "--generate", "0", "-q").exit_code == 0
+
+
+def test_several_carriers_from_the_recipe_as_json(bench: Bench) -> None:
+    text = bench.recipe.read_text() + '[export]\nto = ["checkpoint", "lora", "gguf-lora"]\n'
+    bench.recipe.write_text(text)
+    result = run("export", bench.recipe, "--out", bench.out, "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    made = json.loads(result.stdout)["artifacts"]
+    assert [artifact["kind"] for artifact in made] == ["checkpoint", "lora", "gguf-lora"]
+    for artifact in made:
+        path = Path(artifact["path"])
+        assert path == bench.out / artifact["kind"]
+        assert set(artifact["files"]) == set(contents(path))
+    assert len({artifact["plan_digest"] for artifact in made}) == 1
+    quiet = run("export", bench.recipe, "--out", bench.folder / "quiet", "-q")
+    assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
+def test_a_dry_run_tries_everything_but_writing(bench: Bench) -> None:
+    before = bench.listing()
+    result = run("export", bench.recipe, "--out", bench.out, *BOTH, "--dry-run", "--json")
+    data = json.loads(result.stdout)
+    assert (data["dry_run"], data["carriers"]) == (True, ["lora", "checkpoint"])
+    result = run("export", bench.recipe, "--out", bench.out, "--to", "lora", "--dry-run")
+    assert "would hold lora" in result.stdout and "bytes of weights" not in result.stdout
+    wrong = bench.folder / "mood.npy"
+    to = ("--to", "checkpoint", "--to", "gguf")
+    result = run("export", bench.recipe, "--out", bench.out, *to, "--gguf", wrong, "--dry-run")
+    assert result.exit_code == 4 and "mood.npy" in told(result)
+    assert bench.listing() == before
+
+
+REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "a carrier that does not fit": (
+        ("--to", "checkpoint", "--to", "control-vector"),
+        3,
+        "as control-vector: impossible",
+    ),
+    "an option that is missing": (
+        ("--to", "checkpoint", "--to", "gguf"),
+        2,
+        "a GGUF is made from one of two things",
+    ),
+    "a converter that is missing": (
+        ("--to", "checkpoint", "--to", "gguf", "--llama-cpp", "nowhere"),
+        4,
+        "there is no converter at nowhere",
+    ),
+    "a GGUF that is missing": (
+        ("--to", "lora", "--to", "gguf-lora", "--gguf", "nowhere.gguf"),
+        4,
+        "nowhere.gguf",
+    ),
+    "no such carrier": (("--to", "checkpoint", "--to", "onnx"), 2, "onnx"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_carrier_that_refuses_leaves_none(case: str, bench: Bench) -> None:
+    options, code, message = REFUSED[case]
+    before = bench.listing()
+    result = run("export", bench.recipe, "--out", bench.folder / "deep" / "out", *options, "-q")
+    assert result.exit_code == code
+    assert message in told(result)
+    assert bench.listing() == before
+
+
+def test_several_into_what_is_there(bench: Bench) -> None:
+    (bench.out / "lora").mkdir(parents=True)
+    (bench.out / "lora" / "mine.txt").write_text("mine")
+    result = run("export", bench.recipe, "--out", bench.out, *BOTH)
+    assert result.exit_code == 2 and "exists and is not empty" in told(result)
+    result = run("export", bench.recipe, "--out", bench.out, *BOTH, "--force")
+    assert result.exit_code == 2 and "holds lora, which bake did not write" in told(result)
+    assert contents(bench.out) == {"lora/mine.txt": b"mine"}
+    place = bench.folder / "new"
+    assert run("export", bench.recipe, "--out", place, *BOTH, "-q").exit_code == 0
+    first = contents(place)
+    assert run("export", bench.recipe, "--out", place, *BOTH, "-q", "--force").exit_code == 0
+    assert contents(place) == first
+    to = ("--to", "lora", "--to", "gguf-lora")
+    assert run("export", bench.recipe, "--out", place, *to, "-q", "--force").exit_code == 0
+    assert {path.name for path in place.iterdir()} == {"lora", "gguf-lora"}
+
+
+@pytest.mark.parametrize("to", ["lora", "gguf-lora", "control-vector", "gguf"])
+def test_a_base_is_not_replaced_by_what_is_made_from_it(to: str, bench: Bench) -> None:
+    """A base that bake wrote itself has a record, which is what --force looks for."""
+    base, gguf = bench.folder / "baked", bench.folder / "base.gguf"
+    assert run("merge", bench.adapter, bench.base, "--out", base, "-q").exit_code == 0
+    gguf_files.write(gguf, base)
+    if to == "control-vector":
+        text = bench.recipe.read_text().replace('"ablate"', '"offset"')
+        bench.recipe.write_text(text.replace('"resid"', '"resid_post.1"'))
+    before = contents(base)
+    options = ("--model", base, "--to", to, "-q", "--force")
+    options = (*options, "--gguf", gguf) if to == "gguf" else options
+    for out in (base, base / "out", bench.folder):
+        result = run("export", bench.recipe, "--out", out, *options)
+        assert result.exit_code == 2
+        assert "overlap" in told(result) or "was not written by bake" in told(result)
+    assert contents(base) == before
+    assert run("export", bench.recipe, "--out", bench.out, *options).exit_code == 0
+
+
+def test_a_killed_export_of_several_is_taken_up(bench: Bench) -> None:
+    sharded = bench.folder / "sharded"
+    model = tiny.make_model("llama", **NO_BIAS)
+    tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
+    args = ("export", bench.recipe, "--out", bench.out, *BOTH, "--model", sharded, "-q")
+    kill(2, *args)
+    stage = bench.folder / ".out.bake-several" / "files" / ".checkpoint.bake-partial" / "files"
+    stamps = {
+        path.name: path.stat().st_mtime_ns for path in sorted(stage.glob("*.safetensors"))[:2]
+    }
+    assert not bench.out.exists() and len(stamps) == 2
+    time.sleep(0.01)
+    result = run(*args)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert not (bench.folder / ".out.bake-several").exists()
+    for name, stamp in stamps.items():
+        assert (bench.out / "checkpoint" / name).stat().st_mtime_ns == stamp
+    whole = bench.folder / "new"
+    again = ("export", bench.recipe, "--out", whole, *BOTH, "--model", sharded, "-q")
+    assert run(*again).exit_code == 0
+    assert contents(bench.out) == contents(whole)
+
+
+def test_an_interrupt_says_what_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupting(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bake.outputs.carry.export_lora", interrupting)
+    result = run("export", bench.recipe, "--out", bench.out, *BOTH, "-q")
+    assert result.exit_code == 130
+    assert str(bench.folder / ".out.bake-several") in result.stderr
+    assert "the same command takes them up" in result.stderr
+    monkeypatch.undo()
+    assert run("export", bench.recipe, "--out", bench.out, *BOTH, "-q").exit_code == 0
+
+
+# --- Modelfiles --------------------------------------------------------------------------------
+
+
+def commands_of(text: str, folder: Path) -> dict[str, Path]:
+    """Parse a Modelfile as Ollama does, and allow nothing that an edit has no business with.
+
+    See ollama parser/parser.go: ParseFile and expandPath. Of FROM and ADAPTER one each; their
+    paths are relative to the Modelfile and lead to files.
+    """
+    found: dict[str, Path] = {}
+    assert text.endswith("\n") and not text.startswith("\ufeff")
+    for line in text.splitlines():
+        instruction, space, value = line.partition(" ")
+        assert space and instruction in ("FROM", "ADAPTER") and instruction not in found, line
+        assert value == value.strip() and '"' not in value and value.isprintable()
+        assert value.startswith(("./", "../"))  # else it could be the name of a model
+        found[instruction] = (folder / value).resolve(strict=True)
+        assert found[instruction].read_bytes()[:4] == b"GGUF"
+    assert "FROM" in found
+    return found
+
+
+def test_modelfiles(bench: Bench, tiny_checkpoint: Checkpoints) -> None:
+    models = bench.folder / "my models"
+    models.mkdir()
+    gguf = models / "base f32.gguf"
+    gguf_files.write(gguf, bench.base)
+    to = ("--to", "gguf", "--to", "gguf-lora")
+    result = run("export", bench.recipe, "--out", bench.out, *to, "--gguf", gguf, "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    edited, adapter = bench.out / "gguf", bench.out / "gguf-lora"
+    found = commands_of((edited / MODELFILE).read_text(), edited)
+    assert found == {"FROM": (edited / "base f32.gguf").resolve()}
+    found = commands_of((adapter / MODELFILE).read_text(), adapter)
+    assert found == {"FROM": gguf.resolve(), "ADAPTER": (adapter / "lora.gguf").resolve()}
+    record = json.loads((adapter / "bake.json").read_text())
+    assert MODELFILE in record["files"]
+    # Alone it is the same, and without a GGUF there is none.
+    alone = bench.folder / "one" / "gguf-lora"
+    options = ("--to", "gguf-lora", "-q")
+    assert run("export", bench.recipe, "--out", alone, *options, "--gguf", gguf).exit_code == 0
+    assert contents(alone) == contents(adapter)
+    unknown = bench.folder / "unknown"
+    assert run("export", bench.recipe, "--out", unknown, *options).exit_code == 0
+    assert not (unknown / MODELFILE).exists()
+    # The control: what the parser here is strict about.
+    for text in ("FROM base.gguf\n", "FROM ./none.gguf\n", "ADAPTER ./lora.gguf\n", "TEMPLATE x\n"):
+        with pytest.raises((AssertionError, FileNotFoundError)):
+            commands_of(text, adapter)
+
+
+@pytest.mark.parametrize("to", [("gguf-lora",), ("gguf",), ("checkpoint", "gguf-lora")])
+def test_a_name_that_a_modelfile_cannot_hold(to: tuple[str, ...], bench: Bench) -> None:
+    """It is refused before the first byte, and not once a large file is written."""
+    gguf = bench.folder / 'a"b.gguf'
+    gguf_files.write(gguf, bench.base)
+    carriers = [word for carrier in to for word in ("--to", carrier)]
+    options = (*carriers, "--gguf", gguf, "-q")
+    result = run("export", bench.recipe, "--out", bench.out, *options, "--dry-run")
+    assert result.exit_code == 2 and "cannot be named in a Modelfile" in told(result)
+    result = run("export", bench.recipe, "--out", bench.out, *options)
+    assert result.exit_code == 2 and "cannot be named in a Modelfile" in told(result)
+    assert bench.listing() == {'a"b.gguf', "mood.npy", "recipe.toml", "adapter"}
+
+
+def test_a_control_vector_has_no_modelfile(bench: Bench) -> None:
+    text = (
+        bench.recipe.read_text()
+        .replace('"ablate"', '"offset"')
+        .replace('"resid"', '"resid_post.1"')
+    )
+    bench.recipe.write_text(text)
+    result = run("export", bench.recipe, "--out", bench.out, "--to", "control-vector", "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert set(contents(bench.out)) == {
+        "control-vector.gguf",
+        "bake.json",
+        "bake/edits.safetensors",
+    }

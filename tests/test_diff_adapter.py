@@ -1,0 +1,121 @@
+"""``bake diff`` on LoRA adapters: what they add to their base, and what cannot be told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from harness import base_at, edit, plan_of, vector
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bake import edits as make
+from bake.cli import main
+from bake.diff import diff
+from bake.errors import InputError, UsageError
+from bake.outputs.lora import export_lora
+
+PREFIX = "base_model.model."
+NAMES = ("model.layers.1.self_attn.o_proj", "model.layers.2.mlp.down_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapter") / "base"
+    sizes = {"hidden_size": 96, "intermediate_size": 128, "vocab_size": 200}
+    model = tiny.make_model("llama", dtype=torch.bfloat16, attention_bias=False, **sizes)
+    tiny.write_checkpoint(model, path)
+    return path
+
+
+def adapter(path: Path, base: Path, rank: int = 3, scale: float = 1.0, **more: Tensor) -> Path:
+    """Write a random adapter as PEFT does."""
+    path.mkdir()
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(NAMES),
+        "base_model_name_or_path": str(base),
+        "bias": "none",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = dict(more)
+    for name in NAMES:
+        shape = tiny.header_of(base)[0][f"{name}.weight"]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = torch.randn(rank, shape[1])
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = scale * torch.randn(shape[0], rank)
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_an_adapter_has_the_rank_and_size_of_its_factors(
+    base: Path, tmp_path: Path, scale: float
+) -> None:
+    """Also where it is far below the rounding of the base: nothing of a sum is rounded."""
+    path = adapter(tmp_path / "a", base, scale=scale)
+    found = diff(str(path), str(base))
+    assert found.adapter and found.violations is None
+    changes = {change.tensor: change for change in found.changes}
+    assert set(changes) == {f"{name}.weight" for name in NAMES}
+    tensors = load_file(path / "adapter_model.safetensors")
+    weights = tiny.tensors_of(base)
+    for name in NAMES:
+        a, b = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "AB")
+        change = changes[f"{name}.weight"]
+        expected = 2 * b @ a
+        assert change.spectrum is not None and change.spectrum.rank == 3
+        assert change.norm == pytest.approx(float(expected.norm()), rel=1e-6)
+        size = float(weights[f"{name}.weight"].double().norm())
+        assert change.relative == pytest.approx(float(expected.norm()) / size, rel=1e-6)
+
+
+def test_an_ablation_as_an_adapter_shares_its_direction(base: Path, tmp_path: Path) -> None:
+    opened = base_at(base)
+    direction = vector(96)
+    ablation = edit(opened, "ablate", make.ablate(direction), "attn_out.*")
+    plan = plan_of(opened, [ablation])
+    record = {"base": {"model": str(base), "revision": None, "path": str(base)}}
+    export_lora(plan, opened.checkpoint, tmp_path / "out", record=record)
+    found = diff(str(tmp_path / "out"), given={"mine": direction[None]})
+    (space,) = found.subspaces
+    assert (space.side, space.shared, space.dimension) == ("written", True, 1)
+    assert dict(space.cosines)["mine"] > 0.999
+    assert all(leak.ratio is not None and leak.ratio < 0.02 for leak in space.leaks)
+
+
+def test_the_command_line_finds_the_base_in_the_adapter(base: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a", base)
+    done = CliRunner(env={"COLUMNS": "120"}).invoke(main, ["diff", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "the adapter adds to 2 and leaves the others" in done.stdout
+    data = json.loads(CliRunner(env={"COLUMNS": "120"}).invoke(main, ["diff", str(path), "--json"]).stdout)
+    assert data["adapter"] is True and data["as_recorded"] is None
+
+
+def test_an_adapter_that_is_more_than_factors_is_refused(base: Path, tmp_path: Path) -> None:
+    norm = {f"{PREFIX}model.norm.weight": torch.ones(96)}
+    path = adapter(tmp_path / "a", base, **norm)
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["norm"]
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="holds more than factors") as caught:
+        diff(str(path), str(base))
+    assert "bake merge" in str(caught.value)
+
+
+def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a", base)
+    tiny.write_checkpoint(tiny.make_model("llama"), tmp_path / "other")
+    with pytest.raises(InputError, match="has no place in the base"):
+        diff(str(path), str(tmp_path / "other"))
+
+
+def test_a_base_cannot_be_an_adapter(base: Path, tmp_path: Path) -> None:
+    path = adapter(tmp_path / "a", base)
+    with pytest.raises(UsageError, match="is an adapter"):
+        diff(str(base), str(path))

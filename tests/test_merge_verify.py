@@ -1,0 +1,254 @@
+"""A merge is an artifact like any other: recorded, verified against PEFT, checked and published."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from adapters import factors_of, rewritten
+from harness import Base, base_at, edit, plan_of, vector
+from safetensors.torch import load_file, save_file
+from test_merge import trained
+
+from bake import edits as make
+from bake.errors import ExactnessBug, FamilyError, InputError, UsageError, VerificationFailed
+from bake.outputs.lora import export_lora
+from bake.outputs.merge import merge_adapter
+from bake.publish.preflight import Terms, preflight
+from bake.publish.record import read_record
+from bake.publish.seal import check, seal
+from bake.verify.compare import compare, raise_unless_passed
+from bake.verify.files import write_report
+from bake.verify.report import Report
+from bake.verify.serving import Runtimes
+
+Checkpoints = Callable[..., Path]
+PROMPTS = [[5, 9, 4, 33, 7, 21, 8], [40, 3, 17, 6, 6], [11, 12, 13]]
+
+
+def merged(base: Base, folder: Path, **options: Any) -> Path:
+    """Train an adapter beside ``out`` and merge it."""
+    adapter = trained(base, folder / "adapter", **options)
+    return merge_adapter(adapter, base.checkpoint, folder / "out", layout=base.layout).path
+
+
+def verify(out: Path, **options: Any) -> Report:
+    return compare(out, prompts=PROMPTS, generate=2, **options)
+
+
+def value(report: Report, name: str) -> float:
+    return next(row.value for row in report.rows if row.name == name)
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "plain": ("llama", {}, {}),
+    "a tied embedding": ("llama", {"tied": True}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "biases": ("llama", {}, {"bias": "all"}),
+    "a saved head": ("llama", {}, {"modules_to_save": ["lm_head"]}),
+    "stored the other way": (
+        "gpt2",
+        {},
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    ),
+    "a scaled embedding": ("gemma", {"tied": False}, {"target_modules": ["embed_tokens"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_equals_the_adapter_at_work(
+    case: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    family, config, options = CASES[case]
+    out = merged(base_at(tiny_checkpoint(family, **config)), tmp_path, **options)
+    report = verify(out)
+    raise_unless_passed(report)
+    assert report.passed and report.exactness == "exact"
+    effect = value(report, "effect: adapter at work − base")
+    error = value(report, "merged − adapter at work, evaluated in float64")
+    assert effect > 1e-2 and error <= 1e-9 * effect
+    controls = [row for row in report.rows if row.group == "control"]
+    assert {row.name.partition(",")[0].removeprefix("control: ") for row in controls} >= {
+        "nothing edited",
+        "forgotten tensor",
+        "flipped sign",
+    }
+    assert all(row.passed for row in controls)
+    assert any(row.group == "floor" and row.value > 0 for row in report.rows)
+    assert not any("hooked" in row.name or "baked" in row.name for row in report.rows)
+    assert report.environment["peft"]
+
+
+def test_half_precision_has_the_floor_of_its_dtype(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    out = merged(base_at(tiny_checkpoint("llama", dtype=torch.bfloat16)), tmp_path)
+    report = verify(out)
+    assert report.passed and report.dtype == "BF16"
+    error = value(report, "merged − adapter at work, evaluated in float64")
+    # Rounding the merged weights costs something, and less than the adapter's work in bfloat16.
+    assert 0 < error < value(report, "merged in bfloat16 − adapter at work in float64")
+
+
+def test_experts(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("mixtral"))
+    plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(24)), "resid")])
+    adapter = export_lora(plan, base.checkpoint, tmp_path / "adapter", record={}).path
+    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout).path
+    assert verify(out).passed
+
+
+def test_the_record_says_what_was_merged(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama", tied=True))
+    out = merged(base, tmp_path, target_modules=["q_proj", "embed_tokens"])
+    record = json.loads((out / "bake.json").read_text())
+    assert record["kind"] == "merge"
+    assert (out / record["base"]["path"]).resolve() == base.path.resolve()
+    assert record["base"]["digest"] == base.checkpoint.digest()
+    assert (out / record["adapter"]["path"]).resolve() == (tmp_path / "adapter").resolve()
+    assert record["adapter"]["config"]["r"] == 3
+    # Places are told from the artifact; nothing names a folder of the machine that merged.
+    assert str(base.path) not in json.dumps(record)
+    parts = [(tmp_path / "adapter" / name).read_bytes() for name in ("adapter_config.json",)]
+    parts.append((tmp_path / "adapter" / "adapter_model.safetensors").read_bytes())
+    digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+    assert record["adapter"]["sha256"] == hashlib.sha256(digests).hexdigest()
+    plan = record["plan"]
+    assert (plan["exactness"], plan["family"]) == ("exact", "llama")
+    changed = {row["name"]: row for row in plan["tensors"]}
+    assert set(changed) == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        *(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)),
+    }
+    assert changed["lm_head.weight"]["sides"] == ["copied"] and changed["lm_head.weight"]["created"]
+    assert changed["model.embed_tokens.weight"]["sides"] == ["update"]
+    assert plan["config"] == [{"key": "tie_word_embeddings", "old": True, "new": False}]
+    assert plan["notes"] == ["the output head is untied from the embedding"]
+    assert plan["created_bytes"] == base.checkpoint.tensors["model.embed_tokens.weight"].nbytes
+    assert set(record["files"]) == {path.name for path in out.iterdir() if path.name != "bake.json"}
+
+
+def test_a_base_on_the_hub_is_recorded_by_id_and_commit(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base, commit = base_at(tiny_checkpoint("llama")), "c0ffee" + "0" * 34
+    fetched = replace(base.checkpoint, source="owner/name@main", revision=commit)
+    adapter = trained(base, tmp_path / "adapter")
+    out = merge_adapter(adapter, fetched, tmp_path / "out", layout=base.layout).path
+    told = json.loads((out / "bake.json").read_text())["base"]
+    assert (told["model"], told["revision"], told["path"]) == ("owner/name", commit, None)
+    record = read_record(out)
+    assert record.base_on_hub and record.pinned and record.base_repo == "owner/name"
+
+
+def spoiled(out: Path, name: str, factor: float) -> None:
+    """Scale a weight, and let the record say that it was exported so."""
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, path, metadata={"format": "pt"})
+    record = json.loads((out / "bake.json").read_text())
+    record["files"]["model.safetensors"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (out / "bake.json").write_text(json.dumps(record))
+
+
+def test_what_is_wrong_fails(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    out = merged(base, tmp_path)
+    other = trained(base, tmp_path / "other", r=2)
+    elsewhere = base_at(tiny_checkpoint("llama", attention_bias=False))
+    with pytest.raises(InputError, match="is not the base that the artifact was made from"):
+        verify(out, base=str(elsewhere.path))
+    with pytest.raises(InputError, match="this is not the adapter that was merged"):
+        verify(out, adapter=other)
+    with pytest.raises(UsageError, match="with the model in memory"):
+        verify(out, streamed=True)
+    with pytest.raises(UsageError, match="peft loads no merge"):
+        verify(out, runtimes=Runtimes(("peft",)))
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="the adapter that was merged is not there"):
+        verify(out)
+    assert verify(out, adapter=tmp_path / "moved").passed
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = load_file(out / "model.safetensors")
+    tensors[name] = tensors[name] * 1.5
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match="changed after the export"):
+        raise_unless_passed(verify(out, adapter=tmp_path / "moved"))
+    spoiled(out, name, 1.0)
+    with pytest.raises(ExactnessBug, match="merged − adapter at work") as error:
+        raise_unless_passed(verify(out, adapter=tmp_path / "moved"))
+    assert error.value.exit_code == 6
+
+
+def test_an_adapter_that_does_nothing_proves_nothing(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    adapter = trained(base, tmp_path / "adapter")
+    zeros = {name: 0 * tensor for name, tensor in factors_of(adapter).items()}
+    nothing = rewritten(adapter, tmp_path / "nothing", zeros)
+    out = merge_adapter(nothing, base.checkpoint, tmp_path / "out", layout=base.layout).path
+    with pytest.raises(VerificationFailed, match="the edit has no effect"):
+        raise_unless_passed(verify(out))
+
+
+def test_without_a_table_there_is_no_verification(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    strange = tmp_path / "base"
+    shutil.copytree(base.path, strange)
+    config = {**tiny.config_of(strange), "architectures": ["StrangeForCausalLM"]}
+    (strange / "config.json").write_text(json.dumps(config))
+    adapter = trained(base, tmp_path / "adapter")
+    from bake.checkpoints import open_checkpoint
+
+    out = merge_adapter(adapter, open_checkpoint(strange), tmp_path / "out").path
+    assert json.loads((out / "bake.json").read_text())["plan"]["family"] is None
+    with pytest.raises(FamilyError, match="StrangeForCausalLM"):
+        verify(out)
+
+
+def test_a_merge_in_a_runtime(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    out = merged(base_at(tiny_checkpoint("llama", tied=True)), tmp_path)
+    report = verify(out, runtimes=Runtimes(("transformers",)))
+    raise_unless_passed(report)
+    (record,) = report.runtimes
+    assert record["status"] == "passed"
+    rows = [row for row in report.rows if row.group == "runtime"]
+    assert len(rows) == 2 and all(row.passed for row in rows)
+
+
+def test_checked_and_published_like_an_export(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    out = merged(base, tmp_path)
+    record = read_record(out)
+    assert (record.kind, len(record.changed)) == ("merge", 6)
+    terms = Terms(no_card=True)
+    problems = preflight(out, terms).problems
+    assert [problem.where for problem in problems] == ["verify.json"]
+    write_report(verify(out), out, plots=False, html=False)
+    assert preflight(out, terms).problems == ()
+    seal(out)
+    found = check(out, base=base.path)
+    assert found.problems == () and found.unverified is None
+    statement = json.loads((out / "bake" / "provenance.json").read_text())
+    dependencies = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+    assert {"adapter adapter", "base"} == {entry["name"] for entry in dependencies}
+    # The control: a tensor that the merge leaves alone, changed.
+    spoiled(out, "model.layers.1.self_attn.k_proj.weight", 1.5)
+    assert any("sealed" in str(p) or "lists" in str(p) for p in check(out).problems)
+    seal_again = shutil.copytree(out, tmp_path / "again")
+    for name in ("SHA256SUMS", "bake/provenance.json"):
+        (seal_again / name).unlink()
+    seal(seal_again)
+    found = check(seal_again, base=base.path)
+    assert any("k_proj.weight differs from the base" in str(p) for p in found.problems)

@@ -1,0 +1,730 @@
+"""An artifact is made again from its own record: the same plan, and every file with its digest."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from harness import base_at, plan_of, vector
+from harness import edit as edit_at
+from hub_server import sha256
+from published import rewrite
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS
+
+from bake import edits as make
+from bake.cli import main
+from bake.edits import Edit, EditKind
+from bake.errors import InputError, UsageError
+from bake.families.fit import layout_of
+from bake.plan import Plan
+from bake.plan.sketch import differing, sketch
+from bake.recipe import disagreement, parse_recipe
+from bake.sites import expand
+from bake.verify.agreement import agreement, markdown
+from bake.verify.artifact import is_inside, open_baked
+from bake.verify.compare import open_base
+from bake.verify.files import without_paths
+from bake.verify.report import Report, Row
+
+FAMILIES = Path(__file__).parent.parent / "bake" / "families"
+
+RECIPE = """
+title = "Mood"
+[base]
+model = {model}
+[directions.mood]
+file = "mood.npy"
+[[edits]]
+kind = "{kind}"
+direction = "mood"
+at = {at}
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder with a recipe for a tiny model, and the commands run in it."""
+
+    folder: Path
+    recipe: Path
+    base: Path
+
+    def run(self, *args: object) -> Result:
+        """Run one command; an exception that is no exit is an error of the test."""
+        result = CliRunner().invoke(main, [str(arg) for arg in args])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    def data(self, *args: object, code: int = 0) -> dict[str, Any]:
+        """Return what a command prints as JSON."""
+        result = self.run(*args, "--json")
+        assert result.exit_code == code, result.stdout + result.stderr
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    def export(self, name: str = "out", *args: object) -> Path:
+        """Write the recipe's artifact."""
+        self.data("export", self.recipe, "--out", self.folder / name, *args)
+        return self.folder / name
+
+
+Benches = Callable[..., Bench]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Benches:
+    def made(
+        family: str = "llama", *, kind: str = "ablate", at: str = '"resid"', **options: Any
+    ) -> Bench:
+        base = tmp_path / "base"
+        shutil.copytree(tiny_checkpoint(family, **options), base)
+        width = CONFIGS[family].get("hidden_size", CONFIGS[family].get("n_embd"))
+        np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(width))
+        recipe = tmp_path / "recipe.toml"
+        recipe.write_text(RECIPE.format(model='"base"', kind=kind, at=at), encoding="utf-8")
+        return Bench(tmp_path, recipe, base)
+
+    return made
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def spoil(path: Path, place: int = -1) -> None:
+    """Flip a bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+
+
+# --- every kind, byte for byte -----------------------------------------------------------------
+
+EVERYWHERE = '["attn_out.*", "mlp_out.*"]'
+KINDS = {
+    "checkpoint": ("ablate", '"resid"', {}),
+    "lora": ("ablate", EVERYWHERE, {"family": "mistral"}),  # an adapter holds no biases
+    "gguf-lora": ("ablate", EVERYWHERE, {"family": "mistral"}),
+    "control-vector": ("offset", '"resid_post.1"', {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_artifact_is_made_again_byte_for_byte(bench: Benches, kind: str) -> None:
+    edit, at, options = KINDS[kind]
+    made = bench(kind=edit, at=at, **options)
+    out = made.export("out", "--to", kind)
+    made.recipe.unlink()
+    (made.folder / "mood.npy").unlink()  # what is inside has to do
+    again = made.folder / "elsewhere" / "again"
+    data = made.data("export", out, "--out", again)
+    assert files(again) == files(out)
+    count = len(files(out))
+    assert data["reproduced"] == {
+        "identical": count,
+        "of": count,
+        "record_differs_at": [],
+        "differing": [],
+    }
+    assert data["kind"] == kind and data["again"]["same"] is True
+    shutil.rmtree(again)
+    told = made.run("export", out, "--out", again).stdout
+    assert f"{count} of {count} files identical" in told
+
+
+def test_an_edited_gguf_is_made_again_from_the_same_gguf(bench: Benches) -> None:
+    made = bench(at=EVERYWHERE)
+    model = made.folder / "model.gguf"
+    gguf_files.write(model, made.base)
+    out = made.export("out", "--to", "gguf", "--gguf", model, "--rounding", "nearest")
+    record = json.loads((out / "bake.json").read_text())
+    stated = {"name": "model.gguf", "sha256": sha256(model.read_bytes())}
+    assert record["export"] == {"gguf": [stated], "edited_type": None, "rounding": "nearest"}
+    again = made.folder / "again"
+    asked = made.data("export", out, "--out", again, code=2)
+    assert "was made with the base's GGUF, which the artifact does not hold" in str(asked["error"])
+    assert asked["error"]["fix"] == "name it with --gguf"
+    other = made.folder / "other"
+    other.mkdir()
+    shutil.copy(model, other / "model.gguf")
+    spoil(other / "model.gguf")
+    wrong = made.data("export", out, "--out", again, "--gguf", other / "model.gguf", code=4)
+    assert "is not the GGUF that" in wrong["error"]["what"] and not again.exists()
+    data = made.data("export", out, "--out", again, "--gguf", model)
+    assert files(again) == files(out) and data["reproduced"]["differing"] == []
+    # and the option decided something
+    feedback = made.export("feedback", "--to", "gguf", "--gguf", model)
+    assert files(feedback)["bake.json"] != files(out)["bake.json"]
+
+
+def test_an_adapter_for_a_gguf_is_made_again_from_it(bench: Benches) -> None:
+    made = bench("mistral", at=EVERYWHERE)
+    model = made.folder / "model.gguf"
+    gguf_files.write(model, made.base)
+    out = made.export("out", "--to", "gguf-lora", "--gguf", model)
+    again = made.folder / "again"
+    assert made.run("export", out, "--out", again).exit_code == 2
+    made.data("export", out, "--out", again, "--gguf", model)
+    assert files(again) == files(out)
+    plain = made.export("plain", "--to", "gguf-lora")
+    refused = made.data("export", plain, "--out", made.folder / "x", "--gguf", model, code=2)
+    assert "was not made with --gguf" in refused["error"]["what"]
+
+
+def test_several_carriers_record_their_own_options(bench: Benches) -> None:
+    made = bench(at=EVERYWHERE)
+    model = made.folder / "model.gguf"
+    gguf_files.write(model, made.base)
+    out = made.export("out", "--to", "checkpoint", "--to", "gguf", "--gguf", model)
+    records = {
+        kind: json.loads((out / kind / "bake.json").read_text()) for kind in ("checkpoint", "gguf")
+    }
+    assert "export" not in records["checkpoint"] and "gguf" in records["gguf"]["export"]
+    for kind, more in (("checkpoint", ()), ("gguf", ("--gguf", model))):
+        again = made.folder / kind
+        made.data("export", out / kind, "--out", again, *more)
+        assert files(again) == files(out / kind)
+
+
+# --- the controls: what is not the same is said ------------------------------------------------
+
+
+def test_another_base_is_told_by_its_digest(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    again = made.folder / "again"
+    weights = load_file(made.base / "model.safetensors")
+    metadata = {"format": "pt"}
+    changed = {
+        **weights,
+        "model.layers.0.mlp.down_proj.weight": -weights["model.layers.0.mlp.down_proj.weight"],
+    }
+    save_file(changed, made.base / "model.safetensors", metadata=metadata)
+    data = made.data("export", out, "--out", again, code=1)
+    assert [row["file"] for row in data["reproduced"]["differing"]] == [
+        "model.safetensors",
+        "bake.json",
+    ]
+    assert (
+        "files identical, and these are not: model.safetensors, bake.json" in data["error"]["what"]
+    )
+    # the headers are the same, so that only the bytes can tell; other headers are told at once
+    save_file(
+        {**weights, "extra": torch.zeros(2)}, made.base / "model.safetensors", metadata=metadata
+    )
+    shutil.rmtree(again)
+    data = made.data("export", out, "--out", again, code=4)
+    assert "is not the base that the artifact was made from" in data["error"]["what"]
+
+
+def test_other_edits_are_another_plan(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    assert made.data("plan", out)["again"]["same"] is True
+    np.save(made.folder / "mood.npy", np.load(made.folder / "mood.npy")[::-1])
+    other = made.export("other")
+    shutil.copy(other / "bake" / "edits.safetensors", out / "bake")
+    data = made.data("plan", out, code=1)
+    assert data["again"]["same"] is False
+    assert "bake/edits.safetensors is not the file that bake.json lists" in data["error"]["why"]
+    assert "would get other values" in data["error"]["why"]
+    data = made.data("export", out, "--out", made.folder / "again", code=1)
+    assert "is not the recorded one" in data["error"]["what"]
+    assert not (made.folder / "again").exists()
+
+
+def test_the_rounding_of_another_processor_is_no_other_plan(bench: Benches) -> None:
+    """A digest is over every bit; the sketch tells rounding from another edit."""
+    made = bench()
+    out = made.export()
+    record = (out / "bake.json").read_text()
+    rewrite(out / "bake.json", lambda found: found["plan"].update(digest="sha256:other"))
+    data = made.data("plan", out)
+    assert data["again"]["same"] is True and data["again"]["digest"] != data["again"]["recorded"]
+    assert "within the rounding of this processor and torch" in data["again"]["notes"][0]
+    assert "the plan of the record, within rounding" in made.run("plan", out).stdout
+    told = made.data("export", out, "--out", made.folder / "again", code=1)
+    assert told["reproduced"]["record_differs_at"] == ["plan.digest"]
+    assert [row["file"] for row in told["reproduced"]["differing"]] == ["bake.json"]
+    assert "every other file is the same" in told["error"]["why"]
+    # a difference that is none of rounding, and a record that says nothing of the values
+    other = json.loads(record)
+    first = next(iter(other["sketch"]))
+    other["sketch"][first][0] *= 1.001
+    other["plan"]["digest"] = "sha256:0"
+    (out / "bake.json").write_text(json.dumps(other))
+    error = made.data("plan", out, code=1)["error"]
+    assert f"{first} would get other values" in error["why"]
+    for value in ("x", None, [], {}, [None]):
+        other["sketch"][first] = value
+        (out / "bake.json").write_text(json.dumps(other))
+        assert made.data("plan", out, code=1)["error"]["exit_code"] == 1
+    del other["sketch"]
+    (out / "bake.json").write_text(json.dumps(other))
+    assert "the record does not say which" in made.data("plan", out, code=1)["error"]["why"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [
+        ("ablate", "resid"),
+        ("offset", "embed"),
+        ("ablate", "ln1_out.1"),
+        ("offset", ["attn_out.*", "mlp_out.*"]),
+    ],
+)
+def test_a_sketch_sees_every_tensor(
+    family: str, kind: str, at: Any, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    build = {"ablate": make.ablate, "offset": make.offset}[kind]
+
+    def planned(seed: int, share: float = 0.0) -> Plan:
+        found = vector(base.layout.hidden, seed) + share * vector(base.layout.hidden, 7)
+        return plan_of(base, [edit_at(base, kind, build(found), at)], allow=("nulling",))
+
+    plan = planned(1)
+    assert plan.tensors or plan.biases
+    kept = json.loads(json.dumps(sketch(plan)))
+    assert set(kept) == {update.name for update in (*plan.tensors, *plan.biases)}
+    assert differing(kept, plan) == () and differing(kept, planned(1, 1e-14)) == ()
+    changed = set(differing(kept, planned(1, 1e-3)))
+    # what is copied, and zeros that a flag demands, have no values of the edit
+    assert changed == {name for name, numbers in kept.items() if any(numbers)} != set()
+
+
+def test_a_recipe_that_says_something_else_is_told(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    text = made.recipe.read_text()
+
+    def tell(new: str, *, digest: bool = True) -> str:
+        def change(record: dict[str, Any]) -> None:
+            record["recipe"]["text"] = new
+            if digest:
+                record["recipe"]["digest"] = "sha256:" + sha256(new.encode())
+
+        rewrite(out / "bake.json", change)
+        why: str = made.data("plan", out, code=1)["error"]["why"]
+        return why
+
+    assert "the recipe's digest is" in tell(text + "# more\n", digest=False)
+    assert "acts at other sites, first resid_mid.0" in tell(
+        text.replace('"resid"', '"resid_pre.*"')
+    )
+    assert "edit 1 of the recipe (affine mood) is ablate mood" in tell(
+        text.replace('"ablate"', '"affine"')
+    )
+    assert "not one that this bake reads: unknown key" in tell(text + 'unheard = "of"\n')
+    assert "most_kl = 0.5, the record None" in tell(text + "[verify]\nmost_kl = 0.5\n")
+    assert "not valid TOML" in tell("x = " + "[" * 5000)
+    strange = tell(text.replace("mood]", '"\\u001b[2J"]').replace('"mood"', '"\\u001b[2J"'))
+    assert "edit 1 of the recipe" in strange and "\x1b" not in strange
+    tell_again = text + "[export]\n"
+
+    def change(record: dict[str, Any]) -> None:
+        record["recipe"]["text"] = tell_again
+        record["recipe"]["digest"] = "sha256:" + sha256(tell_again.encode())
+
+    rewrite(out / "bake.json", change)
+    assert made.data("plan", out)["again"]["same"] is True  # the same edits in other words
+
+
+def test_the_record_that_another_bake_wrote_is_named(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+
+    def change(record: dict[str, Any]) -> None:
+        record["bake"] = "0.0.9"
+        record["plan"]["notes"] = ["in other words"]
+
+    rewrite(out / "bake.json", change)
+    data = made.data("export", out, "--out", made.folder / "again", code=1)
+    assert data["reproduced"]["record_differs_at"] == ["bake", "plan.notes"]
+    assert "made by bake 0.0.9" in data["error"]["why"]
+    assert [row["file"] for row in data["reproduced"]["differing"]] == ["bake.json"]
+
+
+def test_what_the_record_decides_is_not_asked_for(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    for command in ("plan", "export"):
+        place = ("--out", made.folder / "x") if command == "export" else ()
+        for option in (("--model", "a/b"), ("--allow", "recast"), ("--target", "vllm")):
+            error = made.data(command, out, *place, *option, code=2)["error"]
+            assert f"{option[0]} is for recipes, and this is an artifact" in error["what"]
+    for option in (("--to", "lora"), ("--rounding", "nearest"), ("--outtype", "f32")):
+        error = made.data("export", out, "--out", made.folder / "x", *option, code=2)["error"]
+        assert f"{option[0]} is for recipes" in error["what"]
+    error = made.data("plan", made.recipe, "--base", made.base, code=2)["error"]
+    assert "--base is for artifacts" in error["what"]
+
+
+def test_a_base_that_has_moved_is_asked_for(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    moved = made.base.rename(made.folder / "moved")
+    for command in (("plan", out), ("export", out, "--out", made.folder / "x"), ("verify", out)):
+        error = made.data(*command, code=4)["error"]
+        assert "the base base is not where it was" in error["what"]
+        assert error["fix"] == "name it with --base"
+    data = made.data("export", out, "--out", made.folder / "x", "--base", moved)
+    assert data["reproduced"]["differing"] == []
+    assert made.data("plan", out, "--base", moved)["again"]["same"] is True
+
+
+def test_what_is_no_artifact_is_called_what_it_is(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    (out / "bake.json").unlink()
+    for folder, what in ((made.base, "a checkpoint"), (out, "a checkpoint")):
+        for command in ("plan", "verify"):
+            error = made.data(command, folder, code=4)["error"]
+            assert f"this is no artifact of bake: it is {what}" in error["what"]
+    error = made.data("plan", made.folder / "absent.toml", code=4)["error"]
+    assert "the recipe cannot be read" in error["what"]
+
+
+# --- the user's own table ----------------------------------------------------------------------
+
+
+def test_the_users_own_table_travels_in_the_record(bench: Benches) -> None:
+    made = bench()
+    text = (FAMILIES / "llama.toml").read_text(encoding="utf-8")
+    config = json.loads((made.base / "config.json").read_text())
+    config["architectures"] = ["MyCausalLM"]
+    (made.base / "config.json").write_text(json.dumps(config))
+    own = made.folder / "own.toml"
+    own.write_text(text.replace("LlamaForCausalLM", "MyCausalLM").replace('"llama"', '"mine"', 1))
+    out = made.export("out", "--family", own)
+    record = json.loads((out / "bake.json").read_text())
+    assert record["family"]["text"] == own.read_text() and record["family"]["file"] == "own.toml"
+    own.unlink()
+    again = made.folder / "again"
+    assert made.data("export", out, "--out", again)["reproduced"]["differing"] == []
+    assert files(again) == files(out)
+    deep = {"text": "x = " + "[" * 5000}
+    rewrite(out / "bake.json", lambda found: {**found, "family": deep})
+    assert "nests too deeply" in made.data("plan", out, code=4)["error"]["what"]
+    rewrite(out / "bake.json", lambda found: {k: v for k, v in found.items() if k != "family"})
+    error = made.data("plan", out, code=4)["error"]
+    assert "bake has no family table for MyCausalLM" in error["what"]
+    assert "--family FILE" in error["fix"]
+
+
+def test_a_table_of_another_class_is_refused(bench: Benches, tiny_checkpoint: Any) -> None:
+    from bake.checkpoints import open_checkpoint
+    from bake.errors import FamilyError
+    from bake.families import family_named
+
+    base = open_checkpoint(bench().base)
+    table = family_named("qwen2")
+    with pytest.raises(FamilyError, match="the table qwen2 is for Qwen2ForCausalLM"):
+        layout_of(base, table)
+    # a model that was declared as another class has that class's own table
+    assert layout_of(base, table, declared=True).family.name == "llama"
+
+
+# --- the limit that a recipe asks for ----------------------------------------------------------
+
+
+def test_the_recipe_sets_the_limit_of_the_divergence(bench: Benches) -> None:
+    made = bench()
+    text = made.recipe.read_text()
+    name = "mean KL(hooked ‖ baked) / mean KL(hooked ‖ base)"
+
+    def rows(out: Path, *args: object, code: int = 0) -> dict[str, Any]:
+        found = made.data("verify", out, "--no-plots", "--generate", "0", *args, code=code)
+        return {row["name"]: row for row in found["rows"]}
+
+    plain = rows(made.export("plain"))[name]
+    assert plain["limit"] is None and plain["passed"] is None
+    made.recipe.write_text(text + "[verify]\nmost_kl = 0.05\n")
+    out = made.export()
+    assert json.loads((out / "bake.json").read_text())["verify"] == {"most_kl": 0.05}
+    found = rows(out)[name]
+    assert found["limit"] == 0.05 and found["passed"] is True and found["value"] > 0
+    tight = found["value"] / 2
+    assert rows(out, "--most-kl", tight, code=6)[name]["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("most_kl = 0.0", "most_kl = 0.0 is not above zero"),
+        ("most_kl = -1", "most_kl = -1.0 is not above zero"),
+        ("most_kl = nan", "most_kl = nan is not finite"),
+        ('most_kl = "0.1"', "is no number"),
+        ("most_kr = 0.1", "unknown key 'most_kr'"),
+    ],
+)
+def test_a_limit_that_is_none(line: str, what: str, tmp_path: Path) -> None:
+    text = RECIPE.format(model='"base"', kind="ablate", at='"resid"') + f"[verify]\n{line}\n"
+    with pytest.raises(UsageError, match=what):
+        parse_recipe(text.encode(), tmp_path / "recipe.toml")
+
+
+# --- nothing of this machine -------------------------------------------------------------------
+
+
+def test_nothing_that_is_written_names_a_place_of_this_machine(
+    bench: Benches, tmp_path: Path
+) -> None:
+    made = bench()
+    out = made.export()
+    # the base is named by its place, as on a command line
+    made.data("export", made.recipe, "--model", made.base, "--out", made.folder / "named")
+    for folder in (out, made.folder / "named"):
+        before = set(files(folder))
+        made.data("verify", folder, "--html", "--generate", "0", "--rebake")
+        written = {n: d for n, d in files(folder).items() if n not in before}
+        assert {"verify.json", "verify.md", "verify.html", "reproduction.json"} <= set(written)
+        for name, data in written.items():
+            assert str(tmp_path).encode() not in data, name
+            assert tmp_path.name.encode() not in data, name
+    assert not any(str(tmp_path).encode() in data for data in files(out).values())
+    report = json.loads((made.folder / "named" / "verify.json").read_text())
+    assert (report["artifact"], report["base"]) == ("named", "base")
+
+
+def test_paths_are_cut_down_to_their_last_name() -> None:
+    text = "no python at '/home/ann/env/bin/python3' (C:\\Users\\ann\\a.b) for /tmp/x"
+    assert without_paths(text) == "no python at 'python3' (a.b) for x"
+    assert "ann" not in without_paths("python '/home/ann/env/bin/python3'")
+    assert without_paths({"classifier:/srv/m/judge": ("/a/b", 1.0)}) == {
+        "classifier:judge": ("b", 1.0)
+    }
+    for plain in ("https://huggingface.co/a/b", "mean KL / mean KL", "owner/name@main", "../x/y"):
+        assert without_paths(plain) == plain
+
+
+# --- two verifications side by side ------------------------------------------------------------
+
+ROWS = (
+    Row("effect: hooked − base", 9.5, 1e-9, True, "", "effect"),
+    Row("baked − hooked", 1e-6, 1e-3, True),
+    Row("same most likely token", 1.0, None, None, "", "metric"),
+    Row("vllm: max", 1e-6, 1e-3, True, "", "runtime"),
+)
+
+
+def report_of(*rows: Row, digest: str = "sha256:1") -> Report:
+    return Report(
+        "out", "base", "sha256:plan", "exact", "F32", rows, {"torch": "2"}, {"digest": digest}
+    )
+
+
+def test_the_same_verification_agrees() -> None:
+    published = json.loads(json.dumps(report_of(*ROWS).to_json()))
+    found = agreement(published, report_of(*ROWS))
+    assert found.problems == () and found.notes == ()
+    # rounding of another machine is no difference, a runtime that was not asked for neither
+    other = (Row("effect: hooked − base", 9.5 + 1e-10, 1e-9, True, "", "effect"), *ROWS[1:3])
+    found = agreement(published, report_of(*other))
+    assert found.problems == () and found.notes == ("not measured here (--runtime): vllm: max",)
+    assert "Reproduced: the same rows" in markdown(found, "a/b@c")
+    assert "| vllm: max | 1e-06 pass | – |" in markdown(found, "a/b@c")
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ((Row("effect: hooked − base", 4.0, 1e-9, True, "", "effect"),), "published as 9.5"),
+        ((ROWS[0], Row("baked − hooked", 1.0, 1e-3, False)), "measured here as 1 (failed)"),
+        ((ROWS[0],), "baked − hooked: published, and not measured here"),
+        ((*ROWS, Row("files as exported", 0.0, 0.0, True, "", "files")), "files as exported: not"),
+    ],
+)
+def test_another_verification_does_not(rows: tuple[Row, ...], problem: str) -> None:
+    found = agreement(report_of(*ROWS).to_json(), report_of(*rows))
+    assert any(problem in text for text in found.problems), found.problems
+    assert "**Not reproduced:**" in markdown(found, "a/b@c")
+
+
+def test_numbers_of_other_prompts_are_not_compared() -> None:
+    other = Row("effect: hooked − base", 4.0, 1e-9, True, "", "effect")
+    found = agreement(report_of(*ROWS).to_json(), report_of(other, *ROWS[1:], digest="sha256:2"))
+    assert found.problems == () and "published on other prompts" in found.notes[0]
+    failed = Row("baked − hooked", 1.0, 1e-3, False)
+    found = agreement(report_of(*ROWS).to_json(), report_of(other, failed, digest="sha256:2"))
+    assert len(found.problems) == 1
+
+
+def test_a_published_failure_or_another_plan_is_not_reproduced() -> None:
+    published = report_of(*ROWS).to_json()
+    found = agreement({**published, "passed": False}, report_of(*ROWS))
+    assert found.problems == ("the published verification did not pass",)
+    found = agreement({**published, "plan_digest": "sha256:other"}, report_of(*ROWS))
+    assert found.problems == ("the published verify.json is of another plan",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": []},
+        {"rows": "x"},
+        {"rows": [1]},
+        {"rows": [{"name": "a", "value": "1", "limit": None, "passed": True}]},
+        {"rows": [{"name": "a", "value": 1, "limit": None, "passed": "yes"}]},
+        {"rows": [{"name": "\x1b[2J", "value": 1, "limit": None, "passed": True}]},
+        {"rows": [{"name": "a", "value": 1, "limit": None, "passed": True}] * 2},
+        {"prompts": []},
+        {"environment": {"torch": "\x1b[31m"}},
+    ],
+)
+def test_a_malformed_published_verification_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"verify\.json"):
+        raise_where({**report_of(*ROWS).to_json(), **change})
+
+
+def raise_where(content: dict[str, Any]) -> None:
+    try:
+        agreement(content, report_of(*ROWS))
+    except InputError as error:
+        raise InputError(str(error)) from error
+
+
+# --- recipe and edits --------------------------------------------------------------------------
+
+TWO = RECIPE.format(model='"base"', kind="ablate", at='["attn_out.0", "attn_out.1"]') + (
+    '[[edits]]\nkind = "offset"\ndirection = "mood"\nat = "resid_post.1"\n'
+)
+
+
+def test_edits_are_those_of_the_recipe(bench: Benches) -> None:
+    from bake.checkpoints import open_checkpoint
+
+    layout = layout_of(open_checkpoint(bench().base))
+    recipe = parse_recipe(TWO.encode(), Path("recipe.toml"))
+    vector = torch.ones(layout.hidden, dtype=torch.float64)
+
+    def edit(kind: str, *at: str, name: str = "mood") -> Edit:
+        sites = expand(at, layers=layout.layers, stream=layout.stream)
+        build = {"ablate": make.ablate, "offset": make.offset}[kind]
+        return Edit(EditKind(kind), name, sites, build(vector))
+
+    ablate, offset = edit("ablate", "attn_out.0", "attn_out.1"), edit("offset", "resid_post.1")
+    split = (edit("ablate", "attn_out.0"), edit("ablate", "attn_out.1"))  # an item for each layer
+    assert disagreement(recipe, (ablate, offset), layout) is None
+    assert disagreement(recipe, (*split, offset), layout) is None
+    for edits, said in (
+        ((ablate,), "edit 2 of the recipe (offset mood) is not among them"),
+        ((split[0], offset), "acts at other sites, first attn_out.1"),
+        ((ablate, offset, offset), "the recipe has no offset mood at resid_post.1"),
+        ((offset, ablate), "edit 1 of the recipe (ablate mood) is offset mood"),
+        ((edit("ablate", "attn_out.0-1", name="x"), offset), "is ablate x at attn_out.0"),
+    ):
+        found = disagreement(recipe, edits, layout)
+        assert found is not None and said in found
+
+
+# --- records of strangers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../base/model.safetensors", "a/../../x", "C:/x", "a\\b", ""]
+)
+def test_names_that_lead_out_of_an_artifact(name: str) -> None:
+    assert not is_inside(name)
+    assert is_inside("bake/edits.safetensors") and is_inside("model..safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": 3},
+        {"plan": []},
+        {"plan": {"digest": 1, "exactness": "exact"}},
+        {"base": {"model": None}},
+        {"base": {"model": "x", "revision": 7}},
+        {"base": {"model": "x\x1b[2J"}},
+        {"recipe": {"title": "x\x1b]0;owned\x07"}},
+        {"recipe": "text"},
+        {"allow": "recast"},
+        {"allow": [1]},
+        {"files": []},
+        {"files": {"a": 1}},
+        {"verify": {"most_kl": "many"}},
+        {"verify": {"most_kl": float("inf")}},
+        {"verify": {"most_kl": True}},
+        {"family": "text"},
+    ],
+)
+def test_a_malformed_record_is_one_line(bench: Benches, change: dict[str, Any]) -> None:
+    made = bench()
+    out = made.export()
+    rewrite(out / "bake.json", lambda found: {**found, **change})
+    for command in ("plan", "verify"):
+        error = made.data(command, out, code=4)["error"]
+        assert error["type"] == "InputError" and "\x1b" not in str(error)
+
+
+def test_a_record_that_names_a_key_twice_or_nests_is_refused(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    text = (out / "bake.json").read_text()
+    for spoiled in ('{"kind": "x", ' + text.lstrip()[1:], "[" * 100_000, "[]", "", "\ufeff" + text):
+        (out / "bake.json").write_text(spoiled)
+        assert made.data("plan", out, code=4)["error"]["exit_code"] == 4
+    (out / "bake.json").write_bytes(b"\xff\xfe" + text.encode())
+    assert made.data("plan", out, code=4)["error"]["exit_code"] == 4
+
+
+def test_links_out_of_an_artifact_are_not_followed(bench: Benches, tmp_path: Path) -> None:
+    made = bench()
+    out = made.export()
+    for name in ("bake.json", "bake/edits.safetensors"):
+        kept = (out / name).read_bytes()
+        outside = tmp_path / "outside"
+        outside.write_bytes(kept)
+        (out / name).unlink()
+        (out / name).symlink_to(outside)
+        error = made.data("plan", out, code=4)["error"]
+        assert "link out of the folder" in str(error)
+        (out / name).unlink()
+        (out / name).write_bytes(kept)
+    (out / "bake").rename(tmp_path / "moved")
+    (out / "bake").symlink_to(tmp_path / "moved")
+    assert "lies outside the artifact" in made.data("plan", out, code=4)["error"]["what"]
+
+
+def test_hostile_edits_are_refused_or_another_plan(bench: Benches) -> None:
+    """No flipped byte of the edits' file ends in anything but one clear line."""
+    made = bench()
+    out = made.export()
+    path = out / "bake" / "edits.safetensors"
+    sound = path.read_bytes()
+    rng = np.random.default_rng(1)
+    header = int.from_bytes(sound[:8], "little")
+    for _ in range(60):
+        data = bytearray(sound)
+        for place in rng.integers(0, 8 + header, size=3):
+            data[place] = int(rng.integers(0, 256))
+        path.write_bytes(bytes(data))
+        result = made.run("plan", out, "--json")
+        assert result.exit_code in (0, 1, 2, 3, 4), result.stdout
+        if result.exit_code:
+            assert "error" in json.loads(result.stdout)
+    for cut in (b"", sound[:7], sound[:20], sound[: 8 + header], sound[:-1], sound + b"x"):
+        path.write_bytes(cut)
+        assert made.run("plan", out).exit_code == 4
+
+
+def test_the_base_that_an_artifact_names_is_read_and_nothing_else(bench: Benches) -> None:
+    made = bench()
+    out = made.export()
+    artifact = open_baked(out)
+    assert open_base(artifact, None).path == made.base.resolve()
+    rewrite(out / "bake.json", lambda found: found["base"].update(path="../../../etc"))
+    assert "is not where it was" in made.data("plan", out, code=4)["error"]["what"]

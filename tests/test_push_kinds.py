@@ -1,0 +1,158 @@
+"""Every kind of artifact: published, downloaded, the same bytes, and loaded as a user loads it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import gguf_files
+import numpy as np
+import pytest
+import tiny
+import torch
+from adapters import NO_BIAS, peft_model
+from hub_server import HubServer, running_hub
+from published import BASE, CARD, TOKEN, Worker, base_files
+
+WIDTH = 24  # of every tiny model
+RECIPE = """
+title = "Less of it"
+[base]
+model = "meta/base"
+[directions.mood]
+file = "mood.npy"
+[[edits]]
+kind = "{kind}"
+direction = "mood"
+at = {at}
+{more}
+[export]
+to = ["{carrier}"]
+{allow}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kinds") / "base"
+    model = tiny.make_model("llama", dtype=torch.float32, tie_word_embeddings=False, **NO_BIAS)
+    tiny.write_checkpoint(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hub(base: Path) -> Iterator[HubServer]:
+    with running_hub() as state:
+        state.add_user(TOKEN, "alice")
+        state.add_repo(BASE, base_files(base), private=False)
+        yield state
+
+
+@pytest.fixture(scope="module")
+def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    made = Worker(hub, tmp_path_factory.mktemp("home"))
+    made.start()
+    yield made
+    made.stop()
+    assert TOKEN not in made.traces()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".gitattributes")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+
+def recipe(folder: Path, carrier: str, kind: str = "ablate", at: tuple[str, ...] = ()) -> Path:
+    """Write a recipe, with a direction of the tiny model's width."""
+    np.save(folder / "mood.npy", np.random.default_rng(0).normal(size=WIDTH))
+    path = folder / "recipe.toml"
+    more = "coefficient = 0.5" if kind == "offset" else ""
+    places = json.dumps(list(at or ("attn_out.0", "mlp_out.1")))
+    text = RECIPE.format(kind=kind, at=places, more=more, carrier=carrier, allow="")
+    path.write_text(text)
+    return path
+
+
+def exported(worker: Worker, folder: Path, carrier: str, *args: object, **options: object) -> Path:
+    out = folder / carrier
+    made = worker.run("export", recipe(folder, carrier, **options), "--out", out, *args)  # type: ignore[arg-type]
+    assert made.code == 0, made.out
+    return out
+
+
+def load_model(there: Path, base: Path) -> None:
+    edited, plain = tiny.tensors_of(there), tiny.tensors_of(base)
+    assert tiny.load(there, torch.float32).config.model_type == "llama"
+    assert any(not torch.equal(edited[name], plain[name]) for name in plain)  # the effect
+
+
+def load_peft(there: Path, base: Path) -> None:
+    adapter = peft_model(base, there, torch.float32)
+    assert any("lora_B" in name and bool(p.any()) for name, p in adapter.named_parameters())
+
+
+def load_gguf(there: Path, base: Path) -> None:
+    (file,) = there.glob("*.gguf")
+    assert len(gguf.GGUFReader(file).tensors) > 0
+
+
+MAKE: dict[str, tuple[Callable[[Worker, Path, Path], Path], Callable[[Path, Path], None]]] = {
+    "checkpoint": (lambda worker, folder, base: exported(worker, folder, "checkpoint"), load_model),
+    "lora": (lambda worker, folder, base: exported(worker, folder, "lora"), load_peft),
+    "gguf-lora": (lambda worker, folder, base: exported(worker, folder, "gguf-lora"), load_gguf),
+    "control-vector": (
+        lambda worker, folder, base: exported(
+            worker, folder, "control-vector", kind="offset", at=("resid_post.1",)
+        ),
+        load_gguf,
+    ),
+    "gguf": (
+        lambda worker, folder, base: exported(
+            worker, folder, "gguf", "--gguf", gguf_files.write(folder / "base.gguf", base)
+        ),
+        load_gguf,
+    ),
+    "merge": (lambda worker, folder, base: merged(worker, folder), load_model),
+}
+
+
+VERIFY = {"checkpoint": (), "lora": ("--runtime", "peft")}
+
+
+def merged(worker: Worker, folder: Path) -> Path:
+    adapter = exported(worker, folder, "lora")
+    made = worker.run("merge", adapter, BASE, "--out", folder / "merge")
+    assert made.code == 0, made.out
+    return folder / "merge"
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_round_trip_of_each_kind(
+    kind: str, worker: Worker, hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    make, load = MAKE[kind]
+    out = make(worker, tmp_path, base)
+    repo = f"alice/{kind}"
+    verified = None
+    if kind in VERIFY:  # the others are verified in llama.cpp: tests/runtimes
+        verified = worker.run("verify", out, "--no-plots", *VERIFY[kind])
+        assert verified.code == 0, verified.out
+    if kind == "merge":
+        (out / "README.md").write_text(CARD.replace("# A", "> Not verified.\n\n# A"))
+    given = () if verified is not None else ("--unverified",)
+    done = worker.push(out, repo, "--verify-download", *given)
+    assert done.code == 0, done.out
+    assert done.data["outcome"] == "published and verified"
+    assert hub.repos[repo].files() == files(out)
+    there = worker.download(repo)
+    assert files(there) == files(out)
+    checked = worker.run("check", there)
+    assert checked.code == 0 and checked.data["kind"] == kind, checked.out
+    assert checked.data["digest"] == done.data["digest"]
+    assert checked.data["verified"] == (verified is not None)
+    load(there, base)
+    if verified is not None:
+        place = tmp_path / "report"
+        again = worker.run("verify", there, "--no-plots", "--report", place, *VERIFY[kind])
+        assert again.code == 0, again.out
+        assert worker.push(out, repo).data["unchanged"]

@@ -1,0 +1,475 @@
+"""Several carriers in one run: the bytes of separate runs, fewer reads, all of them or none."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import NO_BIAS
+from harness import Base, base_at, edit, matrix, plan_of, vector
+
+from bake import edits as make
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.source import ByteSource
+from bake.edits import Edit
+from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
+from bake.outputs.artifact import Artifact
+from bake.outputs.carry import Options, write
+from bake.outputs.several import CARRIERS, write_several
+from bake.plan import Plan
+
+Checkpoints = Callable[..., Path]
+ALL = ("gguf-lora", "lora", "checkpoint")  # not in the order in which they are written
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A source of bytes that counts those that are read, by the tensor that they belong to."""
+
+    inner: ByteSource
+    checkpoint: Checkpoint
+    read: Counter[str] = field(default_factory=Counter)
+
+    def size(self, shard: str) -> int:
+        return self.inner.size(shard)
+
+    def read_into(self, shard: str, start: int, buffer: memoryview) -> None:
+        self.inner.read_into(shard, start, buffer)
+        for info in self.checkpoint.tensors.values():
+            if info.shard == shard:
+                shared = min(info.stop, start + len(buffer)) - max(info.start, start)
+                if shared > 0:
+                    self.read[info.name] += shared
+
+
+def counted(base: Base) -> tuple[Checkpoint, Counter[str]]:
+    source = Counting(base.checkpoint.files, base.checkpoint)
+    return replace(base.checkpoint, files=source), source.read
+
+
+def record_of(base: Base) -> Callable[[Path], Mapping[str, Any]]:
+    return lambda out: {"base": {"model": str(base.path), "path": os.path.relpath(base.path, out)}}
+
+
+def both(
+    base: Base, plan: Plan, folder: Path, carriers: Sequence[str], options: Options
+) -> tuple[tuple[Artifact, ...], list[Artifact]]:
+    """Write the carriers together and each alone; the folders lie equally deep."""
+    record = record_of(base)
+    together = write_several(
+        carriers, plan, base.checkpoint, folder / "all", record=record, options=options
+    )
+    alone = []
+    for carrier in carriers:
+        out = folder / "one" / carrier
+        alone.append(
+            write(carrier, plan, base.checkpoint, out, record=record(out), options=options)
+        )
+    return together, alone
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+Maker = Callable[[Base], list[Edit]]
+EDITS: dict[str, Maker] = {
+    "ablate": lambda base: [edit(base, "ablate", make.ablate(vector(24)), "resid")],
+    "affine": lambda base: [edit(base, "affine", make.affine(vector(24), alpha=0.7), "resid")],
+    "an offset from the start": lambda base: [
+        edit(base, "offset", make.offset(vector(24)), "embed")
+    ],
+    "both sides": lambda base: [
+        edit(base, "ablate", make.ablate(vector(40)), "mlp_act.1", "in"),
+        edit(base, "ablate", make.ablate(vector(24)), "mlp_out.*", "out"),
+    ],
+    "heads": lambda base: [edit(base, "ablate", make.ablate(vector(8)), "q.1.h2", "q")],
+    "a ready update": lambda base: [
+        edit(
+            base,
+            "update",
+            make.WeightUpdate(matrix(24)[:, :2], matrix(40)[:2]),
+            "mlp_out.1",
+            "fact",
+        ),
+        edit(base, "ablate", make.ablate(vector(24)), "mlp_out.*", "out"),
+    ],
+    "the head": lambda base: [edit(base, "ablate", make.ablate(vector(24)), "ln_final_out")],
+}
+CASES = [
+    *(("llama", NO_BIAS, name) for name in EDITS),
+    ("phi3", {}, "ablate"),
+    ("mixtral", {}, "ablate"),
+]
+
+
+@pytest.mark.parametrize(("family", "config", "name"), CASES)
+@pytest.mark.parametrize("rows", [None, 3])
+def test_bytes_are_those_of_separate_runs(
+    family: str,
+    config: dict[str, Any],
+    name: str,
+    rows: int | None,
+    tiny_checkpoint: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = base_at(tiny_checkpoint(family, dtype=torch.bfloat16, **config))
+    plan = plan_of(base, EDITS[name](base))
+    if rows is not None:  # several tiles a weight
+        for module in ("bake.fold", "bake.outputs.factors"):
+            monkeypatch.setattr(f"{module}.TILE_VALUES", rows * 24)
+    together, alone = both(base, plan, tmp_path, ALL, Options())
+    assert [a.kind for a in together] == list(ALL)
+    for carrier, one, other in zip(ALL, together, alone, strict=True):
+        assert one.path == tmp_path / "all" / carrier
+        assert contents(one.path) == contents(other.path)
+        assert (one.files, one.bytes_written, one.bytes_edited) == (
+            other.files,
+            other.bytes_written,
+            other.bytes_edited,
+        )
+    assert {path.name for path in (tmp_path / "all").iterdir()} == set(ALL)
+    assert {path.name for path in tmp_path.iterdir()} == {"all", "one"}
+
+
+def test_control_vector_and_checkpoint(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    plan = plan_of(base, [edit(base, "offset", make.offset(vector(24)), "resid_post.1")])
+    together, alone = both(base, plan, tmp_path, ("control-vector", "checkpoint"), Options())
+    for one, other in zip(together, alone, strict=True):
+        assert contents(one.path) == contents(other.path)
+
+
+CONVERTER = """
+import hashlib, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+out = pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
+weights = sorted(folder.glob("*.safetensors"))
+shas = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+out.write_text("GGUF " + folder.name + " ".join(shas))
+"""
+
+
+def test_a_converted_file_is_made_from_the_checkpoint_of_the_run(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in for llama.cpp's converter says what it was given, and under which name."""
+    base = base_at(tiny_checkpoint("llama"))
+    plan = plan_of(base, EDITS["ablate"](base))
+    llama_cpp = tmp_path / "llama.cpp"
+    llama_cpp.mkdir()
+    (llama_cpp / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    options, carriers = Options(llama_cpp=llama_cpp), ("gguf", "checkpoint")
+    together, alone = both(base, plan, tmp_path, carriers, options)
+    for one, other in zip(together, alone, strict=True):
+        assert contents(one.path) == contents(other.path)
+    text = (tmp_path / "all" / "gguf" / "gguf-F16.gguf").read_text()
+    digest = together[1].files["model.safetensors"]
+    assert text == f"GGUF gguf{digest}"
+    baked: list[str] = []
+    monkeypatch.setattr(
+        "bake.outputs.carry.export_checkpoint",
+        lambda *args, **options: baked.append(args[2].name) or pytest.fail("baked twice"),
+    )
+    # Alone it needs a checkpoint for the moment, and a failure leaves nothing of it.
+    with pytest.raises(pytest.fail.Exception):
+        write(
+            "gguf",
+            plan,
+            base.checkpoint,
+            tmp_path / "deep" / "gguf",
+            record={},
+            options=options,
+        )
+    assert baked == ["gguf"]
+    assert {path.name for path in tmp_path.iterdir()} == {"all", "one", "llama.cpp"}
+
+
+READS = {
+    # times that a weight is read: by the checkpoint alone, by one adapter alone, by all together
+    "model.embed_tokens.weight": (1, 1, 1),
+    "model.layers.1.mlp.down_proj.weight": (2, 1, 2),
+    "model.layers.2.self_attn.o_proj.weight": (2, 1, 2),
+}
+
+
+def test_an_adapter_beside_a_checkpoint_reads_no_weight(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """A map across rows reads a matrix twice for a checkpoint; factors are summed up meanwhile."""
+    base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16, **NO_BIAS))
+    plan = plan_of(base, EDITS["ablate"](base))
+    edited = {update.name for update in plan.tensors}
+    record = record_of(base)
+
+    def reads(*carriers: str) -> Counter[str]:
+        checkpoint, counter = counted(base)
+        out = tmp_path / "+".join(carriers)
+        write_several(carriers, plan, checkpoint, out, record=record, options=Options())
+        return Counter({name: counter[name] for name in edited})
+
+    checkpoint, lora, gguf = (reads(name) for name in ("checkpoint", "lora", "gguf-lora"))
+    adapters, everything = reads("lora", "gguf-lora"), reads(*ALL)
+    for name, times in READS.items():
+        size = base.checkpoint.tensors[name].nbytes
+        found = (checkpoint[name], lora[name], everything[name])
+        assert found == tuple(count * size for count in times), name
+    assert lora == gguf == adapters
+    assert lora == Counter({name: base.checkpoint.tensors[name].nbytes for name in edited})
+    assert everything == checkpoint
+    # The control: separate runs read more.
+    assert (checkpoint + lora + gguf).total() > 1.9 * everything.total()
+
+
+def test_nothing_is_written_when_one_of_them_refuses(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan = plan_of(base, EDITS["ablate"](base))
+    checkpoint, counter = counted(base)
+    tied = base_at(tiny_checkpoint("llama", tied=True, **NO_BIAS))
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"GGUF")
+    there, back = (make.offset(sign * vector(24)) for sign in (1, -1))
+    zero = [edit(base, "offset", map_, "resid_post.1") for map_ in (there, back)]
+    cases: list[tuple[Plan, tuple[str, ...], Options, type[Exception], str]] = [
+        (plan, ("checkpoint", "control-vector"), Options(), InexactPlan, "as control-vector"),
+        (plan, ("checkpoint", "gguf"), Options(), UsageError, "made from one of two things"),
+        (
+            plan,
+            ("checkpoint", "gguf"),
+            Options(llama_cpp=tmp_path / "none"),
+            Exception,
+            "there is no converter at",
+        ),
+        (plan, ("lora", "gguf"), Options(gguf=wrong), CheckpointError, "wrong.gguf"),
+        (plan, ("lora", "gguf-lora"), Options(gguf=wrong), CheckpointError, "wrong.gguf"),
+        (plan, ("lora", "checkpoint"), Options(rounding="up"), UsageError, "rounding is 'up'"),
+        (plan_of(base, zero), ("control-vector", "checkpoint"), Options(), UsageError, "is zero"),
+        (
+            plan_of(tied, EDITS["ablate"](tied)),
+            ("checkpoint", "gguf-lora"),
+            Options(),
+            InexactPlan,
+            "as gguf-lora",
+        ),
+    ]
+    for of, carriers, options, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            write_several(
+                carriers,
+                of,
+                checkpoint,
+                tmp_path / "deep" / "out",
+                record=record_of(base),
+                options=options,
+            )
+        assert {path.name for path in tmp_path.iterdir()} == {"wrong.gguf"}
+    assert not set(counter) & {update.name for update in plan.tensors}
+
+
+def test_a_failure_in_the_middle_leaves_nothing(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever carrier fails, and with --force what was there stays."""
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan, record = plan_of(base, EDITS["ablate"](base)), record_of(base)
+    out = tmp_path / "out"
+    write_several(("lora",), plan, base.checkpoint, out, record=record, options=Options())
+    before = contents(out)
+    written: list[str] = []
+
+    broken = ""
+
+    def failing(name: str, *args: Any, **options: Any) -> Artifact:
+        if name == broken:
+            raise InputError("the disk refuses")
+        written.append(name)
+        return write(name, *args, **options)
+
+    monkeypatch.setattr("bake.outputs.several.write", failing)
+    for carrier in ALL:
+        broken = carrier
+        for place, force in ((tmp_path / "deep" / "new", False), (out, True)):
+            with pytest.raises(InputError, match="the disk refuses"):
+                write_several(
+                    ALL, plan, base.checkpoint, place, record=record, options=Options(force=force)
+                )
+            assert {path.name for path in tmp_path.iterdir()} == {"out"}
+            assert contents(out) == before
+    assert set(written) == {"checkpoint", "lora"}  # gguf-lora is the last
+    monkeypatch.undo()
+    write_several(ALL, plan, base.checkpoint, out, record=record, options=Options(force=True))
+    assert {path.name for path in out.iterdir()} == set(ALL)
+    assert contents(out / "lora").keys() == {
+        name.removeprefix("lora/") for name in before if name.startswith("lora/")
+    }
+
+
+def test_what_is_in_the_way(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan = plan_of(base, EDITS["ablate"](base))
+
+    def run(out: Path, **options: Any) -> None:
+        write_several(
+            ALL, plan, base.checkpoint, out, record=record_of(base), options=Options(**options)
+        )
+
+    mine = tmp_path / "mine"
+    (mine / "lora").mkdir(parents=True)
+    (mine / "lora" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        run(mine)
+    with pytest.raises(UsageError, match="holds lora, which bake did not write"):
+        run(mine, force=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is no folder"):
+        run(tmp_path / "file", force=True)
+    (tmp_path / "link").symlink_to(mine)
+    with pytest.raises(UsageError, match="is a link"):
+        run(tmp_path / "link", force=True)
+    for place in (base.path, base.path / "out", base.path.parent):
+        with pytest.raises(UsageError, match="overlap"):
+            run(place, force=True)
+    assert (mine / "lora" / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "file", "link"}
+    # An artifact of bake is replaced.
+    single = tmp_path / "single"
+    record = record_of(base)(single)
+    write("lora", plan, base.checkpoint, single, record=record, options=Options())
+    run(single, force=True)
+    assert {path.name for path in single.iterdir()} == set(ALL)
+
+
+def test_an_interrupted_run_is_taken_up(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan, record, out = plan_of(base, EDITS["ablate"](base)), record_of(base), tmp_path / "out"
+    asked: list[str] = []
+
+    @contextmanager
+    def bar(carrier: str) -> Iterator[None]:
+        asked.append(carrier)
+        if carrier == stop:
+            raise KeyboardInterrupt
+        yield
+
+    def run(**options: Any) -> tuple[Artifact, ...]:
+        asked.clear()
+        return write_several(
+            ALL,
+            plan,
+            base.checkpoint,
+            out,
+            record=record,
+            options=Options(**options),
+            bar=bar,
+        )
+
+    stop = "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert not any(tmp_path.iterdir())  # nothing was finished, nothing is kept
+    stop = "gguf-lora"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert asked == ["checkpoint", "lora", "gguf-lora"] and not out.exists()
+    stage = tmp_path / ".out.bake-several" / "files"
+    assert {path.name for path in stage.iterdir()} == {"checkpoint", "lora"}
+    # What was changed since is made anew, and what a killed run left half-done goes.
+    (stage / "lora" / "adapter_model.safetensors").write_bytes(b"torn")
+    (stage / ".lora.bake-x").mkdir()
+    stop = ""
+    made = run()
+    assert asked == ["lora", "gguf-lora"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    whole = write_several(
+        ALL, plan, base.checkpoint, tmp_path / "whole", record=record, options=Options()
+    )
+    assert [replace(a, path=out) for a in made] == [replace(a, path=out) for a in whole]
+    assert contents(out) == contents(tmp_path / "whole")
+    # Another request takes nothing up.
+    out = tmp_path / "again"
+    stop = "gguf-lora"
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    stop = ""
+    run(allow=frozenset({"nulling"}))
+    assert asked == ["checkpoint", "lora", "gguf-lora"]
+
+
+KILLED = """
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from harness import base_at
+from test_several import ALL, EDITS, plan_of, record_of
+from bake.outputs.carry import Options
+from bake.outputs.several import write_several
+
+@contextmanager
+def bar(carrier):
+    if carrier == "lora":
+        print("ready", flush=True)
+        sys.stdin.read()
+    yield
+
+base = base_at(Path({base!r}))
+write_several(
+    ALL, plan_of(base, EDITS["ablate"](base)), base.checkpoint, Path({out!r}),
+    record=record_of(base), options=Options(), bar=bar,
+)
+"""
+
+
+def test_a_killed_run_is_taken_up_and_a_second_one_waits_its_turn(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan, record, out = plan_of(base, EDITS["ablate"](base)), record_of(base), tmp_path / "out"
+    code = KILLED.format(tests=str(Path(__file__).parent), base=str(base.path), out=str(out))
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+
+    def run() -> None:
+        write_several(ALL, plan, base.checkpoint, out, record=record, options=Options())
+
+    with pytest.raises(UsageError, match="another run of bake is writing"):
+        run()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert child.stdin is not None
+    child.stdin.close()
+    stage = tmp_path / ".out.bake-several" / "files"
+    assert not out.exists() and {path.name for path in stage.iterdir()} == {"checkpoint"}
+    stamp = (stage / "checkpoint" / "model.safetensors").stat().st_mtime_ns
+    time.sleep(0.01)
+    run()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert (out / "checkpoint" / "model.safetensors").stat().st_mtime_ns == stamp
+    record_text = json.loads((out / "lora" / "bake.json").read_text())
+    assert record_text["plan"]["digest"] == plan.digest
+
+
+def test_every_carrier_has_a_place_in_the_order() -> None:
+    from bake.recipe.parse import OUTPUTS
+
+    assert set(CARRIERS) == set(OUTPUTS)
