@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = Path(__file__).parent / "examples"
 RECIPE = Path("recipes/quickstart.toml")
 PROMPTS = Path("recipes/quickstart/prompts.txt")
-KEPT = ("bake.json", "verify.json", "README.md", "Modelfile", "adapter_config.json")
+KEPT = ("bake.json", "verify.json", "verify.md", "README.md", "Modelfile", "adapter_config.json")
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
             if kind == "checkpoint":
                 options += ["--converter", given.converter]
                 options += ["--score", "contains:happy", "--score", "contains:sad"]
-                options += ["--generate", 32]
+                options += ["--generate", 48]  # a story's mood is seldom in its first words
             bake("verify", out, "--prompts", PROMPTS, *options)
             bake("card", out)
             keep(out, EXAMPLES / kind)

@@ -93,7 +93,9 @@ def test_the_command_line_finds_the_base_in_the_adapter(base: Path, tmp_path: Pa
     done = CliRunner(env={"COLUMNS": "120"}).invoke(main, ["diff", str(path)])
     assert done.exit_code == 0, done.output
     assert "the adapter adds to 2 and leaves the others" in done.stdout
-    data = json.loads(CliRunner(env={"COLUMNS": "120"}).invoke(main, ["diff", str(path), "--json"]).stdout)
+    data = json.loads(
+        CliRunner(env={"COLUMNS": "120"}).invoke(main, ["diff", str(path), "--json"]).stdout
+    )
     assert data["adapter"] is True and data["as_recorded"] is None
 
 
