@@ -21,6 +21,7 @@ from typing_extensions import override
 from bake.errors import DirectionError
 
 EPSILON = 2.0**-52  # float64 machine epsilon
+LARGEST = torch.finfo(torch.float32).max
 
 
 def tolerance(width: int) -> float:
@@ -154,7 +155,8 @@ def check_factors(what: str, *factors: tuple[Tensor, tuple[int, ...]]) -> None:
     """Hold every tensor against its shape, a floating dtype and finite values.
 
     Raises:
-        DirectionError: a tensor is of another shape or dtype, or holds NaN or infinity.
+        DirectionError: a tensor is of another shape or dtype, or holds NaN, infinity or a number
+            beyond float32.
     """
     if any(tensor.shape != shape for tensor, shape in factors):
         found = ", ".join(str(list(tensor.shape)) for tensor, _ in factors)
@@ -164,6 +166,24 @@ def check_factors(what: str, *factors: tuple[Tensor, tuple[int, ...]]) -> None:
             raise DirectionError(f"{what} needs floating-point factors, not {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
             raise DirectionError(f"{what} has a factor that is not finite (NaN or infinity)")
+        check_size(what, tensor)
+
+
+def check_size(what: str, tensor: Tensor) -> None:
+    """Hold finite numbers against the largest that a checkpoint stores.
+
+    Products of a few larger ones overflow float64, and then no property of a map can be told.
+
+    Raises:
+        DirectionError: a number is beyond float32.
+    """
+    largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+    if largest > LARGEST:
+        raise DirectionError(
+            f"{what} holds {largest:.1e}",
+            why=f"weights are stored in float32 at most, which ends at {LARGEST:.1e}",
+            fix="give a smaller factor, or fit the direction again",
+        )
 
 
 def _relative(error: Tensor, of: Tensor) -> float:

@@ -29,6 +29,7 @@ from bake.affine import (
     DiagonalMap,
     LowRankMap,
     check_factors,
+    check_size,
     translation,
 )
 from bake.errors import DirectionError
@@ -301,4 +302,5 @@ def _finite(tensor: Tensor, what: str) -> Tensor:
             f"{what} holds values that are not finite (NaN or infinity), or none at all",
             fix="look at it with `bake directions FILE` and fit it again",
         )
+    check_size(what, tensor)
     return tensor.detach().to(device="cpu", dtype=torch.float64)

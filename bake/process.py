@@ -4,8 +4,10 @@ Such scripts are the runtimes that serve an artifact, and llama.cpp's own conver
 """
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,13 +53,14 @@ def run_script(
         RuntimeMissing: there is no such interpreter, or it cannot import the program.
         RuntimeFailed: the program failed or took too long; the end of its output is in the message.
     """
-    if not os.access(python, os.X_OK):
+    found = shutil.which(python)
+    if found is None:
         raise RuntimeMissing(
             f"{name} was not started: {python} is no Python interpreter",
             fix=f"name the Python of an environment in which {name} is installed",
         )
     with tempfile.TemporaryFile() as log:
-        status = wait([python, *arguments], log, folder, timeout, variables)
+        status = wait([Path(found).absolute(), *arguments], log, folder, timeout, variables)
         if status == 0:
             return
         output = tail(log)
@@ -83,7 +86,7 @@ def wait(
     # PYTHONPATH and its like are about this interpreter, and the child is another one.
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     process = subprocess.Popen(
-        [str(word) for word in command],
+        [*_guard(), *(str(word) for word in command)],
         cwd=folder,
         env={**inherited, **OFFLINE, **variables},
         stdin=subprocess.DEVNULL,
@@ -99,6 +102,13 @@ def wait(
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _guard() -> list[str]:
+    """Return what a command is started through, so that it does not outlive this process."""
+    if sys.platform != "linux":
+        return []
+    return [sys.executable, "-I", str(Path(__file__).with_name("_guard.py")), str(os.getpid())]
 
 
 def tail(log: IO[bytes]) -> str:

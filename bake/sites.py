@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 
 from bake.errors import UsageError
 
@@ -109,6 +110,29 @@ def expand(
             "the selection of sites is empty", fix='name a site, for example at = "resid"'
         )
     return tuple(found)
+
+
+def summary(sites: Iterable[Site]) -> str:
+    """Return sites in a few words: ``resid_post.0-31, z.3.h5``."""
+    layers: dict[tuple[str, int | None], list[int]] = {}
+    for site in sites:
+        found = layers.setdefault((site.kind, site.head), [])
+        if site.layer is not None:
+            found.append(site.layer)
+    return ", ".join(
+        kind + (f".{span(found)}" if found else "") + ("" if head is None else f".h{head}")
+        for (kind, head), found in layers.items()
+    )
+
+
+def span(numbers: Iterable[int]) -> str:
+    """Return whole numbers in a few words: ``0,3-7``."""
+    ordered = sorted(set(numbers))
+    runs = []
+    for _, group in groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        runs.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
+    return ",".join(runs)
 
 
 def _expand_one(text: str, layers: int) -> tuple[Site, ...]:

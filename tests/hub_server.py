@@ -344,15 +344,16 @@ ERRORS = {
 class Refusal(Exception):
     """A reply that is an error."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", **head: str) -> None:
         super().__init__(message)
         self.status, self.message, self.code = status, message, code
+        self.head = {name.replace("_", "-"): value for name, value in head.items()}
 
 
-def refuse(code: str) -> Refusal:
+def refuse(code: str, **head: str) -> Refusal:
     """Return one of the Hub's own errors."""
     status, message = ERRORS[code]
-    return Refusal(status, message, code)
+    return Refusal(status, message, code, **head)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -409,7 +410,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(403, f"no: {self.headers.get('Authorization')}")
             status, data, head = self.dispatch()
         except Refusal as error:
-            status, head = error.status, {"X-Error-Message": error.message}
+            status, head = error.status, {"X-Error-Message": error.message, **error.head}
             head |= {"X-Error-Code": error.code} if error.code else {}
             head |= {} if fault is None else fault.headers
             data = json.dumps({"error": error.message}).encode()
@@ -705,7 +706,7 @@ class HubHandler(Handler):
     def resolve(self, name: str, revision: str, path: str) -> Any:
         commit, files = self.at_revision(self.repo(name, files=True), revision)
         if path not in files:
-            raise refuse("EntryNotFound")
+            raise refuse("EntryNotFound", X_Repo_Commit=commit)
         file = files[path]
         head = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"'}
         if not file.large:

@@ -85,6 +85,23 @@ def test_it_passes_against_the_number_that_the_recipe_asks_for(baked: Path, tmp_
     assert 0.001 < share(tmp_path) < 0.05
 
 
+def test_every_stand_in_is_left_out_once(baked: Path, tmp_path: Path) -> None:
+    """What each is worth: those that the number can tell are judged, and the others are told."""
+    assert verify(baked, tmp_path).exit_code == 0
+    rows = json.loads((tmp_path / "verify.json").read_text())["rows"]
+    found = {row["name"]: row for row in rows if row["group"] == "control"}
+    assert found["control: nothing edited, KL share"]["passed"] is True
+    plan = json.loads((baked / "bake.json").read_text())["plan"]
+    names = [tensor["name"].removesuffix(".weight") for tensor in plan["tensors"]]
+    wanted = {f"control: forgotten tensor, {name}.weight, KL share" for name in names}
+    wanted |= {f"control: forgotten bias, {name}.bias, KL share" for name in names}
+    assert len(wanted) == 10 and wanted <= found.keys()
+    for row in found.values():
+        assert row["passed"] is (True if row["value"] > 0.05 else None)
+        assert ("below what the limit" in row["note"]) is (row["value"] <= 0.05)
+    assert sum(row["passed"] is True for row in found.values()) >= 4
+
+
 def test_a_stricter_number_fails(baked: Path, tmp_path: Path) -> None:
     assert verify(baked, tmp_path, "--most-kl", 0.001).exit_code == 1
 

@@ -52,7 +52,7 @@ def test_a_sound_card_passes(made: tuple[Path, str]) -> None:
         # Numbers and facts.
         (put("| 5.505e-07 |", "| 5.505e-09 |"), "'5.505e-09' in the row"),
         (put("| 4.493 |", "| 8.986 |"), "verify.json gives '4.493'"),
-        (put("0.75 (0.4093", "0.99 (0.4093"), "in the row 'contains:happy'"),
+        (put("0.125 (0.02242", "0.99 (0.02242"), "in the row 'contains:happy'"),
         (put("| 1.364e-05 |", "| 1.364e-06 |"), "in the row 'vllm'"),
         (put("| 0.32.0 | passed |", "| 0.33.0 | passed |"), "'0.33.0' in the row 'vllm'"),
         (put("| files as exported | 0 | 0 | pass |  |\n", ""), "rows in the table 'comparison'"),

@@ -15,11 +15,9 @@ from markdown_it.token import Token
 
 from bake.publish.card import render_card
 from bake.publish.cards import markdown
-from bake.publish.cards.edits import site_list
 from bake.publish.cards.templates import _printed
-from bake.publish.cards.text import Markdown, code, escape, fenced, merged, printable, span
+from bake.publish.cards.text import Markdown, code, escape, fenced, merged, printable
 from bake.publish.frontmatter import card_metadata
-from bake.sites import parse_site
 
 READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = (
@@ -204,6 +202,3 @@ def test_names_run_together() -> None:
     # No full grid: each by itself.
     assert merged(["a.0.1", "a.1.0"]) == [("a.0.1", 1), ("a.1.0", 1)]
     assert merged(["a.0.0", "a.0.1", "a.1.0", "a.1.1"]) == [("a.0-1.0-1", 4)]
-    assert span([3, 1, 2, 7]) == "1-3,7"
-    sites = [parse_site(name) for name in ("resid_post.0", "resid_post.1", "z.3.h5", "embed")]
-    assert site_list(sites) == "resid_post.0-1, z.3.h5, embed"

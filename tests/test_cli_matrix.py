@@ -66,17 +66,45 @@ def test_several_carriers_make_a_matrix_with_its_reasons_below(plan: Plan) -> No
     shown = section(result.stdout, "Runtimes: checkpoint, lora, gguf")
     assert re.search(r"runtime +target +checkpoint +lora +gguf\n", shown)
     assert re.search(r"transformers +no +exact +exact +not tested\n", shown)
-    assert re.search(r"vllm +yes +exact +exact +refused\n", shown)
-    assert re.search(r"llama\.cpp +no +exact +refused +exact\n", shown)
+    assert re.search(r"vllm +yes +exact +exact +–\n", shown)
+    assert re.search(r"llama\.cpp +no +exact +– +exact\n", shown)
+    assert re.search(r"mlx-lm +no +not tested +– +–\n", shown)
+    assert shown.rstrip().endswith(" - –: the runtime reads other files than these")
+    assert "refused" not in shown
     # A reason is said once, with every place that it is for.
-    assert shown.count("adds adapters to a model that transformers loads") == 1
-    assert "checkpoint in peft; gguf in peft: refused: it adds adapters" in shown
+    assert "\n - checkpoint in sglang; lora in sglang: not tested: read, not run (SGLang" in shown
     assert re.search(r"gguf in ollama: not tested: read, not run \(it starts llama\.cpp;", shown)
     carriers = section(result.stdout, "Carriers")
     assert re.search(
         r"lora +exact +exact: transformers, peft, vllm; not tested: sglang\n", carriers
     )
     assert re.search(r"control-vector +impossible +a control vector adds a constant", carriers)
+
+
+def test_a_runtime_that_reads_other_files_is_not_said_to_refuse_these(plan: Plan) -> None:
+    shown = plan("llama", "ablate", "ln2_out.1", ["gguf"]).stdout
+    assert re.search(r"\nmlx-lm +– +no +reads other files: it writes GGUF files and reads n", shown)
+    assert re.search(r"\nsglang +not tested +no +it has a reader of GGUF files, which was", shown)
+    result = plan("llama", "ablate", "ln2_out.1", ["gguf", "lora"], "--target", "vllm")
+    assert result.exit_code == 0
+    assert re.search(r"\nvllm +yes +– +exact\n", result.stdout)
+    result = plan("llama", "ablate", "ln2_out.1", ["gguf"], "--target", "vllm")
+    assert result.exit_code == 2
+    assert "vllm is a target, and reads no gguf" in result.output
+
+
+def test_why_a_carrier_cannot_hold_the_edit_is_said_once(plan: Plan) -> None:
+    to = ["checkpoint", "lora", "gguf-lora", "control-vector", "gguf"]
+    for chosen in (["checkpoint"], to):
+        result = plan(
+            "llama", "offset", "resid_post.1", chosen, attention_bias=False, mlp_bias=False
+        )
+        text = " ".join(result.stdout.split())
+        because = "an adapter holds no bias that runtimes take"
+        assert text.count(because) == 1
+        assert re.search(r"\ngguf-lora +impossible +as lora\n", result.stdout)
+    assert re.search(r"vllm +no +\w+ +refused +– +– +–\n", result.stdout)
+    assert "gguf-lora in llama.cpp, ollama: refused: cannot hold the edit: see Carriers" in text
 
 
 def test_json_has_every_carrier_and_runtime(plan: Plan) -> None:

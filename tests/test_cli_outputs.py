@@ -1,6 +1,7 @@
 """``bake merge`` and exports of several carriers, from the command line."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -458,6 +459,62 @@ def test_an_interrupt_says_what_is_kept(bench: Bench, monkeypatch: pytest.Monkey
     assert "the same command takes them up" in result.stderr
     monkeypatch.undo()
     assert run("export", bench.recipe, "--out", bench.out, *BOTH, "-q").exit_code == 0
+
+
+def test_the_record_finds_the_base_from_behind_a_link(bench: Bench) -> None:
+    """The system walks ".." in the folder that a link leads to, and not where the link stands."""
+    far = bench.folder / "far" / "away"
+    far.mkdir(parents=True)
+    (bench.folder / "link").symlink_to(far)
+    (bench.folder / "base").symlink_to(bench.base)
+    out = bench.folder / "link" / "out"
+    result = run("export", bench.recipe, "--model", bench.folder / "base", "--out", out)
+    assert (result.exit_code, result.stderr) == (0, "")
+    path = json.loads((out / "bake.json").read_text())["base"]["path"]
+    assert (out / path).resolve() == bench.base.resolve()
+    assert run("verify", out, "--generate", "2", "--no-plots").exit_code == 0
+
+
+# --- what an export says of itself ---------------------------------------------------------------
+
+
+def shown(result: Result) -> str:
+    """Return what an export prints behind its plan."""
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout.partition("\nwritten ")[2]
+
+
+def test_only_a_checkpoint_says_what_it_copied(bench: Bench) -> None:
+    text = shown(run("export", bench.recipe, "--out", bench.out))
+    sizes = {n: t.nbytes for n, t in open_checkpoint(bench.base).tensors.items()}
+    copied = int(re.search(r"copied +([\d,]+) bytes", text)[1].replace(",", ""))
+    edited = int(re.search(r"edited +([\d,]+) bytes", text)[1].replace(",", ""))
+    assert 0 < edited < copied and copied + edited == sum(sizes.values())
+    text = shown(run("export", bench.recipe, "--to", "lora", "--out", bench.folder / "lora"))
+    assert re.match(r"[^\n]+\ncarrier +lora\nsize +[\d,]+ bytes in 4 files\n$", text)
+
+
+def test_a_gguf_says_what_rounding_left(bench: Bench, tmp_path: Path) -> None:
+    """One row of the worst for each type; with -v every tensor, as the record has it."""
+    file = tmp_path / "base.gguf"
+    gguf_files.write(file, bench.base, kind="F16")
+    out = bench.folder / "rounded"
+    text = shown(run("export", bench.recipe, "--to", "gguf", "--gguf", file, "--out", out))
+    record = json.loads((out / "bake.json").read_text())["gguf"]["tensors"]
+    worst = max(tensor["leak"] for tensor in record)
+    assert len(record) == 7 and worst > 0
+    title, columns, _, row = text[text.index("Rounding") :].splitlines()
+    assert title == "Rounding of the edited tensors (of each type the worst)"
+    assert columns.split() == ["tensors", "type", "rounding", "edit", "kept", "leak", "error"]
+    assert row.split()[:4] == ["7", "F16", "feedback", "100.0%"]
+    assert row.split()[4] == f"{worst:.1e}"
+    args = ("--to", "gguf", "--gguf", file, "--rounding", "nearest", "-v", "--force")
+    text = shown(run("export", bench.recipe, *args, "--out", out))
+    record = json.loads((out / "bake.json").read_text())["gguf"]["tensors"]
+    for tensor in record:
+        pattern = rf"\n{re.escape(tensor['name'])} +F16 +nearest +[\d.]+% +{tensor['leak']:.1e} "
+        assert re.search(pattern, text), text
+    assert max(tensor["leak"] for tensor in record) > 10 * worst
 
 
 # --- Modelfiles --------------------------------------------------------------------------------

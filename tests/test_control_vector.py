@@ -182,8 +182,8 @@ def test_offsets_that_cancel(tiny_checkpoint: Checkpoints, tmp_path: Path) -> No
 
 def test_a_value_that_float32_cannot_hold(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama"))
-    huge = make.offset(single(24), coefficient=1e39)
-    plan = plan_of(base, [edit(base, "offset", huge, "resid_post.1")])
+    huge = make.offset(single(24), coefficient=1e38)
+    plan = plan_of(base, [edit(base, "offset", huge, at) for at in ("resid_post.1", "resid_pre.2")])
     with pytest.raises(InputError, match=r"direction\.1 does not fit its dtype"):
         export_control_vector(plan, tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []

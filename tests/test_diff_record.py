@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from adapters import NO_BIAS
 from click.testing import CliRunner, Result
 from harness import bake, base_at, edit, orthogonal, plan_of, vector
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,8 @@ from bake.diff.record import read_claims
 from bake.diff.sources import open_model
 from bake.edits import Edit
 from bake.errors import UsageError
+from bake.outputs.lora import export_lora
+from bake.outputs.merge import merge_adapter
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -426,6 +429,37 @@ def test_a_moved_base_is_told(half: tuple[Path, Path], tmp_path: Path) -> None:
     out = Path(shutil.copytree(half[1], tmp_path / "somewhere" / "else"))
     with pytest.raises(UsageError, match="is not at "):
         diff(str(out))
+
+
+def test_another_base_is_one_line(half: tuple[Path, Path], tmp_path: Path) -> None:
+    base, out = half
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name][0, 0] += 1
+
+    rewrite(shard_of(other, name), change)
+    found = diff(str(out), str(other)).violations or ()
+    said = f"this is not the base that the artifact was made of: {name} is not what bake.json says"
+    assert any(line.startswith(said) for line in found)
+    assert not any("is not the base" in line for line in diff(str(out), str(base)).violations or ())
+
+
+def test_a_merge_is_held_to_its_record(tmp_path: Path, tiny_checkpoint: Any) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(24)), "resid")])
+    export_lora(plan, base.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
+    out = tmp_path / "out"
+    merge_adapter(tmp_path / "lora", base.checkpoint, out, layout=base.layout)
+    found = diff(str(out), str(base.checkpoint.path))
+    assert found.violations == () and found.plan is not None and found.changes
+    name = "model.norm.weight"  # which no adapter of this plan has
+    rewrite(
+        next(out.glob("*.safetensors")), lambda tensors: tensors.update({name: tensors[name] * 2})
+    )
+    (line,) = diff(str(out), str(base.checkpoint.path)).violations or ()
+    assert line.startswith(f"{name} differs") and "the plan does not edit it" in line
 
 
 def test_tensors_of_a_tiny_model_are_all_accounted_for(half: tuple[Path, Path]) -> None:

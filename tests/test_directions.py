@@ -843,6 +843,16 @@ def test_a_scrubber_names_its_sites(
             assert found.metadata[f"module.{site}"] == name.replace("-", ".")
 
 
+def test_a_key_is_placed_by_all_keys_of_the_file(tmp_path: Path) -> None:
+    """That the file is of Gemma 2 is seen by its other keys alone."""
+    torch.save({name: fitted(seed)[0] for seed, name in enumerate(GEMMA2)}, tmp_path / "v.pt")
+    name = "layers-0-post_attention_layernorm"
+    found = read_directions(tmp_path / "v.pt", key=name)
+    assert only(found).site == "ln1_post_out.0"
+    path = name.replace("-", ".")
+    assert found.metadata == {"key": name, "module.ln1_post_out.0": path}
+
+
 def test_what_a_scrubber_cannot_mean_is_refused(tmp_path: Path) -> None:
     from concept_erasure import ConceptScrubber
 

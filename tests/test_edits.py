@@ -415,6 +415,28 @@ def test_values_that_are_not_finite(name: str, value: float) -> None:
 
 
 @every_constructor
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_values_that_no_weights_hold(name: str, value: float) -> None:
+    """Their products would overflow float64, and every property of the map with them."""
+    bad = GOOD.clone()
+    bad[2] = value
+    with pytest.raises(DirectionError, match=r"holds \d\.\de\+\d+") as error:
+        TAKES_VECTORS[name](bad)
+    assert error.value.why == "weights are stored in float32 at most, which ends at 3.4e+38"
+
+
+def test_factors_that_no_weights_hold() -> None:
+    for broken in (
+        lambda: make.ablate(GOOD, strength=1e39),
+        lambda: make.offset(GOOD, coefficient=1e300),
+        lambda: make.affine(GOOD, alpha=-1e200),
+    ):
+        with pytest.raises(DirectionError, match="a low-rank map holds"):
+            broken()
+    assert make.ablate(GOOD, strength=1e30).idempotence_error() > 1
+
+
+@every_constructor
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_values_that_are_no_floats(name: str, dtype: torch.dtype) -> None:
     with pytest.raises(DirectionError, match=f"holds {dtype} values where floats are meant"):

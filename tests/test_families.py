@@ -177,9 +177,11 @@ def test_weight_update(family: str, tiny_checkpoint: Callable[..., Path], tmp_pa
     base = base_at(tiny_checkpoint(family))
     hidden = base.layout.hidden
     heads = base.layout.width(Site(SiteKind.Z, 1))
+    size = base.layout.dims["head_dim"]
     edits = [
         edit(base, "update", make.update(vector(hidden, 1), vector(heads, 2)), "attn_out.1"),
         edit(base, "update", make.update(vector(heads, 3), vector(hidden, 4)), "q.2"),
+        edit(base, "update", make.update(vector(size, 7), vector(hidden, 8)), ["q.2.h1", "v.2.h0"]),
         # Composed with edits before and behind the same weight.
         edit(base, "ablate", make.ablate(vector(heads, 5)), "z.1"),
         edit(base, "ablate", make.ablate(vector(hidden, 6)), "attn_out.1"),

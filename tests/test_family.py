@@ -152,7 +152,13 @@ def test_a_name_that_no_table_has() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "what", "where", "fix"),
     [
-        ('title = "Llama', 'titel = "Llama', "the key 'title' is missing", WHERE, None),
+        (
+            'title = "Llama',
+            'titel = "Llama',
+            "the key 'title' is missing",
+            WHERE,
+            "'title' by 'titel'?",
+        ),
         ("[norm]", "tittle = 1\n[norm]", "unknown key 'tittle'", "[block]", None),
         (
             'name = "llama"',
@@ -167,7 +173,7 @@ def test_a_name_that_no_table_has() -> None:
             "[embed]\nzebra = 1",
             "unknown key 'zebra'",
             f"{WHERE} [embed]",
-            "known keys: module",
+            "known are module",
         ),
         ("[unembed]", "[unembed]\nbiass = ''", "unknown key 'biass'", "[unembed]", "mean 'bias'?"),
         ("[dims]", "[dims]\nhead = 'x'", "unknown key 'head'", f"{WHERE} [dims]", "mean 'heads'?"),
@@ -210,7 +216,7 @@ def test_a_name_that_no_table_has() -> None:
         ('kind = "rms"', "", "the key 'kind' is missing", f"{WHERE} [norm]", None),
         ('name = "mlp"\n', "", "the key 'name' is missing", "[[branch]]", None),
         ("untied_head = true", "", "the key 'untied_head' is missing", "[runtime.vllm]", None),
-        ('name = "llama"', "name = 3", "name = 3 is no str", WHERE, None),
+        ('name = "llama"', "name = 3", "name = 3 is no text", WHERE, None),
         (
             'architectures = ["LlamaForCausalLM"]',
             'architectures = "LlamaForCausalLM"',
@@ -221,25 +227,25 @@ def test_a_name_that_no_table_has() -> None:
         (
             'architectures = ["LlamaForCausalLM"]',
             "architectures = [1]",
-            "architectures = [1] is no list of strings",
+            "architectures = [1] is no list of texts",
             WHERE,
             None,
         ),
         (
             "untied_head = true",
             "untied_head = 1",
-            "untied_head = 1 is no bool",
+            "untied_head = 1 is no truth value",
             "[runtime.vllm]",
             None,
         ),
         (
             "[norm]",
             "[norm]\ngain_offset = true",
-            "gain_offset = True is no int",
+            "gain_offset = True is no whole number",
             f"{WHERE} [norm]",
             None,
         ),
-        ("[norm]", '[norm]\nbias = "no"', "bias = 'no' is no bool", f"{WHERE} [norm]", None),
+        ("[norm]", '[norm]\nbias = "no"', "bias = 'no' is no truth value", f"{WHERE} [norm]", None),
         (
             "[embed]",
             "[embed]\nmultiplier = [2]",
@@ -306,7 +312,7 @@ def test_a_name_that_no_table_has() -> None:
         (
             'sites = ["z"]',
             'sites = ["z"], live = 3',
-            "live = 3 is no str",
+            "live = 3 is no text",
             "self_attn.o_proj",
             None,
         ),
@@ -352,7 +358,15 @@ def test_a_name_that_no_table_has() -> None:
             f"{WHERE} [must]",
             None,
         ),
-        ("[norm]", "[norm", "not valid TOML", WHERE, None),
+        ("[norm]", "[norm", "the family table is not valid TOML", WHERE, None),
+        (
+            "[norm]",
+            f"x = {'9' * 5000}\n[norm]",
+            "is not valid TOML: Exceeds the limit",
+            WHERE,
+            None,
+        ),
+        ("[norm]", f"x = {'[' * 5000}\n[norm]", "is not valid TOML", WHERE, None),
         ("reads = [", 'reads = ["mlp.up",', "a table is meant, not 'mlp.up'", "[[branch]]", None),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -374,7 +388,7 @@ def test_a_section_that_is_missing_or_no_section(section: str) -> None:
     if section != "runtime":  # the other runtime keeps the section alive
         assert refusal(text).what == f"the key {section!r} is missing"
     text = f"{section} = 3\n" + re.sub(rf"\[{section}(\..*)?\]", "[defaults.other\\1]", text)
-    assert refusal(text).what == f"{section} = 3 is no dict"
+    assert refusal(text).what == f"{section} = 3 is no table"
 
 
 def test_a_users_own_table(tmp_path: Path) -> None:
@@ -385,7 +399,7 @@ def test_a_users_own_table(tmp_path: Path) -> None:
         read_family(tmp_path / "other.toml")
     assert caught.value.where == str(tmp_path / "other.toml")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(FamilyError, match="the family table cannot be read"):
+    with pytest.raises(FamilyError, match="the family table is no UTF-8 text"):
         read_family(path)
 
 

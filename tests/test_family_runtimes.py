@@ -57,7 +57,7 @@ def test_a_runtime_that_loads_no_checkpoint_has_nothing_to_say_of_one() -> None:
     [
         ("runtime.ollama", "runtime.olama", "there is no runtime 'olama'", "'ollama'?"),
         ("runtime.ollama", "runtime.transformers", "there is no runtime 'transformers'", "vllm, "),
-        ("runtime.ollama", "runtime.tgi", "there is no runtime 'tgi'", "known keys: vllm, "),
+        ("runtime.ollama", "runtime.tgi", "there is no runtime 'tgi'", "known are vllm, "),
         ("biases", "bias", "the key 'biases' is missing", None),
         ('extra_bias = "refused"\n', "", "the key 'extra_bias' is missing", None),
         ("untied_head = true\n", "", "the key 'untied_head' is missing", None),
@@ -84,13 +84,13 @@ def test_a_runtime_that_loads_no_checkpoint_has_nothing_to_say_of_one() -> None:
         (
             "untied_head = true",
             "untied_head = true\nmisplaced = [1]",
-            "misplaced = [1] is no list of strings",
+            "misplaced = [1] is no list of texts",
             None,
         ),
         (
             "untied_head = true",
             "untied_head = true\ndefaults = 10000",
-            "defaults = 10000 is no dict",
+            "defaults = 10000 is no table",
             None,
         ),
         (
@@ -102,7 +102,7 @@ def test_a_runtime_that_loads_no_checkpoint_has_nothing_to_say_of_one() -> None:
         (
             "untied_head = true",
             'untied_head = true\ncheckpoint = "no"',
-            "checkpoint = 'no' is no bool",
+            "checkpoint = 'no' is no truth value",
             None,
         ),
     ],

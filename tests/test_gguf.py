@@ -349,7 +349,7 @@ def test_rounding_that_undoes_the_edit_is_refused(tiny_checkpoint: Tiny, tmp_pat
     file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0")
     with pytest.raises(InexactPlan, match=r"rounding to Q4_0 leaves \d\d% of the edit") as error:
         export(base, plan, file, tmp_path / "out", rounding="nearest")
-    assert 'use rounding = "feedback"' in str(error.value)
+    assert "use --rounding feedback, or --edited-type Q8_0" in str(error.value)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
     name = "blk.1.ffn_down.weight"
@@ -446,7 +446,7 @@ def test_k_quants_are_edited_without_a_quantiser(
     with pytest.raises(UsageError, match="stored as Q4_K, which gguf-py decodes but") as error:
         export(base, plan, file, tmp_path / "b", rounding="nearest")
     assert "install llama-cpp-python or xllamacpp" in str(error.value)
-    assert 'choose edited_type = "Q8_0"' in str(error.value)
+    assert "(--edited-type Q8_0)" in str(error.value)
     assert not (tmp_path / "b").exists()
     out = export(base, plan, file, tmp_path / "b", edited_type="Q8_0").path
     assert gguf_files.stored(out / "base.gguf")[name][0] == "Q8_0"

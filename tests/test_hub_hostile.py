@@ -4,6 +4,7 @@ Each is the same sound and sealed artifact with one thing spoiled, drawn from a 
 refuse it as bad input, and the Hub must not have been asked to write anything.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -285,7 +286,8 @@ def spoiled(sound: Path, out: Path, seed: int) -> str:
     return kind.__name__
 
 
-def refused(state: HubServer, out: Path, seed: int, kind: str) -> None:
+def refused(state: HubServer, out: Path, seed: int, kind: str) -> str:
+    """Push a folder, see that nothing was written, and return why it was refused."""
     start = len(state.log)
     try:
         push(out, Destination("alice/hostile"), Terms(), timeout=5)
@@ -300,6 +302,7 @@ def refused(state: HubServer, out: Path, seed: int, kind: str) -> None:
     asked = state.log[start:]
     assert all(request.method == "GET" for request in asked), (seed, kind)
     assert set(state.repos) == {BASE}, (seed, kind)
+    return text
 
 
 def test_the_sound_artifact_would_be_published(hub: tuple[HubServer, Path], tmp_path: Path) -> None:
@@ -326,6 +329,40 @@ def test_a_thousand_hostile_folders_are_refused(
     hub: tuple[HubServer, Path], tmp_path: Path
 ) -> None:
     run(hub, tmp_path, range(1000))
+
+
+def sealed_by_its_author(out: Path) -> None:
+    """Make sums and record say what is there: whoever spoils a folder can also seal it."""
+    for name in ("SHA256SUMS", "bake/provenance.json"):
+        if (out / name).is_file() and not (out / name).is_symlink():
+            (out / name).unlink()
+    found = json_or_none(out / "bake.json")
+    if isinstance(found, dict) and not (out / "bake.json").is_symlink():
+        for name in found.get("files", {}):
+            if (out / name).is_file():
+                digest = hashlib.sha256((out / name).read_bytes()).hexdigest()
+                found["files"][name] = f"sha256:{digest}"
+        (out / "bake.json").write_text(json.dumps(found))
+
+
+BY_THEMSELVES = (bad_name, bad_link, bad_index, bad_header, bad_card)
+
+
+@pytest.mark.parametrize("kind", BY_THEMSELVES)
+def test_each_kind_is_refused_for_itself_and_not_for_its_sums(
+    kind: Spoil, hub: tuple[HubServer, Path], tmp_path: Path
+) -> None:
+    state, sound = hub
+    reasons = set()
+    for seed in range(25):
+        out = tmp_path / "case" / "out"
+        shutil.rmtree(out.parent, ignore_errors=True)
+        shutil.copytree(sound, out)
+        kind(out, random.Random(seed))
+        sealed_by_its_author(out)
+        reasons.add(refused(state, out, seed, kind.__name__))
+    assert not any("SHA256SUMS" in reason or "seal" in reason for reason in reasons)
+    assert len(reasons) >= 8  # they are spoiled in different ways, and each is told
 
 
 def run(hub: tuple[HubServer, Path], tmp_path: Path, seeds: range) -> None:

@@ -278,6 +278,29 @@ def test_untouched_tensors_are_those_of_the_base(base: Path, out: Path) -> None:
     ]
 
 
+def test_the_edited_tensors_of_the_base_are_those_of_the_record(
+    base: Path, out: Path, tmp_path: Path
+) -> None:
+    """Promise 10: the record has the sha256 of what was edited, so another base is seen at once."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    other = copy_of(base, tmp_path / "other")
+    shard = next(p for p in sorted(other.glob("model-*.safetensors")) if name in load_file(p))
+    tensors = load_file(shard)
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    said = f"{shard.name}: {name} of this base is not the one that bake.json says was edited"
+    assert problems(out, base=other) == [f"{said} (name the base that it names)"]
+    assert problems(out, base=base) == []  # the control
+
+
+def test_what_is_on_the_hub_is_downloaded_before_it_is_checked() -> None:
+    for text, name in (("hf://alice/model@v1", "--revision v1 "), ("alice/model", "")):
+        result = CliRunner().invoke(main, ["check", text])
+        assert result.exit_code == 2, result.output
+        fix = f"hf download alice/model {name}--local-dir model, then bake check model"
+        assert fix in " ".join(result.stderr.split())
+
+
 def test_a_record_that_lists_files_is_held_to_them(out: Path) -> None:
     """Before an artifact is sealed for the first time, its record is what there is."""
     config = hashlib.sha256((out / "config.json").read_bytes()).hexdigest()

@@ -16,10 +16,10 @@ ROOT = Path(bake.__file__).parent
 
 # From the bottom up. A part imports from earlier lines and, within a line, to the left of itself.
 LINES = (
-    ("errors", "sites"),
+    ("errors", "sites", "section"),
     ("affine",),
     ("edits", "fold", "rounding", "edit_store"),
-    ("families", "checkpoints", "directions", "process", "converter"),
+    ("families", "checkpoints", "directions", "process", "_guard", "converter"),
     ("recipe",),
     ("plan", "steer"),
     ("calibrate", "outputs"),

@@ -1,6 +1,7 @@
 """An adapter computes what the hooks and the baked checkpoint compute, in PEFT on a live model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import tiny
 import torch
 from adapters import NO_BIAS, config_of, factors_of, peft_logits, rewritten
 from harness import RELATIVE, Base, bake, base_at, edit, logits, matrix, plan_of, vector
+from safetensors.torch import load_file, save_file
 
 from bake import edits as make
 from bake.affine import AffineMap
-from bake.checkpoints import Checkpoint
+from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.edits import Edit, WeightUpdate
 from bake.errors import InexactPlan, InputError, UsageError
 from bake.outputs.lora import export_lora
@@ -382,12 +384,16 @@ def test_what_was_there_comes_back_when_the_last_rename_fails(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_factor_that_overflows_leaves_nothing(
+def test_a_factor_that_is_not_finite_leaves_nothing(
     tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    base = base_at(tiny_checkpoint("llama", dtype=torch.float32, **NO_BIAS))
-    big = make.ablate(vector(24), strength=1e39)
-    plan = plan_of(base, [edit(base, "ablate", big, "mlp_out.1")])
+    source = base_at(tiny_checkpoint("llama", dtype=torch.float32, **NO_BIAS))
+    shutil.copytree(source.path, tmp_path / "base")
+    (shard,) = (tmp_path / "base").glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, shard, metadata={"format": "pt"})
+    plan = plan_of(source, [edit(source, "ablate", make.ablate(vector(24)), "mlp_out.1")])
     with pytest.raises(InputError, match="does not fit its dtype"):
-        export_lora(plan, base.checkpoint, tmp_path / "deep" / "out", record={})
-    assert list(tmp_path.iterdir()) == []
+        export_lora(plan, open_checkpoint(tmp_path / "base"), tmp_path / "deep" / "out", record={})
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -140,11 +140,11 @@ def shifted(base: Base, at: str) -> Plan:
         ("qwen3", {"attention_bias": False}, "ln1_out.1", "exact", "refused"),
         ("gemma", {"attention_bias": False}, "attn_out.1", "refused", "refused"),
         # llama.cpp loads no head of its own for either Gemma, vLLM one for the first.
-        ("gemma", {"attention_bias": False}, "embed", "not tested", "refused"),
+        ("gemma", {"attention_bias": False}, "embed", "exact", "refused"),
         ("gemma2", {"attention_bias": False}, "embed", "refused", "refused"),
         ("gemma2", {"attention_bias": False}, "attn_out.1", "exact", "refused"),
         # Its sources take it, and no test has served a Pythia in either.
-        ("gpt_neox", {}, "resid_post.1", "not tested", "not tested"),
+        ("gpt_neox", {}, "resid_post.1", "exact", "exact"),
         ("mixtral", {}, "embed", "exact", "exact"),
         # The base's own bias is dropped or refused, whatever the edit.
         ("qwen3", {}, "embed", "refused", "refused"),
@@ -226,6 +226,8 @@ def test_a_site_that_the_model_lacks_is_named(
     [
         ("resid_post.1", 24, 24, "an update cannot stand at resid_post.1"),
         ("z.1", 32, 24, "an update cannot stand at z.1"),
+        ("z.1.h0", 8, 24, "an update cannot stand at z.1.h0"),
+        ("q.1.h0", 32, 24, r"the update at q.1.h0 is \[32, 24\], but the weight is \[8, 24\]"),
         (
             "mlp_out.1",
             24,

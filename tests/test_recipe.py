@@ -27,7 +27,8 @@ from bake.recipe import (
     override,
     read_artifacts,
 )
-from bake.recipe.parse import KINDS_OF_KEY, _Table
+from bake.recipe.edits import KINDS_OF_KEY
+from bake.recipe.section import Section
 from bake.sites import Site, SiteKind, parse_site
 
 HIDDEN, ATTENTION, GROUPED, INNER, LAYERS = 24, 32, 16, 40, 3  # of tests/tiny.py
@@ -141,13 +142,21 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
         (EDIT.replace('"ablate"', '"ablat"'), ["unknown kind 'ablat'", "did you mean 'ablate'?"]),
         (EDIT.replace('"mood"', '"mod"'), ["there is no direction 'mod'", "did you mean 'mood'?"]),
         (EDIT + "strength = nan\n", ["strength = nan is not finite"]),
+        (EDIT + f"strength = {10**400}\n", ["strength = inf is not finite"]),
+        (EDIT + f"strength = {'9' * 5000}\n", ["the recipe is not valid TOML: Exceeds the limit"]),
         (EDIT + "strength = true\n", ["strength = True is no number"]),
         (EDIT + 'strength = "1"\n', ["strength = '1' is no number"]),
         (EDIT.replace('"resid"', "3"), ["at = 3 is no text or list of texts"]),
         (EDIT.replace('"resid"', "[]"), ["at is an empty list"]),
         (EDIT.replace('direction = "mood"\n', ""), ["the key 'direction' is missing"]),
-        (EDIT.replace("direction", "directions"), ["unknown key 'directions'", "'direction'?"]),
-        (EDIT.replace("kind", "knd"), ["[[edits]] 1: unknown key 'knd'", "did you mean 'kind'?"]),
+        (
+            EDIT.replace("direction", "directions"),
+            ["the key 'direction' is missing", "'direction' by 'directions'?"],
+        ),
+        (
+            EDIT.replace("kind", "knd"),
+            ["[[edits]] 1: the key 'kind' is missing", "did you mean 'kind' by 'knd'?"],
+        ),
         (EDIT.replace('kind = "ablate"\n', ""), ["the key 'kind' is missing"]),
         (EDIT.replace('"mood"', '["mood", "mood"]'), ["repeats a name"]),
         (
@@ -188,6 +197,7 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
             EDIT + '[export]\nallow = ["guessing"]\n',
             ["[export]: allow holds 'guessing'", "known are recast, nulling, approximate"],
         ),
+        ("\ufeff", ["begins with a byte order mark", "save it as UTF-8 without one"]),
         ("[[edits]\n", ["recipe.toml: the recipe is not valid TOML", "line"]),
         ("edits = [1]\n", ["[base]: unknown key 'edits'"]),
     ],
@@ -196,6 +206,8 @@ def test_what_a_recipe_cannot_say(tmp_path: Path, text: str, fragments: list[str
     head = (
         HEAD.replace('[directions.other]\nfile = "other.npy"\n', "") if "[base]" in text else HEAD
     )
+    if text.startswith("\ufeff"):
+        head, text = text + HEAD, EDIT
     if text.startswith("edits"):
         head = HEAD[: HEAD.index("[directions.mood]")]
     with pytest.raises(UsageError) as error:
@@ -210,7 +222,10 @@ def test_what_a_recipe_cannot_say(tmp_path: Path, text: str, fragments: list[str
     [
         (HEAD.replace('model = "base"\n', ""), ["[base]: the key 'model' is missing"]),
         (HEAD.replace('"base"', '""'), ["[base]: model is empty"]),
-        (HEAD.replace("[base]", "[bas]"), ["unknown key 'bas'", "did you mean 'base'?"]),
+        (
+            HEAD.replace("[base]", "[bas]"),
+            ["the key 'base' is missing", "did you mean 'base' by 'bas'?"],
+        ),
         (HEAD.replace("[base]\nmodel", "base"), ["base = 'base' is no table"]),
         (
             HEAD.replace('"base"', '"base"\nrevision = "main"'),
@@ -220,6 +235,12 @@ def test_what_a_recipe_cannot_say(tmp_path: Path, text: str, fragments: list[str
             HEAD.replace('"base"', '"owner/name@a"\nrevision = "b"'),
             ["model = 'owner/name@a' names a revision, and so does revision = 'b'"],
         ),
+        (
+            HEAD.replace("mood.npy", "a\\u0000b"),
+            ["'a\\x00b' is no path: it holds a null character"],
+        ),
+        (HEAD.replace("mood.npy", ""), ["[directions.mood]: a path is empty"]),
+        (HEAD.replace("mood.npy", "~nobody-of-that-name/a"), ["names no home folder"]),
         (HEAD + "layer = -1\n", ["[directions.other]: layer = -1 is negative"]),
         (HEAD + "sign = 2\n", ["[directions.other]: sign = 2 is neither 1 nor -1"]),
         (HEAD + 'shape = "layer"\n', ["shape = 'layer' is unknown", "did you mean 'layers'?"]),
@@ -346,7 +367,9 @@ def test_a_sign_needs_something_that_has_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     factors = Direction({Role.LEFT: random(HIDDEN, 2), Role.RIGHT: random(2, HIDDEN)})
-    monkeypatch.setattr("bake.recipe.build.read_directions", lambda path, **_: artifact(factors))
+    monkeypatch.setattr(
+        "bake.recipe.artifacts.read_directions", lambda path, **_: artifact(factors)
+    )
     head = HEAD.replace('"mood.npy"', '"mood.npy"\nsign = -1')
     with pytest.raises(UsageError, match="sign = -1 is given, but the artifact holds left, right"):
         read_artifacts(recipe_of(tmp_path, EDIT.replace("ablate", "erase"), head))
@@ -361,7 +384,7 @@ def test_the_options_of_a_direction_reach_its_reader(
         seen.update(path=path, **options)
         return artifact(vector())
 
-    monkeypatch.setattr("bake.recipe.build.read_directions", read)
+    monkeypatch.setattr("bake.recipe.artifacts.read_directions", read)
     options = 'reader = "pt"\nkey = "v"\nshape = "subspace"'
     read_artifacts(recipe_of(tmp_path, EDIT, HEAD.replace('"mood.npy"', f'"mood.npy"\n{options}')))
     assert seen == {
@@ -826,6 +849,43 @@ def test_a_star_in_a_module_path_is_every_layer(tmp_path: Path, layout: Layout) 
     assert [str(site) for site in edit.sites] == ["mlp_out.0", "mlp_out.1", "mlp_out.2"]
 
 
+def test_a_joint_subspace_has_one_width(tmp_path: Path, layout: Layout) -> None:
+    text = EDIT.replace('"mood"', '["mood", "other"]')
+    found = {"mood": artifact(vector()), "other": artifact(vector(8, seed=2))}
+    with pytest.raises(DirectionError) as error:
+        build(tmp_path, layout, text, found)
+    assert "the widths of a joint subspace differ: 'mood' has 24, 'other' has 8" in message(error)
+    build(tmp_path, layout, text, found | {"other": artifact(vector(seed=2))})
+
+
+def eraser(site: str, path: str) -> Directions:
+    left = torch.zeros(HIDDEN, 1, dtype=torch.float64)
+    left[0] = 1
+    item = Direction({Role.LEFT: left, Role.RIGHT: left.T}, parse_site(site).layer, site)
+    return Directions("mood", "leace", "v.pt", "sha256:0", (item,), {f"module.{site}": path})
+
+
+ERASE = '[[edits]]\nkind = "erase"\ndirection = "mood"\n'
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_module_is_held_against_the_model(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], prefix: str
+) -> None:
+    """Llama and Gemma 2 mean different norms by post_attention_layernorm."""
+    path = f"{prefix}layers.1.post_attention_layernorm"
+    found = {"mood": eraser("ln2_out.1", path)}
+    llama, gemma = (layout_of(tiny_checkpoint(family)) for family in ("llama", "gemma2"))
+    (edit,) = build(tmp_path, llama, ERASE, found)
+    assert edit.sites == (parse_site("ln2_out.1"),)
+    with pytest.raises(DirectionError, match=r"and in this model is ln1_post_out\.1") as error:
+        build(tmp_path, gemma, ERASE, found)
+    assert f"was fitted at {path}, which was read as ln2_out.1" in message(error)
+    assert error.value.fix == 'name the site: at = "ln1_post_out.1"'
+    (edit,) = build(tmp_path, gemma, ERASE + 'at = "ln1_post_out.1"\n', found)
+    assert edit.sites == (parse_site("ln1_post_out.1"),)
+
+
 # --- the documentation -------------------------------------------------------------------------
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -851,7 +911,7 @@ def test_the_recipe_of_the_documentation_is_one(
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
     path = tmp_path / "recipe.toml"
     path.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
-    keys = known_keys(monkeypatch, _Table, lambda: load_recipe(path))
+    keys = known_keys(monkeypatch, Section, lambda: load_recipe(path))
     assert {"title", "model", "file", "kind", "degrees", "target"} <= keys
     for key in keys:
         named = (f"`{key}`", f"`[{key}]`", f"`[[{key}]]`", f"`[{key}.NAME]`")

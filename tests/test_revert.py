@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -129,10 +131,24 @@ def copied(path: Path, to: Path) -> Path:
     return to
 
 
+def without_hashes(record: dict[str, object]) -> None:
+    """Make a record one of an earlier version, which has no hash of the base's tensors."""
+    record.pop("base_tensors")
+
+
+@pytest.fixture(scope="module")
+def earlier(base: Path, baked: Path) -> Path:
+    made = copied(baked, base.parent / "earlier")
+    rewrite(made / "bake.json", without_hashes)
+    return made
+
+
+@pytest.mark.parametrize("hashes", [True, False])
 @pytest.mark.parametrize("edited", [True, False])
 def test_a_base_with_one_changed_bit_is_refused(
-    base: Path, baked: Path, tmp_path: Path, edited: bool
+    base: Path, baked: Path, earlier: Path, tmp_path: Path, edited: bool, hashes: bool
 ) -> None:
+    baked = baked if hashes else earlier
     other = copied(base, tmp_path / "other")
     opened = open_checkpoint(other)
     # The lowest bit of the first value of a tensor: the smallest change that float32 knows.
@@ -140,7 +156,9 @@ def test_a_base_with_one_changed_bit_is_refused(
     info = opened.tensors[name]
     flip(other / info.shard, info.start)
     said = refused(baked, tmp_path / "back", "--base", other)
-    if edited:
+    if edited and hashes:
+        assert f"this is not the base that the artifact was made of: {name} is another" in said
+    elif edited:
         assert f"does not give the artifact: {name} differs in" in said
     else:
         assert f"{info.shard}: {name} differs, which the plan leaves alone" in said
@@ -151,11 +169,11 @@ def test_a_base_with_one_changed_bit_is_refused(
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_sums_in_another_order_are_noted(
-    base: Path, baked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    base: Path, earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     """As in a large float32 tensor on another machine; more than a rounding step is no rounding."""
     monkeypatch.setattr(revert_proof, "_FACTOR", 1e9)
-    spoiled = copied(baked, base.parent / f"another-machine-{steps}")
+    spoiled = copied(earlier, base.parent / f"another-machine-{steps}")
     info = open_checkpoint(spoiled).tensors["model.layers.0.self_attn.o_proj.weight"]
     data = bytearray((spoiled / info.shard).read_bytes())
     value = torch.frombuffer(data, dtype=torch.float32, count=1, offset=info.start)
@@ -190,9 +208,12 @@ def test_another_base_is_refused(base: Path, baked: Path, tmp_path: Path, what: 
     assert str(base) in said
 
 
-@pytest.mark.parametrize("where", ["edited", "untouched", "header", "side file"])
-def test_a_spoiled_artifact(base: Path, baked: Path, tmp_path: Path, where: str) -> None:
-    spoiled = copied(baked, base.parent / f"spoiled-{where}")
+@pytest.mark.parametrize("where", ["edited", "edited, hashed", "untouched", "header", "side file"])
+def test_a_spoiled_artifact(
+    base: Path, baked: Path, earlier: Path, tmp_path: Path, where: str
+) -> None:
+    origin = earlier if where == "edited" else baked
+    spoiled = copied(origin, base.parent / f"spoiled-{where}")
     opened = open_checkpoint(spoiled)
     edited = opened.tensors["model.layers.0.self_attn.o_proj.weight"]
     untouched = opened.tensors["model.norm.weight"]
@@ -200,6 +221,11 @@ def test_a_spoiled_artifact(base: Path, baked: Path, tmp_path: Path, where: str)
         flip(spoiled / edited.shard, edited.start)
         said = refused(spoiled, tmp_path / "back")
         assert "the artifact's were changed since" in said
+    elif where == "edited, hashed":
+        # The base is known by the record's hashes, and what the artifact made of it is not needed.
+        flip(spoiled / edited.shard, edited.start)
+        assert reverted(spoiled, tmp_path / "back")["bit_for_bit"]
+        assert files_of(tmp_path / "back")[edited.shard] == files_of(base)[edited.shard]
     elif where == "untouched":
         flip(spoiled / untouched.shard, untouched.start)
         said = refused(spoiled, tmp_path / "back")
@@ -219,12 +245,38 @@ def test_a_spoiled_artifact(base: Path, baked: Path, tmp_path: Path, where: str)
 def test_a_record_that_hides_an_edited_tensor(base: Path, baked: Path, tmp_path: Path) -> None:
     spoiled = copied(baked, base.parent / "hidden")
 
-    def hide(record: dict[str, dict[str, list[object]]]) -> None:
-        record["plan"]["tensors"].pop()
+    hidden = []
+
+    def hide(record: dict[str, Any]) -> None:
+        hidden.append(record["plan"]["tensors"].pop()["name"])
 
     rewrite(spoiled / "bake.json", hide)
     said = refused(spoiled, tmp_path / "back")
+    assert f"base_tensors and the plan disagree on {hidden[0]}" in said
+    rewrite(spoiled / "bake.json", lambda record: record["base_tensors"].pop(hidden[0]) and None)
+    said = refused(spoiled, tmp_path / "back")
     assert "files would not be the base's" in said and "which the plan leaves alone" in said
+
+
+@pytest.mark.parametrize("found", [[], {"x": "sha256:abc"}, {"x": 1}])
+def test_malformed_hashes_of_the_base(
+    base: Path, baked: Path, tmp_path: Path, found: object
+) -> None:
+    spoiled = copied(baked, base.parent / f"malformed-{len(str(found))}")
+    rewrite(spoiled / "bake.json", lambda record: {**record, "base_tensors": found})
+    said = refused(spoiled, tmp_path / "back")
+    assert "the record is malformed" in said and "base_tensors" in said
+
+
+def test_the_record_has_the_hashes_of_the_edited_tensors(base: Path, baked: Path) -> None:
+    record = json.loads((baked / "bake.json").read_text())
+    opened = open_checkpoint(base)
+    edited = {row["name"] for key in ("tensors", "biases") for row in record["plan"][key]}
+    assert record["base_tensors"].keys() == edited != set()
+    for name, digest in record["base_tensors"].items():
+        with (base / opened.tensors[name].shard).open("rb") as file:
+            file.seek(opened.tensors[name].start)
+            assert digest == "sha256:" + sha256(file.read(opened.tensors[name].nbytes)).hexdigest()
 
 
 def test_a_family_of_the_users_own(tmp_path: Path) -> None:
@@ -255,6 +307,9 @@ def test_a_merge_goes_back_too(base: Path, tmp_path: Path) -> None:
     merge_adapter(tmp_path / "lora", opened.checkpoint, tmp_path / "out", layout=opened.layout)
     said = reverted(tmp_path / "out", tmp_path / "back")
     assert said["bit_for_bit"] and len(said["edited"]) == 3
+    assert said["notes"] == []
+    rewrite(tmp_path / "out" / "bake.json", without_hashes)
+    said = reverted(tmp_path / "out", tmp_path / "unproven")
     assert "a merge keeps no copy of its adapter" in said["notes"][0]
     said_no = refused(tmp_path / "out", tmp_path / "none", "--without-base", code=2)
     assert "a merge cannot be subtracted" in said_no
@@ -450,7 +505,7 @@ def test_another_commit_of_the_base_is_refused(
         worker.hub.add_repo(repo, {**files, "model.safetensors": bytes(data)}, private=False)
         done = worker.run("revert", artifact, "--out", tmp_path / "back", "--base", repo)
         assert done.code == 4, done.out
-        expected = "does not give the artifact" if tensor == name else "would not be the base's"
+        expected = f"{name} is another" if tensor == name else "would not be the base's"
         assert expected in done.error
         assert not (tmp_path / "back").exists()
 

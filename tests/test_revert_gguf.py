@@ -1,5 +1,6 @@
 """A baked GGUF goes back to the file that it was made of, bit for bit."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from published import rewrite
 from reverting import files_of, flip, refused, revert, reverted
 
 from bake import edits as make
+from bake.checkpoints.gguf_file import open_gguf
 from bake.outputs.gguf import export_gguf
 
 Tiny = Callable[..., Path]
@@ -52,7 +54,7 @@ def test_the_file_comes_back_bit_for_bit(kind: str, tiny_checkpoint: Tiny, tmp_p
     assert said["bit_for_bit"] and set(said["compared"]) == set(files_of(folder))
     assert "bake.json" in said["left"] and bool(said["edited"]) == (kind != "F16")
     assert bool(said["removed"]) == (kind in ("F16", "BF16"))
-    assert "no hash of the base's edited tensors" in said["notes"][0]
+    assert "the record has no hash of the base's file" in said["notes"][0]
 
 
 @pytest.fixture
@@ -77,6 +79,23 @@ def test_another_file_is_refused(
     assert "does not exist" in refused(out, back, "--base", tmp_path / "none.gguf")
     flip(other, -1)  # the control
     assert reverted(out, back, "--base", other)["bit_for_bit"]
+
+
+def test_the_recorded_hash_of_the_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The record that ``bake export`` writes has it: then an edited tensor cannot differ either."""
+    file, out = pair
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    rows = [{"name": file.name, "sha256": digest}]
+    rewrite(out / "bake.json", lambda record: {**record, "export": {"gguf": rows}})
+    assert reverted(out, tmp_path / "back", "--base", file)["notes"] == []
+    other = tmp_path / "other.gguf"
+    other.write_bytes(file.read_bytes())
+    edited = json.loads((out / "bake.json").read_text())["gguf"]["tensors"][0]["name"]
+    flip(other, open_gguf(file).tensors[edited].start)
+    assert "it has another sha256" in refused(out, tmp_path / "none", "--base", other)
+    rewrite(out / "bake.json", lambda record: {k: v for k, v in record.items() if k != "export"})
+    said = reverted(out, tmp_path / "second", "--base", other)  # the control: nothing tells
+    assert said["bit_for_bit"] and "no hash" in said["notes"][0]
 
 
 def test_a_changed_artifact_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -470,6 +470,6 @@ def test_a_killed_run_is_taken_up_and_a_second_one_waits_its_turn(
 
 
 def test_every_carrier_has_a_place_in_the_order() -> None:
-    from bake.recipe.parse import OUTPUTS
+    from bake.recipe import OUTPUTS
 
     assert set(CARRIERS) == set(OUTPUTS)

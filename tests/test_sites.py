@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bake.errors import UsageError
-from bake.sites import GLOBAL_KINDS, HEAD_KINDS, STREAM_KINDS, Site, SiteKind, expand, parse_site
+from bake.sites import (
+    GLOBAL_KINDS,
+    HEAD_KINDS,
+    STREAM_KINDS,
+    Site,
+    SiteKind,
+    expand,
+    parse_site,
+    span,
+    summary,
+)
 
 LAYERS = 4
 STREAM = tuple(
@@ -199,3 +209,10 @@ def test_the_last_hidden_state_is_refused_with_the_reason() -> None:
         select("hidden_states[-1]")
     assert caught.value.why == "transformers takes the last hidden state after the final norm"
     assert caught.value.exit_code == 2
+
+
+def test_numbers_and_sites_in_few_words() -> None:
+    assert span([3, 0, 5, 4, 3]) == "0,3-5"
+    assert span([7]) == "7"
+    sites = [parse_site(text) for text in ("z.0.h1", "z.1.h1", "embed", "resid_post.3")]
+    assert summary(sites) == "z.0-1.h1, embed, resid_post.3"

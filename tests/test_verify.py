@@ -1,6 +1,7 @@
 """The comparison itself: what is right passes, what is not fails, and dtypes cost what they do."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 from harness import Base, bake, base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
 
 from bake import edits as make
+from bake.cli import main
 from bake.edits import Edit
 from bake.errors import BakeError, ExactnessBug, InputError, VerificationFailed
 from bake.verify.compare import compare, raise_unless_passed
@@ -69,6 +72,36 @@ def test_error_shrinks_with_precision(
     # Machine epsilon falls by 2^29 and 2^16; the largest of a few thousand logits scatters.
     assert errors[torch.float64] * 2**16 < errors[torch.float32]
     assert errors[torch.float32] * 2**8 < errors[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float64, 1e-9), (torch.float32, 1e-6), (torch.bfloat16, 0.05)]
+)
+def test_the_quickstart_is_exact_to_the_rounding_of_what_it_is_stored_in(
+    dtype: torch.dtype, most: float, tmp_path: Path
+) -> None:
+    """Shipped in float32, it cannot be nearer than float32 rounds; a copy in float64 shows more."""
+    recipes = Path(__file__).parents[1] / "recipes"
+    shutil.copytree(recipes / "quickstart", tmp_path / "quickstart")
+    shutil.copy(recipes / "quickstart.toml", tmp_path)
+    model = tmp_path / "quickstart" / "model"
+    for shard in model.glob("*.safetensors"):
+        tensors = {name: value.to(dtype) for name, value in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    out = tmp_path / "out"
+    run = CliRunner().invoke
+    made = run(main, ["export", str(tmp_path / "quickstart.toml"), "--out", str(out), "-q"])
+    assert made.exit_code == 0, made.output
+    report = compare(out, longest=16, generate=0)
+    assert report.passed, report.rows
+    assert row(report, EXACT) <= most * row(report, "effect")
+    # A copy in a narrower dtype would not keep the next one's promise: the numbers are told apart.
+    assert row(report, EXACT) > {torch.float64: 0, torch.float32: 1e-9, torch.bfloat16: 1e-6}[
+        dtype
+    ] * row(report, "effect")
 
 
 def _open(path: Path):  # type: ignore[no-untyped-def]

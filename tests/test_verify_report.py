@@ -150,6 +150,55 @@ def test_the_command_writes_the_report_and_says_where(
     assert "a score needs generated text" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--most-kl", "-1"], 2, "--most-kl is -1"),
+        (["--most-kl", "nan"], 2, "--most-kl is nan"),
+        (["--most-kl", "0"], 2, "--most-kl is 0"),
+        (["--adapter", "somewhere"], 2, "--adapter is for a merge"),
+        (["--device-map", "cpu", "--stream"], 2, "--device-map and --stream exclude each other"),
+        (["--device-map", "nonsense"], 4, "transformers does not load this checkpoint"),
+        (["--device-map", "cuda:99"], 4, "cannot be placed by the device map 'cuda:99'"),
+        (["--score", "contains:"], 2, "the score 'contains:' names nothing"),
+        (["--score", "no-such-program --at all"], 4, "there is no such program"),
+        (["--score", "'"], 4, "the score's command does not run"),
+        (["--score", "classifier:FOLDER"], 4, "the classifier cannot be loaded"),
+        (["--report", "FILE"], 2, "is a file"),
+        (["--family", "nowhere.toml"], 4, "the family table cannot be read"),
+        (["--prompts", "nowhere.txt"], 4, "the prompts cannot be read"),
+        (["--base", "nowhere"], 4, "is neither a folder here nor a Hub id"),
+        (["--tokens", "0"], 2, "--tokens"),
+        (["--generate", "-1"], 2, "--generate"),
+        (["--runtime", "sglang"], 2, "--runtime"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_run(
+    options: list[str],
+    code: int,
+    message: str,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    out = baked(base, tmp_path / "out")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    words = [
+        word.replace("FILE", str(tmp_path / "file")).replace("FOLDER", str(tmp_path / "folder"))
+        for word in options
+    ]
+    if "--base" not in words:
+        words += ["--base", str(base.path)]
+    result = CliRunner().invoke(main, ["verify", str(out), "--no-plots", *words])
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.stderr.split())
+    assert "base and hooked model" not in result.stderr
+    assert not (out / "verify.json").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_verify_imports_neither_fold_nor_plan() -> None:
     """Two derivations from one edit are evidence only as long as they share no code."""
     code = (

@@ -1,23 +1,36 @@
 """The artifact in a runtime's own process: passed, failed, or not run, and never confused."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from harness import Base, bake, base_at, plan_of
+from harness import Base, bake, base_at, edit, plan_of, vector
+from safetensors.torch import load_file, save_file
 from test_verify import baked, edits_of
 
+from bake import edits as make
 from bake.cli import main
-from bake.errors import UsageError
+from bake.errors import UsageError, VerificationFailed
+from bake.outputs.lora import export_lora
+from bake.process import RuntimeFailed, run_script
 from bake.verify import serving
+from bake.verify.agreement import agreement
 from bake.verify.artifact import open_baked
-from bake.verify.compare import compare
+from bake.verify.compare import compare, raise_unless_passed
+from bake.verify.report import Report, Row
+from bake.verify.runtimes.base import RuntimeResult
 from bake.verify.serving import Runtimes, target_of
+from bake.verify.spoiled import KINDS, spoiled
 
 HERE = Runtimes(("transformers",), {"transformers": Path(sys.executable)})
 
@@ -39,6 +52,16 @@ def test_transformers_in_its_own_process_serves_the_hooked_function(
     assert found.passed and found.value <= 1e-4
     target = target_of(open_baked(out), base.checkpoint, base.layout, [(3, 4, 5)])
     assert target.effect > 100 * target.limit
+
+    # Whoever makes the published numbers again need not have the publisher's runtimes.
+    content = json.loads(json.dumps(report.to_json()))
+    alone = compare(out, base=str(base.path), generate=0)
+    found = agreement(content, alone)
+    assert found.problems == ()
+    assert "not measured here (--runtime): effect: hooked − base, max |Δlog p|" in found.notes[0]
+    # A control of the checkpoint itself has to be there.
+    lost = replace(alone, rows=tuple(r for r in alone.rows if "flipped sign" not in r.name))
+    assert any("flipped sign" in text for text in agreement(content, lost).problems)
 
 
 def test_a_wrong_bake_fails_in_the_runtime(base: Base, tmp_path: Path) -> None:
@@ -105,7 +128,12 @@ def test_an_adapter_is_verified_in_a_runtime(base: Base, tmp_path: Path) -> None
         compare(out, base=str(base.path), runtimes=Runtimes(("vllm",)))
 
 
-def test_options_of_runtimes_that_name_none_are_refused(tmp_path: Path) -> None:
+def test_options_of_runtimes_that_name_none_are_refused(base: Base, tmp_path: Path) -> None:
+    out = baked(base, tmp_path / "out")
+    for option in (["--python", "python"], ["--converter", "convert_hf_to_gguf.py"]):
+        result = CliRunner().invoke(main, ["verify", str(out), *option])
+        assert result.exit_code == 2
+        assert f"{option[0]} is for a runtime" in result.stderr
     result = CliRunner().invoke(
         main, ["verify", str(tmp_path), "--runtime", "vllm", "--python", "sglang=/bin/python"]
     )
@@ -113,19 +141,253 @@ def test_options_of_runtimes_that_name_none_are_refused(tmp_path: Path) -> None:
     assert "--python names the runtime 'sglang'" in result.stderr
 
 
-def test_quantised_files_are_measured_and_not_judged(tmp_path: Path) -> None:
+def write_gguf(path: Path, kinds: Iterable[str]) -> None:
     import gguf
     import numpy as np
 
-    for name, kind in (("q.gguf", "Q8_0"), ("f.gguf", "F16")):
-        folder = tmp_path / kind
-        (folder / "bake").mkdir(parents=True)
-        writer = gguf.GGUFWriter(folder / name, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
+    for kind in sorted(kinds):
         wanted = gguf.GGMLQuantizationType[kind]
         values = gguf.quants.quantize(np.ones((2, 32), dtype=np.float32), wanted)
-        writer.add_tensor("w", values, raw_dtype=wanted)
-        for step in ("header", "kv_data", "tensors"):
-            getattr(writer, f"write_{step}_to_file")()
-        writer.close()
+        writer.add_tensor(f"w.{kind}", values, raw_dtype=wanted)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+
+
+# --- adapters: what no checkpoint's bench sees --------------------------------------------------
+
+PEFT = Runtimes(("peft",), {"peft": Path(sys.executable)})
+
+
+@pytest.fixture(scope="module")
+def adapted(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Base, Path]:
+    """A base without biases and a LoRA of an ablation: read it, never write to it."""
+    base = base_at(tiny_checkpoint("mistral", dtype=torch.float32))
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), ["attn_out.*"])]
+    record = {"base": {"model": str(base.path)}}
+    out = tmp_path_factory.mktemp("adapted") / "out"
+    return base, export_lora(plan_of(base, edits), base.checkpoint, out, record=record).path
+
+
+def group(report: Report, name: str) -> dict[str, Row]:
+    return {row.name: row for row in report.rows if row.group == name}
+
+
+def test_an_adapter_has_floor_effect_and_controls_in_its_runtime(
+    adapted: tuple[Base, Path],
+) -> None:
+    base, out = adapted
+    report = compare(out, base=str(base.path), runtimes=PEFT)
+    assert report.passed, report.rows
+    (effect,) = group(report, "effect").values()
+    controls = group(report, "control")
+    assert [name.partition(",")[0] for name in controls] == [
+        "peft: control: served without the adapter",
+        "peft: control: nothing edited",
+        "peft: control: forgotten site",
+        "peft: control: flipped sign",
+    ]
+    for row in controls.values():
+        assert row.passed and row.limit is not None and row.value > 10 * row.limit, row
+    # Without the adapter the engine serves the base: how far that is off is the engine's own floor.
+    floors = group(report, "floor")
+    own = floors["peft: noise floor, base served − base in float64"].value
+    assert 0 < own < 1e-4 < effect.value
+    assert 0 < floors["noise floor: hooked in float32 − in float64, max |Δlog p|"].value < 1e-4
+    metrics = report.metrics["peft"]
+    assert 0 <= metrics["mean_kl"] < 1e-8 < report.metrics["effect"]["mean_kl"]
+    assert metrics["same_top"] == 1.0
+    assert metrics["max_dlogprob"] == pytest.approx(
+        next(r.value for r in report.rows if r.name.startswith("peft: max |Δlog p|")),
+        abs=1e-7,  # a table in float32 sums to one within its epsilon
+    )
+    assert len(report.kl) == len(report.kl_effect) == report.runtimes[0]["tokens"]
+
+
+def test_a_spoiled_adapter_fails(adapted: tuple[Base, Path], tmp_path: Path) -> None:
+    base, sound = adapted
+    out = tmp_path / "out"
+    shutil.copytree(sound, out)
+    file = out / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: -tensors[name]}, file, metadata={"format": "pt"})
+    report = compare(out, base=str(base.path), runtimes=PEFT)
+    assert [record["status"] for record in report.runtimes] == ["failed"]
+    with pytest.raises(VerificationFailed):
+        raise_unless_passed(report)
+
+
+@pytest.fixture
+def answered(adapted: tuple[Base, Path], monkeypatch: pytest.MonkeyPatch) -> serving.Target:
+    """A runtime that answers at once: a tenth of the way from the hooked model to the base."""
+    base, out = adapted
+    target = target_of(open_baked(out), base.checkpoint, base.layout, [(3, 4, 5, 6)])
+    mixed = torch.from_numpy(0.9 * target.logprobs + 0.1 * target.base).log_softmax(-1).numpy()
+    bare = target.base[:4]
+    result = RuntimeResult("PEFT", "0", (mixed,), target.greedy.tokens, {}, (bare,))
+    monkeypatch.setattr(serving, "_ask", lambda *args: result)
+    return target
+
+
+def test_a_control_of_a_runtime_that_is_not_missed_fails(
+    adapted: tuple[Base, Path], answered: serving.Target
+) -> None:
+    """A limit that the base itself keeps cannot tell a bake from none."""
+    base, out = adapted
+    artifact = open_baked(out)
+
+    def status(limit: float) -> str:
+        asked = replace(answered, limit=limit)
+        found = serving.serve_all(PEFT, artifact, base.checkpoint, asked, lambda text: None)
+        assert {r.passed for r in found.rows if r.group == "control"} == {limit < 100}
+        return str(found.records[0]["status"])
+
+    assert status(answered.effect / 5) == "passed"
+    assert status(100.0) == "failed"
+
+
+def test_mistakes_that_the_prompts_do_not_reach_are_passed_over(base: Base) -> None:
+    """Forgetting one of two sites between which nothing lies changes nothing."""
+    hidden = base.layout.hidden
+    edits = (edit(base, "ablate", make.ablate(vector(hidden)), "resid"),)
+    kinds = {kind: list(spoiled(edits, "sha256:0", kind)) for kind in KINDS}
+    assert len(kinds["forgotten site"]) == len(edits[0].sites)
+    for name, (found,) in kinds["forgotten site"]:
+        assert len(found.sites) == len(edits[0].sites) - 1
+        assert name.startswith("ablate 'c' at ")
+    ((_, (flipped,)),) = kinds["flipped sign"]
+    x = vector(hidden, 3)
+    assert torch.allclose(flipped.map(x) - x, x - edits[0].map(x))  # type: ignore[operator]
+    assert [name for name, _ in spoiled(edits, "sha256:1", "forgotten site")] != [
+        name for name, _ in kinds["forgotten site"]
+    ]
+
+
+def test_prompts_of_an_adapter_are_in_the_bases_tokens(
+    tmp_path: Path,
+) -> None:
+    folder = Path(__file__).parents[1] / "recipes" / "quickstart" / "model"
+    base = base_at(folder)
+    at = ["attn_out.*", "mlp_out.*"]
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), at)]
+    record = {"base": {"model": str(base.path)}}
+    out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record).path
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Once upon a time\nThe cat sat down.\n")
+    report = compare(out, base=str(base.path), runtimes=PEFT, prompts=texts)
+    assert report.passed, report.rows
+    assert (report.prompts["source"], report.prompts["prompts"]) == ("texts.txt", 2)
+    result = CliRunner().invoke(
+        main,
+        ["verify", str(out), "--base", str(folder), "--runtime", "peft", "--no-plots",
+         "--prompts", str(tmp_path / "absent.txt")],
+    )  # fmt: skip
+    assert result.exit_code == 4
+    assert "the prompts cannot be read" in result.stderr
+
+
+def test_an_approximate_adapter_is_held_to_its_number(
+    adapted: tuple[Base, Path], answered: serving.Target, tmp_path: Path
+) -> None:
+    base, sound = adapted
+    out = tmp_path / "out"
+    shutil.copytree(sound, out)
+    record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
+    record["plan"]["exactness"] = "approximate"
+    (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
+    prompts = [(3, 4, 5, 6)]
+    report = compare(out, base=str(base.path), runtimes=PEFT, prompts=prompts)
+    (share,) = (r.value for r in report.rows if r.name.startswith("peft: mean KL(hooked ‖ served)"))
+    assert 0.001 < share < 0.1
+    assert report.runtimes[0]["status"] == "measured"
+    for factor, status in ((2, "passed"), (0.5, "failed")):
+        again = compare(
+            out, base=str(base.path), runtimes=PEFT, prompts=prompts, most_kl=factor * share
+        )
+        assert again.runtimes[0]["status"] == status
+
+
+def test_options_that_an_adapter_would_ignore_are_refused(adapted: tuple[Base, Path]) -> None:
+    base, out = adapted
+    for option in (["--score", "contains:a"], ["--generate", "3"], ["--device-map", "auto"]):
+        asked = ["verify", str(out), "--base", str(base.path), "--runtime", "peft", *option]
+        result = CliRunner().invoke(main, asked)
+        assert result.exit_code == 2, result.output
+        assert f"{option[0]} is for checkpoints" in result.stderr
+        assert not (out / "verify.json").exists()
+
+
+def test_the_types_of_a_gguf_file_decide_what_it_is_held_to(tmp_path: Path) -> None:
+    for kinds, wanted in (({"F16", "F32"}, {torch.float16, torch.float32}), ({"Q8_0"}, set())):
+        folder = tmp_path / "-".join(sorted(kinds))
+        folder.mkdir()
+        write_gguf(folder / "m.gguf", kinds)
         artifact = serving.Baked(folder, {"kind": "gguf"}, ())
-        assert serving._quantised(artifact) is (kind == "Q8_0")
+        assert set(serving._stored_in(artifact)) == wanted
+        assert serving._quantised(artifact) is ("Q8_0" in kinds)
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+PARENT = """
+import sys
+from pathlib import Path
+from bake.process import run_script
+folder = Path(sys.argv[1])
+run_script("a runtime", Path(sys.executable), ["-I", folder / "child.py"], folder=folder,
+           timeout=600, variables={})
+"""
+CHILD = """
+import os, time
+from pathlib import Path
+Path("pid.new").write_text(str(os.getpid()))
+Path("pid.new").rename("pid")
+time.sleep(600)
+"""
+
+
+def running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_runtime_does_not_outlive_the_verification(sent: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], stderr=subprocess.DEVNULL
+    )
+    wait_until((tmp_path / "pid").is_file)
+    child = int((tmp_path / "pid").read_text())
+    assert child != parent.pid and running(child)
+    parent.send_signal(sent)
+    assert parent.wait(30) != 0
+    wait_until(lambda: not running(child))
+
+
+def test_a_runtime_is_found_by_name_and_by_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "tool"
+    script.write_text("#!/bin/sh\nexit 0\n")
+    script.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("tool", "./tool", script):
+        run_script("it", Path(name), [], folder=tmp_path / "elsewhere", timeout=60, variables={})
+    script.write_text("no program")
+    with pytest.raises(RuntimeFailed):
+        run_script("it", script, [], folder=tmp_path, timeout=60, variables={})

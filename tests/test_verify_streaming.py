@@ -52,7 +52,7 @@ def test_streamed_runs_equal_those_in_memory_exactly(
     assert torch.equal(run(whole, batches).logits, plain.logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3"])
 def test_a_streamed_report_has_the_same_numbers(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -68,6 +68,19 @@ def test_a_streamed_report_has_the_same_numbers(
     assert parts.layers == whole.layers
     assert parts.leaks == whole.leaks
     assert row(parts, "effect") > 0.1
+
+
+def test_a_streamed_pass_tells_how_far_it_is(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32, num_hidden_layers=21))
+    out, said = baked(base, tmp_path / "out"), list[str]()
+    assert compare(out, base=str(base.path), streamed=True, progress=said.append).passed
+    first = said.index("base model in float64")
+    assert said[first + 1 : first + 3] == ["    10 of 21 blocks", "    20 of 21 blocks"]
+    said.clear()
+    assert compare(out, base=str(base.path), streamed=False, progress=said.append).passed
+    assert not any("blocks" in line for line in said)
 
 
 def test_the_writes_sum_to_the_stream(tiny_checkpoint: Callable[..., Path]) -> None:

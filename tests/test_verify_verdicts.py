@@ -1,6 +1,9 @@
 """What passes and what does not: controls, files, nulling and approximate plans, interruptions."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +159,12 @@ def test_an_approximate_plan_is_held_to_the_number_that_is_asked_for(
     share = row(report, "mean KL(hooked ‖ baked) / mean KL")
     assert 0 < share < 1
     assert compare(out, base=str(base.path), most_kl=2 * share).passed
+    controls = rows(report, "control")
+    assert controls.pop("control: nothing edited, KL share").value == 1.0
+    assert all(found.passed is None for found in controls.values())  # no number was asked for
+    # A number that the base model keeps as well says nothing.
+    blind = compare(out, base=str(base.path), most_kl=1.5)
+    assert rows(blind, "control")["control: nothing edited, KL share"].passed is False
     failed = compare(out, base=str(base.path), most_kl=share / 2)
     assert not failed.passed
     with pytest.raises(VerificationFailed, match="mean KL"):
@@ -197,6 +206,19 @@ def test_leaks_vanish_where_the_direction_is_ablated(
         assert leak["concept"] == "mood"
         assert leak["before"] > 0.01
         assert leak["after"] < 1e-12
+
+
+def test_what_an_affine_edit_sets_is_no_leak(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The component that every token is given is told from one that depends on the token."""
+    base = base_at(tiny_checkpoint("llama"))
+    edits = [edit(base, "affine", make.affine(vector(24), alpha=0.5), ["attn_out.1"], "mood")]
+    out = bake(base, plan_of(base, edits), tmp_path / "out")
+    (leak,) = compare(out, base=str(base.path)).leaks
+    size = 0.5 * float(vector(24).norm())
+    assert leak["after"] == pytest.approx(size) and leak["constant"] == pytest.approx(size)
+    assert 0.01 < leak["before"] < 0.9 * size
 
 
 def test_the_floor_and_the_effect_are_beside_every_layer(
@@ -250,6 +272,58 @@ def test_an_interrupted_verification_is_taken_up(
         # One product over tensors at other addresses may round its last bit otherwise.
         assert ours["after"] == pytest.approx(theirs["after"], rel=1e-6)
     assert not kept.exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from bake.verify import evidence
+from bake.verify.compare import compare
+real, runs = evidence.run, []
+def run(*args, **options):
+    if len(runs) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    runs.append(args)
+    return real(*args, **options)
+evidence.run = run
+compare(Path(sys.argv[1]), base=sys.argv[2], streamed=sys.argv[4] == "True", generate=0,
+        resume=Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_verification_that_was_killed_is_taken_up(
+    streamed: bool, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    out, kept = baked(base, tmp_path / "out"), tmp_path / "kept"
+    arguments = [str(out), str(base.path), str(kept), str(streamed)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(kept.glob("*.safetensors"))) == 4
+    said: list[str] = []
+    options = {"base": str(base.path), "streamed": streamed, "generate": 0}
+    report = compare(out, resume=kept, progress=said.append, **options)  # type: ignore[arg-type]
+    assert "base model in float64" not in said and "baked model in float32" in said
+    whole = compare(out, **options)  # type: ignore[arg-type]
+    assert [(a.name, a.value) for a in report.rows] == [(b.name, b.value) for b in whole.rows]
+    assert report.passed and not kept.exists()
+
+
+def test_a_run_that_was_cut_short_on_disk_is_run_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "kept", {})
+    store.save("a", {"x": torch.ones(200)}, 0.5)
+    (file,) = (tmp_path / "kept").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    assert store.load("a") is None
+    # Another verification of the same artifact ends first, and clears the folder.
+    Store(tmp_path / "kept", {}).clear()
+    store.save("b", {"x": torch.ones(2)}, 0.5)
+    assert store.load("b") is not None
+    store.clear()
+    store.clear()
+    assert not (tmp_path / "kept").exists()
 
 
 def test_another_question_starts_anew(tmp_path: Path) -> None:

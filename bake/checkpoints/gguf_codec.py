@@ -66,7 +66,7 @@ def check_encodable(kind: GgmlType, ggml: Ggml | None, name: str) -> None:
     """
     if kind.name in FLOATS or kind.name in _GGUF_PY:
         return
-    choice = 'choose edited_type = "Q8_0" for the edited tensors'
+    choice = "write the edited tensors in another type (--edited-type Q8_0)"
     if kind.name not in _GGML:
         raise UsageError(f"{name} is stored as {kind.name}, which no tool encodes", fix=choice)
     if ggml is None:

@@ -10,6 +10,7 @@ import click
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 from bake.cli.request import PATH
+from bake.errors import UsageError
 
 if TYPE_CHECKING:
     from bake.publish.sign import Signed
@@ -46,6 +47,7 @@ def command(
     from bake.publish.sign import check_signed
     from bake.publish.sign import sign as sign_it
 
+    _refuse_remote(out)
     passphrase = passphrase_of(sign)
     with render.progress(f"reading {out.name}", visible=not output.quiet) as move:
         made = None
@@ -85,6 +87,22 @@ def command(
             )
         ],
         error=failure,
+    )
+
+
+def _refuse_remote(out: Path) -> None:
+    """Refuse an address on the Hub: what is checked is every byte of a download."""
+    from bake.cli.recorded import HUB_PREFIX, is_artifact
+
+    text = str(out).replace("hf:/", HUB_PREFIX, 1) if str(out).startswith("hf:/") else str(out)
+    if out.exists() or not is_artifact(text):
+        return
+    repo, _, revision = text.removeprefix(HUB_PREFIX).partition("@")
+    pinned = f" --revision {revision}" if revision else ""
+    folder = repo.rpartition("/")[2]
+    raise UsageError(
+        f"{text} is no folder here, and what is checked is every byte of one",
+        fix=f"hf download {repo}{pinned} --local-dir {folder}, then bake check {folder}",
     )
 
 

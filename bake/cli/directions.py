@@ -22,7 +22,7 @@ def command(
 ) -> None:
     """Say what the artifact FILE holds, and where it belongs.
 
-    FILE is a file, a folder, or hf://owner/name/path@revision.
+    FILE is a file or a folder, here or at hf://owner/name/path@revision.
     """
     from bake.cli import render
     from bake.directions import describe, read_directions
@@ -39,19 +39,7 @@ def command(
             "digest": found.digest,
             "width": found.width,
             "metadata": dict(found.metadata),
-            "rows": [
-                {
-                    "layer": row.layer,
-                    "site": row.site,
-                    "role": str(row.role),
-                    "shape": list(row.shape),
-                    "dtype": row.dtype,
-                    "norm": row.norm,
-                    "cosine": row.cosine,
-                    "singular_values": list(row.singular_values),
-                }
-                for row in rows
-            ],
+            "rows": [row.to_json() for row in rows],
         },
         view=lambda: render.directions(found, rows),
     )

@@ -1,12 +1,15 @@
 """Stand-ins for edits without an exact fold, as a recipe with ``[calibrate]`` asks for them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.cli import render
 from bake.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from bake.checkpoints import Checkpoint
     from bake.edits import Edit
     from bake.families import Layout
@@ -55,9 +58,6 @@ def fitted(
         InputError: the texts or the model cannot be read.
         UsageError, InexactPlan: nothing can be fitted.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from bake.calibrate import Settings, approximate
     from bake.checkpoints import open_checkpoint
     from bake.verify.prompts import read_prompts
@@ -67,9 +67,29 @@ def fitted(
             recipe.base.source, revision=checkpoint.revision, complete=True
         )
     prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
+    model = _load(checkpoint.path)
+    settings = Settings(spec.rank, spec.corrections, spec.constant)
+    with render.progress("fitting stand-ins", visible=True, unit="writers") as move:
+        planned, facts = approximate(
+            plan,
+            compile_,
+            model=model,
+            layout=layout,
+            prompts=prompts.tokens,
+            settings=settings,
+            progress=move,
+        )
+    return planned, {**facts, "prompts": prompts.to_json()}
+
+
+def _load(path: Path) -> "PreTrainedModel":
+    """Return the model of a folder in float32, ready to be run."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
+            path,
             dtype=torch.float32,
             attn_implementation="eager",
             local_files_only=True,
@@ -78,18 +98,8 @@ def fitted(
     except (OSError, ValueError) as error:
         raise InputError(
             "the base cannot be loaded to fit stand-ins",
-            where=str(checkpoint.path),
+            where=str(path),
             why=str(error).partition("\n")[0],
         ) from error
-    settings = Settings(spec.rank, spec.corrections, spec.constant)
-    with render.progress("fitting stand-ins", visible=True, unit="writers") as move:
-        planned, facts = approximate(
-            plan,
-            compile_,
-            model=model.eval(),
-            layout=layout,
-            prompts=prompts.tokens,
-            settings=settings,
-            progress=move,
-        )
-    return planned, {**facts, "prompts": prompts.to_json()}
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()

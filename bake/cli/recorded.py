@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HUB_PREFIX = "hf://"
 RECORD = "bake.json"
 ADDRESS = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
-_COMPUTED = ("bake", "kind", "plan", "gguf", "files")
+_COMPUTED = ("bake", "kind", "plan", "base_tensors", "gguf", "files")
 """What an output writes into the record by itself."""
 
 

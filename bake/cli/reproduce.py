@@ -154,12 +154,14 @@ class Reproduced:
         recorded: the digests of the artifact's files by name, its record included.
         versions: the version of bake that the record names, and this one.
         told_otherwise: where the new record differs from the artifact's.
+        other_base: the edited tensors of the base that are not those that the record names.
     """
 
     made: "Artifact"
     recorded: Mapping[str, str]
     versions: tuple[str, str]
     told_otherwise: tuple[str, ...]
+    other_base: tuple[str, ...] = ()
 
     @property
     def differing(self) -> tuple[str, ...]:
@@ -183,6 +185,10 @@ class Reproduced:
             return None
         theirs, ours = self.versions
         why = "the base's weights, the edits or the arithmetic are others"
+        if self.other_base:
+            first, *more = self.other_base
+            why = f"the base's weights are others than the recorded: {first}"
+            why += f" and {len(more)} more edited tensors" if more else ""
         if self.differing == (RECORD,):
             where = ", ".join(self.told_otherwise) or "its layout"
             why = f"what the record says differs at {where}"
@@ -246,7 +252,19 @@ def reproduce(again: Again, out: Path, options: "Options", output: Output) -> Re
         )
     versions = (str(again.artifact.record.get("bake")), __version__)
     ours = json.loads((made.path / RECORD).read_text(encoding="utf-8"))
-    return Reproduced(made, recorded, versions, _where(again.artifact.record, ours))
+    theirs = again.artifact.record
+    return Reproduced(made, recorded, versions, _where(theirs, ours), _other_base(theirs, ours))
+
+
+def _other_base(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the tensors of the base that both records have hashes of, and not the same."""
+    from bake.outputs.base_digests import recorded_digests
+
+    try:
+        before, here = recorded_digests(theirs), recorded_digests(ours)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the record is malformed: {error}", where=RECORD) from error
+    return tuple(name for name in before if name in here and here[name] != before[name])
 
 
 def _where(theirs: Mapping[str, Any], ours: Mapping[str, Any], stem: str = "") -> tuple[str, ...]:

@@ -72,7 +72,8 @@ class Request:
         recipe, base = self.recipe, self.recipe.base
         path = None
         if base.path is not None and out is not None:
-            path = os.path.relpath(self.checkpoint.path, out.absolute())
+            # Resolved, as the system walks "..": from behind a link it does not lead back.
+            path = os.path.relpath(self.checkpoint.path.resolve(), out.resolve())
         return {
             "recipe": {
                 "title": recipe.title,

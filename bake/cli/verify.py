@@ -110,6 +110,8 @@ def command(
 
     if html and plots is False:
         raise UsageError("--html and --no-plots exclude each other")
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UsageError(f"the report's folder {folder} is a file", fix="name another --report")
     _runtimes(runtimes, pythons, converter)  # before anything is fetched
     source = find(out, weights=True)
     place = folder or (Path(f"verify-{source.short}") if source.published else source.folder)
@@ -119,6 +121,9 @@ def command(
         # The one runtime of an adapter that is here wherever bake is.
         runtimes = runtimes or (("peft",) if artifact.kind == "lora" else ())
     asked = _runtimes(runtimes, pythons, converter)
+    if asked is None and (pythons or converter):
+        option = "--python" if pythons else "--converter"
+        raise UsageError(f"{option} is for a runtime", fix="name it with --runtime")
     record = _record_again(source, place, options, rebake=rebake, output=output)
     partial = place / PARTIAL
     click.get_current_context().meta[KEPT] = lambda: _kept(partial)

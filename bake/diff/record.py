@@ -17,6 +17,7 @@ from bake.diff.sources import RECORD, Model, read_json
 from bake.edit_store import EDITS, load_edits
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import InputError
+from bake.outputs.base_digests import recorded_digests
 from bake.sites import STREAM_KINDS, SiteKind
 
 # Kinds of edit whose maps change a weight by no more than their own rank, and the sites at which
@@ -61,6 +62,7 @@ class Claims:
         config: key, old and new value; new None for a key that is removed.
         files: the files that the export wrote.
         edits: the edits, where the artifact carries them.
+        before: the sha256 of the base's edited tensors; empty in records that lack it.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Claims:
     config: tuple[tuple[str, Any, Any], ...]
     files: frozenset[str]
     edits: tuple[Edit, ...]
+    before: Mapping[str, str]
 
 
 def read_claims(out: Model) -> tuple[Claims | None, str | None]:
@@ -84,7 +87,7 @@ def read_claims(out: Model) -> tuple[Claims | None, str | None]:
     kind = content.get("kind")
     if "plan" not in content:
         return None, f"its {RECORD} (kind {kind!r}) has no plan to hold the bytes against"
-    if kind != ("checkpoint" if out.checkpoint is not None else "gguf"):
+    if kind not in (("checkpoint", "merge") if out.checkpoint is not None else ("gguf",)):
         return None, f"its {RECORD} is of the kind {kind!r}, and these are other files"
     if out.gguf is not None and out.gguf.path.name not in content.get("files", {}):
         return None, f"the {RECORD} beside it does not list {out.gguf.path.name}"
@@ -120,12 +123,14 @@ def _claims(content: Mapping[str, Any], edits: tuple[Edit, ...], out: Model) -> 
         config=config if out.checkpoint is not None else (),
         files=frozenset(map(str, content.get("files", {}))),
         edits=edits,
+        before=recorded_digests(content) if out.checkpoint is not None else {},
     )
 
 
 def _tensor(row: Mapping[str, Any], edits: Sequence[Edit]) -> Claim:
     name, source, sides = str(row["name"]), str(row["source"]), [str(s) for s in row["sides"]]
-    table = int(row["output_axis"]) == 1 and sides == ["output"]
+    # The record of a merge has no axes, and no edit whose rank would be derived.
+    table = bool(edits) and int(row["output_axis"]) == 1 and sides == ["output"]
     return Claim(
         name=name,
         source=source,

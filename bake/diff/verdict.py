@@ -36,7 +36,7 @@ def violations(
         files: the files beside the weights that differ.
         metadata: of GGUF files, the keys that differ.
     """
-    lines = [*_presence(claims, base, out)]
+    lines = [*_another_base(claims, base), *_presence(claims, base, out)]
     for name in out.weights.tensors:
         lines += _tensor(claims.tensors.get(name), name, base, out, changes)
     lines += _config(claims, base, out)
@@ -47,6 +47,24 @@ def violations(
     ]
     lines += _files(claims, files)
     return tuple(lines)
+
+
+def _another_base(claims: Claims, base: Model) -> Iterator[str]:
+    """Yield one line where edited tensors were others in the base that the artifact was made of."""
+    if base.checkpoint is None:
+        return
+    found = base.checkpoint
+    others = [
+        name
+        for name, digest in claims.before.items()
+        if name in found.tensors and f"sha256:{found.tensor_digest(name)}" != digest
+    ]
+    if others:
+        more = f" and {len(others) - 1} more edited tensors are" if len(others) > 1 else " is"
+        yield (
+            f"this is not the base that the artifact was made of: {others[0]}{more} not what "
+            "bake.json says was edited"
+        )
 
 
 def _presence(claims: Claims, base: Model, out: Model) -> Iterator[str]:

@@ -7,10 +7,12 @@ says what an artifact holds. A format is one small file here and one row of ``RE
 from bake.directions.bake_format import write_directions
 from bake.directions.describe import Row, describe
 from bake.directions.direction import Direction, Directions, Role
+from bake.directions.leace import MODULE
 from bake.directions.reader import Shape
 from bake.directions.registry import READERS, read_directions
 
 __all__ = [
+    "MODULE",
     "READERS",
     "Direction",
     "Directions",

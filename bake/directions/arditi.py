@@ -94,4 +94,5 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"key"}),
+    (DIRECTION, METADATA),
 )

@@ -26,6 +26,19 @@ class Row:
     cosine: float | None
     """Of a vector to that of the item before it; None for the first and for what is no vector."""
 
+    def to_json(self) -> dict[str, object]:
+        """Return the row as JSON values; the concept is the artifact's."""
+        return {
+            "layer": self.layer,
+            "site": self.site,
+            "role": str(self.role),
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "norm": self.norm,
+            "cosine": self.cosine,
+            "singular_values": list(self.singular_values),
+        }
+
 
 def describe(directions: Directions) -> tuple[Row, ...]:
     """Return one row per tensor, in the order of the items; arithmetic is float64."""

@@ -49,6 +49,8 @@ REFUSED = {
     "concept_erasure.quadratic.QuadraticEditor": "its map depends on the label of every token",
     "concept_erasure.quadratic.QuadraticFitter": "its map depends on the label of every token",
 }
+MODULE = "module."
+"""Before the site in the metadata that keeps the module's path."""
 FIELDS = ("proj_left", "proj_right", "bias")
 
 _BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d{1,5})\.([a-z0-9_]+)")
@@ -132,8 +134,9 @@ def _content(value: object, key: str | None) -> Content:
             raise DirectionError(
                 f"the file holds no eraser {key!r}", fix=f"it holds {listing(list(erasers))}"
             )
-        place = _places([key]).get(key, (None, None))
-        return Content((_eraser(erasers[key], repr(key), place),), {"key": key})
+        place = _places(list(erasers)).get(key, (None, None))
+        item = _eraser(erasers[key], repr(key), place)
+        return Content((item,), {"key": key, **_modules({key: place})})
     places = _places(list(erasers))
     unknown = [name for name in erasers if name not in places]
     if unknown:
@@ -143,12 +146,16 @@ def _content(value: object, key: str | None) -> Content:
             fix="name one eraser with `key`, and its site in the recipe",
         )
     items = tuple(_eraser(erasers[name], repr(name), place) for name, place in places.items())
-    modules = {
-        f"module.{site}": name.replace("-", ".")
+    return Content(items, _modules(places))
+
+
+def _modules(places: Mapping[str, Place]) -> dict[str, str]:
+    """Return by which key each site was named: a model may call another norm by the same name."""
+    return {
+        f"{MODULE}{site}": name.replace("-", ".")
         for name, (_, site) in places.items()
         if site is not None
     }
-    return Content(items, modules)
 
 
 def _places(names: list[str]) -> dict[str, Place]:

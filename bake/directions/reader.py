@@ -53,3 +53,5 @@ class Reader:
     """Raises DirectionError: the file is malformed, hostile or needs an option."""
     options: frozenset[str] = frozenset()
     """Which of ``key`` and ``shape`` the format can need."""
+    files: tuple[str, ...] = ()
+    """The files of a folder that the format needs together; the first also stands for them all."""

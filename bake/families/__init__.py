@@ -54,8 +54,11 @@ def read_family(path: Path) -> Family:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FamilyError(f"the family table cannot be read: {error}", where=str(path)) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FamilyError(f"the family table cannot be read: {reason}", where=str(path)) from error
+    except UnicodeDecodeError as error:
+        raise FamilyError("the family table is no UTF-8 text", where=str(path)) from error
     return parse_family(text, str(path))
 
 

@@ -480,7 +480,8 @@ class _Resolver:
         if value == "sqrt_hidden":
             return math.sqrt(self.dims["hidden"])
         number = configured(self.family, self.config, value)
-        if not isinstance(number, int | float):
+        real = isinstance(number, int | float) and not isinstance(number, bool)
+        if not real or not math.isfinite(number):
             raise FamilyError(f"the key {value!r} is missing or no number", where="config.json")
         return float(number)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bake.errors import FamilyError
-from bake.families.section import Json, Section, nearest
+from bake.families.section import Json, Section
+from bake.section import nearest
 
 RUNTIMES = ("transformers", "peft", "vllm", "llama.cpp", "sglang", "ollama", "mlx-lm")
 """Every runtime that a plan judges. The tables are read from transformers' classes, and PEFT adapts
@@ -120,7 +121,7 @@ def _runtime(row: Mapping[str, Json], where: str) -> Runtime:
         untied_head=untied,
         extra_head=extra_head,
         lora=section.some_of("lora", ADAPTABLE),
-        control_vector=section.boolean("control_vector"),
+        control_vector=section.optional("control_vector", bool),
         misplaced=section.strings("misplaced", ()),
         defaults=section.take("defaults", dict, {}),
     )

@@ -6,7 +6,6 @@ An unknown key, a missing key or a value of the wrong kind is an error: data tha
 would be folklore.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,10 +144,7 @@ def parse_family(text: str, where: str) -> Family:
     Raises:
         FamilyError: the text is no TOML, lacks a key, or holds an unknown one.
     """
-    try:
-        root = Section(tomllib.loads(text), where)
-    except tomllib.TOMLDecodeError as error:
-        raise FamilyError(f"not valid TOML: {error}", where=where) from error
+    root = Section.parse(text, "the family table", where)
     branches = root.take("branch", list)
     outside = _outside(root, where)
     rows = tuple(_branch(row, where) for row in branches)
@@ -170,7 +166,7 @@ def parse_family(text: str, where: str) -> Family:
             _recast(name, row, f"{where} [recast.{name}]")
             for name, row in root.take("recast", dict, {}).items()
         ),
-        gguf=_gguf(root.take_optional("gguf"), f"{where} [gguf]"),
+        gguf=_gguf(root.raw("gguf"), f"{where} [gguf]"),
     )
     root.close()
     _check_flags(family, where)
@@ -181,8 +177,7 @@ def parse_family(text: str, where: str) -> Family:
 def _outside(root: Section, where: str) -> dict[str, Any]:
     """Return what a table says outside its branches, by the fields of ``Family``."""
     block, norm, embed, unembed, dims = sections = [
-        Section(root.take(name, dict), f"{where} [{name}]")
-        for name in ("block", "norm", "embed", "unembed", "dims")
+        root.table(name) for name in ("block", "norm", "embed", "unembed", "dims")
     ]
     head = unembed.take("module", str)
     found = {
@@ -233,7 +228,7 @@ def _linear(row: Mapping[str, Json], where: str) -> LinearRow:
         bias=section.take("bias", str),
         layout=section.choice("layout", ("linear", "conv1d"), "linear"),
         fuse=section.choice("fuse", ("concat", "heads"), "concat"),
-        live=section.text("live"),
+        live=section.optional("live", str),
     )
     section.close()
     return linear

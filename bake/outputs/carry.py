@@ -10,6 +10,7 @@ from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf_file import Gguf, open_gguf
 from bake.errors import UsageError
 from bake.outputs.artifact import Artifact
+from bake.outputs.base_digests import BASE_TENSORS
 from bake.outputs.checkpoint import export_checkpoint, refuse_inexact
 from bake.outputs.control_vector import check_control_vector, export_control_vector
 from bake.outputs.folder import RECORD, check_apart, refuse_unfit, scratch_beside
@@ -230,7 +231,6 @@ def _link(folder: Path, link: Path, record: Mapping[str, Any]) -> None:
             target.symlink_to(path.resolve())
     content = json.loads((link / RECORD).read_text(encoding="utf-8"))
     own = {key: content[key] for key in ("bake", "kind")} | dict(record)
+    own |= {key: content[key] for key in ("plan", BASE_TENSORS, "files")}
     (link / RECORD).unlink()
-    (link / RECORD).write_text(
-        json.dumps({**own, **{key: content[key] for key in ("plan", "files")}}), encoding="utf-8"
-    )
+    (link / RECORD).write_text(json.dumps(own), encoding="utf-8")

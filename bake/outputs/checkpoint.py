@@ -15,6 +15,7 @@ from bake.edit_store import edit_files
 from bake.errors import InexactPlan
 from bake.fold import WeightFold, fold_bias, fold_weight
 from bake.outputs.artifact import Artifact
+from bake.outputs.base_digests import BASE_TENSORS, BaseDigests
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.plan.record import plan_record
@@ -51,22 +52,18 @@ def export_checkpoint(
         InputError: an edited value does not fit the storage dtype; nothing is left behind.
     """
     refuse_inexact(plan, allow)
-    replace, new = planned_tensors(plan, checkpoint, shared)
-    changes: dict[Key, Any] = {
-        (change.key,): DELETE if change.new is None else change.new for change in plan.config
-    }
-    content = {"bake": __version__, "kind": "checkpoint", **record, "plan": plan_record(plan)}
+    digests = BaseDigests(checkpoint)
+    replace, new = planned_tensors(plan, checkpoint, shared, digests)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        text = json.dumps({**content, "files": dict(files)}, indent=2, ensure_ascii=False) + "\n"
-        return {RECORD: text.encode()}
+        return {RECORD: record_text(plan, record, digests.record(replace), files).encode()}
 
     written = write_checkpoint(
         checkpoint,
         out,
         replace=replace,
         new=new,
-        config_text=patch_config(checkpoint.config_text, changes),
+        config_text=edited_config(plan, checkpoint),
         extra_files=edit_files(plan.reference, plan.edits),
         digest=plan.digest,
         closing=closing,
@@ -78,21 +75,58 @@ def export_checkpoint(
     )
 
 
+def edited_config(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Return the text of the base's ``config.json`` with the plan's changes."""
+    changes: dict[Key, Any] = {
+        (change.key,): DELETE if change.new is None else change.new for change in plan.config
+    }
+    return patch_config(checkpoint.config_text, changes)
+
+
+def record_text(
+    plan: Plan,
+    record: Mapping[str, Any],
+    base_tensors: Mapping[str, str],
+    files: Mapping[str, str],
+) -> str:
+    """Return the text of ``bake.json``.
+
+    Args:
+        plan: what was executed.
+        record: what it keeps besides the plan: recipe, base, directions.
+        base_tensors: the sha256 of the tensors that the plan replaces, as the base has them.
+        files: the sha256 of every other file.
+    """
+    content = {"bake": __version__, "kind": "checkpoint", **record, "plan": plan_record(plan)}
+    content |= {BASE_TENSORS: dict(base_tensors), "files": dict(files)}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def planned_tensors(
-    plan: Plan, checkpoint: Checkpoint, shared: SharedFactors | None = None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    shared: SharedFactors | None = None,
+    digests: BaseDigests | None = None,
 ) -> tuple[dict[str, Producer], dict[str, NewTensor]]:
-    """Return producers of the tensors that a plan replaces, and those that it adds, by name."""
+    """Return producers of the tensors that a plan replaces, and those that it adds, by name.
+
+    Args:
+        plan: made for this checkpoint.
+        checkpoint: the base.
+        shared: takes the factors that adapters need from the tiles that pass.
+        digests: takes the sha256 of every replaced tensor from the bytes that pass.
+    """
     replace: dict[str, Producer] = {}
     new: dict[str, NewTensor] = {}
     for update in plan.tensors:
-        producer = _weight_producer(update, checkpoint, shared)
+        producer = _weight_producer(update, checkpoint, shared, digests)
         if update.create:
             dtype = checkpoint.tensors[update.source].dtype
             new[update.name] = NewTensor(dtype, update.shape, producer)
         else:
             replace[update.name] = producer
     for bias in plan.biases:
-        producer = _bias_producer(bias, plan, checkpoint)
+        producer = _bias_producer(bias, plan, checkpoint, digests)
         if bias.create:
             new[bias.name] = NewTensor(plan.layout.dtype, (bias.size,), producer)
         else:
@@ -139,7 +173,10 @@ def _fold_of(update: TensorUpdate) -> WeightFold:
 
 
 def _weight_producer(
-    update: TensorUpdate, checkpoint: Checkpoint, shared: SharedFactors | None
+    update: TensorUpdate,
+    checkpoint: Checkpoint,
+    shared: SharedFactors | None,
+    digests: BaseDigests | None,
 ) -> Producer:
     dtype = checkpoint.tensors[update.source].torch_dtype
 
@@ -148,22 +185,29 @@ def _weight_producer(
 
     def produce() -> Iterator[Tensor]:
         if update.replacement is not None:
+            if digests is not None and not update.create:
+                digests.add(update.name)
             yield to_storage(update.replacement, dtype, update.name)
             return
-        reader = read if shared is None else shared.watched(update, read)
+        reader = read if digests is None else digests.watched(update.source, read)
+        reader = reader if shared is None else shared.watched(update, reader)
         for tile in fold_weight(reader, _fold_of(update)):
             yield to_storage(tile, dtype, update.name)
 
     return produce
 
 
-def _bias_producer(update: BiasUpdate, plan: Plan, checkpoint: Checkpoint) -> Producer:
+def _bias_producer(
+    update: BiasUpdate, plan: Plan, checkpoint: Checkpoint, digests: BaseDigests | None
+) -> Producer:
     info = checkpoint.tensors.get(update.name)
     dtype = checkpoint.tensors[plan.layout.embed].torch_dtype if info is None else info.torch_dtype
 
     def produce() -> Iterator[Tensor]:
         zeros = torch.zeros(update.size, dtype=torch.float64)
         bias = zeros if update.create else checkpoint.read(update.name)
+        if digests is not None and not update.create:
+            digests.add(update.name)
         shape = (1, 1) if update.weight is None else checkpoint.tensors[update.weight].shape
         fold = WeightFold(
             shape=(shape[0], shape[1]),

@@ -140,7 +140,7 @@ def _refuse_undone(new: Mapping[str, NewBytes]) -> None:
             f"rounding to {tensor.kind.name} leaves {measure.change:.0%} of the edit of "
             f"{tensor.name}{leak}",
             why="its steps are coarser than the change of a single value",
-            fix='use rounding = "feedback", or edited_type = "Q8_0", or a GGUF in F16 or BF16; or '
+            fix="use --rounding feedback, or --edited-type Q8_0, or a GGUF in F16 or BF16; or "
             'add allow = ["approximate"] to take it as it is',
         )
 

@@ -20,6 +20,7 @@ from bake.checkpoints.config import Key
 from bake.errors import CheckpointError, InputError, UsageError
 from bake.families import Layout, Linear
 from bake.outputs.artifact import Artifact
+from bake.outputs.base_digests import BASE_TENSORS, BaseDigests
 from bake.outputs.merge_record import merge_record
 from bake.outputs.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.rounding import to_storage
@@ -83,7 +84,8 @@ def merge_adapter(
         content[key] = {**own, **told} if isinstance(own, dict) else told
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        text = json.dumps({**content, "files": dict(files)}, indent=2, ensure_ascii=False) + "\n"
+        last = {BASE_TENSORS: BaseDigests(base).record(work.replace), "files": dict(files)}
+        text = json.dumps({**content, **last}, indent=2, ensure_ascii=False) + "\n"
         return {RECORD: text.encode()}
 
     written = write_checkpoint(

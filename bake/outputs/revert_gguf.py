@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from bake.checkpoints import TensorInfo
@@ -20,7 +21,7 @@ from bake.outputs.revert import Reverted
 from bake.outputs.revert_record import RevertRecord
 
 _CHUNK = 8 << 20
-_NOTE = "the record has no hash of the base's edited tensors: they are those of the named file"
+_NOTE = "the record has no hash of the base's file: the edited tensors are those of the named one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class GgufRestoration:
         base: the model that it was made of.
         edited: the tensors of the base that the artifact has otherwise.
         created: the tensors that the base does not have.
+        proven: whether the base's files have the sha256 that the record names.
     """
 
     record: RevertRecord
@@ -40,6 +42,7 @@ class GgufRestoration:
     base: Gguf
     edited: frozenset[str]
     created: frozenset[str]
+    proven: bool
 
     @property
     def edited_bytes(self) -> int:
@@ -72,7 +75,35 @@ def prepare_gguf_revert(record: RevertRecord, file: Path) -> GgufRestoration:
     created = frozenset(name for name, before in rows.items() if before is None)
     edited = frozenset(rows) - created
     _compare_tables(record, artifact, base, edited, created)
-    return GgufRestoration(record, artifact, base, edited, created)
+    return GgufRestoration(record, artifact, base, edited, created, _proven(record, base))
+
+
+def _proven(record: RevertRecord, base: Gguf) -> bool:
+    """Whether the base's files are the recorded ones; False where the record has no hashes.
+
+    Raises:
+        InputError: a file has another sha256, or the record is malformed.
+    """
+    try:
+        rows = (record.content.get("export") or {}).get("gguf") or []
+        recorded = [str(row["sha256"]) for row in rows]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the record is malformed: {error!r}", where=str(record.folder)) from error
+    if not recorded:
+        return False
+    for part, digest in zip_longest(base.parts, recorded):
+        if part is None or digest is None or _sha256(part.path) != digest:
+            raise InputError(
+                "this is not the GGUF that the artifact was made of: it has another sha256",
+                where=str(base.path if part is None else part.path),
+                fix="name the file that the artifact was made of",
+            )
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _recorded(record: RevertRecord) -> tuple[dict[str, str | None], list[tuple[str, int]]]:
@@ -173,7 +204,7 @@ def revert_gguf(
         bytes_from_base=plan.edited_bytes,
         left=tuple(sorted(recorded)),
         absent=(),
-        notes=(_NOTE,),
+        notes=() if plan.proven else (_NOTE,),
     )
 
 

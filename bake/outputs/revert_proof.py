@@ -1,8 +1,8 @@
-"""Whether a base is the one that an artifact was made of: baked again, it gives the artifact.
+"""Whether a base is the one that an artifact was made of.
 
-The layout of a base says nothing of its weights, and no hash of the base's edited tensors is in the
-record. But they have to lead to the artifact's: folding is deterministic, so the same base gives
-the same bytes.
+The layout of a base says nothing of its weights. A record holds the sha256 of every edited tensor
+as the base has it, which decides. Records of earlier versions do not; but the base's tensors have
+to lead to the artifact's: folding is deterministic, so the same base gives the same bytes.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 from bake.affine import EPSILON
 from bake.checkpoints import Checkpoint, Producer
 from bake.errors import InputError
+from bake.outputs.base_digests import refuse_other_base
 from bake.outputs.checkpoint import planned_tensors
 from bake.outputs.revert_plan import recompiled, recorded_edits, same_updates
 from bake.outputs.revert_record import RevertRecord
@@ -40,7 +41,7 @@ def prove_base(
     artifact: Checkpoint,
     progress: Callable[[int, int], None] | None = None,
 ) -> Proof:
-    """Fold the recorded edits into a base and compare the result with the artifact's tensors.
+    """Compare a base's tensors with the recorded hashes, or fold the recorded edits into it.
 
     Args:
         record: of the artifact.
@@ -49,8 +50,11 @@ def prove_base(
         progress: called with the bytes of tensors that are compared and their total.
 
     Raises:
-        InputError: the result is another one, so the base, or the artifact, is not the recorded.
+        InputError: a tensor is another one, or leads to another than the artifact's.
     """
+    if record.base_tensors:
+        refuse_other_base(record.base_tensors, base, progress)
+        return Proof(True)
     if (reason := _unprovable(record)) is not None:
         return Proof(False, reason)
     plan = recompiled(record, recorded_edits(record), base)

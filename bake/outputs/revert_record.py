@@ -8,6 +8,7 @@ from typing import Any
 from bake.checkpoints import strictjson
 from bake.checkpoints.folder import regular_file
 from bake.errors import CheckpointError, InputError, UsageError
+from bake.outputs.base_digests import recorded_digests
 
 RECORD = "bake.json"
 REVERTIBLE = ("checkpoint", "merge", "gguf")
@@ -33,6 +34,7 @@ class RevertRecord:
         base_digest: ``Checkpoint.digest`` of the base, or None in records that lack it.
         edited: tensors of the base that the plan changes.
         created: tensors that the base does not have.
+        base_tensors: the sha256 of the edited tensors in the base; empty in records that lack it.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class RevertRecord:
     base_digest: str | None
     edited: frozenset[str]
     created: frozenset[str]
+    base_tensors: Mapping[str, str]
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -115,6 +118,10 @@ def _parsed(folder: Path, content: dict[str, Any], kind: str) -> RevertRecord:
         _ = change["key"], change["old"], change["new"]
     _check_rest(content)
     path = base.get("path")
+    edited = frozenset((tensors.keys() | biases.keys()) - created)
+    before = recorded_digests(content)
+    if before and before.keys() != edited:
+        raise ValueError(f"base_tensors and the plan disagree on {min(before.keys() ^ edited)}")
     return RevertRecord(
         folder=folder.resolve(),
         content=content,
@@ -123,8 +130,9 @@ def _parsed(folder: Path, content: dict[str, Any], kind: str) -> RevertRecord:
         revision=None if base.get("revision") is None else str(base["revision"]),
         base_path=None if path is None else folder.resolve() / str(path),
         base_digest=None if base.get("digest") is None else str(base["digest"]),
-        edited=frozenset((tensors.keys() | biases.keys()) - created),
+        edited=edited,
         created=frozenset(created),
+        base_tensors=before,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bake.affine import AffineMap, chain
 from bake.edits import Edit, WeightUpdate
@@ -37,7 +38,7 @@ class Hooks:
                 place = Site(site.kind, site.layer)
                 if isinstance(edit.map, WeightUpdate):
                     _check_update(edit.map, site, layout)
-                    self._updates[place].append((index, edit.map))
+                    self._updates[place].append((index, self._whole(edit.map, site)))
                 else:
                     _check_width(edit, site, layout)
                     self._maps[place].append(Hook(index, site, edit.map))
@@ -53,14 +54,12 @@ class Hooks:
     def map_at(self, site: Site) -> AffineMap:
         """Return the composed map at one place; per-head maps act on their slice."""
         width = self._layout.width(site)
-        size = self._layout.dims["head_dim"]
-        maps = []
-        for hook in self.at(site):
-            if hook.site.head is None:
-                maps.append(hook.map)
-            else:
-                start = hook.site.head * size
-                maps.append(hook.map.scatter(torch.arange(start, start + size), width))
+        maps = [
+            hook.map
+            if hook.site.head is None
+            else hook.map.scatter(self._channels(hook.site.head), width)
+            for hook in self.at(site)
+        ]
         return chain(maps, width)
 
     def edits_at(self, *sites: Site) -> frozenset[int]:
@@ -72,6 +71,20 @@ class Hooks:
     def updates_at(self, site: Site) -> tuple[WeightUpdate, ...]:
         """Return the weight updates that name a place."""
         return tuple(update for _, update in self._updates.get(site, ()))
+
+    def _whole(self, update: WeightUpdate, site: Site) -> WeightUpdate:
+        """Return an update of one head as one of all heads' weight."""
+        if site.head is None:
+            return update
+        width = self._layout.width(Site(site.kind, site.layer))
+        left = update.left.new_zeros(width, update.left.shape[1])
+        channels = self._channels(site.head)
+        return WeightUpdate(left.index_copy(0, channels, update.left), update.right)
+
+    def _channels(self, head: int) -> Tensor:
+        """Return which channels of a site are those of one head."""
+        size = self._layout.dims["head_dim"]
+        return torch.arange(size * head, size * (head + 1))
 
 
 def _check_width(edit: Edit, site: Site, layout: Layout) -> None:
@@ -85,7 +98,7 @@ def _check_width(edit: Edit, site: Site, layout: Layout) -> None:
 
 
 def _check_update(update: WeightUpdate, site: Site, layout: Layout) -> None:
-    layout.width(site)
+    width, place = layout.width(site), Site(site.kind, site.layer)
     for branch in layout.branches:
         if site == branch.output_site:
             if len(branch.writes) != 1:
@@ -94,11 +107,11 @@ def _check_update(update: WeightUpdate, site: Site, layout: Layout) -> None:
                 )
             writer = branch.writes[0]
             inner = writer.shape[1 - writer.output_axis]
-            _check_shape(update, site, layout.width(site), inner)
+            _check_shape(update, site, width, inner)
             return
         for linear in branch.reads:
-            if any(part.site == site for part in linear.parts):
-                _check_shape(update, site, layout.width(site), layout.hidden)
+            if any(part.site == place for part in linear.parts):
+                _check_shape(update, site, width, layout.hidden)
                 return
     kinds = [SiteKind.ATTN_OUT, SiteKind.MLP_OUT, SiteKind.Q, SiteKind.K, SiteKind.V]
     raise UsageError(

@@ -18,7 +18,7 @@ from bake.checkpoints.hub_errors import translated
 from bake.edit_store import EDITS, FITTED
 from bake.errors import HubError, InputError, VerificationFailed
 from bake.publish.manifest import FileEntry, entry_of, read_sums
-from bake.publish.names import CARD, STATEMENT, SUMS, check_names, printable, regular
+from bake.publish.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
 from bake.publish.provenance import made_by_export
 from bake.publish.record import RECORD, VERIFICATION, ArtifactRecord, read_record
 from bake.publish.remote import RemoteFile, read_tree
@@ -227,7 +227,7 @@ def _compare(
                 "export",
                 fix="take another commit, or ask the owner of the repository",
             )
-    known = {*names, *listed, *sums, SUMS, CARD, VERIFICATION}
+    known = {*names, *listed, *sums, SUMS, CARD, VERIFICATION, SIGNATURE}
     strange = [name for name in tree or () if name not in known]
     if strange:
         shown = ", ".join(printable(name) for name in strange[:4])

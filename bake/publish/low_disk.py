@@ -17,17 +17,21 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd
 from torch import Tensor
 
-from bake import __version__
-from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, TensorInfo, patch_config
-from bake.checkpoints.config import Key
+from bake.checkpoints import Checkpoint, NewTensor, Producer, TensorInfo
 from bake.checkpoints.index import check_closure, parse_index
 from bake.checkpoints.outline import File, small_files, weight_files
 from bake.checkpoints.stream import Fill, write_file
 from bake.edit_store import edit_files
 from bake.errors import CheckpointError, HubError, InputError, UsageError
-from bake.outputs.checkpoint import RECORD, planned_tensors, refuse_inexact
+from bake.outputs.base_digests import BaseDigests
+from bake.outputs.checkpoint import (
+    RECORD,
+    edited_config,
+    planned_tensors,
+    record_text,
+    refuse_inexact,
+)
 from bake.plan import Plan
-from bake.plan.record import plan_record
 from bake.publish.cards.base import base_facts
 from bake.publish.commit import patiently
 from bake.publish.destination import Destination, Pushed
@@ -141,6 +145,9 @@ class _LowDisk:
     remark: Callable[[str], None]
     originals: Originals = field(init=False)
     base: Checkpoint = field(init=False)
+    digests: BaseDigests = field(init=False)
+    replaced: frozenset[str] = frozenset()
+    """The base's tensors that the plan replaces."""
     run: Run = field(init=False)
     head: Head = field(init=False)
     shards: dict[str, str] = field(default_factory=dict)
@@ -157,7 +164,9 @@ class _LowDisk:
     def publish(self) -> Pushed:
         """Bake, send and commit."""
         self._open_base()
-        replace, new = planned_tensors(self.work.plan, self.base)
+        self.digests = BaseDigests(self.base)
+        replace, new = planned_tensors(self.work.plan, self.base, None, self.digests)
+        self.replaced = frozenset(replace)
         files, index_text = weight_files(self.base, replace, self._kept(new), here=False)
         names = tuple(file.name for file in files)
         self._check_space(files)
@@ -237,10 +246,7 @@ class _LowDisk:
     def _write_small(self, index_text: str | None, shards: tuple[str, ...]) -> dict[str, str]:
         """Write every file but the weights and the record; return their hashes."""
         plan = self.work.plan
-        changes: dict[Key, Any] = {
-            (change.key,): DELETE if change.new is None else change.new for change in plan.config
-        }
-        config_text = patch_config(self.base.config_text, changes)
+        config_text = edited_config(plan, self.base)
         extra = dict(edit_files(plan.reference, plan.edits))
         hashes = {}
         for file in small_files(self.base, config_text, index_text, extra, set(shards)):
@@ -256,9 +262,7 @@ class _LowDisk:
         record = dict(self.work.record)
         if self.originals.tree is not None:  # the base's card is here now
             record["base"] = {**record["base"], **base_facts(self.base)}
-        content = {"bake": __version__, "kind": "checkpoint", **record}
-        content |= {"plan": plan_record(self.work.plan), "files": dict(files)}
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        text = record_text(self.work.plan, record, self.digests.so_far(self.replaced), files)
         (self.small / RECORD).write_text(text, encoding="utf-8")
 
     def _card(self) -> None:

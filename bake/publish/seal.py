@@ -14,7 +14,7 @@ from bake.publish.manifest import (
     read_sums,
     write_text,
 )
-from bake.publish.names import STATEMENT, SUMS, Problem, printable, problem_of
+from bake.publish.names import CARD, STATEMENT, SUMS, Problem, printable, problem_of
 from bake.publish.provenance import check_statement, made_by_export, statement
 from bake.publish.record import RECORD, ArtifactRecord, read_record, unverified
 from bake.publish.weights import check_unchanged, check_weights
@@ -192,7 +192,10 @@ def _unlike_record(record: ArtifactRecord, manifest: Manifest) -> list[Problem]:
 
 
 def _problem(name: str, state: str) -> Problem:
-    return Problem(name, _MEANING[state].what, _MEANING[state].fix)
+    fix = _MEANING[state].fix
+    if name == CARD and state == "changed":
+        fix = "if it was edited on the Hub, nothing else hangs on it; push it again to seal it"
+    return Problem(name, _MEANING[state].what, fix)
 
 
 def _statement_problems(folder: Path, record: ArtifactRecord, manifest: Manifest) -> list[Problem]:

@@ -11,8 +11,9 @@ from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
 from bake.errors import InputError
+from bake.outputs.base_digests import recorded_digests
 from bake.publish.names import WEIGHTS, WHOLE, Problem, problem_of, regular, walk
-from bake.publish.record import ArtifactRecord
+from bake.publish.record import RECORD, ArtifactRecord
 
 MAX_HEADER = 25_000_000
 """Longest header text that the Hub's own client reads."""
@@ -168,14 +169,33 @@ def _finite_span(path: Path, info: TensorInfo) -> bool:
     return True
 
 
+def base_tensors(record: ArtifactRecord) -> dict[str, str]:
+    """Return the sha256 of every edited tensor in the base, where the record has them.
+
+    Raises:
+        InputError: they are malformed.
+    """
+    try:
+        return recorded_digests(record.content)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the record is malformed: {error}", where=RECORD) from error
+
+
 def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Problem]:
-    """Return the tensors that differ from the base's although the plan leaves them alone."""
+    """Return the tensors that differ from the base's although the plan leaves them alone.
+
+    Those that the plan changes are compared with what the record says they were in the base.
+    """
     if record.kind not in WHOLE:
         return []
     ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
     problems = []
+    before = base_tensors(record)
     for name, info in theirs.tensors.items():
         if name in record.changed:
+            if name in before and before[name] != f"sha256:{theirs.tensor_digest(name)}":
+                what = f"{name} of this base is not the one that bake.json says was edited"
+                problems.append(Problem(info.shard, what, "name the base that it names"))
             continue
         found = ours.tensors.get(name)
         if found is None:

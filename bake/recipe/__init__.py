@@ -7,8 +7,12 @@ makes the edits for one model. ``docs/recipes.md`` documents every key.
 from bake.families import RUNTIMES
 from bake.recipe.agreement import disagreement
 from bake.recipe.aliases import aliases
-from bake.recipe.build import build_edits, fetch_artifact, read_artifacts
-from bake.recipe.parse import (
+from bake.recipe.artifacts import fetch_artifact, read_artifacts
+from bake.recipe.build import build_edits
+from bake.recipe.card import card_of
+from bake.recipe.export import override
+from bake.recipe.parse import load_recipe, parse_recipe
+from bake.recipe.spec import (
     ALLOWANCES,
     HUB_PREFIX,
     OUTPUTS,
@@ -20,10 +24,6 @@ from bake.recipe.parse import (
     ExportSpec,
     Recipe,
     VerifySpec,
-    card_of,
-    load_recipe,
-    override,
-    parse_recipe,
 )
 
 __all__ = [

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from bake.edits import Edit
 from bake.families import Layout
 from bake.recipe.aliases import aliases, translate
-from bake.recipe.parse import EditSpec, Recipe
+from bake.recipe.spec import EditSpec, Recipe
 from bake.sites import Site, expand
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.errors import InputError
-from bake.verify.report import GROUPS, Report, Row
+from bake.verify.report import GROUPS, SERVED_EFFECT, Report, Row
+from bake.verify.serving import SERVES
 
 WHERE = "verify.json"
 
@@ -103,7 +104,7 @@ def agreement(content: Mapping[str, Any], report: Report) -> Agreement:
             f"{prompts.get('tokens', 'an unknown number of')} tokens): the numbers are of other "
             "tokens, name the same ones with --prompts or --tokens"
         )
-    unasked = [p.name for p in pairs if p.here is None and p.group == "runtime"]
+    unasked = [p.name for p in pairs if p.published and not p.here and _elsewhere(p.published)]
     if unasked:
         notes.append(f"not measured here (--runtime): {', '.join(unasked[:4])}")
     found = {k: str(v) for k, v in _texts(content, "environment").items()}
@@ -121,10 +122,16 @@ def _pair(published: Row | None, here: Row | None, same_prompts: bool) -> Pair:
     problem = None
     if published is not None and here is not None:
         problem = _difference(published, here, same_prompts)
-    elif same_prompts and known.passed is not None and known.group not in ("runtime", "side"):
+    elif same_prompts and known.passed is not None and not _elsewhere(known):
         # Which controls there are, and which rows, follows from plan and prompts.
         problem = "published, and not measured here" if here is None else "not published"
     return Pair(known.name, known.group, published, here, problem)
+
+
+def _elsewhere(row: Row) -> bool:
+    """Whether a row is only there where somebody asked for it: of a runtime, or a side effect."""
+    named = row.name.startswith(tuple(f"{name}: " for name in SERVES))
+    return named or row.group in ("runtime", "side") or row.name == SERVED_EFFECT
 
 
 def _difference(published: Row, here: Row, same_prompts: bool) -> str | None:

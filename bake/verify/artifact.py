@@ -87,10 +87,7 @@ class Baked:
         table = self.record.get("family")
         if table is None:
             return None
-        try:
-            return parse_family(str(table.get("text")), f"{RECORD}: family")
-        except RecursionError as error:
-            raise FamilyError("nests too deeply to be parsed", where=f"{RECORD}: family") from error
+        return parse_family(str(table.get("text")), f"{RECORD}: family")
 
     @property
     def base(self) -> str:

@@ -42,6 +42,7 @@ def report_of(
     }
     effect = _compared(subject, evidence.exact.hooked, evidence.base)
     name, shown = _name(storage), compared[_name(storage)]
+    found = _leaks(subject, evidence)
     # The reference beside itself in float64: what the dtype alone costs, in every metric.
     floors = {
         f"floor {_name(dtype)}": _compared(subject, evidence.exact.hooked, runs.hooked)
@@ -60,20 +61,23 @@ def report_of(
             *verdict.exact_rows(bench),
             *verdict.fixed_point_row(bench),
             *verdict.divergence_row(bench, shown, effect, most_kl),
-            *verdict.control_rows(bench),
+            *verdict.control_rows(bench, most_kl),
             *verdict.metric_rows(name, shown),
             *verdict.greedy_rows(bench),
+            *verdict.leak_rows(found),
         ),
         environment=environment(subject.device),
         prompts=prompts.to_json(),
         metrics={
-            **{key: found.metrics.to_json() for key, found in (compared | floors).items()},
+            **{key: one.metrics.to_json() for key, one in (compared | floors).items()},
             "effect": effect.metrics.to_json(),
         },
         layers=_layers(subject, evidence, storage),
-        leaks=_leaks(subject, evidence),
+        leaks=found,
         kl=shown.kl,
         points=shown.points,
+        kl_effect=effect.kl,
+        points_effect=effect.points,
     )
 
 
@@ -129,6 +133,8 @@ def _leaks(subject: Subject, evidence: Evidence) -> tuple[Mapping[str, Any], ...
             "layer": leak.layer,
             "before": leak.before,
             "after": leak.after,
+            "constant": leak.constant,
+            "varying": leak.varying,
         }
         for leak in leaks(subject.layout, subject.artifact.edits, before, after)
     )

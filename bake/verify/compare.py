@@ -4,6 +4,7 @@ The reference shares no code with the fold: it loads the base with transformers,
 as hooks and runs it. The baked checkpoint is loaded as any user would load it.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,9 +33,10 @@ from bake.verify.prompts import (
     given_prompts,
     read_prompts,
 )
-from bake.verify.report import Report, Row
+from bake.verify.report import SERVED_EFFECT, Report, Row
 from bake.verify.runs import batches_of
-from bake.verify.serving import Runtimes, Target, serve_all, serving, target_of
+from bake.verify.scores import check_score
+from bake.verify.serving import Runtimes, Served, Target, serve_all, serving, target_of
 from bake.verify.store import Store, question
 
 GREEDY = 16
@@ -90,13 +92,54 @@ def compare(
     artifact = open_baked(out)
     if runtimes is not None:
         runtimes.check(artifact.kind)
+    _check_options(
+        artifact, generate=generate, scores=scores, device_map=device_map,
+        streamed=streamed, adapter=adapter, most_kl=most_kl,
+    )  # fmt: skip
     with _table(artifact, family) as own:
         case = _open(artifact, base, prompts, own, longest, runtimes, streamed, progress)
-        if case.artifact.kind not in (CHECKPOINT, MERGE):
-            return _served_only(case)
         most = artifact.most_kl if most_kl is None else most_kl
-        report = _compared(case, device_map, most, generate, scores, resume, adapter)
+        case = replace(case, most_kl=most)
+        if case.artifact.kind in (CHECKPOINT, MERGE):
+            report = _compared(case, device_map, most, generate, scores, resume, adapter)
+        else:
+            report = _served_only(case)
     return replace(report, timing={**report.timing, "total": perf_counter() - start})
+
+
+def _check_options(
+    artifact: Baked,
+    *,
+    generate: int | None,
+    scores: Sequence[str],
+    device_map: str | None,
+    streamed: bool | None,
+    adapter: Path | None,
+    most_kl: float | None,
+) -> None:
+    """Refuse what would be ignored, or be found wrong hours later.
+
+    Raises:
+        UsageError: an option has no meaning for this artifact or beside another one.
+        InputError: a score cannot be had.
+    """
+    kind, where = artifact.kind, str(artifact.path)
+    if most_kl is not None and not 0 < most_kl < math.inf:
+        raise UsageError(f"--most-kl is {most_kl:g}", fix="name a share above 0, for example 0.05")
+    if adapter is not None and kind != MERGE:
+        raise UsageError(f"--adapter is for a merge, and this is a {kind}", where=where)
+    if device_map is not None and streamed:
+        raise UsageError("--device-map and --stream exclude each other")
+    if kind not in (CHECKPOINT, MERGE):
+        given = {"generate": generate or None, "score": scores or None, "device-map": device_map}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"--{name} is for checkpoints, and this is a {kind}, which a runtime serves",
+                    where=where,
+                )
+    for spec in scores:
+        check_score(spec)
 
 
 @contextmanager
@@ -148,12 +191,12 @@ def _compared(
     evidence = collect(subject)
     report = report_of(subject, evidence, changed, case.prompts, most_kl)
     found = effects(evidence, case.prompts, scores, out)
-    rows, records = _serve(case)
+    served = _serve(case)
     subject.store.clear()
     return replace(
         report,
-        rows=(*report.rows, *rows),
-        runtimes=records,
+        rows=(*report.rows, *served.rows),
+        runtimes=served.records,
         effects=found,
         timing={"forward": evidence.seconds},
     )
@@ -164,9 +207,9 @@ def _compared_merge(
 ) -> Report:
     """Compare a merged checkpoint with its adapter at work."""
     report = compare_merged(subject, adapter, case.prompts, scores)
-    rows, records = _judge(case, lambda: target_of_merge(subject, adapter))
+    served = _judge(case, lambda: target_of_merge(subject, adapter))
     subject.store.clear()
-    return replace(report, rows=(*report.rows, *rows), runtimes=records)
+    return replace(report, rows=(*report.rows, *served.rows), runtimes=served.records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +224,7 @@ class _Case:
     runtimes: Runtimes | None
     streamed: bool
     progress: Progress = field(repr=False)
+    most_kl: float | None = None
 
 
 def _open(
@@ -269,7 +313,7 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _serve(case: _Case) -> tuple[tuple[Row, ...], tuple[dict[str, Any], ...]]:
+def _serve(case: _Case) -> Served:
     def target() -> Target:
         return target_of(
             case.artifact,
@@ -283,24 +327,27 @@ def _serve(case: _Case) -> tuple[tuple[Row, ...], tuple[dict[str, Any], ...]]:
     return _judge(case, target)
 
 
-def _judge(
-    case: _Case, reference: Callable[[], Target]
-) -> tuple[tuple[Row, ...], tuple[dict[str, Any], ...]]:
-    """Return the rows and records of the runtimes that are asked for, beside a reference."""
+def _judge(case: _Case, reference: Callable[[], Target]) -> Served:
+    """Return what the runtimes that are asked for serve, beside a reference."""
     if case.runtimes is None:
-        return (), ()
+        return Served((), (), {})
     case.progress("reference for the runtimes")
     target = reference()
-    rows, records = serve_all(case.runtimes, case.artifact, case.base, target, case.progress)
+    target = replace(target, most_kl=case.most_kl)
+    served = serve_all(case.runtimes, case.artifact, case.base, target, case.progress)
     effect = Row(
-        "effect: hooked − base, max |Δlog p|",
+        SERVED_EFFECT,
         target.effect,
         target.limit,
         target.effect > target.limit,
         "must be larger",
         "effect",
     )
-    return (effect, *rows), records
+    floors = (
+        Row(f"noise floor: {name}, max |Δlog p|", value, None, None, "", "floor")
+        for name, value in target.floors.items()
+    )
+    return replace(served, rows=(effect, *floors, *served.rows))
 
 
 def _served_only(case: _Case) -> Report:
@@ -316,7 +363,10 @@ def _served_only(case: _Case) -> Report:
             where=str(case.artifact.path),
             fix=f"name one with --runtime: {', '.join(serving(kind))}",
         )
-    (effect, *rows), records = _serve(case)
+    served = _serve(case)
+    effect, *rows = served.rows
+    shown = next(iter(served.compared.values()), None)
+    edit = served.effect
     return Report(
         artifact=str(case.artifact.path),
         base=case.artifact.base_name,
@@ -326,5 +376,13 @@ def _served_only(case: _Case) -> Report:
         rows=(effect, *verdict.files_row(changed_files(case.artifact)), *rows),
         environment=environment("cpu"),
         prompts=case.prompts.to_json(),
-        runtimes=records,
+        metrics={
+            **{name: found.metrics.to_json() for name, found in served.compared.items()},
+            **({} if edit is None else {"effect": edit.metrics.to_json()}),
+        },
+        kl=() if shown is None else shown.kl,
+        points=() if shown is None else shown.points,
+        kl_effect=() if edit is None else edit.kl,
+        points_effect=() if edit is None else edit.points,
+        runtimes=served.records,
     )

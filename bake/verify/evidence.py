@@ -1,9 +1,9 @@
 """Everything that a verification runs: two models, some dtypes, the controls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from bake.verify.artifact import Baked
 from bake.verify.controls import changed, groups_of
 from bake.verify.fixed_point import nulled, stream_sites
 from bake.verify.greedy import Generated, generate
+from bake.verify.metrics import largest_difference, mean_kl
 from bake.verify.models import Live, layout_of, load
 from bake.verify.observe import block_sites
 from bake.verify.runs import Batch, Trace, halves, run, trace_of
@@ -27,6 +28,19 @@ Source = Literal["base", "baked"]
 TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CONTROLS = {False: 2, True: 1}
 """Controls of each kind, with the model in memory and streamed."""
+EVERY = ("forgotten tensor", "forgotten bias")
+"""What is forgotten one by one where stand-ins were fitted: each says what it is worth."""
+
+
+STEP = 10
+"""Blocks between two lines about the progress of a streamed pass."""
+
+
+def _teller(progress: Progress, text: str) -> Callable[[torch.nn.Module, Any], None]:
+    def hook(module: torch.nn.Module, args: Any) -> None:
+        progress(text)
+
+    return hook
 
 
 @dataclass(slots=True, eq=False)
@@ -72,8 +86,18 @@ class Subject:
             streamed=self.streamed,
             device_map=self.device_map,
         )
+        if self.streamed:
+            self._count_blocks(live)
         self._live = (source, dtype, live)
         return live
+
+    def _count_blocks(self, live: Live) -> None:
+        """Tell whoever waits how far a pass is: a streamed one reads the whole model."""
+        layers = live.layout.layers
+        for layer in range(STEP, layers, STEP):
+            path = live.layout.block_live.replace("{layer}", str(layer))
+            text = f"    {layer} of {layers} blocks"
+            live.model.get_submodule(path).register_forward_pre_hook(_teller(self.progress, text))
 
     def release(self) -> None:
         """Let go of the model in memory."""
@@ -143,11 +167,18 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlRun:
-    """One broken bake, evaluated in float64."""
+    """One broken bake, evaluated in float64. Its logits are not kept: there are many of them."""
 
     kind: str
     tensor: str
-    trace: Trace
+    difference: float
+    """max |Δlogit| from the reference."""
+    kl: float
+    """Mean over tokens of KL(reference ‖ broken), in nats."""
+    streams: Mapping[Site, Tensor]
+    """At the sites that were asked for."""
+    seconds: float
+    """Spent in the model's own forward passes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -169,11 +200,12 @@ class Evidence:
     @property
     def seconds(self) -> float:
         """Time spent in the models' own forward passes."""
-        traces = [self.base, *(control.trace for control in self.controls)]
+        traces = [self.base]
         for measured in self.runs.values():
             traces += [measured.hooked, measured.baked]
             traces += [] if measured.again is None else [measured.again]
         seconds = sum(trace.seconds for trace in traces)
+        seconds += sum(control.seconds for control in self.controls)
         return seconds + sum(made.seconds for made in self.texts.values())
 
 
@@ -187,7 +219,7 @@ def collect(subject: Subject) -> Evidence:
     hooked = subject.trace("base and hooked model", "base", double, edits, sites=sites)
     baked = subject.trace("baked model", "baked", double, sites=everything, writes=True)
     evidence.runs[double] = Measured(hooked, None, baked)
-    evidence.controls = controls_of(subject, held, baked)
+    evidence.controls = controls_of(subject, held, evidence.exact)
     storage = TORCH[subject.layout.dtype]
     for dtype in dict.fromkeys((torch.float32, storage)):
         if dtype == double:
@@ -214,12 +246,21 @@ def _texts(subject: Subject, dtype: torch.dtype) -> dict[str, Generated]:
     return found
 
 
-def controls_of(subject: Subject, sites: Sequence[Site], baked: Trace) -> list[ControlRun]:
-    """Return the broken bakes whose change the prompts reach, a few of each kind."""
+def controls_of(subject: Subject, sites: Sequence[Site], measured: Measured) -> list[ControlRun]:
+    """Return the broken bakes whose change the prompts reach, a few of each kind.
+
+    Args:
+        subject: what is compared.
+        sites: stream sites to record.
+        measured: the sound runs in float64.
+    """
+    reference = measured.hooked.logits
     layout = layout_of(subject.baked, subject.family)
     found: list[ControlRun] = []
     for group in groups_of(subject.artifact, subject.base, subject.baked, layout):
         wanted = CONTROLS[subject.streamed]
+        if subject.artifact.fitted is not None and not subject.streamed and group[0].kind in EVERY:
+            wanted = len(group)
         for control, tensors in changed(group, subject.base, subject.baked, layout):
             trace = subject.trace(
                 f"control: {control.kind}, {control.tensor}",
@@ -229,8 +270,17 @@ def controls_of(subject: Subject, sites: Sequence[Site], baked: Trace) -> list[C
                 tensors=tensors,
             )
             # An expert that no token is sent to cannot be seen to be wrong: take the next.
-            if not torch.equal(trace.logits, baked.logits):
-                found.append(ControlRun(control.kind, control.tensor, trace))
+            if not torch.equal(trace.logits, measured.baked.logits):
+                found.append(
+                    ControlRun(
+                        control.kind,
+                        control.tensor,
+                        largest_difference(trace.logits, reference),
+                        mean_kl(reference, trace.logits),
+                        trace.streams,
+                        trace.seconds,
+                    )
+                )
                 wanted -= 1
             if not wanted:
                 break

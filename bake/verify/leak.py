@@ -28,6 +28,11 @@ class Leak:
     """rms over tokens of |Rᵀ·write| in the base model."""
     after: float
     """The same in the baked model."""
+    constant: float
+    """The part of ``after`` that is the same for every token: what an affine edit sets, and no
+    leak of what the model says."""
+    varying: float
+    """The rest of it: the rms of what differs from token to token."""
 
 
 def leaks(
@@ -44,8 +49,11 @@ def leaks(
     found = []
     for index, writer in enumerate(writers_of(layout)):
         for concept, basis in _bases(edits, writer, layout.hidden).items():
-            sizes = (_along(basis, writes[index]) for writes in (before, after))
-            found.append(Leak(concept, writer.name, writer.layer, *sizes))
+            was, now = (_along(basis, writes[index]) for writes in (before, after))
+            mean = after[index].to(torch.float64).mean(0)
+            constant = float((basis @ mean).norm())
+            rest = _along(basis, after[index].to(torch.float64) - mean)
+            found.append(Leak(concept, writer.name, writer.layer, was, now, constant, rest))
     return tuple(found)
 
 

@@ -139,7 +139,7 @@ def _collect(subject: Subject, adapter: Path) -> Evidence:
     reference.release()
     merged = subject.trace("merged model", "baked", double, sites=sites, writes=True)
     evidence.runs[double] = Measured(working, None, merged)
-    evidence.controls = controls_of(subject, (), merged)
+    evidence.controls = controls_of(subject, (), evidence.exact)
     storage = TORCH[subject.layout.dtype]
     for dtype in dict.fromkeys((torch.float32, storage)):
         if dtype == double:

@@ -134,6 +134,16 @@ def largest_difference(x: Tensor, y: Tensor) -> float:
     return max(float((a - b).abs().max()) for a, b in pieces)
 
 
+def mean_kl(reference: Tensor, other: Tensor) -> float:
+    """Return the mean over tokens of KL(reference ‖ other) in nats, from logits."""
+    total = 0.0
+    for start in range(0, len(reference), _ROWS):
+        x, y = (t[start : start + _ROWS].to(torch.float64) for t in (reference, other))
+        p, q = x.log_softmax(-1), y.log_softmax(-1)
+        total += float((p.exp() * (p - q)).sum(-1).clamp(min=0.0).sum())
+    return total / len(reference)
+
+
 def stream_differences(
     reference: Mapping[Site, Tensor], other: Mapping[Site, Tensor], sites: Sequence[Site]
 ) -> tuple[float, ...]:

@@ -116,7 +116,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
 
     logging.disable_progress_bar()
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    with _loading(checkpoint):
+    with _loading(checkpoint), _placing(device_map):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype=dtype,
@@ -135,6 +135,21 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
         )
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+@contextmanager
+def _placing(device_map: str | None) -> Iterator[None]:
+    """Turn what torch raises at a device that is not there into one line."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        if device_map is None:
+            raise
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"the model cannot be placed by the device map {device_map!r}: {first}",
+            fix="leave --device-map out to run on the processor",
+        ) from error
 
 
 @contextmanager

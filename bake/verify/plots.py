@@ -2,11 +2,13 @@
 
 Four plots: how far the residual stream of the baked model lies from the hooked one at every layer,
 beside floor and effect; what every writer leaks along the edited directions; the divergence of
-every token; and the logits themselves, hooked against baked.
+every token; and the logits themselves, hooked against baked. The last two
+have the effect beside them.
 """
 
 import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import UsageError
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#2f6db5", "#d9772b", "#8a8a8a"
 SMALLEST = 1e-18
 """What is drawn for zero on a logarithmic axis."""
+VISIBLE = 1e-4
+"""Share of the largest write above which a cell of the heat map looks bright."""
+CELLS = 60
+"""Cells of a heat map that have room for their numbers."""
 
 
 def titles(report: Report) -> tuple[str, ...]:
@@ -79,6 +85,10 @@ def _layers(report: Report, figure: "Figure") -> None:
     axes.set_yscale("log")
     _name_sites(axes, sites)
     axes.set_ylabel("‖Δ stream‖ / ‖stream‖")
+    if any(
+        not value for name, found in report.layers.items() if name != "sites" for value in found
+    ):
+        axes.set_xlabel("0 is drawn at 10⁻¹⁸", fontsize=8)
     axes.legend(fontsize=8)
     _clean(axes)
 
@@ -104,6 +114,7 @@ def _leaks(report: Report, figure: "Figure") -> None:
             grid[row, column] = np.nanmax([grid[row, column], float(leak[when]) / largest])
         shown = np.log10(np.maximum(grid, SMALLEST), where=~np.isnan(grid), out=grid)
         image = axis.imshow(shown, aspect="auto", cmap="magma", vmin=-17, vmax=0)
+        _mark(axis, report, when, writers, layers, largest)
         axis.set_xticks(range(len(writers)), writers, fontsize=8)
         axis.set_title(when, fontsize=10)
         axis.set_xlabel("writer")
@@ -113,25 +124,70 @@ def _leaks(report: Report, figure: "Figure") -> None:
     figure.colorbar(image, ax=axes, label="log₁₀ |rᵀ·write|, of the largest before")
 
 
+def _mark(
+    axis: "Axes",
+    report: Report,
+    when: str,
+    writers: Sequence[str],
+    layers: Sequence[int],
+    largest: float,
+) -> None:
+    """Write the numbers into the cells of a small map, and say where a bright one is no leak."""
+    cells: dict[tuple[int, int], Mapping[str, Any]] = {}
+    for leak in sorted(report.leaks, key=lambda leak: float(leak[when])):
+        cells[writers.index(str(leak["writer"])), layers.index(leak["layer"] or 0)] = leak
+    for (column, row), leak in cells.items():
+        value, constant = float(leak[when]), float(leak.get("constant", 0.0))
+        # Every token has the value that an affine edit sets.
+        fixed = when == "after" and value > VISIBLE * largest and constant > 0.99 * value
+        words = [f"{value:.1e}"] if len(cells) <= CELLS else []
+        words += ["(set by the edit)"] if fixed else []
+        colour = "black" if value > 1e-6 * largest else "white"
+        axis.text(column, row, "\n".join(words), ha="center", va="center", fontsize=6, color=colour)
+
+
 def _kl(report: Report, figure: "Figure") -> None:
     import numpy as np
 
     axes = figure.subplots()
-    values = np.log10(np.maximum(np.asarray(report.kl), SMALLEST))
-    axes.hist(values, bins=40, color=BLUE)
-    axes.set_xlabel("log₁₀ KL(hooked ‖ baked) of a token, in nats")
+    found = {
+        "baked (the error)": (report.kl, BLUE),
+        "base (the effect)": (report.kl_effect, ORANGE),
+    }
+    logs = {
+        name: np.log10(np.maximum(np.asarray(values), SMALLEST))
+        for name, (values, _) in found.items()
+        if values
+    }
+    low, high = (pick(x for log in logs.values() for x in log) for pick in (min, max))
+    bins = np.linspace(low - 0.1, high + 0.1, 61).tolist()
+    for name, values in logs.items():
+        axes.hist(values, bins=bins, color=found[name][1], label=name, alpha=0.85)
+    axes.set_xlabel("log₁₀ KL(hooked ‖ model) of a token, in nats" + _zeros(low))
     axes.set_ylabel("tokens")
+    axes.legend(fontsize=8)
     _clean(axes)
+
+
+def _zeros(low: float) -> str:
+    return "; 0 is drawn at −18" if low <= math.log10(SMALLEST) else ""
 
 
 def _logits(report: Report, figure: "Figure") -> None:
     axes = figure.subplots()
-    hooked, baked = zip(*report.points, strict=True)
-    low, high = min(*hooked, *baked), max(*hooked, *baked)
+    every = [value for pair in (*report.points, *report.points_effect) for value in pair]
+    low, high = min(every), max(every)
     axes.plot([low, high], [low, high], color=GREY, linewidth=0.8)
-    axes.scatter(hooked, baked, s=4, color=BLUE, alpha=0.5, linewidths=0)
+    for points, colour, label in (
+        (report.points_effect, ORANGE, "base (the effect)"),
+        (report.points, BLUE, "baked"),
+    ):
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=5, color=colour, alpha=0.5, linewidths=0, label=label)
     axes.set_xlabel("logit of the hooked model")
-    axes.set_ylabel("logit of the baked model")
+    axes.set_ylabel("logit of the model")
+    axes.legend(fontsize=8, markerscale=3)
     axes.set_aspect("equal")
     _clean(axes)
 

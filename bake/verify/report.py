@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+SERVED_EFFECT = "effect: hooked − base, max |Δlog p|"
+"""The row beside those of the runtimes: of the tokens that they are asked for."""
 GROUPS = ("effect", "exact", "floor", "metric", "control", "files", "runtime", "side")
 
 
@@ -39,11 +41,15 @@ class Report:
     layers: Mapping[str, Any] = field(default_factory=dict)
     """Relative difference of the residual stream at each point: error, effect, floor."""
     leaks: tuple[Mapping[str, Any], ...] = ()
-    """|Rᵀ·write| per concept, writer and layer, before and after."""
+    """|Rᵀ·write| per concept, writer and layer, before and after, and of that what is constant."""
     kl: tuple[float, ...] = ()
     """KL(hooked ‖ baked) after every token, in the serving dtype."""
     points: tuple[tuple[float, float], ...] = ()
     """A sample of logits, hooked and baked, in the serving dtype."""
+    kl_effect: tuple[float, ...] = ()
+    """KL(hooked ‖ base) after every token, in float64."""
+    points_effect: tuple[tuple[float, float], ...] = ()
+    """The same logits, hooked and base."""
     runtimes: tuple[Mapping[str, Any], ...] = ()
     """Each runtime that was asked for: ``passed``, ``failed`` or ``not run``."""
     effects: Mapping[str, Any] = field(default_factory=dict)

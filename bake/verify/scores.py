@@ -8,6 +8,7 @@ one JSON string a line on standard input and prints one number a line.
 import json
 import math
 import shlex
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -63,6 +64,48 @@ def perplexity(
     return Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
 
 
+def check_score(spec: str) -> None:
+    """Require that a score can be had, before hours are spent on the texts for it.
+
+    Raises:
+        UsageError: the score is of no known kind, or names nothing.
+        InputError: there is no such classifier or command.
+    """
+    kind, separator, rest = spec.partition(":")
+    if separator and kind in ("contains", "classifier") and not rest.strip():
+        raise UsageError(f"the score {spec!r} names nothing", fix=f"write {kind}:{_RESTS[kind]}")
+    if not spec.strip():
+        raise UsageError(
+            "a score is empty", fix="write contains:WORD, classifier:MODEL or a command"
+        )
+    if separator and kind == "classifier":
+        _load_classifier(rest)
+    elif not (separator and kind == "contains"):
+        _words(spec)
+
+
+_RESTS = {"contains": "WORD", "classifier": "MODEL"}
+
+
+def _words(command: str) -> list[str]:
+    """Return a command's words.
+
+    Raises:
+        InputError: it does not parse, or its program is not there.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"the score's command does not run: {error}", where=command) from error
+    if not words or shutil.which(words[0]) is None:
+        raise InputError(
+            "the score's command does not run: there is no such program",
+            where=command,
+            fix="write contains:WORD, classifier:MODEL or a command",
+        )
+    return words
+
+
 def score(spec: str, texts: Sequence[str]) -> Interval:
     """Return the mean score of some texts.
 
@@ -70,18 +113,13 @@ def score(spec: str, texts: Sequence[str]) -> Interval:
         UsageError: the score is of no known kind, or names nothing.
         InputError: the classifier cannot be loaded, or the command fails.
     """
+    check_score(spec)
     kind, separator, rest = spec.partition(":")
-    if separator and not rest.strip():
-        raise UsageError(f"the score {spec!r} names nothing", fix="write contains:WORD")
     if kind == "contains" and separator:
         word = rest.casefold()
         return share([word in text.casefold() for text in texts])
     if kind == "classifier" and separator:
         return _mean(_classify(rest, texts))
-    if not spec.strip():
-        raise UsageError(
-            "a score is empty", fix="write contains:WORD, classifier:MODEL or a command"
-        )
     return _mean(_command(spec, texts))
 
 
@@ -103,7 +141,7 @@ def _mean(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - NORMAL * spread, mean + NORMAL * spread, n)
 
 
-def _classify(model: str, texts: Sequence[str]) -> list[float]:
+def _load_classifier(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
@@ -113,6 +151,11 @@ def _classify(model: str, texts: Sequence[str]) -> list[float]:
         raise InputError(
             f"the classifier cannot be loaded: {str(error).partition(chr(10))[0]}", where=model
         ) from error
+    return tokenizer, classifier
+
+
+def _classify(model: str, texts: Sequence[str]) -> list[float]:
+    tokenizer, classifier = _load_classifier(model)
     values = []
     with torch.no_grad():
         for text in texts:
@@ -126,7 +169,7 @@ def _command(command: str, texts: Sequence[str]) -> list[float]:
     lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
     try:
         done = subprocess.run(
-            shlex.split(command), input=lines, capture_output=True, text=True, timeout=TIMEOUT
+            _words(command), input=lines, capture_output=True, text=True, timeout=TIMEOUT
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise InputError(f"the score's command does not run: {error}", where=command) from error

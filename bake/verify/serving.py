@@ -8,7 +8,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,16 @@ import torch
 from jaxtyping import Float
 
 from bake.checkpoints import Checkpoint
+from bake.edits import Edit
 from bake.errors import BakeError, UsageError
 from bake.families import Layout
 from bake.verify.artifact import CHECKPOINT, MERGE, Baked
 from bake.verify.evidence import TORCH
 from bake.verify.greedy import Generated, disagreement, generate
-from bake.verify.metrics import largest_difference
+from bake.verify.metrics import Compared, compare_logits, largest_difference, mean_kl
 from bake.verify.models import load
 from bake.verify.report import Row
-from bake.verify.runs import batches_of, run
+from bake.verify.runs import batches_of, halves, run
 from bake.verify.runtimes import hf, llamacpp, vllm
 from bake.verify.runtimes.base import (
     RuntimeFailed,
@@ -33,11 +36,16 @@ from bake.verify.runtimes.base import (
     RuntimeResult,
 )
 from bake.verify.runtimes.converter import convert
+from bake.verify.spoiled import KINDS, spoiled
 from bake.verify.tolerance import FLOOR_FACTOR, logprob_tolerance
 
 PROMPTS, TOKENS, GREEDY = 8, 16, 16
 """How many prompts a runtime is asked for, how many tokens of each, and how many greedy tokens.
 llama.cpp answers one position at a time."""
+UNADAPTED = 2
+"""How many of the prompts an adapter's runtime serves without the adapter as well."""
+TRIES = 8
+"""Mistakes of a kind that are tried until the prompts reach one."""
 
 SERVES: Mapping[str, tuple[str, ...]] = {
     "transformers": (CHECKPOINT, MERGE),
@@ -87,6 +95,26 @@ class Runtimes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Spoiled:
+    """The hooked base model in float64, with one mistake."""
+
+    name: str
+    logprobs: Float[np.ndarray, "tokens vocab"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """What came of asking the runtimes."""
+
+    rows: tuple[Row, ...]
+    records: tuple[dict[str, Any], ...]
+    compared: Mapping[str, Compared]
+    """All numbers of each runtime that answered, over the tokens that it was asked for."""
+    effect: Compared | None = None
+    """Those of the base, over the same tokens."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Target:
     """What every runtime is held against: the hooked base model in float64."""
 
@@ -99,6 +127,14 @@ class Target:
     """max |Δlog p| of hooked against base."""
     vocab: int
     count: int
+    base: Float[np.ndarray, "tokens vocab"]
+    """Log-probabilities of the base model in float64."""
+    floors: Mapping[str, float]
+    """max |Δlog p| of the reference beside itself in other dtypes and batches, by name."""
+    spoiled: tuple[Spoiled, ...] = ()
+    """References with a mistake in them, which what is served has to miss."""
+    most_kl: float | None = None
+    """What an approximate plan may lose of the effect's KL."""
 
 
 def target_of(
@@ -125,15 +161,44 @@ def target_of(
     asked = asked_of(prompts)
     batches, edits = batches_of(asked), artifact.edits
     live = load(base, torch.float64, family=family, streamed=streamed)
-    plain = run(live, batches).logits
-    hooked = run(live, batches, edits).logits
+
+    def logits(chosen: Sequence[Edit]) -> Float[torch.Tensor, "tokens vocab"]:
+        return run(live, batches, chosen).logits
+
+    plain, hooked = logits(()), logits(edits)
     greedy = generate(live, asked, generate_count, edits)
-    del live
-    narrow = {
-        dtype: run(load(base, dtype, family=family, streamed=streamed), batches, edits).logits
-        for dtype in dict.fromkeys((*narrow_dtypes(layout), *_stored_in(artifact)))
-    }
-    return target_from(layout, asked, plain, hooked, narrow, greedy, generate_count)
+    made = target_from(layout, asked, plain, hooked, {}, greedy, generate_count)
+    wrong = _spoiled(artifact, made.limit, hooked, logits)
+    narrow, again = {}, {}
+    for dtype in dict.fromkeys((*narrow_dtypes(layout), *_stored_in(artifact))):
+        live = load(base, dtype, family=family, streamed=streamed)
+        narrow[dtype] = logits(edits)
+        again[dtype] = run(live, halves(batches), edits).logits
+    made = target_from(layout, asked, plain, hooked, narrow, greedy, generate_count, again)
+    return replace(made, spoiled=wrong)
+
+
+def _spoiled(
+    artifact: Baked,
+    limit: float,
+    hooked: Float[torch.Tensor, "tokens vocab"],
+    logits: Callable[[Sequence[Edit]], Float[torch.Tensor, "tokens vocab"]],
+) -> tuple[Spoiled, ...]:
+    """Return a spoiled reference of each kind, for what cannot be spoiled itself.
+
+    A mistake that the prompts do not reach proves nothing either way (a site may be forgotten where
+    the next one does the same), so that the next is tried then.
+    """
+    if artifact.kind in (CHECKPOINT, MERGE):
+        return ()  # their controls are bakes of their own
+    reference, found = hooked.log_softmax(-1), []
+    for kind in KINDS:
+        for name, edits in islice(spoiled(artifact.edits, artifact.plan_digest, kind), TRIES):
+            table = logits(edits).log_softmax(-1)
+            if largest_difference(table, reference) > 2 * limit:
+                found.append(Spoiled(f"{kind}, {name}", table.numpy()))
+                break
+    return tuple(found)
 
 
 def asked_of(prompts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
@@ -155,6 +220,7 @@ def target_from(
     narrow: Mapping[torch.dtype, Float[torch.Tensor, "tokens vocab"]],
     greedy: Generated,
     count: int,
+    again: Mapping[torch.dtype, Float[torch.Tensor, "tokens vocab"]] = MappingProxyType({}),
 ) -> Target:
     """Return what every runtime is held against.
 
@@ -166,9 +232,18 @@ def target_from(
         narrow: the reference's logits in other dtypes.
         greedy: the reference's greedy text.
         count: greedy tokens after each prompt.
+        again: as ``narrow``, run in other batches.
     """
-    logprobs = hooked.log_softmax(-1)
-    floor = max(largest_difference(found, hooked) for found in narrow.values())
+    logprobs, base = hooked.log_softmax(-1), plain.log_softmax(-1)
+    floor = max((largest_difference(found, hooked) for found in narrow.values()), default=0.0)
+    floors = {}
+    for dtype, found in narrow.items():
+        name = str(dtype).removeprefix("torch.")
+        narrowed = found.to(torch.float64).log_softmax(-1)
+        floors[f"hooked in {name} − in float64"] = largest_difference(narrowed, logprobs)
+        if dtype in again:
+            other = again[dtype].to(torch.float64).log_softmax(-1)
+            floors[f"hooked in {name}, other batches"] = largest_difference(narrowed, other)
     tolerance = logprob_tolerance(
         torch.float32,
         layers=layout.layers,
@@ -181,9 +256,11 @@ def target_from(
         greedy=greedy,
         # A log-probability moves by twice what a logit does.
         limit=tolerance + 2 * FLOOR_FACTOR * floor,
-        effect=largest_difference(logprobs, plain.log_softmax(-1)),
+        effect=largest_difference(logprobs, base),
         vocab=hooked.shape[1],
         count=count,
+        base=base.numpy(),
+        floors=floors,
     )
 
 
@@ -193,13 +270,15 @@ def serve_all(
     base: Checkpoint,
     target: Target,
     progress: Callable[[str], None],
-) -> tuple[tuple[Row, ...], tuple[dict[str, Any], ...]]:
+) -> Served:
     """Ask every runtime, and return its rows and its record.
 
     A failure of one is its verdict; the others are asked all the same.
     """
     rows: list[Row] = []
     records: list[dict[str, Any]] = []
+    compared: dict[str, Compared] = {}
+    reference = torch.from_numpy(target.logprobs)
     for name in runtimes.names:
         progress(f"{name} serves the artifact")
         try:
@@ -212,7 +291,12 @@ def serve_all(
             records.append({"runtime": name, "status": "failed", "reason": str(error)})
             rows.append(Row(f"{name}: serves the artifact", 0.0, 1.0, False, error.what, "runtime"))
             continue
-        made = _judged(name, result, artifact, target)
+        answered = torch.from_numpy(np.concatenate(result.prompt_logprobs))
+        compared[name] = compare_logits(reference, answered)
+        made = (
+            *_judged(name, result, artifact, target),
+            *_divergence(name, artifact, target, compared[name].metrics.mean_kl),
+        )
         rows += made
         passed = all(row.passed is not False for row in made)
         judged = any(row.passed is not None for row in made)
@@ -227,9 +311,11 @@ def serve_all(
                 "greedy_tokens": target.count,
                 "numbers": {row.name: row.value for row in made},
                 "limit": target.limit,
+                "metrics": compared[name].metrics.to_json(),
             }
         )
-    return tuple(rows), tuple(records)
+    effect = compare_logits(reference, torch.from_numpy(target.base))
+    return Served(tuple(rows), tuple(records), compared, effect)
 
 
 def _ask(
@@ -242,8 +328,9 @@ def _ask(
 ) -> RuntimeResult:
     request = RuntimeRequest(artifact.path, target.prompts, target.count, target.vocab, "float32")
     python, timeout = runtimes.python(name), runtimes.timeout
+    unadapted = min(UNADAPTED, len(target.prompts))
     if artifact.kind == "lora":
-        request = replace(request, model=base.path, adapter=artifact.path)
+        request = replace(request, model=base.path, adapter=artifact.path, unadapted=unadapted)
     if name in ("transformers", "peft"):
         return hf.run(request, python, timeout=timeout)
     if name == "vllm":
@@ -254,7 +341,8 @@ def _ask(
         request = replace(request, model=_converted(runtimes, artifact.path, scratch))
     else:
         model = _converted(runtimes, base.path, scratch)
-        request = replace(request, model=model, adapter=_only_gguf(artifact.path))
+        adapter = _only_gguf(artifact.path)
+        request = replace(request, model=model, adapter=adapter, unadapted=unadapted)
     return llamacpp.run(request, python, timeout=timeout)
 
 
@@ -302,7 +390,68 @@ def _judged(name: str, result: RuntimeResult, artifact: Baked, target: Target) -
             note,
             "runtime",
         ),
+        *_unadapted_rows(name, result, target, exact=exact),
+        *_control_rows(name, served, artifact, target, exact=exact),
     )
+
+
+def _divergence(name: str, artifact: Baked, target: Target, kl: float) -> tuple[Row, ...]:
+    """KL over effect: what an approximate plan is judged by, in the runtime as elsewhere."""
+    if artifact.exactness != "approximate":
+        return ()
+    whole = mean_kl(torch.from_numpy(target.logprobs), torch.from_numpy(target.base))
+    share, most = kl / whole if whole else float("inf"), target.most_kl
+    return (
+        Row(
+            f"{name}: mean KL(hooked ‖ served) / mean KL(hooked ‖ base)",
+            share,
+            most,
+            None if most is None else share <= most,
+            "",
+            "runtime",
+        ),
+    )
+
+
+def _unadapted_rows(
+    name: str, result: RuntimeResult, target: Target, *, exact: bool
+) -> tuple[Row, ...]:
+    """The same engine without the adapter: it is the base, and it is not what was asked for."""
+    if not result.unadapted:
+        return ()
+    bare = np.concatenate(result.unadapted).astype(np.float64)
+    own, wrong = (np.abs(bare - t[: len(bare)]).max() for t in (target.base, target.logprobs))
+    floor = f"{name}: noise floor, base served − base in float64"
+    control = f"{name}: control: served without the adapter"
+    return (
+        # A base that is served wrong explains an adapter that is; it is not the artifact's fault.
+        Row(floor, float(own), None, None, "max |Δlog p|", "floor"),
+        _control(control, float(wrong), target.limit, exact=exact),
+    )
+
+
+def _control_rows(
+    name: str, served: Float[np.ndarray, "tokens vocab"], artifact: Baked, target: Target, *,
+    exact: bool,
+) -> tuple[Row, ...]:  # fmt: skip
+    """What is served misses every spoiled reference, so that it would be told from such a bake."""
+    if artifact.kind in (CHECKPOINT, MERGE):
+        return ()
+    wrong = (Spoiled("nothing edited", target.base), *target.spoiled)
+    return tuple(
+        _control(
+            f"{name}: control: {one.name}",
+            float(np.abs(served - one.logprobs).max()),
+            target.limit,
+            exact=exact,
+        )
+        for one in wrong
+    )
+
+
+def _control(name: str, value: float, limit: float, *, exact: bool) -> Row:
+    passed = value > limit if exact else None
+    return Row(name, value, limit, passed, "must be larger" if exact else "", "control")
 
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

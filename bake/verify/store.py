@@ -7,13 +7,14 @@ it, and what another question left is removed.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,16 +49,21 @@ class Store:
         path = self._path(name)
         if path is None or not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            seconds = float(file.metadata()["seconds"])
-            return {key: file.get_tensor(key) for key in file.keys()}, seconds
+        try:
+            with safe_open(path, framework="pt") as file:
+                seconds = float(file.metadata()["seconds"])
+                return {key: file.get_tensor(key) for key in file.keys()}, seconds
+        except SafetensorError:
+            return None  # the machine went down while it was written: it is run again
 
     def save(self, name: str, tensors: Mapping[str, Tensor], seconds: float) -> None:
         """Keep the tensors of a run."""
         path = self._path(name)
         if path is None:
             return
-        partial = path.with_suffix(".partial")
+        # Another verification of the same artifact may have ended, and cleared the folder.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".partial-{os.getpid()}")
         # One activation may be two sites, and a file holds no tensor twice.
         whole = {key: value.clone().contiguous() for key, value in tensors.items()}
         save_file(whole, partial, metadata={"seconds": repr(seconds)})
@@ -66,7 +72,7 @@ class Store:
     def clear(self) -> None:
         """Forget everything: the verification is done."""
         if self.folder is not None:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path | None:
         if self.folder is None:

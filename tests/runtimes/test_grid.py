@@ -5,6 +5,7 @@ hooks move log-probabilities by 0.05 nats and more, and greedy tokens) and, for 
 runtime, a control: the artifact with a piece of it undone is at least 0.01 nats off.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +42,15 @@ from tiny_checkpoints import (
     converter_for,
     plain_llama,
     plain_qwen3,
+    tiny_gemma1,
     tiny_gemma2,
     tiny_gemma3,
     tiny_gpt2,
+    tiny_gpt_neox,
+    tiny_mistral,
     tiny_mixtral,
+    tiny_olmo2,
+    tiny_phi3,
     tiny_qwen2,
 )
 from transformers import PreTrainedModel
@@ -85,6 +91,12 @@ LLAMA: list[Spec] = [
     ("offset", translation(0.5 * direction(1)), "resid_post.1"),
     ("offset", translation(2 * direction(6)), "q.1"),
 ]
+NEOX: list[Spec] = [
+    *STREAM,
+    ("offset", translation(0.5 * direction(1)), "resid_post.1"),
+    ("linear", heads_map(), "q.1"),
+]
+EMBED: list[Spec] = [("offset", translation(direction(1)), "embed")]
 READERS: list[Spec] = [("ablate", ablation(seed=3), ["ln1_out.1", "ln2_out.2"])]
 
 CASES = {
@@ -102,10 +114,21 @@ CASES = {
         recast=True,
     ),
     "Qwen3": Case(plain_qwen3, [*STREAM, *LINEAR], [*STREAM, *LINEAR, *READERS]),
+    "Mistral": Case(
+        tiny_mistral,
+        [*STREAM, *LINEAR],
+        [*STREAM, *LINEAR, *READERS],
+        vllm_adapter=[*MODULES, *LINEAR, *READERS],
+    ),
+    "Phi-3": Case(tiny_phi3, [*STREAM, *LINEAR], [*STREAM, *LINEAR, *READERS]),
+    "OLMo 2": Case(tiny_olmo2, [*MODULES, *LINEAR, *EMBED], [*MODULES, *LINEAR, *EMBED]),
+    "GPT-NeoX": Case(lambda: tiny_gpt_neox(parallel=True), NEOX, [*READERS, *Z]),
+    "GPT-NeoX sequential": Case(lambda: tiny_gpt_neox(parallel=False), NEOX, [*READERS, *Z]),
+    "Gemma": Case(tiny_gemma1, [*MODULES, *Z], [*MODULES, *READERS]),
     "Gemma 2": Case(tiny_gemma2, [*MODULES, *Z], [*MODULES, *READERS]),
     "Gemma 3": Case(  # its head may part from the embedding in every runtime, Gemma 2's may not
         tiny_gemma3,
-        [*MODULES, ("offset", translation(direction(1)), "embed")],
+        [*MODULES, *EMBED],
         [*MODULES, *Z, *READERS],
     ),
     "GPT-2": Case(
@@ -245,8 +268,8 @@ def test_edited_gguf_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: 
     unedited = llamacpp.run(request(bench.gguf), llamacpp_python)
     assert largest_difference(base.plain, unedited) <= TOLERANCE
     base.misses(specs, unedited)
-    name = f"blk.{base.layout.layers - 1}.ffn_down"
-    restore(file, bench.gguf, next(n for n in tensors_in(file) if n.startswith(name)))
+    down = re.compile(rf"blk\.{base.layout.layers - 1}\.ffn_down\w*\.weight")
+    restore(file, bench.gguf, next(n for n in tensors_in(file) if down.fullmatch(n)))
     base.misses(specs, llamacpp.run(request(file), llamacpp_python))
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
+from bake.edit_store import dump_edits
 from bake.edits import Edit
 from bake.outputs.control_vector import export_control_vector
 from bake.outputs.gguf import export_gguf
 from bake.outputs.gguf_lora import export_gguf_lora
 from bake.outputs.lora import export_lora
+from bake.verify.artifact import open_baked
 from bake.verify.compare import compare
 from bake.verify.report import Report
 from bake.verify.runtimes.converter import convert
@@ -86,6 +89,21 @@ def check(base: Base, out: Path, asked: Runtimes) -> Report:
         served = next(row for row in report.rows if row.name.startswith(f"{name}: max |Δlog p|"))
         assert served.value <= PROMISED
         assert effect.value > 1000 * PROMISED
+        if open_baked(out).kind == "checkpoint":
+            continue
+        controls = [row for row in report.rows if row.name.startswith(f"{name}: control: ")]
+        assert len(controls) >= 3 and all(row.passed for row in controls), controls
+        if open_baked(out).kind == "gguf":
+            continue
+        # The engine without the adapter serves the base, and that is not the hooked model.
+        bare, own = (
+            next(row.value for row in report.rows if row.name == f"{name}: {words}")
+            for words in (
+                "control: served without the adapter",
+                "noise floor, base served − base in float64",
+            )
+        )
+        assert own <= PROMISED < 1000 * PROMISED < bare
     return report
 
 
@@ -127,6 +145,31 @@ def test_a_gguf(
     check(llama, out, runtimes("llama.cpp"))
 
 
+def test_a_gguf_in_half_precision_of_a_base_in_float32(
+    llama: Base,
+    runtimes: Callable[..., Runtimes],
+    gguf_converter: GgufConverter,
+    tmp_path: Path,
+) -> None:
+    """It is held to what half precision costs the hooked model, and a spoiled one fails there."""
+    base = tmp_path / "base.gguf"
+    convert(llama.path, base, "f16", converter=gguf_converter.script, python=gguf_converter.python)
+    edits = ablation(llama)
+    for name, sound in (("sound", True), ("spoiled", False)):
+        plan = plan_of(llama, edits if sound else [replace(edits[0], sites=edits[0].sites[1:])])
+        target = tmp_path / name
+        out = export_gguf(plan, llama.checkpoint, base, target, record=record(llama)).path
+        if not sound:  # one writer was forgotten
+            (out / "bake" / "edits.safetensors").write_bytes(dump_edits(edits))
+        report = compare(out, base=str(llama.path), runtimes=runtimes("llama.cpp"))
+        assert [r["status"] for r in report.runtimes] == ["passed" if sound else "failed"]
+        served = next(row for row in report.rows if "served − hooked" in row.name)
+        assert served.passed is sound
+        # Half precision costs more than float32 may, and the floor of float16 is beside it.
+        assert served.value > 10 * PROMISED
+        assert any("hooked in float16" in row.name for row in report.rows)
+
+
 def test_a_gguf_lora(plain: Base, runtimes: Callable[..., Runtimes], tmp_path: Path) -> None:
     plan = plan_of(plain, ablation(plain))
     out = export_gguf_lora(plan, plain.checkpoint, tmp_path / "out", record=record(plain)).path
@@ -143,8 +186,6 @@ def test_a_bake_of_another_edit_fails_in_every_runtime(
     llama: Base, runtimes: Callable[..., Runtimes], tmp_path: Path
 ) -> None:
     """The control: the runtimes serve what is in the file, and it is not what the hooks do."""
-    from bake.edit_store import dump_edits
-
     out = bake(llama, plan_of(llama, ablation(llama)), tmp_path / "out")
     other = [edit(llama, "ablate", make.ablate(vector(HIDDEN, 1)), ["attn_out.*", "mlp_out.*"])]
     (out / "bake" / "edits.safetensors").write_bytes(dump_edits(other))

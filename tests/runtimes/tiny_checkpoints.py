@@ -14,12 +14,22 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -51,6 +61,10 @@ SHAPE = {
 
 
 NO_BIAS = {**SHAPE, "attention_bias": False}
+UNFLAGGED = {key: value for key, value in SHAPE.items() if key != "attention_bias"}
+
+BYTE_LEVEL = (GPT2LMHeadModel, GPTNeoXForCausalLM, Olmo2ForCausalLM)
+"""The classes whose vocabulary the converter wants byte-level."""
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
@@ -79,6 +93,39 @@ def tiny_qwen3(seed: int) -> Qwen3ForCausalLM:
 def plain_qwen3() -> Qwen3ForCausalLM:
     """Without any bias, as the published ones are."""
     return randomised(Qwen3ForCausalLM(Qwen3Config(**NO_BIAS)), 22)
+
+
+def tiny_mistral() -> MistralForCausalLM:
+    return randomised(MistralForCausalLM(MistralConfig(**UNFLAGGED, sliding_window=None)), 24)
+
+
+def tiny_phi3() -> Phi3ForCausalLM:
+    # As Qwen2's, Phi-3's class makes its heads hidden_size / heads wide: 32 as well.
+    shape = {key: value for key, value in UNFLAGGED.items() if key != "head_dim"}
+    window = {"original_max_position_embeddings": 256, "sliding_window": 256, "pad_token_id": 0}
+    return randomised(Phi3ForCausalLM(Phi3Config(**shape, **window)), 25)
+
+
+def tiny_olmo2() -> Olmo2ForCausalLM:
+    shape = {key: value for key, value in NO_BIAS.items() if key != "head_dim"}  # as Phi-3's
+    return randomised(Olmo2ForCausalLM(Olmo2Config(**shape, pad_token_id=0)), 26)
+
+
+def tiny_gpt_neox(*, parallel: bool) -> GPTNeoXForCausalLM:
+    others = ("num_key_value_heads", "head_dim", "attention_bias", "tie_word_embeddings")
+    config = GPTNeoXConfig(
+        **{key: value for key, value in SHAPE.items() if key not in others},
+        rotary_pct=0.5,
+        use_parallel_residual=parallel,
+        attn_implementation="eager",
+    )
+    model = randomised(GPTNeoXForCausalLM(config), 27)
+    return far_from_zero(model, "dense_h_to_4h", "dense_4h_to_h")
+
+
+def tiny_gemma1() -> GemmaForCausalLM:
+    shape = {**NO_BIAS, "tie_word_embeddings": True}
+    return tiny_gemma(GemmaForCausalLM(GemmaConfig(**shape, attn_implementation="eager")), 15)
 
 
 def tiny_gemma2() -> Gemma2ForCausalLM:
@@ -129,8 +176,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 def tiny_mixtral() -> MixtralForCausalLM:
-    shape = {key: value for key, value in SHAPE.items() if key != "attention_bias"}
-    config = MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+    config = MixtralConfig(**UNFLAGGED, num_local_experts=4, num_experts_per_tok=2)
     return randomised(MixtralForCausalLM(config), 13)
 
 
@@ -176,21 +222,26 @@ def exchange_tokens(model: PreTrainedModel, a: int, b: int) -> None:
 def write(model: PreTrainedModel, folder: Path) -> Path:
     """Save the model with a vocabulary, which a GGUF file cannot do without.
 
-    It is SentencePiece's, or where the converter wants another one (GPT-2) a byte-level one.
+    It is SentencePiece's, or where the converter wants another one a byte-level one. So that the
+    converter finds them, keys that published checkpoints have, and save_pretrained does not write,
+    are written as well.
     """
     model.save_pretrained(folder)
-    if not isinstance(model, GPT2LMHeadModel):
+    if not isinstance(model, BYTE_LEVEL):
         (folder / "tokenizer.model").write_bytes(sentencepiece_model())
         return folder
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["n_ctx"] = config["n_positions"]
+    if isinstance(model, GPT2LMHeadModel):
+        config["n_ctx"] = config["n_positions"]
+    elif isinstance(model, GPTNeoXForCausalLM):
+        config["rotary_pct"] = config["rope_parameters"]["partial_rotary_factor"]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     byte_level_tokenizer(folder)
     return folder
 
 
 def byte_level_tokenizer(folder: Path) -> None:
-    """Write the byte-level tokenizer of VOCAB tokens that GPT-2's converter recognises."""
+    """Write the byte-level tokenizer of VOCAB tokens that the converter recognises."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -211,17 +262,22 @@ def converter_for(model: PreTrainedModel, converter: GgufConverter, folder: Path
     """Return a folder with a converter script that knows the model's vocabulary.
 
     The script recognises byte-level vocabularies by a hash of what they make of a text, and cannot
-    know a made-up one: for GPT-2 the folder gets a script that answers in its place.
+    know a made-up one: for those the folder gets a script that answers in its place. Its reader of
+    config.json is transformers, whose version 5 leaves out a key that it asks a GPT-NeoX for.
     """
     script = converter.script
-    if not isinstance(model, GPT2LMHeadModel):
+    if not isinstance(model, BYTE_LEVEL):
         return script.parent
     folder.mkdir(exist_ok=True)
     (folder / script.name).write_text(
-        "import runpy, sys\n"
+        "import json, runpy, sys\n"
         f"sys.path[:0] = [{str(script.parent)!r}, {str(script.parent / 'gguf-py')!r}]\n"
-        "from conversion.base import TextModel\n"
+        "from conversion.base import ModelBase, TextModel\n"
         "TextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'\n"
+        "read = ModelBase.load_hparams\n"
+        "def whole(folder, *rest):\n"
+        "    return json.loads((folder / 'config.json').read_text()) | read(folder, *rest)\n"
+        "ModelBase.load_hparams = staticmethod(whole)\n"
         f"runpy.run_path({str(script)!r}, run_name='__main__')\n",
         encoding="utf-8",
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bake.publish.cards import stored
 from bake.publish.cards.changes import gguf_digests, weight_files
 from bake.publish.cards.facts import Facts
-from bake.publish.cards.figures import NOT_MEASURED
+from bake.publish.cards.figures import DTYPES, NOT_MEASURED
 from bake.publish.cards.text import Markdown, escape, number, printable
 from bake.publish.record import RECORD, VERIFICATION
 
@@ -237,7 +237,21 @@ def tried(facts: Facts, runtime: str, how: str = "") -> Markdown:
             f"{said} with {escape(runtime)} {version}{how}: log-probabilities differ from the "
             f"hooked base by {largest} at most."
         )
+    if runtime == "transformers" and _compared(facts):
+        return Markdown(
+            "Loaded by `bake verify`, which compared it with the hooks: see "
+            "[Verification](#verification)."
+        )
     return Markdown("Not tested." + _expected(facts, runtime))
+
+
+def _compared(facts: Facts) -> bool:
+    """Whether these files were run in transformers, in the storage type, beside the hooks."""
+    found = facts.verification
+    if found is None or facts.record.kind not in ("checkpoint", "merge"):
+        return False
+    dtype = DTYPES.get(stored.text(found, "dtype", VERIFICATION), "")
+    return dtype in stored.mapping(found, "metrics", VERIFICATION)
 
 
 def _expected(facts: Facts, runtime: str) -> str:
@@ -248,7 +262,8 @@ def _expected(facts: Facts, runtime: str) -> str:
                 return " The plan says that it serves the edit exactly."
             if found.status == "loads":
                 return " The plan says that it loads."
-            return f" The plan says: {escape(found.status)}, {escape(found.reason)}."
+            status = "" if found.status == "not tested" else f"{escape(found.status)}, "
+            return f" The plan says: {status}{escape(found.reason)}."
     return ""
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from bake.errors import InputError, UsageError
 from bake.publish.cards import stored
 from bake.publish.cards.facts import Facts
+from bake.publish.cards.fitted import stand_ins_from
 from bake.publish.cards.methods import METHODS, Method
-from bake.publish.cards.text import Markdown, code, count, escape, merged, number, span
+from bake.publish.cards.text import Markdown, code, count, escape, merged, number
 from bake.publish.record import RECORD
-from bake.sites import Site, parse_site
+from bake.sites import Site, parse_site, summary
 
 _RECIPE = f"{RECORD}: recipe"
 _SYMBOLS = {
@@ -34,6 +35,7 @@ class EditRow:
         amounts: strength, alpha and the like, as Markdown; empty where they are not recorded.
         exactness: the worst of the findings.
         reasons: what the findings say, those of many layers as one.
+        stand_in: whether they were fitted, to stand in for an edit that no fold reaches.
     """
 
     kind: str
@@ -42,6 +44,7 @@ class EditRow:
     amounts: tuple[Markdown, ...]
     exactness: str
     reasons: tuple[str, ...]
+    stand_in: bool = False
 
     @property
     def method(self) -> Method:
@@ -51,7 +54,7 @@ class EditRow:
     @property
     def places(self) -> Markdown:
         """The sites in a few words."""
-        return code(site_list(self.sites))
+        return code(summary(self.sites))
 
 
 def edit_rows(facts: Facts) -> tuple[EditRow, ...]:
@@ -61,16 +64,19 @@ def edit_rows(facts: Facts) -> tuple[EditRow, ...]:
         InputError: the record is malformed.
     """
     findings = stored.objects(facts.plan, "findings", RECORD)
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for finding in findings:
+    first = stand_ins_from(facts)
+    groups: dict[tuple[str, str, bool], list[Mapping[str, Any]]] = {}
+    for place, finding in enumerate(findings):
         kind = stored.text(finding, "kind", RECORD)
         if kind not in METHODS:
             raise InputError(f"the kind of edit {kind!r} is unknown", where=RECORD)
-        groups.setdefault((kind, stored.text(finding, "concept", RECORD)), []).append(finding)
+        stand_in = first is not None and place >= first
+        concept = stored.text(finding, "concept", RECORD)
+        groups.setdefault((kind, concept, stand_in), []).append(finding)
     specs = _specs(facts)
     return tuple(
-        _row(kind, concept, found, specs.get((kind, concept), []))
-        for (kind, concept), found in groups.items()
+        _row(kind, concept, found, [] if stand_in else specs.get((kind, concept), []), stand_in)
+        for (kind, concept, stand_in), found in groups.items()
     )
 
 
@@ -88,6 +94,7 @@ def _row(
     concept: str,
     findings: list[Mapping[str, Any]],
     specs: list[Mapping[str, Any]],
+    stand_in: bool,
 ) -> EditRow:
     names = [name for finding in findings for name in stored.words(finding, "sites", RECORD)]
     try:
@@ -106,6 +113,7 @@ def _row(
         amounts=tuple(amounts),
         exactness=max(classes, key=exactness_rank, default=""),
         reasons=tuple(reason for reason, _ in merged(list(reasons))),
+        stand_in=stand_in,
     )
 
 
@@ -141,17 +149,9 @@ def _together(kind: str, spec: Mapping[str, Any]) -> Markdown:
     return Markdown(", ".join(parts))
 
 
-def site_list(sites: Iterable[Site]) -> str:
-    """Return sites in a few words: ``resid_post.0-31, z.3.h5``."""
-    layers: dict[tuple[str, int | None], list[int]] = {}
-    for site in sites:
-        found = layers.setdefault((site.kind, site.head), [])
-        if site.layer is not None:
-            found.append(site.layer)
-    return ", ".join(
-        kind + (f".{span(found)}" if found else "") + ("" if head is None else f".h{head}")
-        for (kind, head), found in layers.items()
-    )
+def asked_amounts(facts: Facts, kind: str, concept: str) -> tuple[Markdown, ...]:
+    """Return strength, alpha and the like of the recipe's edits of a kind and a concept."""
+    return tuple(dict.fromkeys(_together(kind, s) for s in _specs(facts).get((kind, concept), [])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from bake.publish.record import VERIFICATION
 
 NOT_MEASURED = Markdown("not measured")
 _VERDICTS = {True: Markdown("pass"), False: Markdown("**FAIL**"), None: Markdown("")}
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _METRICS = (
     ("max_dlogit", "largest difference of a logit"),
     ("mean_dlogit", "mean difference of a logit"),
@@ -59,7 +59,7 @@ def conditions(facts: Facts) -> Table | None:
     if digest := stored.text(prompts, "digest", VERIFICATION):
         rows.append(("digest of their token ids", code(digest)))
     if dtype := stored.text(found, "dtype", VERIFICATION):
-        rows.append(("weights of the base are stored in", escape(_DTYPES.get(dtype, dtype))))
+        rows.append(("weights of the base are stored in", escape(DTYPES.get(dtype, dtype))))
     environment = stored.mapping(found, "environment", VERIFICATION)
     if environment:
         rows.append(("run with", versions(environment)))
@@ -83,7 +83,7 @@ def distances(facts: Facts) -> Table | None:
     metrics = {} if found is None else stored.mapping(found, "metrics", VERIFICATION)
     if found is None or not metrics:
         return None
-    own = _DTYPES.get(stored.text(found, "dtype", VERIFICATION), "")
+    own = DTYPES.get(stored.text(found, "dtype", VERIFICATION), "")
     names = [name for name in dict.fromkeys(("float64", own)) if name in metrics]
     columns = [stored.mapping(metrics, name, VERIFICATION) for name in (*names, "effect")]
     floor = stored.mapping(metrics, f"floor {own}", VERIFICATION)
@@ -214,7 +214,7 @@ def _metrics(facts: Facts) -> Iterable[Metric]:
     found = facts.verification
     if found is None:
         return
-    own = _DTYPES.get(stored.text(found, "dtype", VERIFICATION), "")
+    own = DTYPES.get(stored.text(found, "dtype", VERIFICATION), "")
     measured = stored.mapping(found, "metrics", VERIFICATION)
     values = stored.mapping(measured, own, VERIFICATION)
     for key, name in (

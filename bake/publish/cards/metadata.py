@@ -7,6 +7,7 @@ from bake.publish.cards import stored
 from bake.publish.cards.edits import edit_rows
 from bake.publish.cards.facts import Facts
 from bake.publish.cards.figures import metrics
+from bake.publish.cards.fitted import fitted
 from bake.publish.cards.methods import METHODS
 from bake.publish.cards.notices import safety_words
 from bake.publish.cards.text import printable
@@ -88,7 +89,9 @@ def dataset_name(facts: Facts) -> str:
 
 def tags(facts: Facts) -> tuple[str, ...]:
     """Return the tags, without repeats."""
-    kinds = [row.kind for row in edit_rows(facts)]
+    kinds = [row.kind for row in edit_rows(facts) if not row.stand_in]
+    calibrated = fitted(facts)
+    kinds += [] if calibrated is None else [edit.kind for edit in calibrated.asked]
     found = ["bake", *(["steering"] if kinds else []), *(METHODS[kind].tag for kind in kinds)]
     found += _TAGS[facts.record.kind]
     if "ablate" in kinds and any(word.startswith("refus") for word in safety_words(facts)):

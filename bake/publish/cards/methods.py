@@ -163,7 +163,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "update": Method(
             "an update of a weight",
             "written into a weight",
-            r"W \mapsto W + s\,L\,R",
+            r"W' = W + s\,L\,R",
             r"W' = W + s\,L\,R",
             "*L R* is the update as it was fitted, *s* the strength",
             "model-editing",

@@ -5,9 +5,10 @@ heading, a link, a table's column, HTML or a formula.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from math import prod
+
+from bake.sites import span
 
 _LIMIT = 500
 _SPECIAL = re.compile(r"[\\`*_{}\[\]#|~$!<>&^]")
@@ -86,16 +87,6 @@ def number(value: float | int) -> Markdown:
 def count(number_of: int, thing: str) -> Markdown:
     """Return how many there are of something: ``1 tensor``, ``13 tensors``."""
     return Markdown(f"{number_of:,} {thing}" + ("" if number_of == 1 else "s"))
-
-
-def span(numbers: Iterable[int]) -> str:
-    """Return whole numbers in a few words: ``0,3-7``."""
-    ordered = sorted(set(numbers))
-    runs = []
-    for _, group in groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0]):
-        run = [found for _, found in group]
-        runs.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
-    return ",".join(runs)
 
 
 def merged(names: Sequence[str]) -> list[tuple[str, int]]:

@@ -4,10 +4,18 @@ import re
 from pathlib import PurePosixPath
 from typing import Any
 
+from bake.outputs.base_digests import BASE_TENSORS
 from bake.publish.cards import commands, figures, metadata, stored, terms
 from bake.publish.cards.changes import ADAPTERS, changes, gguf_digests, gguf_types, weight_files
-from bake.publish.cards.edits import EditRow, direction_rows, edit_rows, exactness_rank
+from bake.publish.cards.edits import (
+    EditRow,
+    asked_amounts,
+    direction_rows,
+    edit_rows,
+    exactness_rank,
+)
 from bake.publish.cards.facts import HUB_ID, Facts
+from bake.publish.cards.fitted import Fitted, fitted
 from bake.publish.cards.methods import METHODS, READERS
 from bake.publish.cards.notices import concerns_safety, safety_words
 from bake.publish.cards.text import (
@@ -66,15 +74,19 @@ def _head(
 
 def _edited(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
     over = facts.record.kind in ADAPTERS
+    found = fitted(facts)
     return {
         "edits": edits,
         "methods": [METHODS[kind] for kind in _kinds(edits)],
+        "fitted": found,
+        "asked": [METHODS[kind] for kind in _asked_kinds(found)],
         "readers": Markdown(READERS),
         "directions": direction_rows(facts),
         "base": base_link(facts),
         "base_name": printable(facts.record.base),
         "base_repo": facts.base_repo or "",
         "base_digest": stored.text(facts.base, "digest", RECORD),
+        "base_tensors": len(stored.mapping(facts.record.content, BASE_TENSORS, RECORD)),
         "base_dtypes": ", ".join(stored.mapping(facts.base, "dtypes", RECORD)),
         "changes": changes(facts),
         "merged": merged_name(facts) if facts.merged else Markdown(""),
@@ -118,7 +130,8 @@ def _use(facts: Facts, repo: str | None) -> dict[str, Any]:
 
 
 def _terms(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
-    papers = dict.fromkeys(p for kind in _kinds(edits) for p in METHODS[kind].papers)
+    kinds = (*_asked_kinds(fitted(facts)), *(k for k in _kinds(edits, fits=False)))
+    papers = dict.fromkeys(p for kind in kinds for p in METHODS[kind].papers)
     return {
         "licence": "" if facts.licence.id is None else str(facts.licence),
         "base_licence": "" if facts.base_licence.id is None else str(facts.base_licence),
@@ -130,8 +143,13 @@ def _terms(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
     }
 
 
-def _kinds(edits: tuple[EditRow, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row.kind for row in edits))
+def _kinds(edits: tuple[EditRow, ...], *, fits: bool = True) -> tuple[str, ...]:
+    """Return the kinds of edit, without those of stand-ins alone if so wanted."""
+    return tuple(dict.fromkeys(row.kind for row in edits if fits or not row.stand_in))
+
+
+def _asked_kinds(found: Fitted | None) -> tuple[str, ...]:
+    return () if found is None else tuple(dict.fromkeys(edit.kind for edit in found.asked))
 
 
 def warning(facts: Facts, *, unverified: bool) -> Markdown:
@@ -166,10 +184,16 @@ def headline(facts: Facts, edits: tuple[EditRow, ...]) -> Markdown:
         return Markdown(f"{base_link(facts)} with {merged_name(facts)} merged into its weights.")
     done = []
     for row in edits:
+        if row.stand_in:
+            continue
         amounts = f" ({'; '.join(row.amounts)})" if any(row.amounts) else ""
         concept = escape(row.concept)
         did = f"*{concept}* {row.method.did}{amounts}"
         done.append(f"{did} at {count(len(row.sites), 'site')}, {row.places}")
+    if (found := fitted(facts)) is not None:
+        for asked in found.asked:
+            amounts = "; ".join(asked_amounts(facts, asked.kind, asked.concept))
+            done.append(f"{asked.words}{amounts and f' ({amounts})'}, **approximately**")
     return Markdown(f"{base_link(facts)} with " + "; ".join(done) + ".")
 
 

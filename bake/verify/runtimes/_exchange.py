@@ -56,6 +56,7 @@ def as_json(request: RuntimeRequest) -> dict[str, Any]:
         "vocab_size": request.vocab_size,
         "dtype": request.dtype,
         "adapter": None if request.adapter is None else str(request.adapter.resolve()),
+        "unadapted": request.unadapted,
     }
 
 
@@ -64,7 +65,9 @@ def read(name: str, request: RuntimeRequest, folder: Path) -> RuntimeResult:
     answer = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     with np.load(folder / "logprobs.npz", allow_pickle=False) as arrays:
         tables = tuple(arrays[f"prompt_{i}"] for i in range(len(request.prompts)))
-    for prompt, table in zip(request.prompts, tables, strict=True):
+        bare = tuple(arrays[f"unadapted_{i}"] for i in range(request.unadapted))
+    asked = (*request.prompts, *request.prompts[: request.unadapted])
+    for prompt, table in zip(asked, (*tables, *bare), strict=True):
         if table.shape != (len(prompt), request.vocab_size):
             raise RuntimeFailed(f"{name} gave log-probabilities of shape {table.shape}")
         if not np.isfinite(table).all():
@@ -75,4 +78,4 @@ def read(name: str, request: RuntimeRequest, folder: Path) -> RuntimeResult:
     greedy = tuple(tuple(tokens) for tokens in answer["greedy"])
     if [len(tokens) for tokens in greedy] != [request.max_new_tokens] * len(request.prompts):
         raise RuntimeFailed(f"{name} generated {[len(tokens) for tokens in greedy]} tokens")
-    return RuntimeResult(name, answer["version"], tables, greedy, answer["environment"])
+    return RuntimeResult(name, answer["version"], tables, greedy, answer["environment"], bare)

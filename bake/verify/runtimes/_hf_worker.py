@@ -41,11 +41,13 @@ def main(request_path: Path, out: Path) -> int:
     greedy: list[list[int]] = []
     with torch.no_grad():
         for index, prompt in enumerate(request["prompts"]):
-            logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
-            table = logits.float().log_softmax(-1).numpy()
+            table = logprobs(torch, model, prompt)
             if table.shape[1] != request["vocab_size"]:
                 raise SystemExit(f"the model has {table.shape[1]} tokens")
             arrays[f"prompt_{index}"] = table
+            if index < request["unadapted"]:
+                with model.disable_adapter():
+                    arrays[f"unadapted_{index}"] = logprobs(torch, model, prompt)
             greedy.append(continued(torch, model, prompt, request["max_new_tokens"]))
     np.savez(out / "logprobs.npz", **arrays)
     result = {
@@ -60,6 +62,12 @@ def main(request_path: Path, out: Path) -> int:
     }
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return 0
+
+
+def logprobs(torch: Any, model: Any, prompt: list[int]) -> Any:
+    """Return [tokens, vocab]: row t is log p(next token | the first t + 1 tokens)."""
+    logits = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+    return logits.float().log_softmax(-1).numpy()
 
 
 def continued(torch: Any, model: Any, prompt: list[int], count: int) -> list[int]:

@@ -40,6 +40,11 @@ def main(request_path: Path, out: Path) -> int:
     rows = [server.prompt_logprobs(p, request["vocab_size"]) for p in request["prompts"]]
     greedy = [server.greedy(p, request["max_new_tokens"]) for p in request["prompts"]]
     arrays: dict[str, Any] = {f"prompt_{i}": row for i, row in enumerate(rows)}
+    if request["unadapted"]:
+        del server  # it stops, and its memory is free for the next one
+        server = Client(start(xllamacpp, {**request, "adapter_kind": None}, key), key)
+        for i, prompt in enumerate(request["prompts"][: request["unadapted"]]):
+            arrays[f"unadapted_{i}"] = server.prompt_logprobs(prompt, request["vocab_size"])
     np.savez(out / "logprobs.npz", **arrays)
     result = {
         "version": xllamacpp.__version__,

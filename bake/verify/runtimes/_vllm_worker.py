@@ -38,6 +38,13 @@ def main(request_path: Path, out: Path) -> int:
     rows = table(vllm, generate, request["prompts"], request["vocab_size"])
     greedy = greedy_tokens(vllm, generate, request["prompts"], request["max_new_tokens"])
     arrays: dict[str, Any] = {f"prompt_{i}": row for i, row in enumerate(rows)}
+    if request["unadapted"]:
+        # The engine is the same one: what a request does not name is not applied to it.
+        asked = request["prompts"][: request["unadapted"]]
+        bare = table(
+            vllm, generator(engine, {**request, "adapter": None}), asked, request["vocab_size"]
+        )
+        arrays |= {f"unadapted_{i}": row for i, row in enumerate(bare)}
     np.savez(out / "logprobs.npz", **arrays)
     result = {"version": vllm.__version__, "greedy": greedy, "environment": environment()}
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")

@@ -44,6 +44,9 @@ class RuntimeRequest:
     """Served with the model. vLLM: the folder of a PEFT LoRA. llama.cpp: a GGUF file, which is a
     LoRA or a control vector."""
 
+    unadapted: int = 0
+    """How many of the prompts, from the first, are served without the adapter as well."""
+
     def __post_init__(self) -> None:
         if not self.prompts or not all(self.prompts):
             raise UsageError("a runtime needs at least one prompt, and every prompt a token")
@@ -55,6 +58,10 @@ class RuntimeRequest:
                 )
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}, and has to be at least 1")
+        if self.unadapted and self.adapter is None:
+            raise UsageError("a model without an adapter cannot be served without it")
+        if not 0 <= self.unadapted <= len(self.prompts):
+            raise UsageError(f"{self.unadapted} of {len(self.prompts)} prompts without the adapter")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype is {self.dtype!r}, and has to be one of {', '.join(DTYPES)}")
 
@@ -78,3 +85,6 @@ class RuntimeResult:
 
     environment: Mapping[str, str]
     """Versions and processor features that a report states beside the numbers."""
+
+    unadapted: tuple[Float32[np.ndarray, "_ vocab"], ...] = ()
+    """The first prompts without the adapter, as ``prompt_logprobs``: as many as were asked for."""

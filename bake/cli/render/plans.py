@@ -1,0 +1,94 @@
+"""A plan: the model, what each edit comes to, what changes, and who can read the result."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bake.cli.render.models import head
+from bake.cli.render.pieces import facts, indented, section, site_list, size, table, word
+from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
+
+if TYPE_CHECKING:
+    from bake.cli.request import Request
+    from bake.plan import Finding, Plan
+
+
+def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
+    """Return a plan: model, findings, changes, runtimes, notes and digest."""
+    from bake.cli import matrix
+
+    made, checkpoint = request.plan, request.checkpoint
+    parts: list[RenderableType] = [facts(_header(request))]
+    parts.append(section("Findings", _findings(made)))
+    rows = changed_tensors(request)
+    if rows:
+        parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
+    if made.config:
+        parts.append(section("config.json", _config(made)))
+    chosen = request.recipe.export.to
+    parts.append(section(f"Runtimes: {', '.join(chosen)}", Group(*matrix.runtimes(made, chosen))))
+    parts.append(section("Carriers", matrix.carriers(made)))
+    if made.notes:
+        parts.append(section("Notes", indented(made.notes)))
+    if checkpoint.left_out and verbose:
+        parts.append(section("Files of the base that do not travel", indented(checkpoint.left_out)))
+    parts.append(Text())
+    parts.append(facts([("plan", word(str(made.exactness))), ("digest", made.digest)]))
+    return parts
+
+
+def _header(request: "Request") -> list[tuple[str, str | Text]]:
+    recipe, checkpoint, layout = request.recipe, request.checkpoint, request.layout
+    revision = "" if checkpoint.revision is None else f" @ {checkpoint.revision}"
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    return [
+        ("recipe", f"{recipe.title} ({recipe.path})"),
+        ("model", f"{checkpoint.source}{revision}"),
+        ("family", f"{layout.family.name}: {layout.family.title}"),
+        (
+            "size",
+            f"{layout.layers} blocks, width {layout.hidden}, {size(total)} in {layout.dtype}",
+        ),
+        ("head", head(layout)),
+    ]
+
+
+def _findings(made: "Plan") -> Table:
+    """Return the findings; those that differ only in their layers share a row."""
+    rows = table("exactness", "edit, where, and why")
+    groups: dict[tuple[str, str, str], list[tuple[Finding, str]]] = {}
+    for finding in made.findings:
+        why = finding.reason + ("" if finding.remedy is None else f"\nfix: {finding.remedy}")
+        edit, exactness = f"{finding.kind} {finding.concept}", str(finding.exactness)
+        group = groups.setdefault((edit, exactness, NUMBER.sub("#", why)), [])
+        group.append((finding, why))
+    for (edit, exactness, _), group in groups.items():
+        one = merged([why for _, why in group])
+        for part in [group] if one is not None else [[pair] for pair in group]:
+            sites = [site for finding, _ in part for site in finding.sites]
+            title = f"{edit} at {site_list(sites, made.layout)}"
+            why = part[0][1] if one is None else one
+            rows.add_row(word(exactness), Text(title, "bold").append(f"\n{why}", "not bold"))
+    return rows
+
+
+def _changes_title(rows: Sequence[Named]) -> str:
+    counts = []
+    for what, new in (("edited", False), ("new", True)):
+        sizes = [row.nbytes for row in rows if row.new is new]
+        if sizes:
+            plural = "s" * (len(sizes) != 1)
+            counts.append(f"{len(sizes)} tensor{plural} {what} ({size(sum(sizes))})")
+    return f"Changes: {', '.join(counts)}"
+
+
+def _config(made: "Plan") -> Table:
+    rows = table("key", "old", "new")
+    for change in made.config:
+        old = "(absent)" if change.old is None else json.dumps(change.old)
+        rows.add_row(change.key, old, "(removed)" if change.new is None else json.dumps(change.new))
+    return rows

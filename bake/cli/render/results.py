@@ -1,0 +1,126 @@
+"""What an export wrote, what a verification measured, and what an artifact of directions holds."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bake.cli.render.pieces import facts, section, table
+from bake.cli.render.tensors import changed_tensors
+from bake.cli.rounding import measured, rounding
+
+if TYPE_CHECKING:
+    from bake.cli.request import Request
+    from bake.directions import Directions
+    from bake.directions.describe import Row
+    from bake.outputs import Artifact
+    from bake.verify.report import Report
+
+
+def artifact(made: "Artifact", request: "Request", *, verbose: bool) -> list[RenderableType]:
+    """Return what an export wrote. Of the base only a checkpoint has copies, byte for byte."""
+    listed = [
+        ("written", str(made.path)),
+        ("carrier", made.kind),
+        ("size", f"{made.bytes_written:,} bytes in {len(made.files)} files"),
+    ]
+    if made.kind == "checkpoint":
+        rows = changed_tensors(request)
+        edited = sum(row.nbytes for row in rows if not row.new)
+        new = sum(row.nbytes for row in rows if row.new)
+        total = sum(info.nbytes for info in request.checkpoint.tensors.values())
+        listed += [
+            ("copied", f"{total - edited:,} bytes of tensors, as they were"),
+            ("edited", f"{edited:,} bytes of tensors"),
+            *([("new", f"{new:,} bytes of tensors")] if new else []),
+        ]
+    found = measured(made)
+    if found:
+        listed += [("edited", f"{made.bytes_edited:,} bytes of tensors; the others as they were")]
+    parts: list[RenderableType] = [Text(), facts(listed), *rounding(found, verbose=verbose)]
+    if verbose:
+        files = table("file", "sha256")
+        for name, digest in made.files.items():
+            files.add_row(name, digest.removeprefix("sha256:"))
+        parts.append(section("Files", files))
+    return parts
+
+
+def directions(found: "Directions", rows: Sequence["Row"]) -> list[RenderableType]:
+    """Return what an artifact holds, one row per tensor."""
+    head = [
+        ("concept", found.concept),
+        ("format", found.format),
+        ("file", found.source),
+        ("digest", found.digest),
+        ("width", str(found.width)),
+    ]
+    parts: list[RenderableType] = [facts(head)]
+    parts.append(section("Directions (cosine: to the one before)", _tensors(rows)))
+    if any(row.singular_values for row in rows):
+        parts.append(section("Subspaces", _spectra(rows)))
+    if found.metadata:
+        said = ((str(key), str(value)) for key, value in found.metadata.items())
+        parts.append(section("Metadata", facts(said)))
+    return parts
+
+
+def _tensors(rows: Sequence["Row"]) -> Table:
+    made = table(
+        "layer", "site", "role", "shape", "type", "norm", "cosine",
+        right=("layer", "norm", "cosine"),
+    )  # fmt: skip
+    for row in rows:
+        made.add_row(
+            _layer(row),
+            row.site or "",
+            str(row.role),
+            "×".join(map(str, row.shape)),
+            row.dtype,
+            f"{row.norm:.4g}",
+            "" if row.cosine is None else f"{row.cosine:+.3f}",
+        )
+    return made
+
+
+def _spectra(rows: Sequence["Row"]) -> Table:
+    made = table("layer", "singular values", right=("layer",))
+    for row in rows:
+        if row.singular_values:
+            values = ", ".join(f"{value:.4g}" for value in row.singular_values)
+            made.add_row(_layer(row), values)
+    return made
+
+
+def _layer(row: "Row") -> str:
+    return "" if row.layer is None else str(row.layer)
+
+
+def report(found: "Report") -> list[RenderableType]:
+    """Return what a verification measured."""
+    made = table("comparison", "measured", "limit", "", "", right=("measured", "limit"))
+    verdicts = {True: Text("pass", "green"), False: Text("FAIL", "bold red"), None: Text("")}
+    for row in found.rows:
+        limit = "" if row.limit is None else f"{row.limit:.2e}"
+        made.add_row(row.name, f"{row.value:.4g}", limit, verdicts[row.passed], row.note)
+    outcome = Text("passed", "bold green") if found.passed else Text("failed", "bold red")
+    return [
+        facts(
+            [
+                ("artifact", found.artifact),
+                ("base", found.base),
+                ("plan", f"{found.exactness}, {found.plan_digest}"),
+                ("stored in", found.dtype),
+            ]
+        ),
+        section("Comparisons", made),
+        Text(),
+        facts(
+            [
+                ("verification", outcome),
+                ("run with", ", ".join(f"{k} {v}" for k, v in found.environment.items())),
+            ]
+        ),
+    ]

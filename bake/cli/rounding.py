@@ -1,0 +1,60 @@
+"""What rounding left of an edit in a GGUF file, tensor by tensor, as its record has it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+
+from bake.cli.render.pieces import section, table
+
+if TYPE_CHECKING:
+    from bake.outputs import Artifact
+
+Measured = Mapping[str, Any]
+
+
+def measured(made: "Artifact") -> list[Measured]:
+    """Return the measured tensors of a GGUF that was edited in place; none of other artifacts."""
+    if made.kind != "gguf":
+        return []
+    record = json.loads((made.path / "bake.json").read_text(encoding="utf-8"))
+    return [tensor for tensor in record["gguf"].get("tensors", ()) if "error" in tensor]
+
+
+def rounding(found: Sequence[Measured], *, verbose: bool) -> list[RenderableType]:
+    """Return the table of what rounding did; unless ``verbose`` tensors of one type share a row.
+
+    Of several tensors the worst counts: the least of the edit, the largest leak and error.
+    """
+    if not found:
+        return []
+    title = "Rounding of the edited tensors" + ("" if verbose else " (of each type the worst)")
+    rows = table(
+        "tensor" if verbose else "tensors", "type", "rounding", "edit kept", "leak", "error",
+        right=("edit kept", "leak", "error"),
+    )  # fmt: skip
+    for group in [[one] for one in found] if verbose else _grouped(found):
+        leaks = [tensor["leak"] for tensor in group if tensor["leak"] is not None]
+        least = min(group, key=lambda tensor: -abs(1 - tensor["change"]))
+        rows.add_row(
+            group[0]["name"] if verbose else str(len(group)),
+            _type(group[0]),
+            group[0]["rounding"],
+            f"{least['change']:.1%}",
+            f"{max(leaks):.1e}" if leaks else "",
+            f"{max(tensor['error'] for tensor in group):.1e}",
+        )
+    return [section(title, rows)]
+
+
+def _type(tensor: Measured) -> str:
+    base, kind = tensor["base_type"], tensor["type"]
+    return kind if base in (kind, None) else f"{base} → {kind}"
+
+
+def _grouped(found: Sequence[Measured]) -> list[list[Measured]]:
+    groups: dict[tuple[str, str], list[Measured]] = {}
+    for tensor in found:
+        groups.setdefault((_type(tensor), tensor["rounding"]), []).append(tensor)
+    return list(groups.values())

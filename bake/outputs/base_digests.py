@@ -1,0 +1,111 @@
+"""The sha256 of a base's edited tensors, summed up from the very bytes that the edit is made of.
+
+A plan says which tensors it changes, and the layout's digest says nothing of weights. With the
+hashes of what was there before, an artifact names its base to the last bit.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake.checkpoints import Checkpoint
+from bake.errors import InputError
+
+BASE_TENSORS = "base_tensors"
+"""The key of ``bake.json`` under which they are kept."""
+
+_PREFIX = "sha256:"
+_DIGITS = frozenset("0123456789abcdef")
+
+ReadRows = Callable[[int, int], Tensor]
+
+
+class BaseDigests:
+    """Hashes a base's tensors as they pass, and reads on its own those that have not passed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Begin with none."""
+        self._checkpoint = checkpoint
+        self._found: dict[str, str] = {}
+
+    def watched(self, name: str, read: ReadRows) -> ReadRows:
+        """Return a reader of the same rows that hashes them when they pass from first to last."""
+        rows = self._checkpoint.tensors[name].shape[0]
+        digest, seen = hashlib.sha256(), 0
+
+        def watching(start: int, stop: int) -> Tensor:
+            nonlocal digest, seen
+            tile = read(start, stop)
+            if name in self._found or start not in (0, seen):
+                return tile
+            if start == 0:
+                digest, seen = hashlib.sha256(), 0
+            digest.update(tile.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            seen = stop
+            if seen == rows:
+                self._found[name] = _PREFIX + digest.hexdigest()
+            return tile
+
+        return watching
+
+    def add(self, name: str) -> None:
+        """Hash a tensor now, unless it has passed."""
+        if name not in self._found:
+            self._found[name] = _PREFIX + self._checkpoint.tensor_digest(name)
+
+    def record(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the hashes of these tensors, as the record keeps them."""
+        for name in sorted(names):
+            self.add(name)
+        return {name: self._found[name] for name in sorted(names)}
+
+    def so_far(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the hashes of those among these tensors that have passed."""
+        return {name: self._found[name] for name in sorted(names) if name in self._found}
+
+
+def recorded_digests(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a record says of the base's edited tensors; empty where it is an earlier one.
+
+    Raises:
+        TypeError, ValueError: it is malformed.
+    """
+    found = content.get(BASE_TENSORS, {})
+    if not isinstance(found, dict):
+        raise TypeError(f"{BASE_TENSORS} is no object")
+    for name, digest in found.items():
+        plain = digest.removeprefix(_PREFIX) if isinstance(digest, str) else ""
+        if len(plain) != 64 or not set(plain) <= _DIGITS:
+            raise ValueError(f"{BASE_TENSORS} of {name} is no sha256")
+    return found
+
+
+def refuse_other_base(
+    recorded: Mapping[str, str],
+    base: Checkpoint,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Raise when a tensor of a base is not the one that an edit was made of.
+
+    Raises:
+        InputError: naming the first such tensor, and how many there are.
+    """
+    total = sum(base.tensors[name].nbytes for name in recorded if name in base.tensors)
+    done, others = 0, []
+    for name, digest in recorded.items():
+        if name not in base.tensors or _PREFIX + base.tensor_digest(name) != digest:
+            others.append(name)
+        done += base.tensors[name].nbytes if name in base.tensors else 0
+        if progress is not None:
+            progress(done, total)
+    if others:
+        raise InputError(
+            f"this is not the base that the artifact was made of: {others[0]} is another tensor"
+            + (f", and {len(others) - 1} more of {len(recorded)}" if len(others) > 1 else ""),
+            where=base.source,
+            why="the record holds the sha256 of every tensor that was edited, as it was before",
+            fix="name the base that the record names",
+        )

@@ -1,0 +1,141 @@
+"""The map of one edit, from the tensors of its directions and the recipe's numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bake import edits
+from bake.affine import AffineMap
+from bake.directions import Direction, Role
+from bake.edits import EditKind, WeightUpdate
+from bake.errors import DirectionError, UsageError
+from bake.recipe.spec import EditSpec
+
+# Which kinds of edit a tensor of each role is for: the advice when a role is missing.
+KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
+    Role.VECTOR: (EditKind.ABLATE, EditKind.AFFINE, EditKind.OFFSET),
+    Role.SUBSPACE: (EditKind.ABLATE, EditKind.AFFINE),
+    Role.LEFT: (EditKind.ERASE, EditKind.UPDATE),
+    Role.SCALE: (EditKind.SCALE,),
+    Role.MATRIX: (EditKind.LINEAR, EditKind.ROTATE),
+    Role.OFFSET: (EditKind.OFFSET,),
+}
+SIGNED_ROLES = (Role.VECTOR, Role.SUBSPACE, Role.OFFSET)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Named:
+    """One item of an artifact, under the name that the recipe gives it."""
+
+    name: str
+    item: Direction
+    sign: int
+
+    def tensor(self, kind: EditKind, *roles: Role) -> Tensor:
+        """Return the tensor of the first of ``roles`` that the item has, with its sign.
+
+        Raises:
+            DirectionError: it has none of them.
+        """
+        for role in roles:
+            if role in self.item.tensors:
+                tensor = self.item.tensors[role].to(torch.float64)
+                return self.sign * tensor if role in SIGNED_ROLES else tensor
+        held = tuple(self.item.tensors)
+        others = [other for role in held for other in KINDS_OF_ROLE.get(role, ())]
+        raise DirectionError(
+            f"kind = {str(kind)!r} needs {' or '.join(roles)}, "
+            f"but direction {self.name!r} holds {', '.join(held)}",
+            fix=f"what it holds is for {', '.join(dict.fromkeys(others))}" if others else None,
+        )
+
+    def get(self, role: Role) -> Tensor | None:
+        """Return the tensor of a role, or None."""
+        return self.item.tensors.get(role)
+
+
+def map_of(
+    spec: EditSpec, items: tuple[Named, ...], mean: Tensor | None
+) -> AffineMap | WeightUpdate:
+    """Return the map of an edit. ``strength`` s blends any map with the identity.
+
+    Args:
+        spec: the edit, with its numbers.
+        items: the directions that act together; several only for a kind that takes several.
+        mean: μ [d] of an affine or erase edit, or None for zero.
+
+    Raises:
+        DirectionError: a direction has no tensor of a role that the kind takes, or its values do
+            not make such a map.
+        UsageError: a rotation that is not determined.
+    """
+    kind, first, strength = spec.kind, items[0], spec.strength
+    match kind:
+        case EditKind.ABLATE:
+            return edits.ablate(_rows(kind, items), strength=strength)
+        case EditKind.AFFINE:
+            rows = _rows(kind, items)
+            return edits.affine(rows, mean=mean, alpha=spec.alpha, strength=strength)
+        case EditKind.ERASE:
+            left, right = first.tensor(kind, Role.LEFT), first.tensor(kind, Role.RIGHT)
+            return edits.erase(left, right, mean=mean, strength=strength)
+        case EditKind.OFFSET:
+            vector = first.tensor(kind, Role.VECTOR, Role.OFFSET)
+            return edits.offset(vector, coefficient=spec.coefficient)
+        case EditKind.SCALE:
+            factor = first.tensor(kind, Role.SCALE)
+            return edits.scale((1 - strength) + strength * factor, shift=_shift(first, strength))
+        case EditKind.ROTATE:
+            return _rotation(spec, items)
+        case EditKind.LINEAR:
+            matrix = first.tensor(kind, Role.MATRIX)
+            unit = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+            return edits.linear(
+                (1 - strength) * unit + strength * matrix, shift=_shift(first, strength)
+            )
+        case EditKind.UPDATE:
+            left, right = first.tensor(kind, Role.LEFT), first.tensor(kind, Role.RIGHT)
+            return edits.update(strength * left.T, right)
+
+
+def _rotation(spec: EditSpec, items: tuple[Named, ...]) -> AffineMap:
+    if spec.degrees is not None:
+        plane = _rows(spec.kind, items)
+        if plane.dim() != 2 or plane.shape[0] != 2:
+            raise DirectionError(
+                f"degrees turns in the plane of two vectors, not {max(1, plane.shape[0])}"
+                if plane.dim() == 2
+                else "degrees turns in the plane of two vectors, not one",
+                fix='give direction = ["first", "second"], or reflect = true',
+            )
+        return edits.rotate_plane(plane, degrees=spec.degrees)
+    if len(items) > 1:
+        raise UsageError(
+            "a rotation in the plane of two directions needs degrees",
+            fix="add degrees = 30, for example",
+        )
+    if spec.reflect:
+        return edits.reflect(items[0].tensor(spec.kind, Role.VECTOR))
+    return edits.rotate(items[0].tensor(spec.kind, Role.MATRIX))
+
+
+def _rows(kind: EditKind, items: tuple[Named, ...]) -> Tensor:
+    """Return the one vector [d], or the rows [k, d] of all vectors and subspaces together."""
+    tensors = [named.tensor(kind, Role.VECTOR, Role.SUBSPACE) for named in items]
+    if len(tensors) == 1:
+        return tensors[0]
+    widths = {named.name: tensor.shape[-1] for named, tensor in zip(items, tensors, strict=True)}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{name!r} has {width}" for name, width in widths.items())
+        raise DirectionError(f"the widths of a joint subspace differ: {listed}")
+    return torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+
+
+def _shift(named: Named, strength: float) -> Tensor | None:
+    for role in (Role.OFFSET, Role.BIAS):
+        found = named.get(role)
+        if found is not None:
+            return strength * found.to(torch.float64)
+    return None
