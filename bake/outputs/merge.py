@@ -8,6 +8,7 @@ because that is what PEFT computes with the adapter at work (``merge_and_unload`
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def merge_adapter(
     opened = open_adapter(adapter)
     if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
         raise UsageError(f"the output {out} holds the adapter {adapter}", fix="name another output")
-    work = _Merger(opened, base, layout).work()
+    digests = BaseDigests(base)
+    work = _Merger(opened, base, layout, digests).work()
     changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
     changed = merge_record(
         opened, base, layout, out, sides=work.sides, names=(*work.replace, *work.new)
@@ -84,7 +86,7 @@ def merge_adapter(
         content[key] = {**own, **told} if isinstance(own, dict) else told
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        last = {BASE_TENSORS: BaseDigests(base).record(work.replace), "files": dict(files)}
+        last = {BASE_TENSORS: digests.record(work.replace), "files": dict(files)}
         text = json.dumps({**content, **last}, indent=2, ensure_ascii=False) + "\n"
         return {RECORD: text.encode()}
 
@@ -112,8 +114,10 @@ def merge_notes(artifact: Artifact) -> tuple[str, ...]:
 class _Merger:
     """Finds the tensor of every part of an adapter, each part and each tensor once."""
 
-    def __init__(self, adapter: PeftAdapter, base: Checkpoint, layout: Layout | None) -> None:
-        self.adapter, self.base, self.layout = adapter, base, layout
+    def __init__(
+        self, adapter: PeftAdapter, base: Checkpoint, layout: Layout | None, digests: BaseDigests
+    ) -> None:
+        self.adapter, self.base, self.layout, self.digests = adapter, base, layout, digests
         self.where = str(adapter.path / WEIGHTS)
         self.names = {} if layout is None else _names(layout)
         self.result = _Work()
@@ -204,10 +208,11 @@ class _Merger:
         def produce() -> Iterator[Tensor]:
             a, b = self.adapter.read(module.a), self.adapter.read(module.b) * module.scale
             left, right = (a.T, b.T) if transposed else (b, a)
+            read = self.digests.watched(source, partial(self.base.read_rows, source))
             step = max(1, TILE_VALUES // max(1, info.shape[1]))
             for start in range(0, info.shape[0], step):
                 stop = min(start + step, info.shape[0])
-                tile = self.base.read_rows(source, start, stop).to(torch.float64, copy=True)
+                tile = read(start, stop).to(torch.float64, copy=True)
                 yield to_storage(tile.addmm_(left[start:stop], right), dtype, source)
 
         return produce
