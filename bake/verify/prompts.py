@@ -98,7 +98,8 @@ def read_prompts(path: Path, out: Path, longest: int | None = None) -> PromptSet
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the prompts cannot be read: {error}", where=str(path)) from error
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no UTF-8 text"
+        raise InputError(f"the prompts cannot be read: {reason}", where=str(path)) from error
     if not lines:
         raise InputError("the file holds no prompt", where=str(path), fix="write one a line")
     tokenizer = load_tokenizer(out)
