@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from bake.publish.card import render_card
-from bake.publish.cards import markdown
+from bake.publish.cards import edits, markdown
 from bake.publish.cards.templates import _printed
 from bake.publish.cards.text import Markdown, code, escape, fenced, merged, printable
 from bake.publish.frontmatter import card_metadata
@@ -202,3 +202,17 @@ def test_names_run_together() -> None:
     # No full grid: each by itself.
     assert merged(["a.0.1", "a.1.0"]) == [("a.0.1", 1), ("a.1.0", 1)]
     assert merged(["a.0.0", "a.0.1", "a.1.0", "a.1.1"]) == [("a.0-1.0-1", 4)]
+
+
+@pytest.mark.parametrize(
+    ("file", "page"),
+    [
+        ("hf://a/b/x/direction.pt@c0ffee", "a/b/blob/c0ffee/x/direction.pt"),
+        ("hf://a/b/refusal@c0ffee", "a/b/tree/c0ffee/refusal"),
+        ("hf://a/b/x.npy", "a/b/blob/main/x.npy"),
+        ("hf://a/b/../c", None),
+        ("direction.pt", None),
+    ],
+)
+def test_a_direction_on_the_hub_is_linked(file: str, page: str | None) -> None:
+    assert edits._link(file) == (page and f"https://huggingface.co/{page}")

@@ -3,6 +3,8 @@
 import errno
 import functools
 import json
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +77,9 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
         def run(*args: Any, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> None:
             if verbose and quiet:
                 raise click.UsageError("-v and -q exclude each other")
+            if quiet or as_json or not sys.stderr.isatty():
+                # The Hub client's own bars, and transformers'; both read it when they are imported.
+                os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             try:
                 function(Output(as_json, verbose, quiet), *args, **options)
             except OSError as error:

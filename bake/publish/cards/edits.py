@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bake.errors import InputError, UsageError
@@ -215,7 +216,8 @@ def _link(file: str) -> str | None:
     )
     if match is None or ".." in file:
         return None
-    return f"https://huggingface.co/{match[1]}/blob/{match[3] or 'main'}/{match[2]}"
+    view = "blob" if Path(match[2]).suffix else "tree"  # a folder, as some systems save a direction
+    return f"https://huggingface.co/{match[1]}/{view}/{match[3] or 'main'}/{match[2]}"
 
 
 def _used(spec: Mapping[str, Any]) -> Iterable[Markdown]:
