@@ -1,0 +1,34 @@
+"""What the README shows is what works: its Python, its commands, its numbers of families."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bake.cli import COMMANDS
+from bake.plan import Exactness
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODEL = ROOT / "recipes" / "quickstart" / "model"
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"## In Python\n\n```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"vector": torch.randn(128)}
+    exec(code.replace("path/to/model", str(MODEL)), names)
+    assert names["plan"].exactness is Exactness.EXACT
+    assert (tmp_path / "out" / "bake.json").is_file()
+
+
+def test_every_command_is_listed() -> None:
+    listed = re.findall(r"^bake (\w+) ", README.partition("## Two commands")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
