@@ -73,7 +73,7 @@ def approximate(
         InexactPlan: the stand-ins cannot be folded either.
     """
     hard, kept = hard_edits(plan, compile_)
-    for tried in (settings, replace(settings, constant=False)):
+    for tried in dict.fromkeys((settings, replace(settings, constant=False))):
         found = calibrate(
             model,
             layout,

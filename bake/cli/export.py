@@ -88,7 +88,7 @@ def command(
         return
     if base is not None:
         raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
-    request = compile_request(Path(recipe), **options)
+    request = compile_request(Path(recipe), visible=not output.quiet, **options)
     chosen = Options(
         allow=frozenset(request.recipe.export.allow),
         force=force,

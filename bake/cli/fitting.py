@@ -5,11 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.cli import render
-from bake.errors import InputError, UsageError
+from bake.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from bake.checkpoints import Checkpoint
     from bake.edits import Edit
     from bake.families import Layout
@@ -49,17 +47,23 @@ def fitted(
     compile_: "Callable[[Sequence[Edit]], Plan]",
     checkpoint: "Checkpoint",
     layout: "Layout",
+    *,
+    family: Path | None,
+    visible: bool,
 ) -> "tuple[Plan, dict[str, Any]]":
     """Return a plan with stand-ins, and what the record keeps of how they were fitted.
 
-    The whole model is loaded in float32 and run on the texts.
+    The whole model is loaded in float32, as a verification loads it, and run on the texts.
 
     Raises:
         InputError: the texts or the model cannot be read.
         UsageError, InexactPlan: nothing can be fitted.
     """
+    import torch
+
     from bake.calibrate import Settings, approximate
     from bake.checkpoints import open_checkpoint
+    from bake.verify.models import load
     from bake.verify.prompts import read_prompts
 
     if not checkpoint.complete:
@@ -67,39 +71,16 @@ def fitted(
             recipe.base.source, revision=checkpoint.revision, complete=True
         )
     prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
-    model = _load(checkpoint.path)
+    live = load(checkpoint, torch.float32, family=family)
     settings = Settings(spec.rank, spec.corrections, spec.constant)
-    with render.progress("fitting stand-ins", visible=True, unit="writers") as move:
+    with render.progress("fitting stand-ins", visible=visible, unit="writers") as move:
         planned, facts = approximate(
             plan,
             compile_,
-            model=model,
+            model=live.model,
             layout=layout,
             prompts=prompts.tokens,
             settings=settings,
             progress=move,
         )
     return planned, {**facts, "prompts": prompts.to_json()}
-
-
-def _load(path: Path) -> "PreTrainedModel":
-    """Return the model of a folder in float32, ready to be run."""
-    import torch
-    from transformers import AutoModelForCausalLM, PreTrainedModel
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "the base cannot be loaded to fit stand-ins",
-            where=str(path),
-            why=str(error).partition("\n")[0],
-        ) from error
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()

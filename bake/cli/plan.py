@@ -36,7 +36,7 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
         return
     if base is not None:
         raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
-    request = compile_request(Path(recipe), **options)
+    request = compile_request(Path(recipe), visible=not output.quiet, **options)
     output.present(
         data=lambda: {
             **request.record(),

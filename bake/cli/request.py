@@ -150,6 +150,7 @@ def compile_request(
     allow: tuple[str, ...],
     target: tuple[str, ...],
     to: tuple[str, ...] = (),
+    visible: bool = True,
 ) -> Request:
     """Return the plan of a recipe. Of the model only headers, config and norms are read.
 
@@ -180,5 +181,7 @@ def compile_request(
     )
     plan, facts = compile_(build_edits(loaded, layout, directions)), None
     if (spec := wanted(loaded, plan)) is not None:
-        plan, facts = fitted(loaded, spec, plan, compile_, checkpoint, layout)
+        plan, facts = fitted(
+            loaded, spec, plan, compile_, checkpoint, layout, family=family, visible=visible
+        )
     return Request(loaded, checkpoint, layout, directions, plan, family, facts)
