@@ -288,7 +288,7 @@ def merged(root: Path, out: Path) -> Callable[[], None]:
     """Return ``bake merge``."""
     from bake.checkpoints import open_checkpoint
     from bake.families.fit import layout_of
-    from bake.outputs.merge import merge_adapter
+    from bake.merge.merge import merge_adapter
 
     def work() -> None:
         checkpoint = open_checkpoint(root / "base")

@@ -20,8 +20,8 @@ from harness import base_at, edit, plan_of, vector
 from hub_server import HubServer
 
 from bake import edits as make
+from bake.cards.base import base_facts
 from bake.outputs.checkpoint import export_checkpoint
-from bake.publish.cards.base import base_facts
 
 TOKEN = "hf_" + "T" * 34
 CLIENTS = ("newest", pytest.param("oldest", marks=pytest.mark.runtimes))

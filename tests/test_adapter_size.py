@@ -16,7 +16,7 @@ from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.header import build_header
 from bake.edits import Edit, EditKind
 from bake.families import Layout, find_family, resolve
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.plan import Plan, compile_plan
 from bake.sites import expand

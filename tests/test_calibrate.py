@@ -11,10 +11,10 @@ from harness import Base, base_at, plan_of, vector
 from torch import Tensor
 
 from bake.affine import LowRankMap
-from bake.calibrate import Calibration, Settings, calibrate
-from bake.calibrate.regression import Moments, regress
-from bake.calibrate.runs import batches_of, divergence
-from bake.calibrate.writers import places_for
+from bake.approximate import Calibration, Settings, calibrate
+from bake.approximate.regression import Moments, regress
+from bake.approximate.runs import batches_of, divergence
+from bake.approximate.writers import places_for
 from bake.edits import Edit, EditKind, WeightUpdate, ablate, offset
 from bake.errors import InputError, UsageError
 from bake.plan import Exactness

@@ -22,12 +22,12 @@ from cards import (
 from huggingface_hub import ModelCard
 
 import bake
+from bake.cards import notices, templates
+from bake.cards.card import card_notes, lint_card, render_card, save_card, write_card
+from bake.cards.frontmatter import card_metadata
+from bake.cards.methods import METHODS
+from bake.cards.stamp import is_stamped
 from bake.errors import InputError, UsageError
-from bake.publish.card import card_notes, lint_card, render_card, save_card, write_card
-from bake.publish.cards import notices, templates
-from bake.publish.cards.methods import METHODS
-from bake.publish.cards.stamp import is_stamped
-from bake.publish.frontmatter import card_metadata
 
 ROOT = Path(__file__).parents[1]
 
@@ -417,7 +417,7 @@ def test_no_folder_and_no_artifact(tmp_path: Path) -> None:
 def test_rendering_needs_no_transformers() -> None:
     script = (
         "import sys; from pathlib import Path\n"
-        "from bake.publish.card import render_card, lint_card\n"
+        "from bake.cards.card import render_card, lint_card\n"
         f"out = Path({str(EXAMPLES / 'adapter')!r})\n"
         "assert lint_card(render_card(out), out) == ()\n"
         "assert 'transformers' not in sys.modules and 'peft' not in sys.modules"

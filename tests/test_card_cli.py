@@ -8,11 +8,11 @@ import pytest
 from cards import COMMIT, EXAMPLES, artifact, on_hub
 from click.testing import CliRunner, Result
 
+from bake.cards.base import base_card, base_facts, direction_facts
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
 from bake.directions import read_directions
 from bake.errors import UsageError
-from bake.publish.cards.base import base_card, base_facts, direction_facts
 from bake.recipe import card_of, load_recipe
 
 ROOT = Path(__file__).parents[1]

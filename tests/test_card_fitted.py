@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from cards import artifact, on_hub
 
+from bake.cards.card import lint_card, render_card
+from bake.cards.frontmatter import card_metadata
 from bake.errors import InputError
-from bake.publish.card import lint_card, render_card
-from bake.publish.frontmatter import card_metadata
 
 REASON = "stands in for affine 'mood' at resid_post.2"
 CALIBRATION = {

@@ -12,8 +12,8 @@ import pytest
 from cards import EXAMPLES, KINDS, example, on_hub
 from huggingface_hub import ModelCard
 
+from bake.cards.card import lint_card, render_card
 from bake.errors import InputError
-from bake.publish.card import lint_card, render_card
 
 ROUNDS = 40
 VALUES = (

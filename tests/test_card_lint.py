@@ -9,9 +9,9 @@ from cards import BASE, COMMIT, artifact, on_hub
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bake.publish.card import lint_card, render_card
-from bake.publish.cards import markdown
-from bake.publish.cards.lint import _public
+from bake.cards import markdown
+from bake.cards.card import lint_card, render_card
+from bake.cards.lint import _public
 
 Change = Callable[[str], str]
 

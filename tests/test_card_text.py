@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from bake.publish.card import render_card
-from bake.publish.cards import edits, markdown
-from bake.publish.cards.templates import _printed
-from bake.publish.cards.text import Markdown, code, escape, fenced, merged, printable
-from bake.publish.frontmatter import card_metadata
+from bake.cards import edits, markdown
+from bake.cards.card import render_card
+from bake.cards.frontmatter import card_metadata
+from bake.cards.templates import _printed
+from bake.cards.text import Markdown, code, escape, fenced, merged, printable
 
 READER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = (

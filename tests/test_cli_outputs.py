@@ -22,7 +22,7 @@ from test_merge import trained
 
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
-from bake.outputs.modelfile import MODELFILE
+from bake.outputs.gguf.modelfile import MODELFILE
 
 RECIPE = """
 title = "Mood"

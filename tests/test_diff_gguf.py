@@ -17,7 +17,7 @@ from bake import edits as make
 from bake.cli import main
 from bake.diff import diff
 from bake.errors import CheckpointError, UsageError
-from bake.outputs.gguf import export_gguf
+from bake.outputs.gguf.edit import export_gguf
 
 SIZES = {"hidden_size": 128, "intermediate_size": 160, "vocab_size": 96}
 
@@ -65,7 +65,7 @@ def test_a_baked_gguf_is_what_its_record_says(base: Path, tmp_path: Path, kind: 
 def test_a_foreign_change_of_a_gguf_is_found(base: Path, tmp_path: Path) -> None:
     source = gguf_files.write(tmp_path / "base.gguf", base, "Q8_0")
     out = baked(base, source, tmp_path / "out")
-    from bake.checkpoints.gguf_file import open_gguf
+    from bake.checkpoints.gguf.file import open_gguf
 
     info = open_gguf(out).tensors["blk.1.ffn_up.weight"]
     raw = bytearray(out.read_bytes())

@@ -22,8 +22,8 @@ from bake.diff.record import read_claims
 from bake.diff.sources import open_model
 from bake.edits import Edit
 from bake.errors import UsageError
+from bake.merge.merge import merge_adapter
 from bake.outputs.lora import export_lora
-from bake.outputs.merge import merge_adapter
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from bake import __version__
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, translation
-from bake.checkpoints.ggml import VARIABLE, load_ggml
-from bake.checkpoints.gguf_codec import decode, encode, encode_with_feedback
-from bake.checkpoints.gguf_file import open_gguf
-from bake.checkpoints.gguf_grid import PLANES, read_grid, with_codes
-from bake.checkpoints.gguf_types import BY_NAME, TYPES
+from bake.artifact.artifact import Artifact
+from bake.checkpoints.gguf.codec import decode, encode, encode_with_feedback
+from bake.checkpoints.gguf.file import open_gguf
+from bake.checkpoints.gguf.ggml import VARIABLE, load_ggml
+from bake.checkpoints.gguf.grid import PLANES, read_grid, with_codes
+from bake.checkpoints.gguf.types import BY_NAME, TYPES
 from bake.edits import Edit, WeightUpdate
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
 from bake.families import find_family, resolve
 from bake.families.gguf import gguf_places
-from bake.outputs.artifact import Artifact
-from bake.outputs.gguf import export_gguf
-from bake.outputs.gguf_convert import convert_checkpoint
-from bake.outputs.modelfile import modelfile
+from bake.outputs.gguf.convert import convert_checkpoint
+from bake.outputs.gguf.edit import export_gguf
+from bake.outputs.gguf.modelfile import modelfile
 from bake.plan import Plan
 from bake.sites import Site, SiteKind
 
@@ -423,7 +423,7 @@ def test_k_quants_are_edited_without_a_quantiser(
 ) -> None:
     """Under the scales that are there, new codes are all that an edit needs."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr("bake.checkpoints.ggml.PACKAGES", ())
+    monkeypatch.setattr("bake.checkpoints.gguf.ggml.PACKAGES", ())
     base = wide(tiny_checkpoint, hidden_size=256, intermediate_size=256, head_dim=64)
     plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
     name = "blk.1.ffn_down.weight"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bake.checkpoints.gguf_file import open_gguf
+from bake.checkpoints.gguf.file import open_gguf
 from bake.errors import BakeError, CheckpointError
 
 STRING, ARRAY, UINT32, BOOL = 8, 9, 4, 7

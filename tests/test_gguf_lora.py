@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from bake import edits as make
 from bake.affine import AffineMap
-from bake.checkpoints.gguf_file import open_gguf
+from bake.checkpoints.gguf.file import open_gguf
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.lora import export_gguf_lora
 
 Checkpoints = Callable[..., Path]
 HEADS, KV_HEADS = 4, 2  # of every tiny model

@@ -21,11 +21,11 @@ import torch
 from hub_server import HubServer, running_hub
 from published import BASE, CARD, TOKEN, base_files, make_artifact, rewrite
 
+from bake.artifact.destination import Destination
 from bake.errors import InputError
-from bake.publish.destination import Destination
 from bake.publish.preflight import Terms
 from bake.publish.push import push
-from bake.publish.seal import check, seal
+from bake.seal.seal import check, seal
 
 Spoil = Callable[[Path, random.Random], None]
 INDEX = "model.safetensors.index.json"

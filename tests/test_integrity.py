@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from published import copy_of, make_artifact, record_again, rewrite, write_verification
 from safetensors.torch import load_file, save_file
 
+from bake.artifact.names import SUMS
 from bake.cli import main
 from bake.errors import InputError
-from bake.publish.manifest import read_manifest, read_sums
-from bake.publish.names import SUMS
-from bake.publish.provenance import BUILD_TYPE, STATEMENT_TYPE
-from bake.publish.seal import check, seal
+from bake.seal.manifest import read_manifest, read_sums
+from bake.seal.provenance import BUILD_TYPE, STATEMENT_TYPE
+from bake.seal.seal import check, seal
 
 STATEMENT = "bake/provenance.json"
 

@@ -19,12 +19,12 @@ LINES = (
     ("errors", "sites", "section"),
     ("affine",),
     ("edits", "fold", "rounding", "edit_store"),
-    ("families", "checkpoints", "directions", "process", "_guard", "converter"),
+    ("checkpoints", "artifact", "families", "directions", "process", "_guard", "converter"),
     ("recipe",),
     ("plan", "steer"),
-    ("calibrate", "outputs"),
+    ("approximate", "outputs", "merge", "revert"),
     ("verify", "diff"),
-    ("publish",),
+    ("seal", "cards", "publish"),
     ("cli",),
     ("__main__",),
 )
@@ -32,7 +32,7 @@ ORDER = {part: place for place, part in enumerate(part for line in LINES for par
 # What a module may import from anywhere: the version, which imports nothing.
 EVERYWHERE = "bake"
 # Equality of the two is the evidence: code that they shared would make it an echo.
-REFERENCE, FOLD = ("steer", "verify"), ("fold", "plan", "outputs")
+REFERENCE, FOLD = ("steer", "verify"), ("fold", "plan", "outputs", "merge", "revert")
 
 
 def modules() -> dict[str, Path]:

@@ -24,9 +24,9 @@ from hub_server import HubServer, running_hub
 from published import CLIENTS, TOKEN, Worker, base_files, client_of, environment
 
 from bake import edits as make
+from bake.artifact.destination import Destination
+from bake.cards.frontmatter import first_line_of
 from bake.errors import CheckpointError, UsageError
-from bake.publish.destination import Destination
-from bake.publish.frontmatter import first_line_of
 from bake.publish.low_disk import Work, push_low_disk
 from bake.publish.preflight import Terms
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from test_merge import trained
 
 from bake import edits as make
+from bake.artifact.record import read_record
 from bake.errors import ExactnessBug, FamilyError, InputError, UsageError, VerificationFailed
+from bake.merge.merge import merge_adapter
 from bake.outputs.lora import export_lora
-from bake.outputs.merge import merge_adapter
 from bake.publish.preflight import Terms, preflight
-from bake.publish.record import read_record
-from bake.publish.seal import check, seal
+from bake.seal.seal import check, seal
 from bake.verify.compare import compare, raise_unless_passed
 from bake.verify.files import write_report
 from bake.verify.report import Report

@@ -16,10 +16,10 @@ import torch
 from published import CARD, copy_of, make_artifact, record_again, rewrite, write_verification
 from safetensors.torch import load_file, save_file
 
+from bake.cards import licences, scan
+from bake.cards.frontmatter import card_metadata
+from bake.cards.licences import LICENCES, Stated, check_licence
 from bake.errors import InputError, UsageError
-from bake.publish import licences, scan
-from bake.publish.frontmatter import card_metadata
-from bake.publish.licences import LICENCES, Stated, check_licence
 from bake.publish.preflight import Terms, check_terms, preflight
 
 SHARD = "model-00001-of-00005.safetensors"
@@ -346,7 +346,7 @@ def test_11_code_in_the_folder_is_never_run(out: Path, tmp_path: Path) -> None:
     assert len(problems(out)) == 3
     assert problems(out, allow=frozenset({"code"})) == []
     script = (
-        "import sys; from pathlib import Path; from bake.publish.seal import seal, check\n"
+        "import sys; from pathlib import Path; from bake.seal.seal import seal, check\n"
         "from bake.publish.preflight import Terms, preflight\n"
         "out = Path(sys.argv[1]); preflight(out, Terms()); seal(out); print(check(out).problems)"
     )

@@ -20,7 +20,7 @@ import torch
 from hub_server import HubServer, running_hub
 from published import BASE, CARD, TOKEN, Worker, base_files, make_artifact, rewrite
 
-from bake.publish.seal import seal
+from bake.seal.seal import seal
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--no-plots", "--generate", "0", "--tokens", "12")

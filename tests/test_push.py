@@ -34,8 +34,8 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
+from bake.cards.frontmatter import first_line_of
 from bake.checkpoints import open_checkpoint
-from bake.publish.frontmatter import first_line_of
 
 STRANGER = "hf_" + "S" * 34
 READER = "hf_" + "R" * 34

@@ -27,9 +27,9 @@ from bake.checkpoints import open_checkpoint
 from bake.checkpoints.checkpoint import Checkpoint
 from bake.cli import main
 from bake.edits import Edit
+from bake.merge.merge import merge_adapter
 from bake.outputs import revert_proof
 from bake.outputs.lora import export_lora
-from bake.outputs.merge import merge_adapter
 
 Tiny = Callable[..., Path]
 SITES = ("attn_out.0", "mlp_out.1")
@@ -397,7 +397,7 @@ def test_records_that_are_none(tmp_path: Path, text: str | None, said: str) -> N
 
 KILLED = """
 import os, signal, sys
-import bake.outputs.revert as module
+import bake.revert.checkpoint as module
 real, count = module._bytes, 0
 def slow(base, info):
     global count

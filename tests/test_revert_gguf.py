@@ -12,8 +12,8 @@ from published import rewrite
 from reverting import files_of, flip, refused, revert, reverted
 
 from bake import edits as make
-from bake.checkpoints.gguf_file import open_gguf
-from bake.outputs.gguf import export_gguf
+from bake.checkpoints.gguf.file import open_gguf
+from bake.outputs.gguf.edit import export_gguf
 
 Tiny = Callable[..., Path]
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # whole blocks of 32 values

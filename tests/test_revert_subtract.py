@@ -15,7 +15,7 @@ from reverting import bake_local, files_of, flip, refused, reverted
 from bake import edits as make
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
 from bake.edits import Edit
-from bake.outputs.revert_inverse import inverse, is_singular, magnitude
+from bake.revert.inverse import inverse, is_singular, magnitude
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 HIDDEN = "hidden"

@@ -19,11 +19,11 @@ from adapters import NO_BIAS
 from harness import Base, base_at, edit, matrix, plan_of, vector
 
 from bake import edits as make
+from bake.artifact.artifact import Artifact
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.source import ByteSource
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
-from bake.outputs.artifact import Artifact
 from bake.outputs.carry import Options, write
 from bake.outputs.several import CARRIERS, write_several
 from bake.plan import Plan

@@ -28,12 +28,12 @@ from published import (
     write_verification,
 )
 
+from bake.artifact.names import SIGNATURE, SUMS
 from bake.cli import main
 from bake.errors import UsageError
 from bake.publish import seal, sign
-from bake.publish.manifest import read_manifest
-from bake.publish.names import SIGNATURE, SUMS
 from bake.publish.preflight import Terms, preflight
+from bake.seal.manifest import read_manifest
 
 SECRET = b"correct horse"
 

@@ -28,7 +28,7 @@ from bake.edits import Edit
 from bake.errors import InexactPlan
 from bake.families.gguf import rotary_rows
 from bake.outputs.folder import refuse_unfit
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.plan import Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes

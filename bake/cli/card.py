@@ -14,7 +14,7 @@ from bake.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bake.publish.names import Problem
+    from bake.artifact.names import Problem
 
 
 @bake_command("card")
@@ -34,8 +34,8 @@ def command(
     measured. The card is then checked: metadata, links, code, private paths, placeholders, and
     each number against the records. --check does this alone, to a card that was edited since.
     """
-    from bake.publish.card import check_card, lint_card, render_card, save_card
-    from bake.publish.names import CARD
+    from bake.artifact.names import CARD
+    from bake.cards.card import check_card, lint_card, render_card, save_card
 
     if check:
         for option, given in (("--out", file), ("--repo", repo), ("--force", force)):
@@ -60,9 +60,9 @@ def _present(
     written: bool | None,
 ) -> None:
     """Print what came of it; ``written`` is None where only a check was asked for."""
+    from bake.cards.card import card_notes
     from bake.cli import render
-    from bake.publish.card import card_notes
-    from bake.publish.seal import as_error
+    from bake.seal.seal import as_error
 
     notes = card_notes(out)
 

@@ -13,7 +13,7 @@ from bake.cli.request import PATH
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
-    from bake.publish.sign import Signed
+    from bake.seal.sign import Signed
 
 PASSPHRASE = "BAKE_SIGNING_PASSPHRASE"
 """The environment variable that holds the passphrase of an encrypted key."""
@@ -43,9 +43,9 @@ def command(
     the environment variable BAKE_SIGNING_PASSPHRASE.
     """
     from bake.cli import render
-    from bake.publish import seal as sealing
-    from bake.publish.sign import check_signed
-    from bake.publish.sign import sign as sign_it
+    from bake.seal import seal as sealing
+    from bake.seal.sign import check_signed
+    from bake.seal.sign import sign as sign_it
 
     _refuse_remote(out)
     passphrase = passphrase_of(sign)
@@ -121,7 +121,7 @@ def passphrase_of(key: Path | None) -> bytes | None:
 
 
 def _signature(signed: "Signed | None", files: dict[str, Any], *, named: bool) -> dict[str, Any]:
-    from bake.publish.names import SIGNATURE
+    from bake.artifact.names import SIGNATURE
 
     if signed is not None:
         return {"status": "valid", "key": signed.key, "files": signed.files}

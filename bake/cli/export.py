@@ -14,7 +14,7 @@ from bake.cli.request import PATH, Request, compile_request, recipe_options
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
-    from bake.outputs import Artifact
+    from bake.artifact import Artifact
     from bake.outputs.carry import Options
 
 

@@ -61,7 +61,7 @@ def fitted(
     """
     import torch
 
-    from bake.calibrate import Settings, approximate
+    from bake.approximate import Settings, approximate
     from bake.checkpoints import open_checkpoint
     from bake.verify.models import load
     from bake.verify.prompts import read_prompts

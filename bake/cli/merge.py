@@ -35,12 +35,12 @@ def command(
     their order and their files. Rank and alpha patterns, rank-stabilised scaling, biases and
     embedding factors are merged; what is no sum of base and factors (DoRA) is refused.
     """
+    from bake.cards.base import base_facts
     from bake.checkpoints import open_checkpoint
     from bake.checkpoints.adapter import find_adapter
     from bake.cli import render
     from bake.families.fit import layout_of
-    from bake.outputs.merge import merge_adapter, merge_notes
-    from bake.publish.cards.base import base_facts
+    from bake.merge.merge import merge_adapter, merge_notes
 
     check_out(out, force=force)
     found = find_adapter(adapter)

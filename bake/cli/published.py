@@ -44,7 +44,7 @@ class Record:
         Raises:
             InputError: the published verification is malformed.
         """
-        from bake.publish.record import VERIFICATION, read_json
+        from bake.artifact.record import VERIFICATION, read_json
         from bake.verify.agreement import agreement
 
         if not self.source.published:

@@ -15,7 +15,7 @@ from bake.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bake.publish.destination import Destination, Pushed
+    from bake.artifact.destination import Destination, Pushed
     from bake.publish.low_disk import Work
 
 
@@ -84,8 +84,8 @@ def command(
     private. The commit happens as a whole or not at all, and is compared with the files here. The
     same command again takes up a run that was interrupted, and changes nothing when all is there.
     """
+    from bake.artifact.destination import Destination
     from bake.cli import render
-    from bake.publish.destination import Destination
     from bake.publish.preflight import ALLOWANCES, Terms
 
     _check_options(
@@ -229,7 +229,7 @@ def _view(pushed: "Pushed") -> list["RenderableType"]:
 
 
 def _compared(pushed: "Pushed") -> str:
-    from bake.publish.destination import VERIFIED
+    from bake.artifact.destination import VERIFIED
 
     if pushed.outcome == VERIFIED:
         return "every byte is what was sent"

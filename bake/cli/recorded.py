@@ -225,7 +225,7 @@ def plan_again(source: Source, *, base: str | None, family: Path | None) -> Agai
     )
     facts = artifact.record.get("calibration")
     if artifact.fitted is not None and facts is not None:
-        from bake.calibrate import labelled
+        from bake.approximate import labelled
 
         plan = labelled(plan, artifact.edits, facts)
     recorded = {k: v for k, v in artifact.record.items() if k not in _COMPUTED}

@@ -20,7 +20,7 @@ from bake.errors import InputError, UsageError, VerificationFailed
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bake.outputs import Artifact
+    from bake.artifact import Artifact
     from bake.outputs.carry import Options
 
 CONVERTER = "convert_hf_to_gguf.py"
@@ -45,7 +45,7 @@ def export_record(carrier: str, options: "Options", out: Path) -> dict[str, Any]
 
 def gguf_parts(path: Path) -> list[dict[str, str]]:
     """Return the names and digests of the files of a GGUF model."""
-    from bake.checkpoints.gguf_file import open_gguf
+    from bake.checkpoints.gguf.file import open_gguf
 
     parts = [part.path for part in open_gguf(path).parts]
     return [{"name": part.name, "sha256": sha256(part)} for part in parts]
@@ -258,7 +258,7 @@ def reproduce(again: Again, out: Path, options: "Options", output: Output) -> Re
 
 def _other_base(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the tensors of the base that both records have hashes of, and not the same."""
-    from bake.outputs.base_digests import recorded_digests
+    from bake.artifact.base_digests import recorded_digests
 
     try:
         before, here = recorded_digests(theirs), recorded_digests(ours)

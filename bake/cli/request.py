@@ -66,8 +66,8 @@ class Request:
         """
         if self.recorded is not None:
             return dict(self.recorded)
+        from bake.cards.base import base_facts, direction_facts
         from bake.plan.sketch import sketch
-        from bake.publish.cards.base import base_facts, direction_facts
 
         recipe, base = self.recipe, self.recipe.base
         path = None

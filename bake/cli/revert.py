@@ -12,9 +12,9 @@ from bake.cli.request import PATH
 from bake.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from bake.outputs.revert import Reverted
-    from bake.outputs.revert_record import RevertRecord
-    from bake.outputs.revert_subtract import Subtracted
+    from bake.revert.checkpoint import Reverted
+    from bake.revert.record import RevertRecord
+    from bake.revert.subtract import Subtracted
 
 
 @bake_command("revert")
@@ -48,7 +48,7 @@ def command(
     what rounding leaves.
     """
     from bake.cli.recorded import find
-    from bake.outputs.revert_record import read_revertible
+    from bake.revert.record import read_revertible
 
     if without_base and (base is not None or revision is not None):
         raise UsageError("--without-base and --base exclude each other")
@@ -93,8 +93,8 @@ def _restore(
     dry_run: bool,
 ) -> None:
     from bake.cli import render
-    from bake.outputs.revert import base_hashes, prepare_revert, revert_checkpoint
-    from bake.outputs.revert_base import open_base
+    from bake.revert.base import open_base
+    from bake.revert.checkpoint import base_hashes, prepare_revert, revert_checkpoint
 
     base = open_base(record, named, revision)
     output.remark(f"the base is {base.checkpoint.source}")
@@ -120,7 +120,7 @@ def _restore_gguf(
     dry_run: bool,
 ) -> None:
     from bake.cli import render
-    from bake.outputs.revert_gguf import prepare_gguf_revert, revert_gguf
+    from bake.revert.gguf import prepare_gguf_revert, revert_gguf
 
     if named is None:
         raise UsageError(
@@ -193,7 +193,7 @@ def _subtract(
     output: Output, record: "RevertRecord", out: Path, *, force: bool, dry_run: bool
 ) -> None:
     from bake.cli import render
-    from bake.outputs.revert_subtract import prepare_subtraction, subtract
+    from bake.revert.subtract import prepare_subtraction, subtract
 
     with render.progress(f"reading {record.folder.name}", visible=not output.quiet) as read:
         prepared = prepare_subtraction(record, read)

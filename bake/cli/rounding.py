@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from bake.cli.render.pieces import section, table
 
 if TYPE_CHECKING:
-    from bake.outputs import Artifact
+    from bake.artifact import Artifact
 
 Measured = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from bake.diff.sources import Model
 from bake.diff.weights import Stored, Weights
 from bake.errors import InputError, UsageError
 from bake.families import Layout
-from bake.outputs.peft_adapter import CONFIG, Module, PeftAdapter, open_adapter
+from bake.merge.peft_adapter import CONFIG, Module, PeftAdapter, open_adapter
 
 _ROWS = 256
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bake.checkpoints import folder
-from bake.checkpoints.gguf_header import GgufValue
+from bake.checkpoints.gguf.header import GgufValue
 from bake.diff.sources import Model, listed
 from bake.diff.weights import GgufWeights
 

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.affine import LowRankMap
+from bake.artifact.base_digests import recorded_digests
 from bake.diff.sources import RECORD, Model, read_json
 from bake.edit_store import EDITS, load_edits
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import InputError
-from bake.outputs.base_digests import recorded_digests
 from bake.sites import STREAM_KINDS, SiteKind
 
 # Kinds of edit whose maps change a weight by no more than their own rank, and the sites at which

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.folder import regular_file
-from bake.checkpoints.gguf_file import Gguf, open_gguf
+from bake.checkpoints.gguf.file import Gguf, open_gguf
 from bake.checkpoints.source import LocalFiles
 from bake.diff.bytesource import Counted, Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights

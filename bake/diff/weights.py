@@ -11,10 +11,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from bake.checkpoints import Checkpoint
-from bake.checkpoints.gguf_codec import FLOATS as GGUF_FLOATS
-from bake.checkpoints.gguf_codec import decode
-from bake.checkpoints.gguf_file import Gguf
-from bake.checkpoints.gguf_grid import PLANES, read_grid
+from bake.checkpoints.gguf.codec import FLOATS as GGUF_FLOATS
+from bake.checkpoints.gguf.codec import decode
+from bake.checkpoints.gguf.file import Gguf
+from bake.checkpoints.gguf.grid import PLANES, read_grid
 from bake.diff.bytesource import Spool
 from bake.diff.precision import FLOATS, half_step
 

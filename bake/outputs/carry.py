@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from bake.artifact.artifact import Artifact
+from bake.artifact.base_digests import BASE_TENSORS
 from bake.checkpoints import Checkpoint
-from bake.checkpoints.gguf_file import Gguf, open_gguf
+from bake.checkpoints.gguf.file import Gguf, open_gguf
 from bake.errors import UsageError
-from bake.outputs.artifact import Artifact
-from bake.outputs.base_digests import BASE_TENSORS
 from bake.outputs.checkpoint import export_checkpoint, refuse_inexact
 from bake.outputs.control_vector import check_control_vector, export_control_vector
 from bake.outputs.folder import RECORD, check_apart, refuse_unfit, scratch_beside
-from bake.outputs.gguf import check_gguf, export_gguf
-from bake.outputs.gguf_convert import check_convertible, convert_checkpoint
-from bake.outputs.gguf_lora import check_gguf_lora, export_gguf_lora
+from bake.outputs.gguf.convert import check_convertible, convert_checkpoint
+from bake.outputs.gguf.edit import check_gguf, export_gguf
+from bake.outputs.gguf.lora import check_gguf_lora, export_gguf_lora
 from bake.outputs.lora import check_lora, export_lora
 from bake.outputs.shared import SharedFactors
 from bake.plan import Plan

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from bake import __version__
+from bake.artifact.artifact import Artifact
+from bake.artifact.base_digests import BASE_TENSORS, BaseDigests
 from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
 from bake.checkpoints.config import Key
 from bake.edit_store import edit_files
 from bake.errors import InexactPlan
 from bake.fold import WeightFold, fold_bias, fold_weight
-from bake.outputs.artifact import Artifact
-from bake.outputs.base_digests import BASE_TENSORS, BaseDigests
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.plan.record import plan_record

@@ -15,8 +15,8 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from bake.affine import AffineMap
+from bake.artifact.artifact import Artifact
 from bake.errors import UsageError
-from bake.outputs.artifact import Artifact
 from bake.outputs.folder import refuse_unfit, write_artifact
 from bake.plan import Plan
 from bake.plan.carriers import vector_layers

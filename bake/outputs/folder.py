@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bake import __version__
+from bake.artifact.artifact import Artifact
 from bake.edit_store import edit_files
 from bake.errors import InexactPlan, InputError, UsageError
-from bake.outputs.artifact import Artifact
 from bake.plan import Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes
 from bake.plan.record import plan_record, runtimes_record

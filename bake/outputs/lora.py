@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bake.artifact.artifact import Artifact
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.header import build_header
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.errors import UsageError
-from bake.outputs.artifact import Artifact
 from bake.outputs.factors import Factors, FactorSource, factors_from, padded
 from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
 from bake.plan import Plan

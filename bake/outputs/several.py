@@ -24,10 +24,10 @@ from types import TracebackType
 from typing import Any
 
 from bake import __version__
+from bake.artifact.artifact import Artifact
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.staging import lock
 from bake.errors import InputError, UsageError
-from bake.outputs.artifact import Artifact
 from bake.outputs.carry import Beside, Options, Progress, check, write
 from bake.outputs.folder import RECORD, check_apart, digests
 from bake.outputs.shared import SharedFactors

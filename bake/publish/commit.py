@@ -18,8 +18,8 @@ from huggingface_hub import errors as theirs
 from bake.checkpoints.hub_errors import CLIENT_ERROR
 from bake.errors import HubError, InputError
 from bake.publish.failures import RAISED, Account, explain, status_of
-from bake.publish.manifest import FileEntry, Manifest, stamp
 from bake.publish.remote import RemoteFile, differences, read_tree
+from bake.seal.manifest import FileEntry, Manifest, stamp
 
 T = TypeVar("T")
 Bring = Callable[[FileEntry], CommitOperationAdd | None]

@@ -11,8 +11,8 @@ from huggingface_hub import hf_hub_download
 from bake import __version__
 from bake.publish.commit import patiently
 from bake.publish.failures import Account, told
-from bake.publish.manifest import Manifest, entry_of
-from bake.publish.seal import check
+from bake.seal.manifest import Manifest, entry_of
+from bake.seal.seal import check
 
 TOGETHER = 1 << 30
 """An artifact up to this size is kept whole and checked by its seal; a longer one file by file."""

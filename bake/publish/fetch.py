@@ -13,15 +13,15 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 
 from bake import __version__
+from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
+from bake.artifact.record import RECORD, VERIFICATION, ArtifactRecord, read_record
 from bake.checkpoints.hub import download
 from bake.checkpoints.hub_errors import translated
 from bake.edit_store import EDITS, FITTED
 from bake.errors import HubError, InputError, VerificationFailed
-from bake.publish.manifest import FileEntry, entry_of, read_sums
-from bake.publish.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
-from bake.publish.provenance import made_by_export
-from bake.publish.record import RECORD, VERIFICATION, ArtifactRecord, read_record
 from bake.publish.remote import RemoteFile, read_tree
+from bake.seal.manifest import FileEntry, entry_of, read_sums
+from bake.seal.provenance import made_by_export
 
 MERGE = "merge"
 """The kind that folds in an adapter and no edits."""

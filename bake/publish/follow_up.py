@@ -12,12 +12,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from bake.artifact.destination import Destination, Pushed
+from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, walk
+from bake.artifact.record import RECORD, VERIFICATION, read_json, read_record
 from bake.errors import HubError, InputError, UsageError
 from bake.publish.commit import patiently
-from bake.publish.destination import Destination, Pushed
 from bake.publish.download import fetch
 from bake.publish.failures import told
-from bake.publish.manifest import (
+from bake.publish.preflight import Terms, preflight
+from bake.publish.push import TIMEOUT, is_bakes, listening, refuse_offline
+from bake.publish.remote import read_tree
+from bake.publish.run import Head, Run, short_digest
+from bake.seal.manifest import (
     FileEntry,
     Manifest,
     entry_of,
@@ -26,14 +32,8 @@ from bake.publish.manifest import (
     read_sums,
     write_text,
 )
-from bake.publish.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, walk
-from bake.publish.preflight import Terms, preflight
-from bake.publish.provenance import made_by_export
-from bake.publish.push import TIMEOUT, is_bakes, listening, refuse_offline
-from bake.publish.record import RECORD, VERIFICATION, read_json, read_record
-from bake.publish.remote import read_tree
-from bake.publish.run import Head, Run, short_digest
-from bake.publish.seal import as_error, seal_of
+from bake.seal.provenance import made_by_export
+from bake.seal.seal import as_error, seal_of
 
 _AT = re.compile(r"@([0-9a-f]{40})\Z")
 _OF_A_REPORT = re.compile(r"verify\.(?:json|md|html)|plots/[^/]+")
@@ -238,7 +238,7 @@ class _FollowUp:
         for name in self.names:
             (self.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.report / name, self.folder / name)
-        from bake.publish.card import write_card
+        from bake.cards.card import write_card
 
         card = self.folder / CARD
         if is_bakes(card) if card.exists() else not self.terms.no_card:

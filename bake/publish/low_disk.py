@@ -17,13 +17,16 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd
 from torch import Tensor
 
+from bake.artifact.base_digests import BaseDigests
+from bake.artifact.destination import Destination, Pushed
+from bake.artifact.record import read_record
+from bake.cards.base import base_facts
 from bake.checkpoints import Checkpoint, NewTensor, Producer, TensorInfo
 from bake.checkpoints.index import check_closure, parse_index
 from bake.checkpoints.outline import File, small_files, weight_files
 from bake.checkpoints.stream import Fill, write_file
 from bake.edit_store import edit_files
 from bake.errors import CheckpointError, HubError, InputError, UsageError
-from bake.outputs.base_digests import BaseDigests
 from bake.outputs.checkpoint import (
     RECORD,
     edited_config,
@@ -32,11 +35,16 @@ from bake.outputs.checkpoint import (
     refuse_inexact,
 )
 from bake.plan import Plan
-from bake.publish.cards.base import base_facts
 from bake.publish.commit import patiently
-from bake.publish.destination import Destination, Pushed
 from bake.publish.failures import Account, told
-from bake.publish.manifest import (
+from bake.publish.originals import Originals
+from bake.publish.preflight import Preflight, Terms, preflight
+from bake.publish.push import TIMEOUT, listening, refuse_offline
+from bake.publish.remote import read_tree
+from bake.publish.run import Head, Run
+from bake.publish.scratch import scratch
+from bake.publish.session import client
+from bake.seal.manifest import (
     FileEntry,
     Manifest,
     Progress,
@@ -46,17 +54,9 @@ from bake.publish.manifest import (
     read_manifest,
     write_text,
 )
-from bake.publish.originals import Originals
-from bake.publish.preflight import Preflight, Terms, preflight
-from bake.publish.push import TIMEOUT, listening, refuse_offline
-from bake.publish.record import read_record
-from bake.publish.remote import read_tree
-from bake.publish.run import Head, Run
-from bake.publish.scan import MAX_FILE
-from bake.publish.scratch import scratch
-from bake.publish.seal import as_error, seal_of
-from bake.publish.session import client
-from bake.publish.weights import check_shard, read_header
+from bake.seal.scan import MAX_FILE
+from bake.seal.seal import as_error, seal_of
+from bake.seal.weights import check_shard, read_header
 
 _SLACK = 1 << 20  # for directory entries and small files
 
@@ -267,7 +267,7 @@ class _LowDisk:
 
     def _card(self) -> None:
         if not self.terms.no_card:
-            from bake.publish.card import write_card
+            from bake.cards.card import write_card
 
             write_card(self.small, repo=self.to.repo, unverified=True, force=True)
 

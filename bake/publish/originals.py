@@ -3,15 +3,15 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bake.artifact.names import CARD
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.source import LocalFiles
 from bake.errors import CheckpointError, HubError
 from bake.publish.commit import patiently
 from bake.publish.download import fetch
 from bake.publish.failures import Account, told
-from bake.publish.manifest import FileEntry, entry_of
-from bake.publish.names import CARD
 from bake.publish.remote import RemoteFile
+from bake.seal.manifest import FileEntry, entry_of
 
 
 @dataclass(slots=True)

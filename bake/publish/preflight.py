@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bake.artifact.names import CARD, Problem, check_links, check_names, problem_of, walk
+from bake.artifact.record import RECORD, ArtifactRecord, read_json, read_record, unverified
+from bake.cards import licences
+from bake.cards.frontmatter import card_metadata, first_line_of, read_card
 from bake.errors import InputError, UsageError
-from bake.publish import licences
-from bake.publish.frontmatter import card_metadata, first_line_of, read_card
-from bake.publish.names import CARD, Problem, check_links, check_names, problem_of, walk
-from bake.publish.record import RECORD, ArtifactRecord, read_json, read_record, unverified
-from bake.publish.scan import scan
-from bake.publish.weights import check_finite, check_headers, check_weights
+from bake.seal.scan import scan
+from bake.seal.weights import check_finite, check_headers, check_weights
 
 _ADMITTED = re.compile(r"\b(?:unverified|not (?:been )?verified)\b", re.IGNORECASE)
 ALLOWANCES = ("licence", "paths", "code")

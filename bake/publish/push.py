@@ -15,14 +15,19 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from bake.artifact.destination import Destination, Pushed
+from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, WHOLE
+from bake.artifact.record import ArtifactRecord, read_record
 from bake.checkpoints import open_checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.errors import CheckpointError, HubError, InputError
 from bake.publish.commit import Parts
-from bake.publish.destination import Destination, Pushed
 from bake.publish.failures import redact
-from bake.publish.keys import Passphrase
-from bake.publish.manifest import (
+from bake.publish.preflight import Preflight, Terms, preflight
+from bake.publish.run import Run
+from bake.publish.session import patience
+from bake.seal.keys import Passphrase
+from bake.seal.manifest import (
     Manifest,
     Progress,
     entry_of,
@@ -31,14 +36,9 @@ from bake.publish.manifest import (
     stamp,
     write_text,
 )
-from bake.publish.names import CARD, SIGNATURE, STATEMENT, SUMS, WHOLE
-from bake.publish.preflight import Preflight, Terms, preflight
-from bake.publish.record import ArtifactRecord, read_record
-from bake.publish.run import Run
-from bake.publish.scan import MAX_TEXT
-from bake.publish.seal import Sealed, as_error, prepare, seal_of
-from bake.publish.session import patience
-from bake.publish.weights import check_unchanged
+from bake.seal.scan import MAX_TEXT
+from bake.seal.seal import Sealed, as_error, prepare, seal_of
+from bake.seal.weights import check_unchanged
 
 TIMEOUT = 120.0
 """Seconds that the Hub may take for one answer; it gives a commit up after 60."""
@@ -172,8 +172,8 @@ def _card_for(folder: Path, to: Destination, terms: Terms) -> str | None:
         return None  # the preflight says what that means
     if terms.no_card if not path.exists() else not is_bakes(path):
         return None
-    from bake.publish.card import lint_card, render_card
-    from bake.publish.cards.metadata import RELATION
+    from bake.cards.card import lint_card, render_card
+    from bake.cards.metadata import RELATION
 
     if read_record(folder).kind not in RELATION:
         return None  # there is no card for this kind yet: the preflight asks for one
@@ -186,7 +186,7 @@ def _card_for(folder: Path, to: Destination, terms: Terms) -> str | None:
 
 def is_bakes(path: Path) -> bool:
     """Tell whether a file is a card that bake wrote and nobody has edited since."""
-    from bake.publish.cards.stamp import is_stamped
+    from bake.cards.stamp import is_stamped
 
     if not path.is_file() or path.stat().st_size > MAX_TEXT:
         return False
@@ -232,7 +232,7 @@ def _written(folder: Path, sealed: Sealed) -> Manifest:
 
 def _signed(folder: Path, manifest: Manifest, key: Path, passphrase: Passphrase) -> Manifest:
     """Sign what is sealed; the signature is the last file that comes."""
-    from bake.publish.sign import sign
+    from bake.seal.sign import sign
 
     sign(folder, key, passphrase=passphrase)
     # Signing seals again, which gives the same bytes in other files.
@@ -248,7 +248,7 @@ def _check_signature(folder: Path, manifest: Manifest) -> None:
     """
     if SIGNATURE not in manifest.by_name():
         return
-    from bake.publish.sign import out_of_date
+    from bake.seal.sign import out_of_date
 
     error = as_error(tuple(out_of_date(folder, manifest)), str(folder))
     if error is not None:

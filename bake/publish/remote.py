@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from bake.publish.manifest import FileEntry, Manifest
-from bake.publish.names import HUBS_OWN
+from bake.artifact.names import HUBS_OWN
+from bake.seal.manifest import FileEntry, Manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,11 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as theirs
 
 from bake import __version__
+from bake.artifact.destination import UNVERIFIED, VERIFIED, Destination, Pushed
+from bake.artifact.record import RECORD, ArtifactRecord
+from bake.cards import licences
+from bake.cards.frontmatter import card_metadata, read_card
 from bake.errors import HubError
-from bake.publish import licences
 from bake.publish.commit import (
     Bring,
     Committed,
@@ -27,16 +30,13 @@ from bake.publish.commit import (
     parts_of,
     patiently,
 )
-from bake.publish.destination import UNVERIFIED, VERIFIED, Destination, Pushed
 from bake.publish.download import TOGETHER, compare_download
 from bake.publish.failures import RAISED, Account, redact, status_of, told
-from bake.publish.frontmatter import card_metadata, read_card
-from bake.publish.manifest import FileEntry, Manifest, write_text
 from bake.publish.preflight import Preflight, Terms, check_terms
-from bake.publish.record import RECORD, ArtifactRecord
 from bake.publish.remote import RemoteFile, differences, read_tree
-from bake.publish.seal import as_error
 from bake.publish.session import DEADLINE, card_errors, client, within
+from bake.seal.manifest import FileEntry, Manifest, write_text
+from bake.seal.seal import as_error
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 
 from bake.checkpoints import Checkpoint
+from bake.converter import convert
 from bake.edits import Edit
 from bake.errors import BakeError, UsageError
 from bake.families import Layout
@@ -35,7 +36,6 @@ from bake.verify.runtimes.base import (
     RuntimeRequest,
     RuntimeResult,
 )
-from bake.verify.runtimes.converter import convert
 from bake.verify.spoiled import KINDS, spoiled
 from bake.verify.tolerance import FLOOR_FACTOR, logprob_tolerance
 

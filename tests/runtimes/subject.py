@@ -15,11 +15,11 @@ from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.edits import Edit, EditKind
 from bake.families import Layout
 from bake.plan import Plan, compile_plan
+from bake.process import run_script
 from bake.sites import expand
 from bake.steer import steered
 from bake.verify.compare import layout_of
 from bake.verify.runtimes import _exchange, vllm
-from bake.verify.runtimes._process import run_script
 from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
 
 TOLERANCE = 1e-4  # nats, in float32: what the project promises

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from bake.affine import translation
 from bake.errors import InexactPlan
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.verify.runtimes import llamacpp, vllm
 from bake.verify.runtimes.base import RuntimeFailed

@@ -36,12 +36,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
+from bake.converter import convert
+from bake.process import run_script
 from bake.steer import steered
 from bake.verify.compare import layout_of, open_baked
 from bake.verify.runtimes import _exchange, llamacpp
-from bake.verify.runtimes._process import run_script
 from bake.verify.runtimes.base import RuntimeFailed, RuntimeRequest, RuntimeResult
-from bake.verify.runtimes.converter import convert
 
 pytestmark = pytest.mark.runtimes
 

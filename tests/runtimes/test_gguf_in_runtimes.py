@@ -41,14 +41,14 @@ from tiny_checkpoints import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from bake.checkpoints.ggml import VARIABLE, load_ggml
-from bake.checkpoints.gguf_codec import decode, encode
-from bake.checkpoints.gguf_file import open_gguf
-from bake.checkpoints.gguf_types import BY_NAME
+from bake.checkpoints.gguf.codec import decode, encode
+from bake.checkpoints.gguf.file import open_gguf
+from bake.checkpoints.gguf.ggml import VARIABLE, load_ggml
+from bake.checkpoints.gguf.types import BY_NAME
 from bake.outputs.checkpoint import export_checkpoint
-from bake.outputs.gguf import export_gguf
-from bake.outputs.gguf_convert import convert_checkpoint
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.convert import convert_checkpoint
+from bake.outputs.gguf.edit import export_gguf
+from bake.outputs.gguf.lora import export_gguf_lora
 from bake.verify.runtimes import llamacpp
 from bake.verify.runtimes.base import RuntimeResult
 

@@ -59,9 +59,9 @@ from bake.affine import translation
 from bake.errors import InexactPlan
 from bake.outputs.checkpoint import export_checkpoint
 from bake.outputs.control_vector import export_control_vector
-from bake.outputs.gguf import export_gguf
-from bake.outputs.gguf_convert import convert_checkpoint
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.convert import convert_checkpoint
+from bake.outputs.gguf.edit import export_gguf
+from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.verify.runtimes import llamacpp, vllm
 

@@ -12,11 +12,11 @@ from reference import Reference, largest_difference, reference_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bake.checkpoints import open_checkpoint
+from bake.converter import convert
 from bake.steer import steered
 from bake.verify.compare import layout_of, open_baked
 from bake.verify.runtimes import llamacpp, vllm
 from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
-from bake.verify.runtimes.converter import convert
 
 pytestmark = pytest.mark.runtimes
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bake.converter import convert
 from bake.errors import CheckpointError, UsageError
+from bake.process import EXIT_MISSING, run_script
 from bake.verify.runtimes import _exchange, _llamacpp_worker, _vllm_worker, llamacpp, vllm
-from bake.verify.runtimes._process import EXIT_MISSING, run_script
 from bake.verify.runtimes.base import RuntimeFailed, RuntimeMissing, RuntimeRequest
-from bake.verify.runtimes.converter import convert
 
 PYTHON = Path(sys.executable)
 

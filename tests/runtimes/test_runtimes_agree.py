@@ -13,9 +13,9 @@ from tiny_checkpoints import EOS, HIDDEN, LAYERS, VOCAB, exchange_tokens, tiny_l
 from tiny_checkpoints import write as write_checkpoint
 from transformers import PreTrainedModel
 
+from bake.converter import convert
 from bake.verify.runtimes import llamacpp, vllm
 from bake.verify.runtimes.base import RuntimeFailed, RuntimeRequest, RuntimeResult
-from bake.verify.runtimes.converter import convert
 
 pytestmark = pytest.mark.runtimes
 

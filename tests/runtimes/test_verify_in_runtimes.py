@@ -16,16 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
+from bake.converter import convert
 from bake.edit_store import dump_edits
 from bake.edits import Edit
 from bake.outputs.control_vector import export_control_vector
-from bake.outputs.gguf import export_gguf
-from bake.outputs.gguf_lora import export_gguf_lora
+from bake.outputs.gguf.edit import export_gguf
+from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.verify.artifact import open_baked
 from bake.verify.compare import compare
 from bake.verify.report import Report
-from bake.verify.runtimes.converter import convert
 from bake.verify.serving import Runtimes
 
 pytestmark = pytest.mark.runtimes

@@ -37,7 +37,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from bake.verify.runtimes.converter import convert
+from bake.converter import convert
 
 VOCAB = 320
 HIDDEN = 128

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
     """Return a plan: model, findings, changes, runtimes, notes and digest."""
-    from bake.cli import matrix
+    from bake.cli.render import matrix
 
     made, checkpoint = request.plan, request.checkpoint
     parts: list[RenderableType] = [facts(_header(request))]

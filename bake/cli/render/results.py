@@ -12,10 +12,10 @@ from bake.cli.render.tensors import changed_tensors
 from bake.cli.rounding import measured, rounding
 
 if TYPE_CHECKING:
+    from bake.artifact import Artifact
     from bake.cli.request import Request
     from bake.directions import Directions
     from bake.directions.describe import Row
-    from bake.outputs import Artifact
     from bake.verify.report import Report
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bake.verify.runtimes._process import run_script
+from bake.process import run_script
 from bake.verify.runtimes.base import RuntimeFailed, RuntimeRequest, RuntimeResult
 
 

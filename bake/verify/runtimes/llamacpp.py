@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bake.checkpoints.gguf_file import open_gguf
+from bake.checkpoints.gguf.file import open_gguf
 from bake.errors import CheckpointError
 from bake.verify.runtimes._exchange import serve
 from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult

@@ -1,0 +1,214 @@
+"""``calibrate``: stand-ins for edits without an exact fold, fitted writer by writer.
+
+At the last writer before the edit, and then at each later one, what the hooked model's stream has
+and the edited one's lacks is regressed on the writer's own input. The first fit makes up for the
+hook; the later ones correct what it left, and are kept while the divergence on unseen text falls.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bake.affine import translation
+from bake.approximate.regression import Moments, Solution, regress
+from bake.approximate.runs import batches_of, divergence, observe
+from bake.approximate.writers import Place, places_for
+from bake.edits import Edit, EditKind, WeightUpdate
+from bake.errors import InputError, UsageError
+from bake.families import Layout
+from bake.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FALL = 0.98  # of the divergence before: what a correction has to reach to be worth its rank
+_PARTS = 5  # of the prompts one part chooses the penalty, one measures, and the others fit
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How stand-ins are fitted.
+
+    Attributes:
+        rank: the most that one writer's update may have.
+        corrections: at how many later writers what is left is corrected; None for all.
+        constant: whether biases may be used where the architecture has slots for them.
+    """
+
+    rank: int = 8
+    corrections: int | None = None
+    constant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"the rank of a fit is {self.rank}, and has to be 1 or more")
+        if self.corrections is not None and self.corrections < 0:
+            raise UsageError(f"there cannot be {self.corrections} corrections")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """One writer's update, and what it explained."""
+
+    site: Site
+    rank: int
+    ridge: float
+    r2: float
+    """Explained share of the missing difference's variance, on text that the fit has not seen."""
+    kl: float
+    """Mean KL(hooked ‖ edited) after this update, in nats, on the text that chose it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """Stand-ins for the edits without an exact fold."""
+
+    edits: tuple[Edit, ...]
+    """Updates and offsets, which stand beside the edits that are exact."""
+    fits: tuple[Fit, ...]
+    effect: float
+    """Mean KL(hooked ‖ base with the exact edits) on held-out text, in nats."""
+    tokens: int
+    """How many the fit has seen."""
+    kl: float
+    """Mean KL(hooked ‖ edited) on held-out text, which nothing was fitted to or chosen by."""
+    held_out: int
+    """Tokens of that text."""
+
+    @property
+    def share(self) -> float:
+        """What is lost: the divergence over the effect's own."""
+        return self.kl / self.effect
+
+
+def calibrate(
+    model: "PreTrainedModel",
+    layout: Layout,
+    *,
+    hard: Sequence[Edit],
+    kept: Sequence[Edit],
+    prompts: Sequence[Sequence[int]],
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Return weight updates and offsets that stand in for edits without an exact fold.
+
+    Args:
+        model: the base, in eval mode, in float32 or better.
+        layout: its layout.
+        hard: the edits to be stood in for.
+        kept: the others; they act in both models.
+        prompts: token ids of the calibration texts, at least five.
+        settings: ranks and corrections.
+        progress: called with the writers that are done, and how many there are.
+
+    Raises:
+        InputError: fewer than five prompts, or texts on which the edits have no effect.
+        UsageError: the architecture has no writer that could take an update, or none of them
+            predicts anything of what the edits do.
+    """
+    chosen = Settings() if settings is None else settings
+    split = _split(prompts)
+    asked = (*kept, *hard)
+    places = places_for(layout, hard, kept)
+    if not places:
+        raise UsageError(
+            "there is no writer that could take a fitted update",
+            why="writers before a post-norm, experts, and outputs that another edit maps take none",
+            fix="choose sites with an exact fold, or leave the other edits out",
+        )
+    effect = divergence(model, layout, asked, kept, split.held_out)
+    if effect <= 0:
+        raise InputError(
+            "the edits have no effect on the calibration texts",
+            fix="give texts on which the hooks change something",
+        )
+    stand_ins: tuple[Edit, ...] = ()
+    fits: tuple[Fit, ...] = ()
+    reached = divergence(model, layout, asked, kept, split.choose)
+    for number, place in enumerate(places[: _count(chosen, places)]):
+        found = _fit(model, layout, asked, (*kept, *stand_ins), place, split, chosen)
+        if found is not None:
+            tried = (*stand_ins, *_edits(place, found, hard))
+            kl = divergence(model, layout, asked, (*kept, *tried), split.choose)
+            if kl < _FALL * reached:
+                stand_ins, reached = tried, kl
+                fits = (*fits, Fit(place.site, found.rank, found.ridge, found.r2, kl))
+        if progress is not None:
+            progress(number + 1, _count(chosen, places))
+    if not fits:
+        raise UsageError(
+            "no writer predicts what the edits do on the calibration texts",
+            why="what the writers read says nothing of the component that the hooks change",
+            fix="give more text, or choose sites with an exact fold",
+        )
+    kl = divergence(model, layout, asked, (*kept, *stand_ins), split.held_out)
+    counts = _tokens(split.fit), _tokens(split.held_out)
+    return Calibration(stand_ins, fits, effect, counts[0], kl, counts[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Split:
+    fit: list[Tensor]
+    choose: list[Tensor]
+    held_out: list[Tensor]
+
+
+def _split(prompts: Sequence[Sequence[int]]) -> _Split:
+    if len(prompts) < _PARTS:
+        raise InputError(
+            f"{len(prompts)} calibration texts are too few: fitting, choosing and measuring need "
+            f"texts of their own, {_PARTS} at least",
+            fix="give more of them, one a line",
+        )
+    parts: list[list[Sequence[int]]] = [list(prompts[i::_PARTS]) for i in range(_PARTS)]
+    rest = [prompt for part in parts[2:] for prompt in part]
+    return _Split(batches_of(rest), batches_of(parts[1]), batches_of(parts[0]))
+
+
+def _tokens(batches: Sequence[Tensor]) -> int:
+    return sum(batch.numel() for batch in batches)
+
+
+def _count(settings: Settings, places: Sequence[Place]) -> int:
+    more = settings.corrections
+    return len(places) if more is None else min(len(places), 1 + more)
+
+
+def _fit(
+    model: "PreTrainedModel",
+    layout: Layout,
+    asked: Sequence[Edit],
+    now: Sequence[Edit],
+    place: Place,
+    split: _Split,
+    settings: Settings,
+) -> Solution | None:
+    """Return what a writer can make up for of the difference behind it."""
+    writer, live = place.writer, place.writer.live
+    assert live is not None
+    constant = settings.constant and writer.bias.state != "never"
+    width = writer.shape[1 - writer.output_axis]
+    moments = []
+    for batches in (split.fit, split.choose):
+        summed = Moments(width, layout.hidden, constant=constant)
+        for tokens in batches:
+            hooked = observe(model, layout, asked, tokens, (place.watch,))
+            edited = observe(model, layout, now, tokens, (live, place.watch))
+            missing = hooked[place.watch].double() - edited[place.watch].double()
+            summed.add(edited[live], missing / place.branch.gain)
+        moments.append(summed)
+    return regress(*moments, rank=settings.rank)
+
+
+def _edits(place: Place, found: Solution, hard: Sequence[Edit]) -> tuple[Edit, ...]:
+    concept = "+".join(dict.fromkeys(edit.concept for edit in hard))
+    sites = (place.site,)
+    made = [Edit(EditKind.UPDATE, concept, sites, WeightUpdate(found.left, found.right))]
+    if found.constant is not None and bool(torch.any(found.constant != 0)):
+        made.append(Edit(EditKind.OFFSET, concept, sites, translation(found.constant)))
+    return tuple(made)

@@ -1,0 +1,167 @@
+"""From a plan that cannot be exact to one that is as near as fitted stand-ins bring it.
+
+What is fitted are edits like any others, so that the plan folds them as it folds everything. Its
+findings then say what they stand for, and what of the effect is lost.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bake.approximate.fit import Calibration, Progress, Settings, calibrate
+from bake.edits import Edit
+from bake.errors import InexactPlan, InputError
+from bake.families import Layout
+from bake.plan import Exactness, Finding, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Compile = Callable[[Sequence[Edit]], Plan]
+Facts = dict[str, Any]
+
+
+def hard_edits(plan: Plan, compile_: Compile) -> tuple[tuple[Edit, ...], tuple[Edit, ...]]:
+    """Return the edits of a plan without an exact fold, and those that have one without them."""
+    impossible = {
+        (finding.kind, finding.concept, site)
+        for finding in plan.findings
+        if finding.exactness is Exactness.IMPOSSIBLE
+        for site in finding.sites
+    }
+    hard = [
+        edit
+        for edit in plan.edits
+        if any((edit.kind, edit.concept, site) in impossible for site in edit.sites)
+    ]
+    kept = [edit for edit in plan.edits if all(edit is not other for other in hard)]
+    while kept:
+        alone = compile_(kept)
+        if alone.exactness is not Exactness.IMPOSSIBLE:
+            break
+        # What was exact beside the others need not be so without them.
+        more, kept_ = hard_edits(alone, compile_)
+        hard += more
+        kept = list(kept_)
+    order = [edit for edit in plan.edits if any(edit is other for other in hard)]
+    return tuple(order), tuple(kept)
+
+
+def approximate(
+    plan: Plan,
+    compile_: Compile,
+    *,
+    model: "PreTrainedModel",
+    layout: Layout,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    progress: Progress | None = None,
+) -> tuple[Plan, Facts]:
+    """Return a plan with stand-ins for the edits that have no exact fold, and what was measured.
+
+    Args:
+        plan: what the edits lead to without stand-ins.
+        compile_: makes a plan of edits.
+        model: the base, loaded.
+        layout: its layout, before any recast.
+        prompts: token ids of the calibration texts.
+        settings: ranks and corrections.
+        progress: called with the writers that are done, and how many there are.
+
+    Raises:
+        InputError, UsageError: nothing can be fitted.
+        InexactPlan: the stand-ins cannot be folded either.
+    """
+    hard, kept = hard_edits(plan, compile_)
+    for tried in dict.fromkeys((settings, replace(settings, constant=False))):
+        found = calibrate(
+            model,
+            layout,
+            hard=hard,
+            kept=kept,
+            prompts=prompts,
+            settings=tried,
+            progress=progress,
+        )
+        folded = compile_((*kept, *found.edits))
+        if folded.exactness is not Exactness.IMPOSSIBLE:
+            facts = _facts(found, hard, kept, tried)
+            return labelled(folded, plan.edits, facts), facts
+        # A bias that the architecture has and a target has not: the weights have to do alone.
+    blame = next(f for f in folded.findings if f.exactness is Exactness.IMPOSSIBLE)
+    raise InexactPlan(
+        "the fitted stand-ins cannot be folded either", why=blame.reason, fix=blame.remedy
+    )
+
+
+def labelled(plan: Plan, asked: Sequence[Edit], facts: Mapping[str, Any]) -> Plan:
+    """Return a plan of kept edits and stand-ins that says so in its findings.
+
+    Args:
+        plan: of the kept edits, then the stand-ins, all of which it folds.
+        asked: what the stand-ins and the kept edits are for.
+        facts: as ``approximate`` returned them, or a record kept them.
+
+    Raises:
+        InputError: the facts are of another plan.
+    """
+    try:
+        reason, kept = _reason(facts), int(facts["kept"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"what is recorded of the calibration is malformed: {error!r}") from error
+    if len(plan.findings) != len(plan.edits) or not 0 <= kept < len(plan.edits):
+        raise InputError("what is recorded of the calibration is of another plan")
+    findings = [
+        finding if index < kept else _approximate(finding, reason)
+        for index, finding in enumerate(plan.findings)
+    ]
+    runtimes = tuple(
+        replace(verdict, status="approximate", reason=reason)
+        if verdict.status == "exact"
+        else verdict
+        for verdict in plan.runtimes
+    )
+    return replace(plan, findings=tuple(findings), runtimes=runtimes, asked=tuple(asked))
+
+
+def _approximate(finding: Finding, reason: str) -> Finding:
+    return replace(finding, exactness=Exactness.APPROXIMATE, reason=reason)
+
+
+def _facts(
+    found: Calibration, hard: Sequence[Edit], kept: Sequence[Edit], settings: Settings
+) -> Facts:
+    return {
+        "stands_for": [_named(edit) for edit in hard],
+        "kept": len(kept),
+        "tokens": found.tokens,
+        "held_out_tokens": found.held_out,
+        "effect_kl": found.effect,
+        "kl": found.kl,
+        "share": found.share,
+        "constant": settings.constant,
+        "fits": [
+            {
+                "site": str(fit.site),
+                "rank": fit.rank,
+                "ridge": fit.ridge,
+                "r2": fit.r2,
+                "kl": fit.kl,
+            }
+            for fit in found.fits
+        ],
+    }
+
+
+def _named(edit: Edit) -> str:
+    shown = ", ".join(str(site) for site in edit.sites[:3])
+    more = f" and {len(edit.sites) - 3} more" if len(edit.sites) > 3 else ""
+    return f"{edit.kind} {edit.concept!r} at {shown}{more}"
+
+
+def _reason(facts: Mapping[str, Any]) -> str:
+    return (
+        f"stands in for {'; '.join(facts['stands_for'])}: fitted by least squares on "
+        f"{facts['tokens']:,} tokens; on {facts['held_out_tokens']:,} others KL(hooked ‖ baked) is "
+        f"{100 * facts['share']:.2g} % of KL(hooked ‖ base)"
+    )

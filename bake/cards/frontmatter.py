@@ -1,0 +1,55 @@
+"""The metadata at the top of a card: YAML between two lines of three dashes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from bake.artifact.names import CARD, regular
+from bake.checkpoints import strictjson
+from bake.errors import InputError
+
+_BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
+_LIMIT = 1_000_000
+
+
+def read_card(folder: Path) -> str | None:
+    """Return the text of the card, or None when there is none.
+
+    Raises:
+        InputError: it is too long or not UTF-8.
+    """
+    if not (folder / CARD).is_file():
+        return None
+    path = regular(folder.resolve(), CARD)
+    if path.stat().st_size > _LIMIT:
+        raise InputError(f"is {path.stat().st_size} bytes long; the limit is {_LIMIT}", where=CARD)
+    return strictjson.decode(path.read_bytes(), where=CARD)
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """Return the metadata of a card; empty where it has none.
+
+    Raises:
+        InputError: it is no YAML, or no mapping.
+    """
+    import yaml  # type: ignore[import-untyped] # no stubs among the requirements
+
+    match = _BLOCK.match(text)
+    if match is None:
+        return {}
+    try:
+        found = yaml.safe_load(match[1])
+    except (yaml.YAMLError, RecursionError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"has metadata that is no YAML: {first}", where=CARD) from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise InputError("has metadata that is no mapping of names", where=CARD)
+    return found
+
+
+def first_line_of(text: str) -> str:
+    """Return the first line of a card that its reader sees: below the metadata, not blank."""
+    match = _BLOCK.match(text)
+    shown = _COMMENT.sub("", text if match is None else text[match.end() :])
+    return next((line.strip() for line in shown.splitlines() if line.strip()), "")

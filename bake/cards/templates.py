@@ -1,0 +1,76 @@
+"""The templates of ``model_cards/``: found in a wheel and in a checkout, rendered in a sandbox.
+
+A value that is not ``Markdown`` is escaped when it is printed, so that a template cannot forget to;
+a name that is not there is an error, so that no gap survives.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import bake
+from bake.cards.text import Markdown, code, count, escape, fenced, number, paragraphs
+from bake.errors import BakeError
+
+TEMPLATES = {
+    "checkpoint": "checkpoint.md.jinja",
+    "merge": "checkpoint.md.jinja",
+    "lora": "adapter.md.jinja",
+    "gguf-lora": "adapter.md.jinja",
+    "control-vector": "adapter.md.jinja",
+    "gguf": "gguf.md.jinja",
+}
+"""The template of each kind of artifact."""
+
+
+def folder() -> Path:
+    """Return the folder of the templates.
+
+    Raises:
+        BakeError: they are missing, so bake was not installed as a whole.
+    """
+    package = Path(bake.__file__).parent
+    for found in (package / "publish" / "templates", package.parent / "model_cards"):
+        if (found / TEMPLATES["checkpoint"]).is_file():
+            return found
+    raise BakeError(
+        "the templates of the model cards are missing",
+        where=str(package),
+        fix="install bake again: they belong to it",
+    )
+
+
+def render(kind: str, values: Mapping[str, Any]) -> str:
+    """Return the card of a kind of artifact.
+
+    Args:
+        kind: of the artifact.
+        values: what the template prints, by name.
+    """
+    from jinja2 import FileSystemLoader, StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        loader=FileSystemLoader(folder(), encoding="utf-8"),
+        undefined=StrictUndefined,
+        finalize=_printed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # finalize escapes, for Markdown; HTML's escaping would do it twice
+    )
+    environment.filters |= {"code": code, "paragraphs": paragraphs, "number": number}
+    # raw is for what was checked to be an id, a commit or a formula, inside links and code.
+    environment.filters |= {"count": count, "fenced": fenced, "raw": Markdown}
+    return environment.get_template(TEMPLATES[kind]).render(**values)
+
+
+def _printed(value: object) -> str:
+    """Return a value as the card shows it."""
+    if isinstance(value, Markdown):
+        return value
+    if isinstance(value, bool) or value is None:
+        raise TypeError(f"{value!r} is not for a card")
+    if isinstance(value, int | float):
+        return number(value)
+    return escape(str(value))

@@ -1,0 +1,1 @@
+"""GGUF files: header, tensor types, their grids, the codec, and a file opened."""

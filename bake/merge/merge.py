@@ -1,0 +1,333 @@
+"""Merge a PEFT LoRA into its base: the checkpoint that computes what base and adapter compute.
+
+The writer is that of every checkpoint output: untouched tensors keep their bytes, large ones pass
+in tiles. A head that is tied to the embedding is untied where the adapter changes one of the two,
+because that is what PEFT computes with the adapter at work (``merge_and_unload`` edits both).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bake import __version__
+from bake.artifact.artifact import Artifact
+from bake.artifact.base_digests import BASE_TENSORS, BaseDigests
+from bake.checkpoints import Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
+from bake.checkpoints.config import Key
+from bake.errors import CheckpointError, InputError, UsageError
+from bake.families import Layout, Linear
+from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
+from bake.merge.record import merge_record
+from bake.rounding import to_storage
+
+RECORD = "bake.json"
+KIND = "merge"
+TILE_VALUES = 1 << 20  # 8 MB in float64: no map needs a second pass, and caches like it
+
+
+@dataclass(slots=True)
+class _Work:
+    """What becomes of every tensor, by its name in the base."""
+
+    replace: dict[str, Producer] = field(default_factory=dict)
+    new: dict[str, NewTensor] = field(default_factory=dict)
+    untied: bool = False
+    sides: dict[str, str] = field(default_factory=dict)
+    """Whether the adapter adds to a tensor (``update``) or replaces it; a copy is not named."""
+
+
+def merge_adapter(
+    adapter: Path,
+    base: Checkpoint,
+    out: Path,
+    *,
+    layout: Layout | None = None,
+    record: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write the base with the adapter merged into it to ``out``.
+
+    Args:
+        adapter: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base: a complete checkpoint of the model that the adapter is for.
+        out: a folder that does not exist, unless ``force``.
+        layout: the base's family resolved. It says which tensor a module of a loaded model is,
+            how it is stored, and what a tied head is; without it names and storage must be plain.
+        record: what ``bake.json`` keeps besides base, adapter and what changes; of these two it
+            may say more, or otherwise.
+        force: replace a checkpoint at ``out``.
+        progress: called with the bytes of weights that are done and their total.
+
+    Raises:
+        InputError: the adapter is malformed or no sum of base and factors, a tensor of it has no
+            place in the base, or a merged value does not fit the storage dtype.
+        CheckpointError: the base lacks a tensor, has another shape, or the disk is too small.
+        UsageError: ``out`` exists, overlaps the base or holds the adapter.
+    """
+    opened = open_adapter(adapter)
+    if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
+        raise UsageError(f"the output {out} holds the adapter {adapter}", fix="name another output")
+    digests = BaseDigests(base)
+    work = _Merger(opened, base, layout, digests).work()
+    changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
+    changed = merge_record(
+        opened, base, layout, out, sides=work.sides, names=(*work.replace, *work.new)
+    )
+    content = {"bake": __version__, "kind": KIND, **changed}
+    for key, told in (record or {}).items():
+        own = content.get(key)
+        content[key] = {**own, **told} if isinstance(own, dict) else told
+
+    def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
+        last = {BASE_TENSORS: digests.record(work.replace), "files": dict(files)}
+        text = json.dumps({**content, **last}, indent=2, ensure_ascii=False) + "\n"
+        return {RECORD: text.encode()}
+
+    written = write_checkpoint(
+        base,
+        out,
+        replace=work.replace,
+        new=work.new,
+        config_text=patch_config(base.config_text, changes),
+        extra_files={},
+        digest=opened.digest(),
+        closing=closing,
+        force=force,
+        progress=progress,
+    )
+    return Artifact(KIND, written.path, written.files, written.bytes_written, written.bytes_edited)
+
+
+def merge_notes(artifact: Artifact) -> tuple[str, ...]:
+    """Return what the record of a merge notes."""
+    content = json.loads((artifact.path / RECORD).read_text(encoding="utf-8"))
+    return tuple(content["plan"]["notes"])
+
+
+class _Merger:
+    """Finds the tensor of every part of an adapter, each part and each tensor once."""
+
+    def __init__(
+        self, adapter: PeftAdapter, base: Checkpoint, layout: Layout | None, digests: BaseDigests
+    ) -> None:
+        self.adapter, self.base, self.layout, self.digests = adapter, base, layout, digests
+        self.where = str(adapter.path / WEIGHTS)
+        self.names = {} if layout is None else _names(layout)
+        self.result = _Work()
+
+    def work(self) -> _Work:
+        """Return the producers of every changed tensor."""
+        for module in self.adapter.modules:
+            self._module(module)
+        for target, name in self.adapter.replaced.items():
+            self._replaced(target, name)
+        for target, name in self.adapter.copies.items():
+            self._copy(target, name)
+        if self.result.untied:
+            self._untie()
+        return self.result
+
+    def _disk(self, module: str, parameter: str) -> str:
+        """Return the base's name of a module's tensor."""
+        return f"{self.names.get(module, module)}.{parameter}"
+
+    def _module(self, module: Module) -> None:
+        name = self._disk(module.path, "weight")
+        source = name
+        layout = self.layout
+        if name not in self.base.tensors:
+            if layout is None or not layout.tied or name != layout.unembed.weight:
+                raise self._missing(module.a, name)
+            source = layout.embed  # a tied head is the embedding's tensor
+        transposed = self._transposed(module, source)
+        info = self.base.tensors[source]
+        outer = self.adapter.shapes[module.b][0]
+        inner = self.adapter.shapes[module.a][1]
+        shape = (inner, outer) if transposed else (outer, inner)
+        if info.shape != shape:
+            raise InputError(
+                f"the factors of {module.path} make a matrix {list(shape)}, and {source} is "
+                f"{list(info.shape)}",
+                where=self.where,
+                fix="name the base that the adapter was made for",
+            )
+        if self._is_tied_pair(name):
+            self.result.untied = True
+        produce = self._sum(module, source, transposed)
+        if source == name:
+            self._put(name, produce, "update")
+        else:
+            self.result.new[name] = NewTensor(info.dtype, info.shape, produce)
+            self.result.sides[name] = "update"
+        if module.bias is not None:
+            self._bias(module)
+
+    def _transposed(self, module: Module, source: str) -> bool:
+        """Whether the base stores the weight as [in, out]; a table's rows are its inputs."""
+        if module.is_table:
+            return True
+        layers = [] if self.layout is None else _linears(self.layout)
+        for linear in layers:
+            if linear.weight == self._disk(module.path, "weight"):
+                return linear.output_axis == 1
+        if self.adapter.transposed:
+            raise InputError(
+                f"{CONFIG} says fan_in_fan_out, and bake has no table that says how {source} is "
+                "stored",
+                where=str(self.adapter.path),
+                fix="bring a family table of the base",
+            )
+        return False
+
+    def _is_tied_pair(self, name: str) -> bool:
+        if self.layout is None:
+            if self.base.config.get("tie_word_embeddings") is not False and (
+                name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))
+            ):
+                raise InputError(
+                    f"the adapter changes {name}, and without a family table bake cannot tell "
+                    "whether the head is tied to it",
+                    where=self.where,
+                    fix="bring a family table of the base",
+                )
+            return False
+        return self.layout.tied and name in (self.layout.embed, self.layout.unembed.weight)
+
+    def _sum(self, module: Module, source: str, transposed: bool) -> Producer:
+        """Return the producer of W + s B A, tile by tile, in the base's dtype."""
+        info = self.base.tensors[source]
+        dtype = info.torch_dtype
+
+        def produce() -> Iterator[Tensor]:
+            a, b = self.adapter.read(module.a), self.adapter.read(module.b) * module.scale
+            left, right = (a.T, b.T) if transposed else (b, a)
+            read = self.digests.watched(source, partial(self.base.read_rows, source))
+            step = max(1, TILE_VALUES // max(1, info.shape[1]))
+            for start in range(0, info.shape[0], step):
+                stop = min(start + step, info.shape[0])
+                tile = read(start, stop).to(torch.float64, copy=True)
+                yield to_storage(tile.addmm_(left[start:stop], right), dtype, source)
+
+        return produce
+
+    def _bias(self, module: Module) -> None:
+        """Add the bias of B to the layer's own."""
+        assert module.bias is not None
+        name, added = self._disk(module.path, "bias"), module.bias
+        if name not in self.base.tensors:
+            raise InputError(
+                f"the adapter adds a bias to {module.path}, which has none",
+                where=self.where,
+                why="PEFT cannot merge it either: the base has no place for it",
+            )
+        info = self.base.tensors[name]
+        self._check_shape(added, name)
+
+        def produce() -> Iterator[Tensor]:
+            total = self.base.read(name).to(torch.float64)
+            total = total + module.scale * self.adapter.read(added)
+            yield to_storage(total, info.torch_dtype, name)
+
+        self._put(name, produce, "update")
+
+    def _replaced(self, target: str, tensor: str) -> None:
+        """Put a tensor that the adapter stores whole in the place of the base's."""
+        module, _, parameter = target.rpartition(".")
+        name = self._disk(module, parameter)
+        if name not in self.base.tensors:
+            raise self._missing(tensor, name)
+        if self._is_tied_pair(name):
+            raise InputError(
+                f"the adapter stores {target} whole, and the head is tied to the embedding",
+                where=self.where,
+                why="PEFT's versions disagree on whether the other one changes with it",
+            )
+        self._check_shape(tensor, name)
+        dtype = self.base.tensors[name].torch_dtype
+
+        def produce() -> Iterator[Tensor]:
+            yield to_storage(self.adapter.read(tensor), dtype, name)
+
+        self._put(name, produce, "replaced")
+
+    def _copy(self, target: str, tensor: str) -> None:
+        """Require that what PEFT saved of the base is the base's: it saves embeddings whole."""
+        module = target.removesuffix(".weight")
+        name = self._disk(module, "weight")
+        layout = self.layout
+        if name not in self.base.tensors and layout is not None and layout.tied:
+            name = layout.embed
+        self._check_shape(tensor, name)
+        if not torch.equal(self.adapter.read(tensor), self.base.read(name).to(torch.float64)):
+            raise InputError(
+                f"the adapter holds another {target} than the base",
+                where=self.where,
+                why="its factors are meant for that one",
+                fix="name the base that the adapter was made for",
+            )
+
+    def _untie(self) -> None:
+        """Give the head a tensor of its own, the embedding as it was where no factors are."""
+        assert self.layout is not None
+        head, embed = self.layout.unembed.weight, self.layout.embed
+        if head in self.result.new:
+            return
+        info = self.base.tensors[embed]
+
+        def produce() -> Iterator[Tensor]:
+            step = max(1, TILE_VALUES // max(1, info.shape[1]))
+            for start in range(0, info.shape[0], step):
+                yield self.base.read_rows(embed, start, min(start + step, info.shape[0]))
+
+        self.result.new[head] = NewTensor(info.dtype, info.shape, produce)
+
+    def _put(self, name: str, produce: Producer, side: str) -> None:
+        if name in self.result.replace:
+            raise InputError(f"the adapter changes {name} twice", where=self.where)
+        self.result.replace[name] = produce
+        self.result.sides[name] = side
+
+    def _check_shape(self, tensor: str, name: str) -> None:
+        have, want = self.adapter.shapes[tensor], self.base.tensors[name].shape
+        if have != want:
+            raise InputError(
+                f"{tensor} has the shape {list(have)}, and {name} is {list(want)}",
+                where=self.where,
+                fix="name the base that the adapter was made for",
+            )
+
+    def _missing(self, tensor: str, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"the adapter's tensor {tensor} has no place in the base: there is no tensor {name}",
+            where=self.base.source,
+            fix="name the base that the adapter was made for"
+            + ("" if self.layout else ", or bring a family table of it"),
+        )
+
+
+def _linears(layout: Layout) -> list[Linear]:
+    found = [layout.unembed]
+    for branch in layout.branches:
+        found += [*branch.reads, *branch.writes]
+    return found
+
+
+def _names(layout: Layout) -> dict[str, str]:
+    """Return the stem of a module's tensors in the base, by the module's path in a live model."""
+    names = {layout.embed_live: layout.embed.removesuffix(".weight")}
+    for table, name in zip(layout.family.positions, layout.positions, strict=True):
+        names[table] = name.removesuffix(".weight")
+    for linear in _linears(layout):
+        if linear.live is not None:
+            names[linear.live] = linear.weight.removesuffix(".weight")
+    norms = [norm for b in layout.branches for norm in (b.norm_in, b.norm_out) if norm is not None]
+    for norm in (*norms, layout.final_norm):
+        names[norm.live] = norm.weight.removesuffix(".weight")
+    return names

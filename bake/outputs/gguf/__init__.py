@@ -1,0 +1,1 @@
+"""GGUF outputs: an edited model, an adapter for one, a converted checkpoint."""

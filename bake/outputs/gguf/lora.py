@@ -1,0 +1,276 @@
+"""The GGUF LoRA output: an adapter that llama.cpp loads beside a GGUF of the base.
+
+Read from llama.cpp's ``src/llama-adapter.cpp`` and ``src/llama-graph.cpp: build_lora_mm``. For a
+matrix [out, in] the file holds ``NAME.lora_a`` [r, in] and ``NAME.lora_b`` [out, r]; for experts
+both are stacked; for the token embedding A is [tokens, r] and B [d, r]. ``adapter.lora.alpha`` is
+0, which llama.cpp takes as "the scale is the user's", whatever the rank of a tensor. The rows of B
+are in the order of the file that llama.cpp's converter makes, which reorders some layers.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from bake.artifact.artifact import Artifact
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.gguf.codec import decode
+from bake.checkpoints.gguf.file import Gguf
+from bake.errors import CheckpointError
+from bake.families.gguf import GgufPlace, gguf_names, gguf_places
+from bake.outputs.factors import FactorSource, factors_from, padded, weight_factors
+from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
+from bake.outputs.gguf.match import check_corners
+from bake.outputs.gguf.modelfile import MODELFILE, modelfile
+from bake.outputs.lora import nonempty, target_factors
+from bake.plan import Plan
+from bake.plan.lowrank import LowRank, Target, low_rank, rank_of, targets_of
+from bake.rounding import to_storage
+
+FILE = "lora.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The factors of one tensor of the base's GGUF: of one matrix, or of a stack of experts."""
+
+    name: str
+    members: tuple[tuple[Target, GgufPlace], ...]
+    stacked: bool
+    is_table: bool
+    rank: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B as they are stored."""
+        target = self.members[0][0]
+        outer, inner = target.shape[target.output_axis], target.shape[1 - target.output_axis]
+        if self.is_table:
+            return (inner, self.rank), (outer, self.rank)
+        stack = (len(self.members),) if self.stacked else ()
+        return (*stack, self.rank, inner), (*stack, outer, self.rank)
+
+
+def export_gguf_lora(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    record: Mapping[str, Any],
+    model: Gguf | None = None,
+    allow: frozenset[str] = frozenset(),
+    force: bool = False,
+    factors: FactorSource | None = None,
+    place: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Artifact:
+    """Write the plan as ``lora.gguf`` to the folder ``out``.
+
+    Where ``model`` is one file, a Modelfile for Ollama beside it names both.
+
+    Args:
+        plan: made for this checkpoint.
+        checkpoint: the base.
+        out: a folder that does not exist, unless ``force``.
+        record: what ``bake.json`` keeps besides the plan.
+        model: the GGUF that the adapter will be served with. The factors are then made from its
+            own weights, dequantised, so that the edit is exact for what is served.
+        allow: the exactness classes below EXACT that the recipe accepts.
+        force: replace an artifact of bake at ``out``.
+        factors: where the factors come from without ``model``; a pass over the base's weights
+            when None.
+        place: where the folder will be in the end, for the Modelfile; ``out`` when None.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or llama.cpp would drop or refuse a
+            part of the adapter.
+        CheckpointError: the GGUF is not one of this model.
+        UsageError: the plan changes no weight, or ``out`` is in the way.
+        InputError: a factor does not fit float32, or the disk refuses.
+    """
+    check_apart(out, checkpoint.path, None if model is None else model.path)
+    pairs = check_gguf_lora(plan, checkpoint, model, allow)
+    report = _Progress(pairs, progress)
+    make = _maker(factors or factors_from(checkpoint), model)
+    text = None if model is None or len(model.parts) > 1 else _modelfile(model, place or out)
+
+    def write(folder: Path) -> None:
+        _write(folder / FILE, plan, record.get("base", {}), pairs, make, report)
+        if text is not None:
+            (folder / MODELFILE).write_text(text, encoding="utf-8")
+
+    return write_artifact(plan, "gguf-lora", out, record=record, force=force, write=write)
+
+
+def check_gguf_lora(
+    plan: Plan, checkpoint: Checkpoint, model: Gguf | None, allow: frozenset[str] = frozenset()
+) -> tuple[Pair, ...]:
+    """Return the tensors of the adapter. Of weights only what shows that a GGUF fits is read.
+
+    Raises:
+        InexactPlan: a finding is not exact and not allowed, or llama.cpp would drop or refuse a
+            part of the adapter.
+        CheckpointError: the GGUF is not one of this model.
+        UsageError: the plan changes no weight, or a Modelfile cannot name the GGUF.
+    """
+    refuse_unfit(plan, "gguf-lora", allow)
+    pairs = _pairs(plan, nonempty(targets_of(plan)))
+    if model is not None:
+        _check_model(model, plan, pairs)
+        members = (target.update for pair in pairs for target, _ in pair.members)
+        edited = [update.source for update in members if update is not None]
+        check_corners(edited, checkpoint, model, gguf_places(plan.layout))
+        if len(model.parts) == 1:
+            modelfile(model.path.name, FILE)
+    return pairs
+
+
+def _modelfile(model: Gguf, out: Path) -> str:
+    """Return a Modelfile that finds the base from the adapter's folder."""
+    where = os.path.relpath(model.path.resolve(), out.resolve())
+    return modelfile(Path(where).as_posix(), FILE)
+
+
+def _pairs(plan: Plan, targets: Sequence[Target]) -> tuple[Pair, ...]:
+    """Return the tensors of the file, the experts of one projection together."""
+    places = gguf_places(plan.layout)
+    grouped: defaultdict[str, list[tuple[Target, GgufPlace]]] = defaultdict(list)
+    for target in targets:
+        place = places[target.name]
+        grouped[place.name].append((target, place))
+    pairs = []
+    for name, members in grouped.items():
+        members.sort(key=lambda member: member[1].expert or 0)
+        stacked = members[0][1].expert is not None
+        assert [place.expert or 0 for _, place in members] == list(range(len(members)))
+        ranks = [rank_of(target.update) for target, _ in members if target.update is not None]
+        is_table = members[0][0].role == "embed"
+        pairs.append(Pair(name, tuple(members), stacked, is_table, max(1, *ranks, 0)))
+    return tuple(pairs)
+
+
+Make = Callable[[Target, GgufPlace, int], tuple[Tensor, Tensor]]
+
+
+def _maker(source: FactorSource, model: Gguf | None) -> Make:
+    """Return what makes the factors of one weight, B in the order of the file's rows."""
+
+    def from_checkpoint(target: Target, place: GgufPlace, rank: int) -> tuple[Tensor, Tensor]:
+        a, b = target_factors(source, target, rank)
+        return a, b if place.rows is None else b[torch.tensor(place.rows)]
+
+    def from_model(target: Target, place: GgufPlace, rank: int) -> tuple[Tensor, Tensor]:
+        assert model is not None
+        if target.update is None:
+            return from_checkpoint(target, place, rank)
+        info = model.tensors[place.name]
+
+        def read(start: int, stop: int) -> Float[Tensor, "rows columns"]:
+            raw = model.read_rows(place.name, start, stop, expert=place.expert)
+            return decode(raw, info.kind, place.name)
+
+        change, shape = _reordered(low_rank(target.update), place), info.shape[-2:]
+        output_axis = 1 if target.role == "embed" else 0
+        return padded(*weight_factors(read, shape, output_axis, change), rank)
+
+    return from_checkpoint if model is None else from_model
+
+
+def _reordered(change: LowRank, place: GgufPlace) -> LowRank:
+    """Return a change for the rows of the output in the file's order."""
+    if place.rows is None:
+        return change
+    rows = torch.tensor(place.rows)
+    return replace(
+        change,
+        output_left=change.output_left[rows],
+        output_right=change.output_right[:, rows],
+        update_left=change.update_left[rows],
+    )
+
+
+def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
+    """Require a GGUF of the planned model: its architecture, names and shapes."""
+    arch = gguf_names(plan.layout).arch
+    if model.arch != arch:
+        raise CheckpointError(
+            f"the GGUF is of architecture {model.arch!r}, and the model is {arch!r} there",
+            where=str(model.path),
+        )
+    for pair in pairs:
+        target = pair.members[0][0]
+        outer, inner = target.shape[target.output_axis], target.shape[1 - target.output_axis]
+        stack = (len(pair.members),) if pair.stacked else ()
+        shape = (inner, outer) if pair.is_table else (*stack, outer, inner)
+        found = model.tensors.get(pair.name)
+        if found is None or found.shape != shape:
+            have = "no" if found is None else f"a {list(found.shape)}"
+            raise CheckpointError(
+                f"the GGUF has {have} tensor {pair.name} where one of {list(shape)} is meant",
+                where=str(model.path),
+                fix="name a GGUF that was converted from this base",
+            )
+
+
+class _Progress:
+    """Counts the bytes of factors that are written."""
+
+    def __init__(self, pairs: Sequence[Pair], report: Callable[[int, int], None] | None) -> None:
+        sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
+        self.done, self.total, self.report = 0, sum(sizes), report
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.report is not None:
+            self.report(self.done, self.total)
+
+
+def _write(
+    path: Path,
+    plan: Plan,
+    base: Mapping[str, Any],
+    pairs: Sequence[Pair],
+    make: Make,
+    progress: _Progress,
+) -> None:
+    """Write the header, then one pair of factors after another."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, gguf_names(plan.layout).arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    if base.get("model"):
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, str(base["model"]))
+        if base.get("revision"):
+            writer.add_base_model_version(0, str(base["revision"]))
+    for pair in pairs:
+        for suffix, shape in zip(("lora_a", "lora_b"), pair.shapes, strict=True):
+            size = 4 * torch.Size(shape).numel()
+            writer.add_tensor_info(f"{pair.name}.{suffix}", shape, np.dtype(np.float32), size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for pair in pairs:
+        for factor in _factors(pair, make):
+            writer.write_tensor_data(factor.numpy())
+            progress.advance(factor.numel() * 4)
+    writer.close()
+
+
+def _factors(pair: Pair, make: Make) -> Iterator[Float32[Tensor, "..."]]:
+    """Yield A and B of one tensor in float32, in the shapes of the file."""
+    made = [make(target, place, pair.rank) for target, place in pair.members]
+    a = torch.stack([a for a, _ in made]) if pair.stacked else made[0][0]
+    b = torch.stack([b for _, b in made]) if pair.stacked else made[0][1]
+    yield to_storage(a.T if pair.is_table else a, torch.float32, f"{pair.name}.lora_a").contiguous()
+    yield to_storage(b, torch.float32, f"{pair.name}.lora_b").contiguous()

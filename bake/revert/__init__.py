@@ -1,0 +1,1 @@
+"""From a baked artifact back to its base, bit for bit."""

@@ -1,0 +1,291 @@
+"""Revert a baked checkpoint to its base, bit for bit.
+
+Only the edited tensors differ between the two, so only their ranges are read of the base, with its
+config, its index and its headers. Everything else is copied from the artifact, and every file of
+the result is compared with the base's by hash before the folder appears.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bake.checkpoints import Checkpoint, TensorInfo, open_checkpoint
+from bake.checkpoints.config import CONFIG
+from bake.checkpoints.index import INDEX
+from bake.checkpoints.outline import File
+from bake.checkpoints.stream import Copy, Fill, Literal, Piece
+from bake.checkpoints.writer import clear_of, write_files
+from bake.errors import CheckpointError, InputError
+from bake.revert.base import RevertBase, Stated
+from bake.revert.proof import prove_base
+from bake.revert.record import RevertRecord
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reverted:
+    """What a revert wrote.
+
+    Attributes:
+        path: the folder.
+        files: sha256 by name.
+        equal: the files whose bytes were compared with the base's and are equal.
+        edited: the tensors that came from the base.
+        removed: the tensors that the edit had created.
+        bytes_written: of all files.
+        bytes_from_base: the tensors' bytes that were read of the base to restore it.
+        left: files of the artifact that are bake's own, or its card's, and not the base's.
+        absent: files of the base that an export does not carry, and so a revert does not restore.
+        notes: what else there is to say.
+    """
+
+    path: Path
+    files: Mapping[str, str]
+    equal: tuple[str, ...]
+    edited: tuple[str, ...]
+    removed: tuple[str, ...]
+    bytes_written: int
+    bytes_from_base: int
+    left: tuple[str, ...]
+    absent: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bit_for_bit(self) -> bool:
+        """Whether every file was compared with the base's and equals it."""
+        return len(self.equal) == len(self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """Everything that a revert of a checkpoint has decided before it writes.
+
+    Attributes:
+        record: of the artifact.
+        artifact: its checkpoint.
+        base: the base.
+        shards: the artifact's shard by the base's name of it.
+        notes: what there is to say of the base.
+    """
+
+    record: RevertRecord
+    artifact: Checkpoint
+    base: RevertBase
+    shards: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def edited_bytes(self) -> int:
+        """How many bytes of tensors come from the base."""
+        tensors = self.base.checkpoint.tensors
+        return sum(tensors[name].nbytes for name in self.record.edited)
+
+
+def prepare_revert(
+    record: RevertRecord, base: RevertBase, progress: Progress | None = None
+) -> Restoration:
+    """Check that the base is the artifact's, and decide which bytes come from which.
+
+    A base that is not the recorded commit of a repository is baked again and compared with the
+    artifact, which reads its edited tensors once more.
+
+    Args:
+        record: of the artifact.
+        base: as ``open_base`` returns it.
+        progress: called with the bytes of tensors that are compared and their total.
+
+    Raises:
+        InputError: the base or the artifact is not the recorded one.
+    """
+    artifact = open_checkpoint(record.folder)
+    shards = _matched(record, artifact, base.checkpoint)
+    notes: tuple[str, ...] = ()
+    if not base.pinned:
+        proof = prove_base(record, base.checkpoint, artifact, progress)
+        notes = () if proof.note is None else (proof.note,)
+    base.counted.count = 0  # from here on it counts what the restoration itself takes
+    return Restoration(record, artifact, base, shards, notes)
+
+
+def _matched(record: RevertRecord, artifact: Checkpoint, base: Checkpoint) -> dict[str, str]:
+    """Return the artifact's shard by the base's name, each with the very header of the base's."""
+    lost = sorted(base.tensors.keys() - artifact.tensors.keys())
+    surplus = sorted(artifact.tensors.keys() - base.tensors.keys() - record.created)
+    if lost or surplus:
+        what = f"lacks {lost[0]}" if lost else f"holds {surplus[0]}, which nothing accounts for"
+        raise InputError(f"is not what the record says: it {what}", where=str(record.folder))
+    found: dict[str, str] = {}
+    for info in base.tensors.values():
+        found.setdefault(info.shard, artifact.tensors[info.name].shard)
+    for ours, theirs in found.items():
+        if base.header_digests[ours] != artifact.header_digests[theirs]:
+            raise InputError(
+                f"the header of {theirs} is not that of the base's {ours}",
+                where=str(record.folder),
+                fix="name the base that the record names, or download the artifact again",
+            )
+    return found
+
+
+def base_hashes(plan: Restoration, progress: Progress | None = None) -> dict[str, Stated]:
+    """Return what every file of the result must hash to: the Hub's word, or the base's own files.
+
+    Args:
+        plan: as ``prepare_revert`` returns it.
+        progress: called with the bytes of a base in a folder that are hashed and their total.
+
+    Raises:
+        HubError: the Hub refuses or cannot be reached.
+    """
+    base = plan.base.checkpoint
+    names = [*base.shards, CONFIG, *base.side_files]
+    names += [INDEX] if base.index_text is not None else []
+    return plan.base.stated(names, progress)
+
+
+def revert_checkpoint(
+    plan: Restoration,
+    out: Path,
+    *,
+    stated: Mapping[str, Stated] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Reverted:
+    """Write the base to ``out``.
+
+    An interrupted run is taken up by the next one with the same artifact and base.
+
+    Args:
+        plan: as ``prepare_revert`` returns it.
+        out: a folder that does not exist, unless ``force``.
+        stated: what ``base_hashes`` returned for this plan; it is called where this is None.
+        force: replace a checkpoint at ``out``.
+        progress: called with the bytes of weights that are done and their total.
+
+    Raises:
+        InputError: a file of the result is not the base's; nothing is left behind.
+        UsageError: ``out`` is in the way, or is the artifact or the base.
+        HubError: the Hub refuses or cannot be reached.
+    """
+    base = plan.base.checkpoint
+    resolved = clear_of(out, plan.artifact.path)
+    if not plan.base.on_hub:
+        clear_of(out, base.path)
+    if stated is None:
+        stated = base_hashes(plan)
+    written = write_files(
+        resolved,
+        tuple(_shard(plan, name) for name in base.shards),
+        tuple(_small(plan, stated)),
+        identity=_identity(plan),
+        check=partial(_check, plan, stated),
+        force=force,
+        progress=progress,
+    )
+    own = {*plan.artifact.side_files, *plan.artifact.left_out} - set(base.side_files)
+    return Reverted(
+        path=written.path,
+        files=written.files,
+        equal=tuple(name for name in written.files if name in stated),
+        edited=tuple(sorted(plan.record.edited)),
+        removed=tuple(sorted(plan.record.created)),
+        bytes_written=written.bytes_written,
+        bytes_from_base=plan.base.counted.count,
+        left=tuple(sorted(own)),
+        absent=tuple(sorted(base.left_out)),
+        notes=plan.notes,
+    )
+
+
+def _shard(plan: Restoration, name: str) -> File:
+    """Return one shard: the artifact's bytes, with those of the base where a tensor was edited."""
+    base, theirs = plan.base.checkpoint, plan.shards[name]
+    size = base.shard_sizes[name]
+    pieces: list[Piece] = []
+    position = 0
+    for info in base.tensors.values():
+        if info.shard == name and info.name in plan.record.edited and info.nbytes:
+            flat = TensorInfo(info.name, "U8", (info.nbytes,), name, info.start, info.stop)
+            produce = partial(_bytes, base, info)
+            pieces += [Copy(position, info.start), Fill(flat, produce)]
+            position = info.stop
+    pieces.append(Copy(position, size))
+    return File(name, size, tuple(pieces), plan.artifact.file(theirs))
+
+
+def _bytes(base: Checkpoint, info: TensorInfo) -> Iterator[Tensor]:
+    for chunk in base.chunks(info.shard, info.start, info.stop):
+        yield torch.frombuffer(chunk, dtype=torch.uint8)
+
+
+def _small(plan: Restoration, stated: Mapping[str, Stated]) -> Iterator[File]:
+    """Yield the files that hold no weights; those that the artifact has unchanged come from it."""
+    base = plan.base.checkpoint
+    texts = {CONFIG: base.config_text}
+    if base.index_text is not None:
+        texts[INDEX] = base.index_text
+    for name, text in texts.items():
+        data = text.encode()
+        yield File(name, len(data), (Literal(data),))
+    for name in base.side_files:
+        path = None
+        if name in plan.artifact.side_files:
+            path = plan.artifact.file(name)
+            if name not in stated or not stated[name].matches(path):
+                path = None
+        if path is None:
+            path = plan.base.file(name)
+        size = path.stat().st_size
+        yield File(name, size, (Copy(0, size),), path)
+
+
+def _check(
+    plan: Restoration, stated: Mapping[str, Stated], folder: Path, hashes: Mapping[str, str]
+) -> None:
+    """Refuse a result that is not the base, before anybody sees it."""
+    wrong = [
+        name
+        for name, found in hashes.items()
+        if name in stated and not stated[name].matches(folder / name, found)
+    ]
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} of {len(hashes)} files would not be the base's, first {wrong[0]}"
+            + _culprit(plan, wrong[0]),
+            where=str(plan.record.folder),
+            why="the artifact differs from this base in more than what its record names",
+            fix="see `bake diff BASE OUT`; download the artifact again, or name its own base",
+        )
+    for name, digest in open_checkpoint(folder).header_digests.items():
+        if digest != plan.base.checkpoint.header_digests[name]:
+            raise CheckpointError("has another header than the base's", where=name)
+
+
+def _culprit(plan: Restoration, name: str) -> str:
+    """Return which tensor of a shard differs, where both models are on this machine."""
+    base = plan.base.checkpoint
+    if plan.base.on_hub or name not in base.shards:
+        return ""
+    for info in base.tensors.values():
+        untouched = info.shard == name and info.name not in plan.record.edited
+        if untouched and base.tensor_digest(info.name) != plan.artifact.tensor_digest(info.name):
+            return f": {info.name} differs, which the plan leaves alone"
+    return ""
+
+
+def _identity(plan: Restoration) -> str:
+    """Return a digest of what decides the shards' bytes, for the journal of an interrupted run."""
+    artifact, base = plan.artifact, plan.base.checkpoint
+    places = [base.source, base.revision, str(artifact.path)]
+    times = [artifact.file(name).stat().st_mtime_ns for name in artifact.shards]
+    if not plan.base.on_hub:
+        times += [base.file(name).stat().st_mtime_ns for name in base.shards]
+    facts = ["revert", places, base.digest(), artifact.digest(), times, sorted(plan.record.edited)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -1,0 +1,248 @@
+"""Revert a baked GGUF to the file that it was made of, bit for bit.
+
+The base's header, its padding and its edited tensors come from the base; every other tensor comes
+from the artifact. Each file of the result is compared with the base's by hash.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from bake.checkpoints import TensorInfo
+from bake.checkpoints.gguf.file import Gguf, GgufPart, open_gguf
+from bake.checkpoints.stream import Copy, Fill, Piece, write_file
+from bake.checkpoints.writer import clear_of
+from bake.errors import InputError, UsageError
+from bake.outputs.folder import new_folder, sync
+from bake.revert.checkpoint import Reverted
+from bake.revert.record import RevertRecord
+
+_CHUNK = 8 << 20
+_NOTE = "the record has no hash of the base's file: the edited tensors are those of the named one"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufRestoration:
+    """Everything that a revert of a GGUF has decided before it writes.
+
+    Attributes:
+        record: of the artifact.
+        artifact: its model.
+        base: the model that it was made of.
+        edited: the tensors of the base that the artifact has otherwise.
+        created: the tensors that the base does not have.
+        proven: whether the base's files have the sha256 that the record names.
+    """
+
+    record: RevertRecord
+    artifact: Gguf
+    base: Gguf
+    edited: frozenset[str]
+    created: frozenset[str]
+    proven: bool
+
+    @property
+    def edited_bytes(self) -> int:
+        """How many bytes of tensors come from the base."""
+        return sum(self.base.tensors[name].nbytes for name in self.edited)
+
+
+def prepare_gguf_revert(record: RevertRecord, file: Path) -> GgufRestoration:
+    """Check that a file is the one that the artifact was made of.
+
+    Raises:
+        InputError: it is another, or the artifact is not what its record says.
+    """
+    rows, parts = _recorded(record)
+    base = open_gguf(file)
+    for part, (name, size) in zip(base.parts, parts, strict=False):
+        if part.size != size:
+            raise InputError(
+                f"this is not the GGUF that the artifact was made of: it has {part.size} bytes, "
+                f"and {name} had {size}",
+                where=str(part.path),
+            )
+    if len(base.parts) != len(parts):
+        raise InputError(
+            f"this is not the GGUF that the artifact was made of: it has {len(base.parts)} files, "
+            f"and that one had {len(parts)}",
+            where=str(file),
+        )
+    artifact = open_gguf(record.folder / parts[0][0])
+    created = frozenset(name for name, before in rows.items() if before is None)
+    edited = frozenset(rows) - created
+    _compare_tables(record, artifact, base, edited, created)
+    return GgufRestoration(record, artifact, base, edited, created, _proven(record, base))
+
+
+def _proven(record: RevertRecord, base: Gguf) -> bool:
+    """Whether the base's files are the recorded ones; False where the record has no hashes.
+
+    Raises:
+        InputError: a file has another sha256, or the record is malformed.
+    """
+    try:
+        rows = (record.content.get("export") or {}).get("gguf") or []
+        recorded = [str(row["sha256"]) for row in rows]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the record is malformed: {error!r}", where=str(record.folder)) from error
+    if not recorded:
+        return False
+    for part, digest in zip_longest(base.parts, recorded):
+        if part is None or digest is None or _sha256(part.path) != digest:
+            raise InputError(
+                "this is not the GGUF that the artifact was made of: it has another sha256",
+                where=str(base.path if part is None else part.path),
+                fix="name the file that the artifact was made of",
+            )
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded(record: RevertRecord) -> tuple[dict[str, str | None], list[tuple[str, int]]]:
+    """Return the changed tensors with the type that the base had, and the base's files."""
+    found = record.content.get("gguf")
+    if not isinstance(found, dict) or "base" not in found or "tensors" not in found:
+        raise InputError(
+            "the record does not say which file the artifact was made of",
+            where=str(record.folder),
+            why="llama.cpp's converter made it of a baked checkpoint: no base in GGUF was edited",
+            fix="convert the base checkpoint with the same converter",
+        )
+    try:
+        rows = {str(row["name"]): row["base_type"] for row in found["tensors"]}
+        parts = [(str(part["name"]), int(part["bytes"])) for part in found["base"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the record is malformed: {error!r}", where=str(record.folder)) from error
+    if not parts or any("/" in name or name in ("", ".", "..") for name, _ in parts):
+        raise InputError("the record is malformed: it names no base file", where=str(record.folder))
+    return rows, parts
+
+
+def _compare_tables(
+    record: RevertRecord,
+    artifact: Gguf,
+    base: Gguf,
+    edited: frozenset[str],
+    created: frozenset[str],
+) -> None:
+    """Require that the two files hold the same tensors but for those that the record names."""
+    where = str(record.folder)
+    for name, info in base.tensors.items():
+        found = artifact.tensors.get(name)
+        alike = found is not None and (
+            name in edited or (found.kind, found.shape) == (info.kind, info.shape)
+        )
+        if not alike:
+            raise InputError(
+                f"the artifact and {base.path.name} disagree about {name}, which the record says "
+                "is untouched"
+                if found is not None
+                else f"the artifact lacks {name}",
+                where=where,
+                fix="name the file that the artifact was made of",
+            )
+    lost = sorted((edited - base.tensors.keys()) | (created & base.tensors.keys()))
+    surplus = sorted(artifact.tensors.keys() - base.tensors.keys() - created)
+    if lost or surplus:
+        raise InputError(
+            f"the record and {base.path.name} disagree about {(lost + surplus)[0]}",
+            where=where,
+            fix="name the file that the artifact was made of",
+        )
+
+
+def revert_gguf(
+    plan: GgufRestoration,
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reverted:
+    """Write the base's files to the folder ``out``.
+
+    Args:
+        plan: as ``prepare_gguf_revert`` returns it.
+        out: a folder that does not exist, unless ``force``.
+        force: replace an artifact of bake at ``out``.
+        progress: called with the bytes that are done and their total, those of the comparison too.
+
+    Raises:
+        InputError: a file of the result is not the base's; nothing is left behind.
+        UsageError: ``out`` is in the way, or holds the artifact or the base.
+    """
+    resolved = clear_of(out, plan.record.folder)
+    if resolved in plan.base.path.resolve().parents:
+        raise UsageError(
+            f"the output {out} holds the base {plan.base.path}", fix="name another output"
+        )
+    tally = _Tally(2 * sum(part.size for part in plan.base.parts), progress)
+    files = {}
+    with new_folder(out, force=force) as folder:
+        for part in plan.base.parts:
+            name = part.path.name
+            pieces = list(_pieces(plan, part))
+            target = folder / name
+            files[name] = write_file(target, pieces, origin=part.path, advance=tally.advance)
+            _check(part, files[name], tally)
+        sync(folder)
+    recorded = {*plan.record.exported, "bake.json"} - files.keys()
+    return Reverted(
+        path=out,
+        files=files,
+        equal=tuple(files),
+        edited=tuple(sorted(plan.edited)),
+        removed=tuple(sorted(plan.created)),
+        bytes_written=sum(part.size for part in plan.base.parts),
+        bytes_from_base=plan.edited_bytes,
+        left=tuple(sorted(recorded)),
+        absent=(),
+        notes=() if plan.proven else (_NOTE,),
+    )
+
+
+class _Tally:
+    """Counts bytes that are done, for a progress bar."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
+        self._done, self._total, self._report = 0, total, report
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if self._report is not None:
+            self._report(self._done, self._total)
+
+
+def _pieces(plan: GgufRestoration, part: GgufPart) -> Iterator[Piece]:
+    """Yield the base's header and padding, and every tensor from where it is to come."""
+    position = 0
+    for info in sorted(part.header.tensors, key=lambda tensor: tensor.start):
+        if info.name in plan.edited or not info.nbytes:
+            continue
+        yield Copy(position, info.start)
+        flat = TensorInfo(info.name, "U8", (info.nbytes,), part.path.name, info.start, info.stop)
+        yield Fill(flat, partial(plan.artifact.chunks, info.name))
+        position = info.stop
+    yield Copy(position, part.size)
+
+
+def _check(part: GgufPart, found: str, tally: _Tally) -> None:
+    digest = hashlib.sha256()
+    with part.path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            tally.advance(len(chunk))
+    if digest.hexdigest() != found:
+        raise InputError(
+            f"the result would not be {part.path.name}",
+            where=str(part.path),
+            why="the artifact differs from it in more than the tensors that its record names",
+            fix="name the file that the artifact was made of, or download the artifact again",
+        )

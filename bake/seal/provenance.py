@@ -1,0 +1,111 @@
+"""How an artifact was made, as an in-toto statement in the shape of SLSA's provenance.
+
+Statement: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md, predicate:
+https://slsa.dev/spec/v1.0/provenance. No level of SLSA is claimed. The statement holds no time, so
+that the same export gives the same bytes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bake.artifact.names import CARD, OUTSIDE, STATEMENT
+from bake.artifact.record import VERIFICATION, ArtifactRecord, read_json
+from bake.errors import InputError
+from bake.seal.manifest import Manifest
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:bake-directions:export:v1"
+
+_LATER = (CARD, VERIFICATION, STATEMENT)
+_LATER_FOLDERS = ("plots/", "verify/", "verify.")
+
+
+def made_by_export(name: str) -> bool:
+    """Tell whether a file is what the export wrote, and not the card or a verification."""
+    return name not in OUTSIDE and name not in _LATER and not name.startswith(_LATER_FOLDERS)
+
+
+def statement(record: ArtifactRecord, manifest: Manifest) -> str:
+    """Return the text of the statement: the export's files, and what they were made from."""
+    content, base = record.content, record.content["base"]
+    recipe = content.get("recipe", {})
+    subjects = [
+        {"name": file.name, "digest": {"sha256": file.sha256}}
+        for file in manifest.files
+        if made_by_export(file.name)
+    ]
+    predicate = {
+        "buildDefinition": {
+            "buildType": BUILD_TYPE,
+            "externalParameters": {
+                "kind": record.kind,
+                "plan": record.plan_digest,
+                "recipe": recipe.get("digest"),
+                "allow": content.get("allow", []),
+                "target": content.get("target", []),
+            },
+            "resolvedDependencies": [
+                _base(record, base),
+                *_directions(content.get("directions", {})),
+                *_adapter(content.get("adapter")),
+            ],
+        },
+        "runDetails": {
+            "builder": {
+                "id": "urn:bake-directions",
+                "version": {"bake-directions": content.get("bake")},
+            }
+        },
+    }
+    whole = {
+        "_type": STATEMENT_TYPE,
+        "subject": subjects,
+        "predicateType": PREDICATE_TYPE,
+        "predicate": predicate,
+    }
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+def _base(record: ArtifactRecord, base: dict[str, Any]) -> dict[str, Any]:
+    """Return the base as a dependency, by its commit where it is on the Hub."""
+    found: dict[str, Any] = {"name": "base"}
+    if record.base_on_hub:
+        found["uri"] = f"pkg:huggingface/{record.base_repo}@{record.revision}"
+        if record.pinned:
+            found["digest"] = {"gitCommit": record.revision}
+    if base.get("digest") is not None:
+        found["annotations"] = {"layoutSha256": base["digest"]}
+    return found
+
+
+def _directions(directions: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"direction {name}",
+            "digest": {"sha256": str(found.get("digest", "")).removeprefix("sha256:")},
+        }
+        for name, found in sorted(directions.items())
+    ]
+
+
+def _adapter(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the adapter of a merge as a dependency; its digest is over its two files'."""
+    if adapter is None:
+        return []
+    return [{"name": f"adapter {adapter.get('name')}", "digest": {"sha256": adapter.get("sha256")}}]
+
+
+def check_statement(folder: Path, record: ArtifactRecord, manifest: Manifest) -> str | None:
+    """Return what is wrong with the statement of an artifact, or None.
+
+    Raises:
+        InputError: the statement is there and malformed.
+    """
+    found = read_json(folder, STATEMENT)
+    if found.get("_type") != STATEMENT_TYPE or found.get("predicateType") != PREDICATE_TYPE:
+        raise InputError("is no in-toto statement of a build", where=STATEMENT)
+    if found != json.loads(statement(record, manifest)):
+        return "does not state these files and this record"
+    return None

@@ -1,0 +1,208 @@
+"""Seal an artifact with its sums and its statement, and check one that was sealed."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bake.artifact.names import CARD, STATEMENT, SUMS, Problem, printable, problem_of
+from bake.artifact.record import RECORD, ArtifactRecord, read_record, unverified
+from bake.errors import InputError
+from bake.seal.manifest import (
+    Manifest,
+    Progress,
+    compare_sums,
+    entry_of_text,
+    manifest_of,
+    read_manifest,
+    read_sums,
+    write_text,
+)
+from bake.seal.provenance import check_statement, made_by_export, statement
+from bake.seal.weights import check_unchanged, check_weights
+
+_MEANING = {
+    "missing": Problem("", "is missing", "download or export the artifact again"),
+    "extra": Problem("", f"is not listed in {SUMS}", "remove it, or seal again if it belongs"),
+    "changed": Problem("", f"is not what {SUMS} lists", "download or export the artifact again"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was found about an artifact.
+
+    Attributes:
+        folder: where it is.
+        kind: of the artifact.
+        plan_digest: of the plan that it executes.
+        digest: the sha256 of ``SHA256SUMS``, over every file.
+        files: how many there are.
+        size: bytes of all files.
+        unverified: why the artifact does not count as verified, or None.
+        problems: everything that is wrong, one line each.
+        manifest: every file with its hashes.
+    """
+
+    folder: str
+    kind: str
+    plan_digest: str
+    digest: str
+    files: int
+    size: int
+    unverified: str | None
+    problems: tuple[Problem, ...]
+    manifest: Manifest = field(repr=False)
+
+    def failure(self) -> InputError | None:
+        """Return the problems as one error, or None when there are none."""
+        return as_error(self.problems, self.folder)
+
+
+def as_error(problems: tuple[Problem, ...], folder: str) -> InputError | None:
+    """Return problems as one error: the first in full, all of them one line each."""
+    if not problems:
+        return None
+    if len(problems) == 1:
+        only = problems[0]
+        return InputError(f"{only.where} {only.what}", where=folder, fix=only.fix or None)
+    lines = "\n".join(str(problem) for problem in problems[:50])
+    more = f"\nand {len(problems) - 50} more" if len(problems) > 50 else ""
+    return InputError(f"{len(problems)} things are wrong", where=folder, why=lines + more)
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An artifact's manifest with the two files that a seal adds.
+
+    Attributes:
+        manifest: of the folder as it is once they are written.
+        texts: their texts by name.
+    """
+
+    manifest: Manifest
+    texts: dict[str, str]
+
+
+def seal(folder: Path, progress: Progress | None = None) -> Manifest:
+    """Write the statement and ``SHA256SUMS`` of a folder and return its manifest.
+
+    Raises:
+        InputError: the folder is no artifact, or the export's files are not those that were sealed.
+    """
+    sealed = prepare(folder, progress)
+    files = sealed.manifest.by_name()
+    for name, text in sealed.texts.items():
+        files[name] = write_text(folder.resolve(), name, text)
+    return manifest_of(files.values())
+
+
+def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
+    """Return what ``seal`` would write, and write nothing.
+
+    What an earlier seal lists of the export must be unchanged: the card and the verification may
+    have come or changed since, and other files may not.
+
+    Raises:
+        InputError: the folder is no artifact, or the export's files are not those that were sealed.
+    """
+    record = read_record(folder)
+    manifest = read_manifest(folder, progress)
+    if (folder / SUMS).exists():
+        listed = read_sums(folder)
+        problems = tuple(
+            _problem(name, state)
+            for name, state in compare_sums(listed, manifest)
+            if state != "extra" and made_by_export(name)
+        )
+        error = as_error(problems, str(folder))
+        if error is not None:
+            raise error
+    return seal_of(record, manifest, str(folder))
+
+
+def seal_of(record: ArtifactRecord, manifest: Manifest, where: str) -> Sealed:
+    """Return the seal of files that need not lie in one folder.
+
+    Raises:
+        InputError: they are not what the record lists.
+    """
+    error = as_error(tuple(_unlike_record(record, manifest)), where)
+    if error is not None:
+        raise error
+    files = manifest.by_name()
+    texts = {STATEMENT: statement(record, manifest)}
+    files[STATEMENT] = entry_of_text(STATEMENT, texts[STATEMENT])
+    texts[SUMS] = manifest_of(files.values()).sums
+    files[SUMS] = entry_of_text(SUMS, texts[SUMS])
+    return Sealed(manifest_of(files.values()), texts)
+
+
+def check(folder: Path, *, base: Path | None = None, progress: Progress | None = None) -> Check:
+    """Check that an artifact is what was sealed: sums, statement, index, headers and record.
+
+    Args:
+        folder: the artifact, or a download of it.
+        base: the base model's folder; every tensor that the plan leaves alone must equal its own.
+        progress: called with the bytes that are hashed and their total.
+
+    Raises:
+        InputError: the folder is no artifact, or was never sealed.
+    """
+    record = read_record(folder)
+    listed = read_sums(folder)
+    manifest = read_manifest(folder, progress)
+    problems = [_problem(name, state) for name, state in compare_sums(listed, manifest)]
+    if not problems:
+        problems += _unlike_record(record, manifest)
+    if not problems:  # it states the same sums: another line for each would say nothing new
+        problems += _statement_problems(folder, record, manifest)
+    problems += check_weights(folder, record)
+    if base is not None and not problems:
+        problems += check_unchanged(folder, record, base)
+    reason = None
+    try:
+        reason = unverified(folder, record)
+    except InputError as error:
+        problems.append(problem_of(error, "verify.json"))
+    return Check(
+        folder=str(folder),
+        kind=record.kind,
+        plan_digest=record.plan_digest,
+        digest=manifest.digest,
+        files=len(manifest.files),
+        size=manifest.size,
+        unverified=reason,
+        problems=tuple(problems),
+        manifest=manifest,
+    )
+
+
+def _unlike_record(record: ArtifactRecord, manifest: Manifest) -> list[Problem]:
+    """Return the files that are not what the record lists, where the output lists any."""
+    recorded = record.content.get("files", {})
+    if not isinstance(recorded, dict):
+        return [Problem(RECORD, "files is no object")]
+    found = manifest.by_name()
+    problems = []
+    for name, digest in recorded.items():
+        if name not in found:
+            problems.append(Problem(printable(name), f"is missing, and {RECORD} lists it"))
+        elif f"sha256:{found[name].sha256}" != f"sha256:{str(digest).removeprefix('sha256:')}":
+            problems.append(Problem(name, f"is not what {RECORD} lists", "export again"))
+    return problems
+
+
+def _problem(name: str, state: str) -> Problem:
+    fix = _MEANING[state].fix
+    if name == CARD and state == "changed":
+        fix = "if it was edited on the Hub, nothing else hangs on it; push it again to seal it"
+    return Problem(name, _MEANING[state].what, fix)
+
+
+def _statement_problems(folder: Path, record: ArtifactRecord, manifest: Manifest) -> list[Problem]:
+    try:
+        wrong = check_statement(folder, record, manifest)
+    except (InputError, OSError) as error:
+        if isinstance(error, InputError):
+            return [problem_of(error, STATEMENT)]
+        return [Problem(STATEMENT, "is missing", "seal the artifact again")]
+    return [] if wrong is None else [Problem(STATEMENT, wrong, "seal the artifact again")]

@@ -1,0 +1,209 @@
+"""The weights of an artifact: strict headers, a closed index, finite numbers, untouched tensors."""
+
+import json
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bake.artifact.base_digests import recorded_digests
+from bake.artifact.names import WEIGHTS, WHOLE, Problem, problem_of, regular, walk
+from bake.artifact.record import RECORD, ArtifactRecord
+from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
+from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
+from bake.checkpoints.index import INDEX
+from bake.errors import InputError
+
+MAX_HEADER = 25_000_000
+"""Longest header text that the Hub's own client reads."""
+
+_ROWS = 1 << 24  # elements looked at in one step
+_SPAN = 1 << 26  # bytes looked at in one step, a multiple of every type's size
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_weights(folder: Path, record: ArtifactRecord) -> list[Problem]:
+    """Return what is wrong with headers, index and format of the weights."""
+    folder = folder.resolve()
+    suffix = WEIGHTS[record.kind]
+    names = _weights_in(folder)
+    problems = check_headers(folder)
+    if not any(name.endswith(suffix) and "/" not in name for name in names):
+        problems.append(Problem(suffix, f"an artifact of kind {record.kind} has no such file"))
+    if record.kind in WHOLE and not problems:
+        problems += _check_checkpoint(folder, record)
+    return problems
+
+
+def _weights_in(folder: Path) -> list[str]:
+    return [name for name in walk(folder)[0] if name.endswith((".safetensors", ".gguf"))]
+
+
+def check_headers(folder: Path) -> list[Problem]:
+    """Return what is wrong with the headers of the weights that are in a folder."""
+    folder = folder.resolve()
+    problems: list[Problem] = []
+    for name in _weights_in(folder):
+        try:
+            if name.endswith(".safetensors"):
+                read_header(folder, name)
+            else:
+                _check_gguf(folder, name)
+        except InputError as error:
+            problems.append(problem_of(error, name))
+    return problems
+
+
+def read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
+    """Return the tensors of a safetensors file, its header read strictly.
+
+    Raises:
+        InputError: the header is malformed, or too long for the Hub.
+    """
+    path = regular(folder, name)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = header_length(file.read(64), shard=name, size=size)
+        if length > MAX_HEADER:
+            raise InputError(
+                f"has a header of {length} bytes; the Hub reads {MAX_HEADER}", where=name
+            )
+        file.seek(PREFIX)
+        return parse_header(file.read(length), shard=name, size=size)
+
+
+def _check_gguf(folder: Path, name: str) -> None:
+    with regular(folder, name).open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError("does not begin as a GGUF file does", where=name)
+
+
+def metadata(folder: Path, name: str) -> dict[str, Any]:
+    """Return the free metadata of a safetensors file.
+
+    Raises:
+        InputError: its header is malformed.
+    """
+    read_header(folder, name)
+    with regular(folder, name).open("rb") as file:
+        length = int.from_bytes(file.read(PREFIX), "little")
+        content = json.loads(file.read(length))
+    found: dict[str, Any] = content.get("__metadata__", {})
+    return found
+
+
+def _check_checkpoint(folder: Path, record: ArtifactRecord) -> list[Problem]:
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError as error:
+        return [problem_of(error, INDEX)]
+    problems = [
+        Problem(name, "holds weights that the index does not name", "remove it")
+        for name in checkpoint.left_out
+        if name.endswith((".safetensors", ".bin", ".pt", ".gguf"))
+    ]
+    problems += [
+        Problem("bake.json", f"the plan names {name}, which the checkpoint does not hold")
+        for name in sorted(record.changed - checkpoint.tensors.keys())
+    ]
+    return problems + _check_total(checkpoint)
+
+
+def _check_total(checkpoint: Checkpoint) -> list[Problem]:
+    """Return a problem when the index states another size than the tensors have."""
+    if checkpoint.index_text is None:
+        return []
+    stated = strictjson.parse_object(checkpoint.index_text, where=INDEX).get("metadata", {})
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    if "total_size" in stated and stated["total_size"] != total:
+        return [Problem(INDEX, f"total_size is {stated['total_size']}, the tensors have {total}")]
+    return []
+
+
+def check_finite(folder: Path, record: ArtifactRecord) -> list[Problem]:
+    """Return the edited tensors that hold NaN or an infinity."""
+    if record.kind not in WHOLE:
+        return []
+    checkpoint = open_checkpoint(folder.resolve())
+    return [
+        Problem(checkpoint.tensors[name].shard, f"{name} holds NaN or an infinity", "export again")
+        for name in sorted(record.changed & checkpoint.tensors.keys())
+        if not all(_finite(checkpoint, name))
+    ]
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> Iterator[bool]:
+    info = checkpoint.tensors[name]
+    if info.dtype not in _FLOATS:
+        return
+    if not info.shape:
+        yield bool(torch.isfinite(checkpoint.read(name)))
+        return
+    step = max(1, _ROWS * info.shape[0] // max(1, info.nbytes))
+    for start in range(0, info.shape[0], step):
+        rows = checkpoint.read_rows(name, start, min(start + step, info.shape[0]))
+        yield bool(torch.isfinite(rows).all())
+
+
+def check_shard(folder: Path, name: str, changed: Container[str]) -> list[Problem]:
+    """Return what is wrong with one file of weights: its header, or an edited tensor's values."""
+    try:
+        tensors = read_header(folder, name)
+    except InputError as error:
+        return [problem_of(error, name)]
+    return [
+        Problem(name, f"{info.name} holds NaN or an infinity", "export again")
+        for info in tensors
+        if info.name in changed and info.dtype in _FLOATS and not _finite_span(folder / name, info)
+    ]
+
+
+def _finite_span(path: Path, info: TensorInfo) -> bool:
+    with path.open("rb") as file:
+        file.seek(info.start)
+        for start in range(info.start, info.stop, _SPAN):
+            data = bytearray(file.read(min(_SPAN, info.stop - start)))
+            if not bool(torch.isfinite(torch.frombuffer(data, dtype=info.torch_dtype)).all()):
+                return False
+    return True
+
+
+def base_tensors(record: ArtifactRecord) -> dict[str, str]:
+    """Return the sha256 of every edited tensor in the base, where the record has them.
+
+    Raises:
+        InputError: they are malformed.
+    """
+    try:
+        return recorded_digests(record.content)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the record is malformed: {error}", where=RECORD) from error
+
+
+def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Problem]:
+    """Return the tensors that differ from the base's although the plan leaves them alone.
+
+    Those that the plan changes are compared with what the record says they were in the base.
+    """
+    if record.kind not in WHOLE:
+        return []
+    ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
+    problems = []
+    before = base_tensors(record)
+    for name, info in theirs.tensors.items():
+        if name in record.changed:
+            if name in before and before[name] != f"sha256:{theirs.tensor_digest(name)}":
+                what = f"{name} of this base is not the one that bake.json says was edited"
+                problems.append(Problem(info.shard, what, "name the base that it names"))
+            continue
+        found = ours.tensors.get(name)
+        if found is None:
+            problems.append(Problem(info.shard, f"{name} of the base is not in the artifact"))
+        elif (found.dtype, found.shape) != (info.dtype, info.shape) or (
+            ours.tensor_digest(name) != theirs.tensor_digest(name)
+        ):
+            problems.append(
+                Problem(found.shard, f"{name} differs from the base, and the plan leaves it alone")
+            )
+    return problems
