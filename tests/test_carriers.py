@@ -16,12 +16,13 @@ from adapters import NO_BIAS, logits_of, peft_warnings
 from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 
 from bake import edits as make
+from bake.artifact import CARRIERS
 from bake.errors import InexactPlan, UsageError
 from bake.families import ADAPTABLE, DESCRIBED, READS, RUNTIMES, load_families
 from bake.outputs.folder import refuse_unfit
 from bake.outputs.lora import export_lora
 from bake.plan import Exactness, Plan, compile_plan
-from bake.plan.carriers import CARRIERS, carrier_findings, carrier_runtimes
+from bake.plan.carriers import carrier_findings, carrier_runtimes
 from bake.verify.serving import SERVES
 
 TESTS = Path(__file__).parent

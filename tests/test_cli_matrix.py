@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from bake.artifact import CARRIERS
 from bake.cli import main
-from bake.families import CARRIERS, RUNTIMES
+from bake.families import RUNTIMES
 
 RECIPE = """title = "Mood"
 [base]

@@ -16,11 +16,12 @@ import torch
 from published import CARD, copy_of, make_artifact, record_again, rewrite, write_verification
 from safetensors.torch import load_file, save_file
 
-from bake.cards import licences, scan
+from bake.cards import licences
 from bake.cards.frontmatter import card_metadata
 from bake.cards.licences import LICENCES, Stated, check_licence
 from bake.errors import InputError, UsageError
 from bake.publish.preflight import Terms, check_terms, preflight
+from bake.seal import scan
 
 SHARD = "model-00001-of-00005.safetensors"
 

@@ -11,10 +11,11 @@ from tiny import layout_of
 
 from bake import edits
 from bake.affine import AffineMap
+from bake.artifact import CARRIERS
 from bake.directions import Direction, Directions, Role, Shape
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import BakeError, DirectionError, HubError, InputError, UsageError
-from bake.families import CARRIERS, READS, Layout
+from bake.families import READS, Layout
 from bake.recipe import (
     ALLOWANCES,
     OUTPUTS,

@@ -19,13 +19,14 @@ from adapters import NO_BIAS
 from harness import Base, base_at, edit, matrix, plan_of, vector
 
 from bake import edits as make
+from bake.artifact import CARRIERS
 from bake.artifact.artifact import Artifact
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.source import ByteSource
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
 from bake.outputs.carry import Options, write
-from bake.outputs.several import CARRIERS, write_several
+from bake.outputs.several import write_several
 from bake.plan import Plan
 
 Checkpoints = Callable[..., Path]

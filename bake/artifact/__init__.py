@@ -1,5 +1,9 @@
-"""An artifact: what it is made of, its record, and where it goes. Nothing here knows a plan."""
+"""An artifact: what it is made of, its record, and where it goes. Nothing here knows a plan.
+
+Reading order: ``carrier``; ``names``, ``record``, ``base_digests``; ``destination``; ``artifact``.
+"""
 
 from bake.artifact.artifact import Artifact
+from bake.artifact.carrier import CARRIERS, KINDS, Carrier, carrier_of
 
-__all__ = ["Artifact"]
+__all__ = ["CARRIERS", "KINDS", "Artifact", "Carrier", "carrier_of"]

@@ -10,6 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from bake.artifact.carrier import KINDS
 from bake.checkpoints import folder as folders
 from bake.checkpoints.index import is_plain
 from bake.errors import InputError
@@ -24,19 +25,6 @@ OUTSIDE = frozenset({SUMS, SIGNATURE})
 HUBS_OWN = frozenset({".gitattributes"})
 """What the Hub adds to a repository by itself; a download has it too."""
 _LEFT_BY_DOWNLOADS = frozenset({".cache"})  # what snapshot_download(local_dir=…) keeps there
-
-WEIGHTS = {
-    "checkpoint": ".safetensors",
-    "merge": ".safetensors",
-    "lora": ".safetensors",
-    "gguf": ".gguf",
-    "gguf-lora": ".gguf",
-    "control-vector": ".gguf",
-}
-"""The format of the weights by the kind of artifact that ``bake.json`` states."""
-
-WHOLE = frozenset({"checkpoint", "merge"})
-"""The kinds that are a whole model, all of whose tensors can be held against the base's."""
 
 TEXT = frozenset(".json .jsonl .jinja .txt .md .html .toml .yaml .yml .bpe .tiktoken .csv".split())
 IMAGES = frozenset(".png .svg .jpg .jpeg .gif .webp".split())
@@ -169,11 +157,12 @@ def _by_suffix(file: str, folder: str, kind: str, *, code: bool) -> str | None:
     legal = file.upper().startswith(_LEGAL) and suffix in ("", ".txt", ".md", ".pdf")
     if file in OUTSIDE or legal or suffix in TEXT | IMAGES | _BINARY:
         return None
-    if file == _OLLAMA and folder == "" and WEIGHTS.get(kind) == ".gguf":
+    weights = KINDS[kind].suffix if kind in KINDS else None
+    if file == _OLLAMA and folder == "" and weights == ".gguf":
         return None
     if suffix == CODE:
         return None if code else "is code, which is published with --allow code only"
-    if suffix == WEIGHTS.get(kind) and folder == "":
+    if suffix == weights and folder == "":
         return None
     if folder == "bake" and suffix == ".safetensors":
         return None

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bake.artifact.names import WEIGHTS, regular
+from bake.artifact.carrier import KINDS
+from bake.artifact.names import regular
 from bake.checkpoints import strictjson
 from bake.errors import CheckpointError, InputError
 
@@ -84,9 +85,9 @@ def read_record(folder: Path) -> ArtifactRecord:
         ) from error
     plan, base = _object(content, "plan", where), _object(content, "base", where)
     kind = _text(content, "kind", where)
-    if kind not in WEIGHTS:
+    if kind not in KINDS:
         raise InputError(
-            f"the kind {kind!r} is unknown", where=where, fix=f"known are {', '.join(WEIGHTS)}"
+            f"the kind {kind!r} is unknown", where=where, fix=f"known are {', '.join(KINDS)}"
         )
     revision = base.get("revision")
     if revision is not None and not isinstance(revision, str):

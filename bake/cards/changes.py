@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bake.artifact.names import WEIGHTS
+from bake.artifact.carrier import KINDS
 from bake.artifact.record import RECORD
 from bake.cards import stored
 from bake.cards.facts import Facts
@@ -44,8 +44,6 @@ class Changes:
     reads: bool
 
 
-ADAPTERS = ("lora", "gguf-lora", "control-vector")
-"""The kinds that lie over the base and change none of its files."""
 _ROWS = 100
 _HOW = {
     "output": "edited at its output",
@@ -63,7 +61,7 @@ def changes(facts: Facts) -> Changes:
         InputError: the record is malformed.
     """
     tensors = stored.objects(facts.plan, "tensors", RECORD)
-    if facts.record.kind in ADAPTERS:
+    if not KINDS[facts.record.kind].whole:
         # What the plan copies, a head that is untied, stays the base's own.
         tensors = tuple(t for t in tensors if stored.words(t, "sides", RECORD) != ("copied",))
     biases = stored.objects(facts.plan, "biases", RECORD)
@@ -87,7 +85,9 @@ def changes(facts: Facts) -> Changes:
             stored.text(bias, "name", RECORD)
         )
     total = stored.whole(facts.base, "tensors", RECORD)
-    config = () if facts.record.kind in ADAPTERS else stored.objects(facts.plan, "config", RECORD)
+    config = (
+        () if not KINDS[facts.record.kind].whole else stored.objects(facts.plan, "config", RECORD)
+    )
     rows = [
         ChangeRow(name, number, shape, how)
         for (shape, how), names in groups.items()
@@ -121,7 +121,7 @@ def _value(value: object) -> str:
 
 def weight_files(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return the files of weights with the digests that the export recorded."""
-    suffix = WEIGHTS[facts.record.kind]
+    suffix = KINDS[facts.record.kind].suffix
     files = stored.mapping(facts.record.content, "files", RECORD)
     return tuple(
         (name, str(digest).removeprefix("sha256:"))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bake.artifact.carrier import KINDS
 from bake.artifact.record import RECORD, VERIFICATION
 from bake.cards import stored
 from bake.cards.edits import edit_rows
@@ -13,31 +14,6 @@ from bake.cards.methods import METHODS
 from bake.cards.notices import safety_words
 from bake.cards.text import printable
 
-LIBRARY = {
-    "checkpoint": "transformers",
-    "merge": "transformers",
-    "lora": "peft",
-    "gguf": "gguf",
-    "gguf-lora": "gguf",
-    "control-vector": "gguf",
-}
-RELATION = {
-    "checkpoint": "finetune",
-    "merge": "finetune",
-    "lora": "adapter",
-    "gguf": "quantized",
-    "gguf-lora": "adapter",
-    "control-vector": "adapter",
-}
-"""Of the four relations that the Hub knows, the one that each kind of artifact has to its base."""
-_TAGS = {
-    "checkpoint": (),
-    "merge": ("merged-lora",),
-    "lora": ("lora",),
-    "gguf": ("gguf",),
-    "gguf-lora": ("gguf", "lora"),
-    "control-vector": ("gguf", "control-vector"),
-}
 PIPELINE = "text-generation"
 
 
@@ -63,7 +39,7 @@ def metadata(facts: Facts, repo: str | None) -> str:
     ]
     found = {**_base(facts), **_licence(facts), **_inherited(facts)}
     data = ModelCardData(
-        library_name=LIBRARY[facts.record.kind],
+        library_name=KINDS[facts.record.kind].library,
         tags=list(tags(facts)),
         model_name=model_name(facts, repo) if results else None,
         eval_results=results or None,
@@ -93,7 +69,7 @@ def tags(facts: Facts) -> tuple[str, ...]:
     calibrated = fitted(facts)
     kinds += [] if calibrated is None else [edit.kind for edit in calibrated.asked]
     found = ["bake", *(["steering"] if kinds else []), *(METHODS[kind].tag for kind in kinds)]
-    found += _TAGS[facts.record.kind]
+    found += KINDS[facts.record.kind].tags
     if "ablate" in kinds and any(word.startswith("refus") for word in safety_words(facts)):
         found.append("abliterated")
     if facts.base_repo is not None and facts.record.pinned:
@@ -107,7 +83,7 @@ def _base(facts: Facts) -> Mapping[str, Any]:
         return {}
     return {
         "base_model": facts.base_repo,
-        "base_model_relation": RELATION[facts.record.kind],
+        "base_model_relation": KINDS[facts.record.kind].relation,
     }
 
 

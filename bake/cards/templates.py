@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import bake
+from bake.artifact.carrier import KINDS
 from bake.cards.text import Markdown, code, count, escape, fenced, number, paragraphs
 from bake.errors import BakeError
-
-TEMPLATES = {
-    "checkpoint": "checkpoint.md.jinja",
-    "merge": "checkpoint.md.jinja",
-    "lora": "adapter.md.jinja",
-    "gguf-lora": "adapter.md.jinja",
-    "control-vector": "adapter.md.jinja",
-    "gguf": "gguf.md.jinja",
-}
-"""The template of each kind of artifact."""
 
 
 def folder() -> Path:
@@ -30,8 +21,8 @@ def folder() -> Path:
         BakeError: they are missing, so bake was not installed as a whole.
     """
     package = Path(bake.__file__).parent
-    for found in (package / "publish" / "templates", package.parent / "model_cards"):
-        if (found / TEMPLATES["checkpoint"]).is_file():
+    for found in (package / "cards" / "templates", package.parent / "model_cards"):
+        if (found / KINDS["checkpoint"].template).is_file():
             return found
     raise BakeError(
         "the templates of the model cards are missing",
@@ -62,7 +53,7 @@ def render(kind: str, values: Mapping[str, Any]) -> str:
     environment.filters |= {"code": code, "paragraphs": paragraphs, "number": number}
     # raw is for what was checked to be an id, a commit or a formula, inside links and code.
     environment.filters |= {"count": count, "fenced": fenced, "raw": Markdown}
-    return environment.get_template(TEMPLATES[kind]).render(**values)
+    return environment.get_template(KINDS[kind].template).render(**values)
 
 
 def _printed(value: object) -> str:

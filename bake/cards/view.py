@@ -5,10 +5,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bake.artifact.base_digests import BASE_TENSORS
+from bake.artifact.carrier import KINDS
 from bake.artifact.names import IMAGES
 from bake.artifact.record import RECORD, VERIFICATION
 from bake.cards import commands, figures, metadata, stored, terms
-from bake.cards.changes import ADAPTERS, changes, gguf_digests, gguf_types, weight_files
+from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
 from bake.cards.edits import (
     EditRow,
     asked_amounts,
@@ -73,7 +74,7 @@ def _head(
 
 
 def _edited(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
-    over = facts.record.kind in ADAPTERS
+    over = not KINDS[facts.record.kind].whole
     found = fitted(facts)
     return {
         "edits": edits,

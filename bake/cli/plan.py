@@ -71,7 +71,7 @@ def _of_artifact(
 
 def _carriers(plan: "Plan") -> dict[str, Any]:
     """Return every carrier with what it does with the edits, and what the runtimes make of it."""
-    from bake.families import CARRIERS
+    from bake.artifact import CARRIERS
     from bake.outputs.folder import carrier_record
 
     return {carrier: carrier_record(plan, carrier) for carrier in CARRIERS}

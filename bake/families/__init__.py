@@ -6,13 +6,12 @@ from pathlib import Path
 
 from bake.errors import FamilyError
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, resolve, runtime_of
-from bake.families.runtime import ADAPTABLE, CARRIERS, DESCRIBED, READS, RUNTIMES, Runtime
+from bake.families.runtime import ADAPTABLE, DESCRIBED, READS, RUNTIMES, Runtime
 from bake.families.section import Json
 from bake.families.table import Family, GgufNames, Recast, configured, parse_family
 
 __all__ = [
     "ADAPTABLE",
-    "CARRIERS",
     "DESCRIBED",
     "READS",
     "RUNTIMES",

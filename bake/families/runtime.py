@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bake.artifact.carrier import CARRIERS, read_by
 from bake.errors import FamilyError
 from bake.families.section import Json, Section
 from bake.section import nearest
@@ -18,18 +19,7 @@ any of their modules: these two need no section of a table."""
 DESCRIBED = RUNTIMES[2:]
 """The runtimes that a table has sections for."""
 
-CARRIERS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
-"""What an edit can be written as."""
-
-READS: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("checkpoint", "lora"),
-    "peft": ("lora",),
-    "vllm": ("checkpoint", "lora"),
-    "llama.cpp": ("checkpoint", "gguf-lora", "control-vector", "gguf"),
-    "sglang": ("checkpoint", "lora"),
-    "ollama": ("checkpoint", "gguf-lora", "gguf"),
-    "mlx-lm": ("checkpoint",),
-}
+READS: Mapping[str, tuple[str, ...]] = {name: read_by(name) for name in RUNTIMES}
 """The carriers that each runtime loads, a checkpoint also through its own converter."""
 
 ADAPTABLE = ("linear", "expert", "embed", "positions", "head")

@@ -25,6 +25,7 @@ from typing import Any
 
 from bake import __version__
 from bake.artifact.artifact import Artifact
+from bake.artifact.carrier import CARRIERS, in_writing_order
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.staging import lock
 from bake.errors import InputError, UsageError
@@ -33,9 +34,6 @@ from bake.outputs.folder import RECORD, check_apart, digests
 from bake.outputs.shared import SharedFactors
 from bake.plan import Plan
 from bake.plan.lowrank import targets_of
-
-CARRIERS = ("checkpoint", "gguf", "lora", "gguf-lora", "control-vector")
-"""In the order in which they are written: each finds what those before it have made."""
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]
 
@@ -102,7 +100,7 @@ def _write_missing(
             factors = stack.enter_context(
                 SharedFactors(checkpoint, targets_of(plan), stage.folder.parent)
             )
-        for name in sorted(names, key=CARRIERS.index):
+        for name in in_writing_order(names):
             if name in stage.finished:
                 continue
             baked = stage.folder / "checkpoint" if "checkpoint" in stage.finished else None

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bake.affine import AffineMap
+from bake.artifact.carrier import CARRIERS, carrier_of
 from bake.edits import Edit
-from bake.errors import UsageError
-from bake.families import CARRIERS, READS, RUNTIMES, Layout, runtime_of
+from bake.families import READS, RUNTIMES, Layout, runtime_of
 from bake.plan.lowrank import Role, Target, is_copy, rank_of, targets_of
 from bake.plan.targets import GGUF_ENGINE, LLAMA_CPP, ROUNDED, conclude, model_hindrance
 from bake.plan.types import Exactness, Finding, Plan, RuntimeVerdict
@@ -51,7 +51,7 @@ def carrier_findings(plan: Plan, carrier: str) -> tuple[Finding, ...]:
     Raises:
         UsageError: there is no such carrier.
     """
-    _check(carrier)
+    carrier_of(carrier)
     blocked = _blocked(plan, carrier)
     by_edit = _plan_findings(plan)
     findings: list[Finding] = []
@@ -91,7 +91,7 @@ def carrier_runtimes(
     Raises:
         UsageError: there is no such carrier.
     """
-    _check(carrier)
+    carrier_of(carrier)
     if carrier == "checkpoint":
         return plan.runtimes
     wanted = {verdict.runtime for verdict in plan.runtimes if verdict.wanted}
@@ -109,13 +109,6 @@ def carrier_runtimes(
 def vector_layers(plan: Plan) -> tuple[tuple[int, Edit], ...]:
     """Return every block behind which an edit adds its constant, in the plan's order."""
     return tuple((layer, edit) for edit in plan.edits for layer in _layers(plan.layout, edit))
-
-
-def _check(carrier: str) -> None:
-    if carrier not in CARRIERS:
-        raise UsageError(
-            f"there is no carrier {carrier!r}", fix=f"the carriers are {', '.join(CARRIERS)}"
-        )
 
 
 def _blocked(plan: Plan, carrier: str) -> dict[int, list[str]]:

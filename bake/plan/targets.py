@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from bake.artifact.carrier import KINDS
 from bake.families import READS, RUNTIMES, Layout, Linear, Runtime, configured, runtime_of
 from bake.families.table import MISSING
 from bake.plan.types import (
@@ -25,20 +26,6 @@ GGUF_ENGINE = {LLAMA_CPP: LLAMA_CPP, "ollama": LLAMA_CPP}
 _GENERAL = {
     "transformers": "the table is read from its classes",
     "peft": "it adds the factors to transformers' own modules",
-}
-_UNREAD: Mapping[tuple[str, str], str] = {
-    ("llama.cpp", "lora"): "it reads GGUF adapters: write --to gguf-lora",
-    ("ollama", "lora"): "its importer of PEFT adapters knows no embedding, and turns the rows of "
-    "the wrong factor (convert/convert_llama_adapter.go): write --to gguf-lora",
-    ("mlx-lm", "lora"): "it reads adapters in a format of its own (tuner/utils.py: load_adapters)",
-    ("vllm", "gguf"): "it has no reader of GGUF files of its own",
-    ("mlx-lm", "gguf"): "it writes GGUF files and reads none (mlx_lm/gguf.py)",
-    ("ollama", "control-vector"): "it has no option for a control vector",
-}
-_UNREAD_CARRIER: Mapping[str, str] = {
-    "checkpoint": "it adds adapters to a model that transformers loads",
-    "gguf-lora": "it reads no adapters in GGUF",
-    "control-vector": "it adds no control vectors",
 }
 ROUNDED = "the edited weights are rounded to a few bits each"
 _UNTRIED = "it has a reader of GGUF files, which was neither read nor run"
@@ -118,9 +105,8 @@ def conclude(
 
 def unread(name: str, carrier: str) -> tuple[Status, str]:
     """Return the verdict on a runtime that a carrier is not for."""
-    reason = _UNREAD.get((name, carrier)) or _UNREAD_CARRIER.get(carrier)
-    if reason is None and name == "peft":
-        reason = _UNREAD_CARRIER["checkpoint"]
+    kind = KINDS[carrier]
+    reason = kind.unread.get(name) or kind.unread_otherwise
     return ("not tested", _UNTRIED) if reason is None else ("refused", reason)
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from huggingface_hub import constants, try_to_load_from_cache
 
+from bake.artifact.carrier import KINDS
 from bake.artifact.destination import Destination, Pushed
-from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, WHOLE
-from bake.artifact.record import ArtifactRecord, read_record
+from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS
+from bake.artifact.record import ArtifactRecord
 from bake.checkpoints import open_checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.errors import CheckpointError, HubError, InputError
@@ -134,7 +135,7 @@ def compare_with_base(folder: Path, record: ArtifactRecord) -> list[str]:
     Raises:
         InputError: a tensor differs although the plan leaves it alone.
     """
-    if record.kind not in WHOLE:
+    if not KINDS[record.kind].checkpoint:
         return []
     base = _base_at_hand(folder, record)
     if base is None:
@@ -173,10 +174,7 @@ def _card_for(folder: Path, to: Destination, terms: Terms) -> str | None:
     if terms.no_card if not path.exists() else not is_bakes(path):
         return None
     from bake.cards.card import lint_card, render_card
-    from bake.cards.metadata import RELATION
 
-    if read_record(folder).kind not in RELATION:
-        return None  # there is no card for this kind yet: the preflight asks for one
     text = render_card(folder, repo=to.repo, unverified=terms.unverified)
     error = as_error(lint_card(text, folder), str(path))
     if error is not None:

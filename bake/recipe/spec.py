@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bake.artifact import CARRIERS
 from bake.directions import Shape
 from bake.edits import EditKind
-from bake.families import CARRIERS
 
 OUTPUTS = CARRIERS
 ALLOWANCES = ("recast", "nulling", "approximate")

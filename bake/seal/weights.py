@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from bake.artifact.base_digests import recorded_digests
-from bake.artifact.names import WEIGHTS, WHOLE, Problem, problem_of, regular, walk
+from bake.artifact.carrier import KINDS
+from bake.artifact.names import Problem, problem_of, regular, walk
 from bake.artifact.record import RECORD, ArtifactRecord
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
@@ -26,12 +27,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def check_weights(folder: Path, record: ArtifactRecord) -> list[Problem]:
     """Return what is wrong with headers, index and format of the weights."""
     folder = folder.resolve()
-    suffix = WEIGHTS[record.kind]
+    suffix = KINDS[record.kind].suffix
     names = _weights_in(folder)
     problems = check_headers(folder)
     if not any(name.endswith(suffix) and "/" not in name for name in names):
         problems.append(Problem(suffix, f"an artifact of kind {record.kind} has no such file"))
-    if record.kind in WHOLE and not problems:
+    if KINDS[record.kind].checkpoint and not problems:
         problems += _check_checkpoint(folder, record)
     return problems
 
@@ -123,7 +124,7 @@ def _check_total(checkpoint: Checkpoint) -> list[Problem]:
 
 def check_finite(folder: Path, record: ArtifactRecord) -> list[Problem]:
     """Return the edited tensors that hold NaN or an infinity."""
-    if record.kind not in WHOLE:
+    if not KINDS[record.kind].checkpoint:
         return []
     checkpoint = open_checkpoint(folder.resolve())
     return [
@@ -186,7 +187,7 @@ def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Pr
 
     Those that the plan changes are compared with what the record says they were in the base.
     """
-    if record.kind not in WHOLE:
+    if not KINDS[record.kind].checkpoint:
         return []
     ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
     problems = []

@@ -62,7 +62,7 @@ def _shown(verdict: "RuntimeVerdict") -> Shown:
 
 def carriers(made: "Plan") -> Table:
     """Return which carriers hold the plan, and what the runtimes make of each."""
-    from bake.families import CARRIERS
+    from bake.artifact import CARRIERS
     from bake.plan.carriers import carrier_findings, carrier_runtimes
     from bake.plan.types import Exactness
 
