@@ -16,7 +16,7 @@ ROOT = Path(bake.__file__).parent
 
 # From the bottom up. A part imports from earlier lines and, within a line, to the left of itself.
 LINES = (
-    ("errors", "sites", "section"),
+    ("errors", "progress", "sites", "section"),
     ("affine",),
     ("edits", "fold", "rounding", "edit_store"),
     ("checkpoints", "artifact", "families", "directions", "process", "_guard", "converter"),

@@ -5,7 +5,7 @@ and the edited one's lacks is regressed on the writer's own input. The first fit
 hook; the later ones correct what it left, and are kept while the divergence on unseen text falls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from bake.approximate.writers import Place, places_for
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import InputError, UsageError
 from bake.families import Layout
+from bake.progress import Progress
 from bake.sites import Site
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _FALL = 0.98  # of the divergence before: what a correction has to reach to be worth its rank
 _PARTS = 5  # of the prompts one part chooses the penalty, one measures, and the others fit
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from bake.approximate.fit import Calibration, Progress, Settings, calibrate
+from bake.approximate.fit import Calibration, Settings, calibrate
 from bake.edits import Edit
 from bake.errors import InexactPlan, InputError
 from bake.families import Layout
 from bake.plan import Exactness, Finding, Plan
+from bake.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

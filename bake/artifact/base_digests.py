@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bake.checkpoints import Checkpoint
 from bake.errors import InputError
+from bake.progress import Progress
 
 BASE_TENSORS = "base_tensors"
 """The key of ``bake.json`` under which they are kept."""
@@ -86,7 +87,7 @@ def recorded_digests(content: Mapping[str, Any]) -> dict[str, str]:
 def refuse_other_base(
     recorded: Mapping[str, str],
     base: Checkpoint,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Raise when a tensor of a base is not the one that an edit was made of.
 

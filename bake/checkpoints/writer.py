@@ -20,6 +20,7 @@ from bake.checkpoints.outline import (
 from bake.checkpoints.staging import Finished, Staging
 from bake.checkpoints.stream import Fill, Producer, can_clone, write_file
 from bake.errors import CheckpointError, UsageError
+from bake.progress import Progress, Tally
 
 Closing = Callable[[Mapping[str, str]], Mapping[str, bytes]]
 Check = Callable[[Path, Mapping[str, str]], None]
@@ -55,7 +56,7 @@ def write_checkpoint(
     digest: str,
     closing: Closing | None = None,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> WrittenFiles:
     """Write ``source`` to ``out`` with some tensors replaced and some added.
 
@@ -103,7 +104,7 @@ def write_files(
     closing: Closing | None = None,
     check: Check | None = None,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> WrittenFiles:
     """Write files to a new folder, which appears by one rename when all of them are on disk.
 
@@ -121,7 +122,8 @@ def write_files(
         CheckpointError: a tile does not fit, or the disk is too small or cannot be written.
         UsageError: ``out`` exists or is being written by another run.
     """
-    tally = _Tally(sum(shard.size for shard in shards), progress)
+    tally = Tally(sum(shard.size for shard in shards), progress)
+    tally.advance(0)
     stage = Staging(out, identity, force=force)
     try:
         hashes, sizes = _write_all(stage, shards, files, closing, check, tally)
@@ -140,7 +142,7 @@ def _write_all(
     files: tuple[File, ...],
     closing: Closing | None,
     check: Check | None,
-    tally: "_Tally",
+    tally: "Tally",
 ) -> tuple[dict[str, str], int]:
     """Write every file and let the output appear.
 
@@ -168,7 +170,7 @@ def _write_small(stage: Staging, file: File) -> str:
 
 
 def _write_shards(
-    stage: Staging, shards: tuple[File, ...], files: tuple[File, ...], tally: "_Tally"
+    stage: Staging, shards: tuple[File, ...], files: tuple[File, ...], tally: "Tally"
 ) -> None:
     """Write the shards that an earlier run has not finished, each with an entry in the journal."""
     pending = [shard for shard in shards if not _reusable(stage, shard)]
@@ -180,19 +182,6 @@ def _write_shards(
         target = stage.folder / shard.name
         sha256 = write_file(target, shard.pieces, origin=shard.origin, advance=tally.advance)
         stage.record(shard.name, Finished(shard.size, sha256))
-
-
-class _Tally:
-    """Counts bytes that are done, for a progress bar."""
-
-    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
-        self._done, self._total, self._report = 0, total, report
-        self.advance(0)
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        if self._report is not None:
-            self._report(self._done, self._total)
 
 
 def clear_of(out: Path, base: Path) -> Path:

@@ -1,7 +1,7 @@
 """``diff``: what differs between two models, from their bytes."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from bake.diff.weights import GgufWeights, Weights, file_digest
 from bake.edits import Edit
 from bake.errors import CheckpointError, FamilyError, UsageError
 from bake.families import Family, Layout, find_family, resolve
-
-Progress = Callable[[int, int], None]
+from bake.progress import Progress
 
 
 @dataclass(slots=True)

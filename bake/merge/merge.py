@@ -6,7 +6,7 @@ because that is what PEFT computes with the adapter at work (``merge_and_unload`
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from bake.errors import CheckpointError, InputError, UsageError
 from bake.families import Layout, Linear
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.merge.record import merge_record
+from bake.progress import Progress
 from bake.rounding import to_storage
 
 RECORD = "bake.json"
@@ -50,7 +51,7 @@ def merge_adapter(
     layout: Layout | None = None,
     record: Mapping[str, Any] | None = None,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Write the base with the adapter merged into it to ``out``.
 

@@ -1,7 +1,7 @@
 """One export, one carrier: which function writes which, and what each needs to be refused."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,9 +20,8 @@ from bake.outputs.gguf.lora import check_gguf_lora, export_gguf_lora
 from bake.outputs.lora import check_lora, export_lora
 from bake.outputs.shared import SharedFactors
 from bake.plan import Plan
+from bake.progress import Progress
 from bake.rounding import Rounding
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The checkpoint output: execute a plan on the bytes of a checkpoint."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bake.fold import WeightFold, fold_bias, fold_weight
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.plan.record import plan_record
+from bake.progress import Progress
 from bake.rounding import to_storage
 
 RECORD = "bake.json"
@@ -33,7 +34,7 @@ def export_checkpoint(
     allow: frozenset[str] = frozenset(),
     force: bool = False,
     shared: SharedFactors | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Write the edited checkpoint to ``out`` and return what was written.
 

@@ -12,7 +12,7 @@ llama.cpp stack them, and want all of them.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bake.outputs.factors import Factors, FactorSource, factors_from, padded
 from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
 from bake.plan import Plan
 from bake.plan.lowrank import Target, rank_of, targets_of
+from bake.progress import Progress, Tally
 from bake.rounding import to_storage
 
 CONFIG = "adapter_config.json"
@@ -44,7 +45,7 @@ def export_lora(
     allow: frozenset[str] = frozenset(),
     force: bool = False,
     factors: FactorSource | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Write the plan as a PEFT adapter to the folder ``out``.
 
@@ -164,7 +165,7 @@ def _write_weights(
     source: FactorSource,
     targets: Sequence[Target],
     rank: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Write the factors one weight after another, in the base's precision or in float32."""
     # Half precision would lose what the base's own half precision keeps: a factor is multiplied.
@@ -179,15 +180,8 @@ def _write_weights(
         producers[key_a], producers[key_b] = _producers(source, target, rank, dtype)
     header, infos = build_header(shapes, shard=WEIGHTS)
     pieces: list[Piece] = [Literal(header), *(Fill(info, producers[info.name]) for info in infos)]
-    total, done = infos[-1].stop, 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress is not None:
-            progress(done, total)
-
-    write_file(path, pieces, origin=None, advance=advance)
+    tally = Tally(infos[-1].stop, progress)
+    write_file(path, pieces, origin=None, advance=tally.advance)
 
 
 def _producers(

@@ -29,11 +29,12 @@ from bake.artifact.carrier import CARRIERS, in_writing_order
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.staging import lock
 from bake.errors import InputError, UsageError
-from bake.outputs.carry import Beside, Options, Progress, check, write
+from bake.outputs.carry import Beside, Options, check, write
 from bake.outputs.folder import RECORD, check_apart, digests
 from bake.outputs.shared import SharedFactors
 from bake.plan import Plan
 from bake.plan.lowrank import targets_of
+from bake.progress import Progress
 
 Bar = Callable[[str], AbstractContextManager[Progress | None]]
 

@@ -35,6 +35,7 @@ from bake.outputs.checkpoint import (
     refuse_inexact,
 )
 from bake.plan import Plan
+from bake.progress import Progress, Tally
 from bake.publish.commit import patiently
 from bake.publish.failures import Account, told
 from bake.publish.originals import Originals
@@ -47,8 +48,6 @@ from bake.publish.session import client
 from bake.seal.manifest import (
     FileEntry,
     Manifest,
-    Progress,
-    Tally,
     entry_of,
     manifest_of,
     read_manifest,

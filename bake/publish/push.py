@@ -22,6 +22,7 @@ from bake.artifact.record import ArtifactRecord
 from bake.checkpoints import open_checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.errors import CheckpointError, HubError, InputError
+from bake.progress import Progress
 from bake.publish.commit import Parts
 from bake.publish.failures import redact
 from bake.publish.preflight import Preflight, Terms, preflight
@@ -30,7 +31,6 @@ from bake.publish.session import patience
 from bake.seal.keys import Passphrase
 from bake.seal.manifest import (
     Manifest,
-    Progress,
     entry_of,
     entry_of_text,
     manifest_of,

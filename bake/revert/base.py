@@ -2,17 +2,17 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.source import ByteSource
 from bake.errors import BakeError, InputError
+from bake.progress import Progress
 from bake.revert.record import RevertRecord
 
 _CHUNK = 8 << 20
-Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)

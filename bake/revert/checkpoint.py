@@ -7,7 +7,7 @@ the result is compared with the base's by hash before the folder appears.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,10 @@ from bake.checkpoints.outline import File
 from bake.checkpoints.stream import Copy, Fill, Literal, Piece
 from bake.checkpoints.writer import clear_of, write_files
 from bake.errors import CheckpointError, InputError
+from bake.progress import Progress
 from bake.revert.base import RevertBase, Stated
 from bake.revert.proof import prove_base
 from bake.revert.record import RevertRecord
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

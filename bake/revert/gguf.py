@@ -5,7 +5,7 @@ from the artifact. Each file of the result is compared with the base's by hash.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -17,6 +17,7 @@ from bake.checkpoints.stream import Copy, Fill, Piece, write_file
 from bake.checkpoints.writer import clear_of
 from bake.errors import InputError, UsageError
 from bake.outputs.folder import new_folder, sync
+from bake.progress import Progress, Tally
 from bake.revert.checkpoint import Reverted
 from bake.revert.record import RevertRecord
 
@@ -164,7 +165,7 @@ def revert_gguf(
     out: Path,
     *,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Reverted:
     """Write the base's files to the folder ``out``.
 
@@ -183,7 +184,7 @@ def revert_gguf(
         raise UsageError(
             f"the output {out} holds the base {plan.base.path}", fix="name another output"
         )
-    tally = _Tally(2 * sum(part.size for part in plan.base.parts), progress)
+    tally = Tally(2 * sum(part.size for part in plan.base.parts), progress)
     files = {}
     with new_folder(out, force=force) as folder:
         for part in plan.base.parts:
@@ -208,18 +209,6 @@ def revert_gguf(
     )
 
 
-class _Tally:
-    """Counts bytes that are done, for a progress bar."""
-
-    def __init__(self, total: int, report: Callable[[int, int], None] | None) -> None:
-        self._done, self._total, self._report = 0, total, report
-
-    def advance(self, count: int) -> None:
-        self._done += count
-        if self._report is not None:
-            self._report(self._done, self._total)
-
-
 def _pieces(plan: GgufRestoration, part: GgufPart) -> Iterator[Piece]:
     """Yield the base's header and padding, and every tensor from where it is to come."""
     position = 0
@@ -233,7 +222,7 @@ def _pieces(plan: GgufRestoration, part: GgufPart) -> Iterator[Piece]:
     yield Copy(position, part.size)
 
 
-def _check(part: GgufPart, found: str, tally: _Tally) -> None:
+def _check(part: GgufPart, found: str, tally: Tally) -> None:
     digest = hashlib.sha256()
     with part.path.open("rb") as file:
         while chunk := file.read(_CHUNK):

@@ -5,7 +5,6 @@ as the base has it, which decides. Records of earlier versions do not; but the b
 to lead to the artifact's: folding is deterministic, so the same base gives the same bytes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from bake.artifact.base_digests import refuse_other_base
 from bake.checkpoints import Checkpoint, Producer
 from bake.errors import InputError
 from bake.outputs.checkpoint import planned_tensors
+from bake.progress import Progress
 from bake.revert.plan import recompiled, recorded_edits, same_updates
 from bake.revert.record import RevertRecord
 
@@ -39,7 +39,7 @@ def prove_base(
     record: RevertRecord,
     base: Checkpoint,
     artifact: Checkpoint,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Proof:
     """Compare a base's tensors with the recorded hashes, or fold the recorded edits into it.
 

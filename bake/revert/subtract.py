@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from bake.checkpoints.stream import Copy, Fill, Literal, Piece
 from bake.checkpoints.writer import clear_of, write_files
 from bake.errors import InputError, UsageError
 from bake.plan import Plan
+from bake.progress import Progress
 from bake.revert.layout import BaseLayout, base_layout
 from bake.revert.plan import recompiled, recorded_edits, same_updates
 from bake.revert.record import RevertRecord
@@ -81,9 +82,7 @@ class Prepared:
     subtraction: Subtraction
 
 
-def prepare_subtraction(
-    record: RevertRecord, progress: Callable[[int, int], None] | None = None
-) -> Prepared:
+def prepare_subtraction(record: RevertRecord, progress: Progress | None = None) -> Prepared:
     """Compile the plan again and turn it round.
 
     Args:
@@ -132,9 +131,7 @@ def prepare_subtraction(
     return Prepared(record, artifact, layout, subtraction)
 
 
-def _check_shards(
-    record: RevertRecord, artifact: Checkpoint, progress: Callable[[int, int], None] | None
-) -> None:
+def _check_shards(record: RevertRecord, artifact: Checkpoint, progress: Progress | None) -> None:
     """Require the shards that the export wrote: nothing else says what untouched tensors were."""
     recorded = record.content.get("files", {})
     total, done = sum(artifact.shard_sizes.values()), 0
@@ -169,7 +166,7 @@ def subtract(
     out: Path,
     *,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Subtracted:
     """Write what the base must have been to ``out``.
 

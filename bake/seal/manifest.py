@@ -4,20 +4,19 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, regular, walk
 from bake.errors import CheckpointError, InputError
+from bake.progress import Progress, Tally
 
 _CHUNK = 8 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  (\S(?:.*\S)?)")
 _MAX_SUMS = 16_000_000
 _GIT_LIMIT = 64 << 20  # the Hub keeps nothing this long in Git itself
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +107,6 @@ def read_manifest(folder: Path, progress: Progress | None = None) -> Manifest:
     tally = Tally(sum(path.stat().st_size for path in paths), progress)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return Manifest(tuple(pool.map(lambda name, path: _entry(name, path, tally), names, paths)))
-
-
-class Tally:
-    """Counts bytes that are done, for a progress bar."""
-
-    def __init__(self, total: int, report: Progress | None) -> None:
-        self._done, self._total, self._report = 0, total, report
-
-    def advance(self, count: int) -> None:
-        """Count some more."""
-        self._done += count
-        if self._report is not None:
-            self._report(self._done, self._total)
 
 
 def _entry(name: str, path: Path, tally: Tally) -> FileEntry:

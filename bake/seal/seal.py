@@ -6,9 +6,9 @@ from pathlib import Path
 from bake.artifact.names import CARD, STATEMENT, SUMS, Problem, printable, problem_of
 from bake.artifact.record import RECORD, ArtifactRecord, read_record, unverified
 from bake.errors import InputError
+from bake.progress import Progress
 from bake.seal.manifest import (
     Manifest,
-    Progress,
     compare_sums,
     entry_of_text,
     manifest_of,

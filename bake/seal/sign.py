@@ -17,8 +17,9 @@ from typing import Any
 from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem, printable, regular
 from bake.checkpoints import strictjson
 from bake.errors import CheckpointError, InputError
+from bake.progress import Progress
 from bake.seal.keys import Passphrase, load_private, load_public, module, public_pem
-from bake.seal.manifest import Manifest, Progress, read_manifest, write_text
+from bake.seal.manifest import Manifest, read_manifest, write_text
 from bake.seal.seal import Check, seal
 
 UNSIGNED = frozenset({CARD, SUMS, SIGNATURE, *HUBS_OWN})

@@ -4,7 +4,7 @@ In a pipe lines are ``COLUMNS`` wide or else ``PIPE_WIDTH``. Nothing is ever cut
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,8 @@ from rich.text import Text
 from typing_extensions import override
 
 if TYPE_CHECKING:
-    from bake.errors import BakeError
+    from bake.progress import Progress
+from bake.errors import BakeError
 
 PIPE_WIDTH = 120
 # What moves the cursor, changes the title or turns the reading direction: a title or a note of
@@ -86,7 +87,7 @@ def failure(error: "BakeError") -> None:
 @contextmanager
 def progress(
     label: str, *, visible: bool = True, unit: str | None = None
-) -> Iterator[Callable[[int, int], None] | None]:
+) -> Iterator[Progress | None]:
     """Show a bar on stderr, on terminals only; yield the function that moves it.
 
     Args:

@@ -32,6 +32,7 @@ from bake.outputs.gguf.modelfile import modelfile
 from bake.outputs.gguf.tensor import MatrixEdit
 from bake.outputs.gguf.write import NewBytes, write_parts, write_small
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
+from bake.progress import Progress
 from bake.rounding import Rounding
 
 _LOSS = 0.1  # of an edit; what rounding may take of it unless the user allows more
@@ -48,7 +49,7 @@ def export_gguf(
     edited_type: str | None = None,
     rounding: Rounding = "feedback",
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Write the edited GGUF file, or files, to the folder ``out``, under the names of the base.
 

@@ -31,6 +31,7 @@ from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.lora import nonempty, target_factors
 from bake.plan import Plan
 from bake.plan.lowrank import LowRank, Target, low_rank, rank_of, targets_of
+from bake.progress import Progress, Tally
 from bake.rounding import to_storage
 
 FILE = "lora.gguf"
@@ -68,7 +69,7 @@ def export_gguf_lora(
     force: bool = False,
     factors: FactorSource | None = None,
     place: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Artifact:
     """Write the plan as ``lora.gguf`` to the folder ``out``.
 
@@ -97,7 +98,8 @@ def export_gguf_lora(
     """
     check_apart(out, checkpoint.path, None if model is None else model.path)
     pairs = check_gguf_lora(plan, checkpoint, model, allow)
-    report = _Progress(pairs, progress)
+    sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
+    report = Tally(sum(sizes), progress)
     make = _maker(factors or factors_from(checkpoint), model)
     text = None if model is None or len(model.parts) > 1 else _modelfile(model, place or out)
 
@@ -219,26 +221,13 @@ def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
             )
 
 
-class _Progress:
-    """Counts the bytes of factors that are written."""
-
-    def __init__(self, pairs: Sequence[Pair], report: Callable[[int, int], None] | None) -> None:
-        sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
-        self.done, self.total, self.report = 0, sum(sizes), report
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        if self.report is not None:
-            self.report(self.done, self.total)
-
-
 def _write(
     path: Path,
     plan: Plan,
     base: Mapping[str, Any],
     pairs: Sequence[Pair],
     make: Make,
-    progress: _Progress,
+    progress: Tally,
 ) -> None:
     """Write the header, then one pair of factors after another."""
     import numpy as np

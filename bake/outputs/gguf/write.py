@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.gguf.tensor import Measure
 from bake.plan import Plan
 from bake.plan.record import plan_record
+from bake.progress import Progress
 
 KEYS = "bake."
 """What bake's own metadata keys begin with."""
@@ -51,7 +52,7 @@ def write_parts(
     new: Mapping[str, NewBytes],
     plan: Plan,
     folder: Path,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> dict[str, str]:
     """Write every file of the model and return each one's SHA-256 by name."""
     created = [tensor for tensor in new.values() if tensor.name not in model.tensors]

@@ -1,0 +1,19 @@
+"""How long work says how far it is: bytes, or other units, that are done, and their total."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+
+class Tally:
+    """Adds up what is done, for a ``Progress``."""
+
+    def __init__(self, total: int, report: Progress | None) -> None:
+        self._done, self._total, self._report = 0, total, report
+
+    def advance(self, count: int) -> None:
+        """Count some more."""
+        self._done += count
+        if self._report is not None:
+            self._report(self._done, self._total)
