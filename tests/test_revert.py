@@ -28,8 +28,8 @@ from bake.checkpoints.checkpoint import Checkpoint
 from bake.cli import main
 from bake.edits import Edit
 from bake.merge.merge import merge_adapter
-from bake.outputs import revert_proof
 from bake.outputs.lora import export_lora
+from bake.revert import proof
 
 Tiny = Callable[..., Path]
 SITES = ("attn_out.0", "mlp_out.1")
@@ -172,7 +172,7 @@ def test_sums_in_another_order_are_noted(
     base: Path, earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
     """As in a large float32 tensor on another machine; more than a rounding step is no rounding."""
-    monkeypatch.setattr(revert_proof, "_FACTOR", 1e9)
+    monkeypatch.setattr(proof, "_FACTOR", 1e9)
     spoiled = copied(earlier, base.parent / f"another-machine-{steps}")
     info = open_checkpoint(spoiled).tensors["model.layers.0.self_attn.o_proj.weight"]
     data = bytearray((spoiled / info.shard).read_bytes())

@@ -31,8 +31,8 @@ from published import (
 from bake.artifact.names import SIGNATURE, SUMS
 from bake.cli import main
 from bake.errors import UsageError
-from bake.publish import seal, sign
 from bake.publish.preflight import Terms, preflight
+from bake.seal import seal, sign
 from bake.seal.manifest import read_manifest
 
 SECRET = b"correct horse"

@@ -14,11 +14,13 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
+)
+from rich.progress import (
+    Progress as Bars,
 )
 from rich.segment import Segment
 from rich.table import Table
@@ -108,6 +110,6 @@ def progress(
         *counts,
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=target) as bar:
+    with Bars(*columns, console=target) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
