@@ -6,7 +6,6 @@ In a pipe lines are ``COLUMNS`` wide or else ``PIPE_WIDTH``. Nothing is ever cut
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -27,9 +26,8 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from bake.progress import Progress
 from bake.errors import BakeError
+from bake.progress import Progress
 
 PIPE_WIDTH = 120
 # What moves the cursor, changes the title or turns the reading direction: a title or a note of
