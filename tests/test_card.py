@@ -438,7 +438,7 @@ def test_the_wheel_ships_every_template(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / target).write_bytes(file.read_bytes())
     monkeypatch.setattr(bake, "__file__", str(tmp_path / "bake" / "__init__.py"))
-    assert templates.folder() == tmp_path / "bake" / "publish" / "templates"
+    assert templates.folder() == tmp_path / "bake" / "cards" / "templates"
     card = (EXAMPLES / "checkpoint" / "README.md").read_text(encoding="utf-8")
     assert render_card(EXAMPLES / "checkpoint") == card
     monkeypatch.setattr(bake, "__file__", str(tmp_path / "nothing" / "bake" / "__init__.py"))

@@ -296,8 +296,6 @@ def test_a_family_of_the_users_own(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, args)
     assert done.exit_code == 0, done.output
     assert reverted(tmp_path / "out", tmp_path / "back")["bit_for_bit"]
-    said = reverted(tmp_path / "out", tmp_path / "back2", "--without-base")
-    assert said["bound"] < 1e-6 and said["same_layout"]
 
 
 def test_a_merge_goes_back_too(base: Path, tmp_path: Path) -> None:
@@ -311,27 +309,19 @@ def test_a_merge_goes_back_too(base: Path, tmp_path: Path) -> None:
     rewrite(tmp_path / "out" / "bake.json", without_hashes)
     said = reverted(tmp_path / "out", tmp_path / "unproven")
     assert "a merge keeps no copy of its adapter" in said["notes"][0]
-    said_no = refused(tmp_path / "out", tmp_path / "none", "--without-base", code=2)
-    assert "a merge cannot be subtracted" in said_no
 
 
 def test_a_base_that_has_gone(base: Path, baked: Path, tmp_path: Path) -> None:
     moved = copied(baked, tmp_path / "elsewhere" / "deep" / "out")
     said = refused(moved, tmp_path / "back")
     assert "the base that the record names is not at hand" in said
-    assert "--base MODEL" in said and "--without-base" in said
+    assert "name it with --base MODEL" in said
     assert reverted(moved, tmp_path / "back", "--base", base)["bit_for_bit"]
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (("--without-base", "--base", "x"), "exclude each other"),
-        (("--revision", "main"), "--revision is of --base"),
-    ],
-)
-def test_wrong_options(baked: Path, tmp_path: Path, args: tuple[str, ...], said: str) -> None:
-    assert said in refused(baked, tmp_path / "back", *args, code=2)
+def test_wrong_options(baked: Path, tmp_path: Path) -> None:
+    said = refused(baked, tmp_path / "back", "--revision", "main", code=2)
+    assert "--revision is of --base" in said
 
 
 def test_places_that_may_not_be_written(base: Path, baked: Path, tmp_path: Path) -> None:
@@ -517,5 +507,5 @@ def test_a_hub_that_does_not_answer(remote: tuple[Worker, Path, Path], tmp_path:
     spoiled = copied(artifact, tmp_path / "out")
     rewrite(spoiled / "bake.json", lambda r: {**r, "base": {**r["base"], "model": "meta/gone"}})
     done = worker.run("revert", spoiled, "--out", tmp_path / "back")
-    assert done.code == 5 and "--without-base" in done.error
+    assert done.code == 5 and "--base MODEL" in done.error
     assert not (tmp_path / "back").exists()

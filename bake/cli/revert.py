@@ -1,7 +1,7 @@
 """``bake revert``: from a baked model back to its base."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,7 +14,6 @@ from bake.errors import InputError, UsageError
 if TYPE_CHECKING:
     from bake.revert.checkpoint import Reverted
     from bake.revert.record import RevertRecord
-    from bake.revert.subtract import Subtracted
 
 
 @bake_command("revert")
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     help="The base: a folder or a Hub id; for a GGUF its file. The recorded one else.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of --base on the Hub.")
-@click.option("--without-base", is_flag=True, help="Subtract the edit, and say how exact that is.")
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is at --out.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 def command(
@@ -36,22 +34,17 @@ def command(
     *,
     base: str | None,
     revision: str | None,
-    without_base: bool,
     force: bool,
     dry_run: bool,
 ) -> None:
     """Write the base of the baked model OUT to a new folder.
 
-    OUT is a folder, a download or hf://owner/name. With the base at hand the result is the
-    base's, bit for bit: only the edited tensors are read of it, and every file is compared with
-    the base's by hash. Without it the edit is subtracted where that can be done, with a bound of
-    what rounding leaves.
+    OUT is a folder, a download or hf://owner/name. The result is the base's, bit for bit: only
+    the edited tensors are read of the base, and every file is compared with the base's by hash.
     """
     from bake.cli.recorded import find
     from bake.revert.record import read_revertible
 
-    if without_base and (base is not None or revision is not None):
-        raise UsageError("--without-base and --base exclude each other")
     if revision is not None and base is None:
         raise UsageError("--revision is of --base, which is not named")
     check_out(out, force=force)
@@ -59,12 +52,10 @@ def command(
     for note in source.notes:
         output.remark(note)
     record = read_revertible(source.folder)
-    if source.published and base is None and not without_base:
+    if source.published and base is None:
         _refuse_folder(record, source.name)
     click.get_current_context().meta[KEPT] = kept_at(out)
-    if without_base:
-        _subtract(output, record, out, force=force, dry_run=dry_run)
-    elif record.kind == "gguf":
+    if record.kind == "gguf":
         if revision is not None:
             raise UsageError("a GGUF file has no revision", fix="leave --revision out")
         _restore_gguf(output, record, base, out, force=force, dry_run=dry_run)
@@ -78,7 +69,7 @@ def _refuse_folder(record: "RevertRecord", name: str) -> None:
         raise InputError(
             f"the base {record.model} is a folder of the machine that the model was made on",
             where=name,
-            fix="name it with --base MODEL, or subtract the edit with --without-base",
+            fix="name it with --base MODEL",
         )
 
 
@@ -136,7 +127,7 @@ def _restore_gguf(
     _present_restored(output, made)
 
 
-def _present_dry(output: Output, out: Path, size: int, base: str | None) -> None:
+def _present_dry(output: Output, out: Path, size: int, base: str) -> None:
     output.present(
         data=lambda: {
             "dry_run": True,
@@ -144,10 +135,7 @@ def _present_dry(output: Output, out: Path, size: int, base: str | None) -> None
             "base": base,
             "bytes_from_base": size,
         },
-        view=lambda: [
-            f"dry run: {out} would be restored with {size:,} bytes of "
-            + ("the artifact's own tensors" if base is None else f"tensors of {base}")
-        ],
+        view=lambda: [f"dry run: {out} would be restored with {size:,} bytes of tensors of {base}"],
     )
 
 
@@ -174,84 +162,16 @@ def _present_restored(output: Output, made: "Reverted") -> None:
         ("written", f"{made.path} ({made.bytes_written:,} bytes)"),
         ("bit for bit", f"{equal} of {files} files"),
         ("tensors", f"{taken}, {len(made.removed)} created ones removed"),
-        *_others(made.left, made.absent),
+        *_others(made),
         *(("note", note) for note in made.notes),
     ]
     output.present(data=lambda: data, view=lambda: [render.facts(rows)])
 
 
-def _others(left: tuple[str, ...], absent: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+def _others(made: "Reverted") -> list[tuple[str, str]]:
     rows = []
-    if left:
-        rows.append(("left behind", ", ".join(left)))
-    if absent:
-        rows.append(("not restored", f"{', '.join(absent)} (an export does not carry them)"))
+    if made.left:
+        rows.append(("left behind", ", ".join(made.left)))
+    if made.absent:
+        rows.append(("not restored", f"{', '.join(made.absent)} (an export does not carry them)"))
     return rows
-
-
-def _subtract(
-    output: Output, record: "RevertRecord", out: Path, *, force: bool, dry_run: bool
-) -> None:
-    from bake.cli import render
-    from bake.revert.subtract import prepare_subtraction, subtract
-
-    with render.progress(f"reading {record.folder.name}", visible=not output.quiet) as read:
-        prepared = prepare_subtraction(record, read)
-    if dry_run:
-        tensors = prepared.artifact.tensors
-        size = sum(tensors[name].nbytes for name in record.edited)
-        _present_dry(output, out, size, None)
-        return
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
-        made = subtract(prepared, out, force=force, progress=move)
-    output.present(
-        data=lambda: _subtracted_data(made),
-        view=lambda: [render.facts(_subtracted_rows(made, verbose=output.verbose))],
-    )
-
-
-def _subtracted_data(made: "Subtracted") -> dict[str, Any]:
-    return {
-        "kind": "subtracted",
-        "path": str(made.path),
-        "files": dict(made.files),
-        "bit_for_bit": False,
-        "same_layout": made.same_layout,
-        "tensors": [
-            {
-                "name": tensor.name,
-                "elements": tensor.elements,
-                "uncertain": tensor.uncertain,
-                "bound": tensor.bound,
-                "largest": tensor.largest,
-            }
-            for tensor in made.tensors
-        ],
-        "elements": made.elements,
-        "uncertain": made.uncertain,
-        "bound": made.bound,
-        "relative": made.relative,
-        "removed": list(made.removed),
-        "bytes_written": made.bytes_written,
-        "left": list(made.left),
-    }
-
-
-def _subtracted_rows(made: "Subtracted", *, verbose: bool) -> list[tuple[str, str]]:
-    share = made.uncertain / made.elements if made.elements else 0.0
-    exact = f"{made.uncertain:,} of {made.elements:,} values ({share:.1%}) may differ from "
-    exact += f"the base's, by at most {made.bound:.2g}, or {made.relative:.2g} of the tensor's "
-    exact += "largest value; every other value is the base's own"
-    layout = "the base's to the byte" if made.same_layout else "the base's in content"
-    rows = [
-        ("written", f"{made.path} ({made.bytes_written:,} bytes)"),
-        ("config, index, headers", layout),
-        ("tensors", f"{len(made.tensors)} computed back, {len(made.removed)} created ones removed"),
-        ("how exact", exact),
-    ]
-    if verbose:
-        rows += [
-            (t.name, f"{t.uncertain:,} of {t.elements:,}, at most {t.bound:.2g} of {t.largest:.2g}")
-            for t in made.tensors
-        ]
-    return rows + _others(made.left)

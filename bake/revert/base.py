@@ -159,7 +159,7 @@ def open_base(record: RevertRecord, named: str | None, revision: str | None) -> 
             f"the base that the record names is not at hand: {error.what}",
             where=error.where,
             why=error.why,
-            fix="name it with --base MODEL, or subtract the edit with --without-base",
+            fix="name it with --base MODEL",
         ) from error
     _check_recorded(record, opened)
     counted = Counted(opened.files)

@@ -16,7 +16,7 @@ from bake.checkpoints import Checkpoint, Producer
 from bake.errors import InputError
 from bake.outputs.checkpoint import planned_tensors
 from bake.progress import Progress
-from bake.revert.plan import recompiled, recorded_edits, same_updates
+from bake.revert.plan import recompiled, same_updates
 from bake.revert.record import RevertRecord
 
 _FACTOR = 8  # two sums and their roundings, and a margin of two
@@ -57,7 +57,7 @@ def prove_base(
         return Proof(True)
     if (reason := _unprovable(record)) is not None:
         return Proof(False, reason)
-    plan = recompiled(record, recorded_edits(record), base)
+    plan = recompiled(record, base)
     if not same_updates(record, plan):
         made, here = record.content.get("bake"), _version()
         return Proof(
