@@ -69,18 +69,16 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
             "test_push::test_rights",
             "test_push::test_what_lasts_is_one_clear_line",  # its case "echo"
             "test_push_errors::test_no_failure_repeats_a_token",
-            "test_low_disk::test_peak_disk_and_the_same_artifact",
         ),
     ),
     9: (
         "the token never reaches the storage",  # over every request of the file, at its end
-        ("test_push::workers", "test_low_disk::workers"),
+        ("test_push::workers", "test_push_record::hub"),
     ),
     10: (
         "the base is at a commit, and its bytes are compared with the Hub's hashes before an edit",
         (
             "test_preflight::test_10_the_base_is_pinned",
-            "test_low_disk::test_a_base_that_arrives_damaged_is_not_edited",
             "test_integrity::test_the_edited_tensors_of_the_base_are_those_of_the_record",
             "test_hub_source::test_a_damaged_download_is_refused",
         ),
@@ -89,7 +87,7 @@ PROMISES: dict[int, tuple[str, tuple[str, ...]]] = {
         "code of a repository never runs",
         (
             "test_preflight::test_11_code_in_the_folder_is_never_run",
-            "test_low_disk::test_code_of_the_base_never_runs",
+            "test_push::test_code_of_the_base_never_runs",
         ),
     ),
     12: (

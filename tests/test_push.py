@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -355,6 +356,34 @@ def test_a_download_that_fails_is_no_verification(lfs: Worker, hub: HubServer, o
     done = lfs.push(out, "alice/away", "--verify-download")
     assert done.code == 5 and "may not read" in done.error, done.out
     assert "while downloading bake/edits.safetensors" in done.error
+
+
+def test_code_of_the_base_never_runs(
+    xet: Worker, hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    """Promise 11: a base whose config names code, with a trap in it, is baked as data."""
+    trap = tmp_path / "sprung"
+    code = f"from pathlib import Path\nPath({str(trap)!r}).write_text('x')\n"
+    found = base_files(base)
+    config = json.loads(found["config.json"])
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_trap.Trap"}
+    found |= {"config.json": json.dumps(config).encode(), "modeling_trap.py": code.encode()}
+    hub.add_repo("meta/trap", found, private=False)
+    np.save(tmp_path / "mood.npy", np.arange(1.0, 1 + config["hidden_size"]))
+    (tmp_path / "recipe.toml").write_text(
+        'title = "Less"\n[base]\nmodel = "meta/trap"\n[directions.mood]\nfile = "mood.npy"\n'
+        '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = ["attn_out.0"]\n'
+    )
+    made = xet.run("export", tmp_path / "recipe.toml", "--out", tmp_path / "out", cwd=tmp_path)
+    assert made.code == 0, made.out
+    wanted = (tmp_path / "out", "alice/trap", "--unverified", "--no-card")
+    refused = xet.push(*wanted)
+    assert refused.code == 4 and "alice/trap" not in hub.repos
+    assert "is code, which is published with --allow code only" in refused.error
+    assert "names code that a reader would run" in refused.error
+    done = xet.push(*wanted, "--allow", "code")
+    assert done.code == 0 and "modeling_trap.py" in hub.repos["alice/trap"].files(), done.out
+    assert not trap.exists()
 
 
 # --- the card ----------------------------------------------------------------------------------

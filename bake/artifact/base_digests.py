@@ -63,10 +63,6 @@ class BaseDigests:
             self.add(name)
         return {name: self._found[name] for name in sorted(names)}
 
-    def so_far(self, names: Iterable[str]) -> dict[str, str]:
-        """Return the hashes of those among these tensors that have passed."""
-        return {name: self._found[name] for name in sorted(names) if name in self._found}
-
 
 def recorded_digests(content: Mapping[str, Any]) -> dict[str, str]:
     """Return what a record says of the base's edited tensors; empty where it is an earlier one.

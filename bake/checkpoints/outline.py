@@ -64,8 +64,6 @@ def weight_files(
     source: Checkpoint,
     replace: Mapping[str, Producer],
     new: Mapping[str, NewTensor],
-    *,
-    here: bool = True,
 ) -> tuple[tuple[File, ...], str | None]:
     """Return the shards of the output, in the order of the base's, and the text of its index.
 
@@ -73,7 +71,6 @@ def weight_files(
         source: the base.
         replace: for each tensor to replace, a producer of the new one.
         new: tensors that the base lacks.
-        here: whether the base's shards are in its folder; their ``origin`` is left open if not.
     """
     names, extra = _shard_names(source) if new else ({s: s for s in source.shards}, "")
     infos: dict[str, list[TensorInfo]] = {shard: [] for shard in source.shards}
@@ -81,8 +78,8 @@ def weight_files(
         infos[info.shard].append(info)
     shards = []
     for shard in source.shards:
-        origin, size = source.file(shard) if here else None, source.shard_sizes[shard]
-        if origin is not None and origin.stat().st_size != size:
+        origin, size = source.file(shard), source.shard_sizes[shard]
+        if origin.stat().st_size != size:
             raise CheckpointError("changed since it was opened", where=str(origin))
         shards.append(File(names[shard], size, _pieces(infos[shard], size, replace), origin))
     if not new:

@@ -15,18 +15,12 @@ from bake.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bake.artifact.destination import Destination, Pushed
-    from bake.publish.low_disk import Work
+    from bake.artifact.destination import Pushed
 
 
 @bake_command("push")
 @click.argument("out", type=PATH)
 @click.argument("repo", metavar="OWNER/NAME")
-@click.option(
-    "--low-disk",
-    is_flag=True,
-    help="OUT is a recipe: bake and send one shard at a time, on a disk that holds no model.",
-)
 @click.option(
     "--record",
     is_flag=True,
@@ -50,11 +44,8 @@ if TYPE_CHECKING:
     "--allow",
     multiple=True,
     metavar="WHAT",
-    help="licence: its terms are met; paths: home folders in texts; code: Python files. "
-    "With --low-disk also what `bake export --allow` takes.",
+    help="licence: its terms are met; paths: home folders in texts; code: Python files.",
 )
-@click.option("--model", metavar="MODEL", help="With --low-disk: edit this model instead.")
-@click.option("--family", type=PATH, metavar="FILE", help="With --low-disk: your own family table.")
 @click.option(
     "--timeout", type=float, default=120.0, metavar="SECONDS", help="For one answer of the Hub."
 )
@@ -69,13 +60,10 @@ def command(
     dry_run: bool,
     unverified: bool,
     no_card: bool,
-    low_disk: bool,
     record: bool,
     verify_download: bool,
     key: Path | None,
     allow: tuple[str, ...],
-    model: str | None,
-    family: Path | None,
     timeout: float,
 ) -> None:
     """Publish OUT as OWNER/NAME, in one commit.
@@ -86,18 +74,17 @@ def command(
     """
     from bake.artifact.destination import Destination
     from bake.cli import render
-    from bake.publish.preflight import ALLOWANCES, Terms
+    from bake.publish.preflight import Terms
 
-    _check_options(
-        low_disk=low_disk,
-        record=record,
-        dry_run=dry_run,
-        sign=key is not None,
-        recipe=model is not None or family is not None,
-    )
-    inexact = tuple(word for word in allow if word not in ALLOWANCES) if low_disk else ()
+    if record and dry_run:
+        raise UsageError("--record has no --dry-run")
+    if record and key is not None:
+        raise UsageError(
+            "--sign needs every file in one place, and --record does not have them",
+            fix="publish without, download the repository, and push that with --sign",
+        )
     to = Destination(repo, revision, public, create_pr)
-    terms = Terms(frozenset(allow) - frozenset(inexact), unverified, no_card)
+    terms = Terms(frozenset(allow), unverified, no_card)
     _quieten(visible=not output.quiet and not output.as_json)
     click.get_current_context().meta[KEPT] = lambda: (
         "the same command takes the upload up; nothing is public that was not"
@@ -105,15 +92,7 @@ def command(
     passphrase = passphrase_of(key)
     shared: dict[str, Any] = {"timeout": timeout, "remark": output.remark}
     with render.progress(f"reading {out.name}", visible=not output.quiet) as move:
-        if low_disk:
-            from bake.publish.low_disk import push_low_disk, refuse_at_once
-
-            refuse_at_once(to, terms)
-            work = _work(out, to, model=model, family=family, allow=inexact)
-            pushed = push_low_disk(
-                work, to, terms, download=verify_download, progress=move, **shared
-            )
-        elif record:
+        if record:
             from bake.publish.follow_up import push_record
 
             pushed = push_record(out, to, terms, download=verify_download, **shared)
@@ -132,63 +111,6 @@ def command(
                 **shared,
             )
     output.present(data=pushed.to_json, view=lambda: _view(pushed))
-
-
-def _check_options(
-    *, low_disk: bool, record: bool, dry_run: bool, sign: bool, recipe: bool
-) -> None:
-    """Refuse options that contradict each other.
-
-    Raises:
-        UsageError: naming the pair.
-    """
-    if low_disk and record:
-        raise UsageError("--low-disk and --record exclude each other")
-    if low_disk and dry_run:
-        raise UsageError(
-            "--low-disk has no --dry-run: what would be sent is known once it is baked",
-            fix="`bake plan RECIPE` says which tensors change",
-        )
-    if (low_disk or record) and sign:
-        raise UsageError(
-            "--sign needs every file in one place, and --low-disk and --record do not have them",
-            fix="publish without, download the repository, and push that with --sign",
-        )
-    if record and dry_run:
-        raise UsageError("--record has no --dry-run")
-    if recipe and not low_disk:
-        raise UsageError("--model and --family are for --low-disk, which bakes a recipe")
-
-
-def _work(
-    recipe: Path,
-    to: "Destination",
-    *,
-    model: str | None,
-    family: Path | None,
-    allow: tuple[str, ...],
-) -> "Work":
-    """Compile a recipe for a push that bakes as it goes."""
-    from bake.cli.request import compile_request
-    from bake.publish.low_disk import Work
-
-    if recipe.is_dir():
-        raise UsageError(f"{recipe} is a folder", fix="--low-disk takes the recipe")
-    request = compile_request(recipe, model=model, family=family, allow=allow, target=())
-    carriers = tuple(request.recipe.export.to)
-    if carriers != ("checkpoint",):
-        raise UsageError(
-            f"--low-disk publishes a checkpoint, and the recipe writes {', '.join(carriers)}",
-            fix="export and push the others: they are small",
-        )
-    home = Path.cwd() / to.repo.rpartition("/")[2]
-    return Work(
-        plan=request.plan,
-        checkpoint=request.checkpoint,
-        record=request.record(home),
-        allow=frozenset(request.recipe.export.allow),
-        home=home,
-    )
 
 
 def _quieten(*, visible: bool) -> None:

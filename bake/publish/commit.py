@@ -22,8 +22,6 @@ from bake.publish.remote import RemoteFile, differences, read_tree
 from bake.seal.manifest import FileEntry, Manifest, stamp
 
 T = TypeVar("T")
-Bring = Callable[[FileEntry], CommitOperationAdd | None]
-"""Returns the finished upload of a file that is in no folder, or None for one that is in it."""
 _IN_MEMORY = 1 << 20  # shorter files are read once, checked and sent from memory
 _ATTEMPTS = 4
 _LONGEST_WAIT = 60.0
@@ -126,7 +124,6 @@ class GuardedCommit:
         parent: the commit that the branch has to be at.
         message: the title and the description.
         pull_request: whether to open one.
-        bring: for files that are not in the folder.
     """
 
     api: HfApi
@@ -138,9 +135,7 @@ class GuardedCommit:
     parent: str
     message: tuple[str, str]
     pull_request: bool
-    bring: Bring | None = None
     _additions: dict[str, CommitOperationAdd] = field(default_factory=dict)
-    _brought: set[str] = field(default_factory=set)
 
     def make(self, parts: Parts) -> Committed:
         """Upload and commit.
@@ -204,11 +199,6 @@ class GuardedCommit:
 
     def _addition(self, file: FileEntry) -> CommitOperationAdd:
         """Return the operation for one file; the same object again, which knows what it sent."""
-        if file.name not in self._additions and self.bring is not None:
-            brought = self.bring(file)
-            if brought is not None:
-                self._additions[file.name] = brought
-                self._brought.add(file.name)
         if file.name not in self._additions:
             path = self.folder / file.name
             if file.size > _IN_MEMORY:
@@ -223,8 +213,7 @@ class GuardedCommit:
     def _check_sent(self, parts: Parts) -> None:
         """Require that what was sent is what was hashed, before anybody can see it."""
         for file in parts.add:
-            inside = file.name not in self._brought
-            if inside and stamp(self.folder / file.name) != file.stamp:
+            if stamp(self.folder / file.name) != file.stamp:
                 raise _changed(file.name)
             if self._additions[file.name].upload_info.sha256.hex() != file.sha256:
                 raise _changed(file.name)

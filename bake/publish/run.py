@@ -1,8 +1,7 @@
 """One push, step by step: who, the base's terms, the repository, the commit, what comes after it.
 
-``push`` brings a whole folder, ``low_disk`` files that never lie here together, ``follow_up`` a
-verification that was made later. The steps and their order are the same, and every one of them may
-be repeated.
+``push`` brings a whole folder, ``follow_up`` a verification that was made later. The steps and
+their order are the same, and every one of them may be repeated.
 """
 
 import json
@@ -22,7 +21,6 @@ from bake.cards import licences
 from bake.cards.frontmatter import card_metadata, read_card
 from bake.errors import HubError
 from bake.publish.commit import (
-    Bring,
     Committed,
     GuardedCommit,
     Parts,
@@ -30,12 +28,12 @@ from bake.publish.commit import (
     parts_of,
     patiently,
 )
-from bake.publish.download import TOGETHER, compare_download
+from bake.publish.download import compare_download
 from bake.publish.failures import RAISED, Account, redact, status_of, told
 from bake.publish.preflight import Preflight, Terms, check_terms
 from bake.publish.remote import RemoteFile, differences, read_tree
 from bake.publish.session import DEADLINE, card_errors, client, within
-from bake.seal.manifest import FileEntry, Manifest, write_text
+from bake.seal.manifest import Manifest, write_text
 from bake.seal.seal import as_error
 
 
@@ -61,9 +59,6 @@ class Run:
         manifest: what the repository is to hold.
         found: what the preflight found; see ``take``.
         download: whether everything is downloaded again and compared.
-        home: the folder from which the record tells the path of a local base; None for ``folder``.
-        bring: returns the upload of a file that is not in ``folder``, or None for one that is.
-        ahead: tells whether a file has been sent already.
         title: of the commit; None for that of an artifact.
     """
 
@@ -74,9 +69,6 @@ class Run:
     remark: Callable[[str], None]
     manifest: Manifest = field(default_factory=lambda: Manifest(()))
     download: bool = False
-    home: Path | None = None
-    bring: Bring | None = None
-    ahead: Callable[[FileEntry], bool] | None = None
     title: str | None = None
     api: HfApi = field(default_factory=client)
     found: Preflight = field(init=False)
@@ -193,7 +185,6 @@ class Run:
             self.manifest,
             place=self.receipt.parent,
             account=self.account,
-            together=TOGETHER if self.bring is None else 0,  # what is brought has no room here
         )
         if not wrong:
             return
@@ -243,8 +234,7 @@ class Run:
     def _local_card(self) -> dict[str, Any]:
         """Return the metadata of the card in the folder of a local base."""
         path = self.found.record.content["base"].get("path")
-        home = self.home or self.folder
-        text = read_card(home / path) if isinstance(path, str) else None
+        text = read_card(self.folder / path) if isinstance(path, str) else None
         return {} if text is None else card_metadata(text)
 
     def head(self) -> Head:
@@ -329,9 +319,8 @@ class Run:
             if there is not None:
                 return there
         self.make_branch(head)
-        left = parts.add if self.ahead is None else [f for f in parts.add if not self.ahead(f)]
-        size = sum(file.size for file in left)
-        self.remark(f"uploading {len(left)} files with {size:,} bytes")
+        size = sum(file.size for file in parts.add)
+        self.remark(f"uploading {len(parts.add)} files with {size:,} bytes")
         self._validate_card()
         title = self.title or f"Publish {record.kind} of plan {short_digest(record)}"
         text = f"Artifact {self.manifest.digest}, made by bake {record.content.get('bake')}."
@@ -345,7 +334,6 @@ class Run:
             parent=head.commit,
             message=(title, text),
             pull_request=self.to.pull_request,
-            bring=self.bring,
         )
         return guarded.make(parts)
 

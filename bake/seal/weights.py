@@ -1,7 +1,7 @@
 """The weights of an artifact: strict headers, a closed index, finite numbers, untouched tensors."""
 
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ MAX_HEADER = 25_000_000
 """Longest header text that the Hub's own client reads."""
 
 _ROWS = 1 << 24  # elements looked at in one step
-_SPAN = 1 << 26  # bytes looked at in one step, a multiple of every type's size
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -48,7 +47,7 @@ def check_headers(folder: Path) -> list[Problem]:
     for name in _weights_in(folder):
         try:
             if name.endswith(".safetensors"):
-                read_header(folder, name)
+                _read_header(folder, name)
             else:
                 _check_gguf(folder, name)
         except InputError as error:
@@ -56,7 +55,7 @@ def check_headers(folder: Path) -> list[Problem]:
     return problems
 
 
-def read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
+def _read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
     """Return the tensors of a safetensors file, its header read strictly.
 
     Raises:
@@ -86,7 +85,7 @@ def metadata(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: its header is malformed.
     """
-    read_header(folder, name)
+    _read_header(folder, name)
     with regular(folder, name).open("rb") as file:
         length = int.from_bytes(file.read(PREFIX), "little")
         content = json.loads(file.read(length))
@@ -145,29 +144,6 @@ def _finite(checkpoint: Checkpoint, name: str) -> Iterator[bool]:
     for start in range(0, info.shape[0], step):
         rows = checkpoint.read_rows(name, start, min(start + step, info.shape[0]))
         yield bool(torch.isfinite(rows).all())
-
-
-def check_shard(folder: Path, name: str, changed: Container[str]) -> list[Problem]:
-    """Return what is wrong with one file of weights: its header, or an edited tensor's values."""
-    try:
-        tensors = read_header(folder, name)
-    except InputError as error:
-        return [problem_of(error, name)]
-    return [
-        Problem(name, f"{info.name} holds NaN or an infinity", "export again")
-        for info in tensors
-        if info.name in changed and info.dtype in _FLOATS and not _finite_span(folder / name, info)
-    ]
-
-
-def _finite_span(path: Path, info: TensorInfo) -> bool:
-    with path.open("rb") as file:
-        file.seek(info.start)
-        for start in range(info.start, info.stop, _SPAN):
-            data = bytearray(file.read(min(_SPAN, info.stop - start)))
-            if not bool(torch.isfinite(torch.frombuffer(data, dtype=info.torch_dtype)).all()):
-                return False
-    return True
 
 
 def base_tensors(record: ArtifactRecord) -> dict[str, str]:
