@@ -21,7 +21,7 @@ def convert(
     """Write the GGUF file `out` from a checkpoint folder; nothing is left when that fails.
 
     The converter passes any bias tensor on, also one that llama.cpp then refuses to load, so only
-    `llamacpp.run` shows that the file is good.
+    serving it shows that the file is good.
 
     Args:
         checkpoint: a folder with config.json, safetensors and a tokenizer.

@@ -16,14 +16,14 @@ from adapters import NO_BIAS, logits_of, peft_warnings
 from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 
 from bake import edits as make
-from bake.artifact import CARRIERS
+from bake.artifact import CARRIERS, KINDS
 from bake.errors import InexactPlan, UsageError
-from bake.families import ADAPTABLE, DESCRIBED, READS, RUNTIMES, load_families
+from bake.families import ADAPTABLE, DESCRIBED, RUNTIMES, load_families
 from bake.outputs.folder import refuse_unfit
 from bake.outputs.lora import export_lora
 from bake.plan import Exactness, Plan, compile_plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes
-from bake.verify.serving import SERVES
+from bake.verify.runtimes.registry import RUNTIMES as ASKED
 
 TESTS = Path(__file__).parent
 Checkpoints = Callable[..., Path]
@@ -172,8 +172,12 @@ def test_every_runtime_is_judged_in_every_carrier(tiny_checkpoint: Checkpoints) 
 
 
 def test_verify_asks_only_runtimes_that_read_the_artifact() -> None:
-    for name, kinds in SERVES.items():
-        assert set(kinds) & set(CARRIERS) <= set(READS[name]), name
+    """Every kind of the registry names the runtime as a reader, and is a kind."""
+    for name, runtime in ASKED.items():
+        assert runtime.name == name and runtime.serves
+        assert all(name in KINDS[kind].readers for kind in runtime.serves), name
+    # The control: a runtime that reads no adapter may not be asked for one.
+    assert "llama.cpp" not in KINDS["lora"].readers
 
 
 def test_a_matrix_by_hand(tiny_checkpoint: Checkpoints) -> None:

@@ -26,7 +26,7 @@ from bake.seal.seal import check, seal
 from bake.verify.compare import compare, raise_unless_passed
 from bake.verify.files import write_report
 from bake.verify.report import Report
-from bake.verify.serving import Runtimes
+from bake.verify.runtimes.registry import Runtimes
 
 Checkpoints = Callable[..., Path]
 PROMPTS = [[5, 9, 4, 33, 7, 21, 8], [40, 3, 17, 6, 6], [11, 12, 13]]

@@ -28,9 +28,10 @@ from bake.verify.agreement import agreement
 from bake.verify.artifact import open_baked
 from bake.verify.compare import compare, raise_unless_passed
 from bake.verify.report import Report, Row
-from bake.verify.runtimes.base import RuntimeResult
-from bake.verify.serving import Runtimes, target_of
-from bake.verify.spoiled import KINDS, spoiled
+from bake.verify.runtimes.registry import Runtimes
+from bake.verify.runtimes.request import RuntimeResult
+from bake.verify.serving import target_of
+from bake.verify.spoiled import MISTAKES, spoiled
 
 HERE = Runtimes(("transformers",), {"transformers": Path(sys.executable)})
 
@@ -254,7 +255,7 @@ def test_mistakes_that_the_prompts_do_not_reach_are_passed_over(base: Base) -> N
     """Forgetting one of two sites between which nothing lies changes nothing."""
     hidden = base.layout.hidden
     edits = (edit(base, "ablate", make.ablate(vector(hidden)), "resid"),)
-    kinds = {kind: list(spoiled(edits, "sha256:0", kind)) for kind in KINDS}
+    kinds = {kind: list(spoiled(edits, "sha256:0", kind)) for kind in MISTAKES}
     assert len(kinds["forgotten site"]) == len(edits[0].sites)
     for name, (found,) in kinds["forgotten site"]:
         assert len(found.sites) == len(edits[0].sites) - 1

@@ -12,14 +12,13 @@ from bake.cli.output import command as bake_command
 from bake.cli.recorded import base_of, find
 from bake.cli.request import PATH
 from bake.errors import BakeError, UsageError
+from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 
 if TYPE_CHECKING:
     from bake.cli.published import Record
     from bake.cli.recorded import Source
     from bake.verify.report import Report
-    from bake.verify.serving import Runtimes
 
-RUNTIMES = ("transformers", "peft", "vllm", "llama.cpp")
 PARTIAL = ".bake-verify-partial"
 
 
@@ -30,7 +29,7 @@ PARTIAL = ".bake-verify-partial"
     "--runtime",
     "runtimes",
     multiple=True,
-    type=click.Choice(RUNTIMES),
+    type=click.Choice(tuple(RUNTIMES)),
     help="Serve the artifact there as well; may be given again.",
 )
 @click.option(
@@ -181,10 +180,9 @@ def _kept(partial: Path) -> str:
 
 def _runtimes(
     names: tuple[str, ...], pythons: tuple[str, ...], converter: Path | None
-) -> "Runtimes | None":
+) -> Runtimes | None:
     if not names:
         return None
-    from bake.verify.serving import Runtimes
 
     found: dict[str, Path] = {}
     for text in pythons:

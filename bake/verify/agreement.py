@@ -11,7 +11,7 @@ from typing import Any
 
 from bake.errors import InputError
 from bake.verify.report import GROUPS, SERVED_EFFECT, Report, Row
-from bake.verify.serving import SERVES
+from bake.verify.runtimes.registry import RUNTIMES
 
 WHERE = "verify.json"
 
@@ -130,7 +130,7 @@ def _pair(published: Row | None, here: Row | None, same_prompts: bool) -> Pair:
 
 def _elsewhere(row: Row) -> bool:
     """Whether a row is only there where somebody asked for it: of a runtime, or a side effect."""
-    named = row.name.startswith(tuple(f"{name}: " for name in SERVES))
+    named = row.name.startswith(tuple(f"{name}: " for name in RUNTIMES))
     return named or row.group in ("runtime", "side") or row.name == SERVED_EFFECT
 
 

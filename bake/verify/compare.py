@@ -35,8 +35,9 @@ from bake.verify.prompts import (
 )
 from bake.verify.report import SERVED_EFFECT, Report, Row
 from bake.verify.runs import batches_of
+from bake.verify.runtimes.registry import Runtimes, serving
 from bake.verify.scores import check_score
-from bake.verify.serving import Runtimes, Served, Target, serve_all, serving, target_of
+from bake.verify.serving import Served, Target, serve_all, target_of
 from bake.verify.store import Store, question
 
 GREEDY = 16

@@ -7,7 +7,7 @@ as any user's would. One that is not installed is reported as not run, never as 
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from bake.artifact.carrier import KINDS
 from bake.checkpoints import Checkpoint
 from bake.converter import convert
 from bake.edits import Edit
-from bake.errors import BakeError, UsageError
+from bake.errors import BakeError
 from bake.families import Layout
+from bake.process import RuntimeFailed, RuntimeMissing
 from bake.verify.artifact import CHECKPOINT, MERGE, Baked
 from bake.verify.evidence import TORCH
 from bake.verify.greedy import Generated, disagreement, generate
@@ -29,14 +31,10 @@ from bake.verify.metrics import Compared, compare_logits, largest_difference, me
 from bake.verify.models import load
 from bake.verify.report import Row
 from bake.verify.runs import batches_of, halves, run
-from bake.verify.runtimes import hf, llamacpp, vllm
-from bake.verify.runtimes.base import (
-    RuntimeFailed,
-    RuntimeMissing,
-    RuntimeRequest,
-    RuntimeResult,
-)
-from bake.verify.spoiled import KINDS, spoiled
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.registry import RUNTIMES, Runtimes
+from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
+from bake.verify.spoiled import MISTAKES, spoiled
 from bake.verify.tolerance import FLOOR_FACTOR, logprob_tolerance
 
 PROMPTS, TOKENS, GREEDY = 8, 16, 16
@@ -46,52 +44,6 @@ UNADAPTED = 2
 """How many of the prompts an adapter's runtime serves without the adapter as well."""
 TRIES = 8
 """Mistakes of a kind that are tried until the prompts reach one."""
-
-SERVES: Mapping[str, tuple[str, ...]] = {
-    "transformers": (CHECKPOINT, MERGE),
-    "peft": ("lora",),
-    "vllm": (CHECKPOINT, MERGE, "lora"),
-    "llama.cpp": (CHECKPOINT, MERGE, "gguf", "gguf-lora", "control-vector"),
-}
-"""The kinds of artifact that each runtime loads; llama.cpp a checkpoint once it is converted."""
-
-
-def serving(kind: str) -> tuple[str, ...]:
-    """Return the runtimes that load a kind of artifact."""
-    return tuple(name for name, kinds in SERVES.items() if kind in kinds)
-
-
-@dataclass(frozen=True, slots=True)
-class Runtimes:
-    """Which runtimes to ask, and where they are."""
-
-    names: tuple[str, ...]
-    pythons: Mapping[str, Path] = field(default_factory=dict)
-    """The interpreter of each runtime's environment; this one where none is named."""
-    converter: Path | None = None
-    """llama.cpp's ``convert_hf_to_gguf.py``."""
-    timeout: float = 3600.0
-
-    def python(self, name: str) -> Path:
-        """Return the interpreter that a runtime is asked through."""
-        return self.pythons.get(name, Path(sys.executable))
-
-    def check(self, kind: str) -> None:
-        """Require that every runtime is known and loads artifacts of that kind.
-
-        Raises:
-            UsageError: one is unknown or does not.
-        """
-        for name in (*self.names, *self.pythons):
-            if name not in SERVES:
-                raise UsageError(
-                    f"there is no runtime {name!r}", fix=f"they are {', '.join(SERVES)}"
-                )
-        for name in self.names:
-            if kind not in SERVES[name]:
-                fitting = ", ".join(serving(kind))
-                fix = f"a {kind} is for {fitting}" if fitting else None
-                raise UsageError(f"{name} loads no {kind}", fix=fix)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,7 +144,7 @@ def _spoiled(
     if artifact.kind in (CHECKPOINT, MERGE):
         return ()  # their controls are bakes of their own
     reference, found = hooked.log_softmax(-1), []
-    for kind in KINDS:
+    for kind in MISTAKES:
         for name, edits in islice(spoiled(artifact.edits, artifact.plan_digest, kind), TRIES):
             table = logits(edits).log_softmax(-1)
             if largest_difference(table, reference) > 2 * limit:
@@ -326,24 +278,21 @@ def _ask(
     target: Target,
     scratch: Path,
 ) -> RuntimeResult:
-    request = RuntimeRequest(artifact.path, target.prompts, target.count, target.vocab, "float32")
-    python, timeout = runtimes.python(name), runtimes.timeout
-    unadapted = min(UNADAPTED, len(target.prompts))
-    if artifact.kind == "lora":
-        request = replace(request, model=base.path, adapter=artifact.path, unadapted=unadapted)
-    if name in ("transformers", "peft"):
-        return hf.run(request, python, timeout=timeout)
-    if name == "vllm":
-        return vllm.run(request, python, timeout=timeout)
-    if artifact.kind == "gguf":
-        request = replace(request, model=_only_gguf(artifact.path))
-    elif artifact.kind in (CHECKPOINT, MERGE):
-        request = replace(request, model=_converted(runtimes, artifact.path, scratch))
-    else:
-        model = _converted(runtimes, base.path, scratch)
-        adapter = _only_gguf(artifact.path)
-        request = replace(request, model=model, adapter=adapter, unadapted=unadapted)
-    return llamacpp.run(request, python, timeout=timeout)
+    runtime, carrier = RUNTIMES[name], KINDS[artifact.kind]
+    own = _only_gguf(artifact.path) if carrier.suffix == ".gguf" else artifact.path
+    model = own if carrier.whole else base.path
+    if runtime.gguf and model.is_dir():
+        model = _converted(runtimes, model, scratch)
+    request = RuntimeRequest(
+        model,
+        target.prompts,
+        target.count,
+        target.vocab,
+        "float32",
+        adapter=None if carrier.whole else own,
+        unadapted=0 if carrier.whole else min(UNADAPTED, len(target.prompts)),
+    )
+    return ask(runtime, request, runtimes.python(name), timeout=runtimes.timeout)
 
 
 def _converted(runtimes: Runtimes, checkpoint: Path, scratch: Path) -> Path:

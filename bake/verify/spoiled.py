@@ -11,7 +11,7 @@ from dataclasses import replace
 from bake.affine import AffineMap, LowRankMap
 from bake.edits import Edit, WeightUpdate
 
-KINDS = ("forgotten site", "flipped sign")
+MISTAKES = ("forgotten site", "flipped sign")
 
 
 def spoiled(
@@ -22,7 +22,7 @@ def spoiled(
     Args:
         edits: those of the plan.
         digest: of the plan.
-        kind: one of ``KINDS``.
+        kind: one of ``MISTAKES``.
     """
     chance = random.Random(digest)
     if kind == "flipped sign":

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from bake.verify.runtimes.base import RuntimeResult
+from bake.verify.runtimes.request import RuntimeResult
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -19,8 +19,8 @@ from bake.process import run_script
 from bake.sites import expand
 from bake.steer import steered
 from bake.verify.compare import layout_of
-from bake.verify.runtimes import _exchange, vllm
-from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
+from bake.verify.runtimes import exchange, vllm
+from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
 
 TOLERANCE = 1e-4  # nats, in float32: what the project promises
 EFFECT = 0.05  # nats: what an edit moves at least, hundreds of tolerances
@@ -142,8 +142,8 @@ def served_adapters(
 ) -> dict[str, RuntimeResult]:
     """Return what one engine of vLLM computes with each adapter, and without one (None)."""
     asked = request(base.checkpoint.path)
-    ranks = [vllm._rank(path) for path in adapters.values() if path is not None]
-    question = _exchange.as_json(asked) | {
+    ranks = [vllm.max_lora_rank(path) for path in adapters.values() if path is not None]
+    question = exchange.as_json(asked) | {
         "adapter": "several",
         "adapter_rank": max(ranks),
         "engine": engine,
@@ -158,6 +158,6 @@ def served_adapters(
         ["-I", script, worker, folder / "request.json", folder],
         folder=folder,
         timeout=900.0,
-        variables=vllm.VARIABLES,
+        variables=vllm.VLLM.variables,
     )
-    return {name: _exchange.read("vLLM", asked, folder / name) for name in adapters}
+    return {name: exchange.read("vLLM", asked, folder / name) for name in adapters}

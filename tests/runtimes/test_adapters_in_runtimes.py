@@ -23,8 +23,10 @@ from bake.affine import translation
 from bake.errors import InexactPlan
 from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
-from bake.verify.runtimes import llamacpp, vllm
-from bake.verify.runtimes.base import RuntimeFailed
+from bake.process import RuntimeFailed
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.vllm import VLLM
 
 pytestmark = pytest.mark.runtimes
 
@@ -45,9 +47,9 @@ def test_llamacpp_aborts_on_an_embedding_adapter_of_a_tied_model(
     good, bad = (
         converted(base.model, base.checkpoint.path, gguf_converter) for base in (untied, tied)
     )
-    untied.check(STREAM, llamacpp.run(request(good, adapter / "lora.gguf"), llamacpp_python))
+    untied.check(STREAM, ask(LLAMA_CPP, request(good, adapter / "lora.gguf"), llamacpp_python))
     with pytest.raises(RuntimeFailed, match="signal SIGABRT"):
-        llamacpp.run(request(bad, adapter / "lora.gguf"), llamacpp_python)
+        ask(LLAMA_CPP, request(bad, adapter / "lora.gguf"), llamacpp_python)
 
 
 def test_llamacpp_multiplies_the_rows_of_an_embedding_adapter(
@@ -58,7 +60,7 @@ def test_llamacpp_multiplies_the_rows_of_an_embedding_adapter(
     file = converted(base.model, base.checkpoint.path, gguf_converter)
     plan = base.plan(EMBEDDING, targets=("llama.cpp",))
     adapter = export_gguf_lora(plan, base.checkpoint, tmp_path / "out", record={}).path
-    base.check(EMBEDDING, llamacpp.run(request(file, adapter / "lora.gguf"), llamacpp_python))
+    base.check(EMBEDDING, ask(LLAMA_CPP, request(file, adapter / "lora.gguf"), llamacpp_python))
 
 
 VLLM_REFUSES: dict[str, tuple[Callable[[], PreTrainedModel], list, str, str]] = {
@@ -88,7 +90,7 @@ def test_vllm_refuses_what_the_plan_refuses(case: str, vllm_python: Path, tmp_pa
         export_lora(wanted, base.checkpoint, tmp_path / "none", record={})
     adapter = export_lora(base.plan(specs), base.checkpoint, tmp_path / "out", record={}).path
     with pytest.raises(RuntimeFailed, match=served):
-        vllm.run(request(base.checkpoint.path, adapter), vllm_python)
+        ask(VLLM, request(base.checkpoint.path, adapter), vllm_python)
 
 
 def test_vllm_leaves_the_multiplier_off_an_embedding_adapter(

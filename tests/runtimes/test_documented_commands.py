@@ -37,11 +37,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
 from bake.converter import convert
-from bake.process import run_script
+from bake.process import RuntimeFailed, run_script
 from bake.steer import steered
 from bake.verify.compare import layout_of, open_baked
-from bake.verify.runtimes import _exchange, llamacpp
-from bake.verify.runtimes.base import RuntimeFailed, RuntimeRequest, RuntimeResult
+from bake.verify.runtimes import exchange, llamacpp
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
 
 pytestmark = pytest.mark.runtimes
 
@@ -351,7 +353,7 @@ def run_llama_server(command: Command, bench: Bench, cwd: Path, tools: "Tools") 
 def llama_server(words: list[str], bench: Bench, cwd: Path, python: Path) -> RuntimeResult:
     """Start llama.cpp's server with a command line that its own parser reads."""
     asked = bench.request(cwd)
-    (cwd / "question.json").write_text(json.dumps(_exchange.as_json(asked)), encoding="utf-8")
+    (cwd / "question.json").write_text(json.dumps(exchange.as_json(asked)), encoding="utf-8")
     (cwd / "answer").mkdir()
     small = ["--ctx-size", "128", "--parallel", "1", "--no-warmup", "--fit", "off"]
     small += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
@@ -366,7 +368,7 @@ def llama_server(words: list[str], bench: Bench, cwd: Path, python: Path) -> Run
         timeout=300.0,
         variables={},
     )
-    return _exchange.read("llama.cpp", asked, cwd / "answer")
+    return exchange.read("llama.cpp", asked, cwd / "answer")
 
 
 def run_converter(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
@@ -376,7 +378,7 @@ def run_converter(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> 
     script = tools.converter.script
     assert script.name == words[0]
     subprocess.run([tools.converter.python, script, *words[1:], *chosen], cwd=cwd, check=True)
-    bench.check(llamacpp.run(bench.request(cwd / "served.gguf"), tools.llamacpp))
+    bench.check(ask(LLAMA_CPP, bench.request(cwd / "served.gguf"), tools.llamacpp))
 
 
 # --- bake, and Ollama's files --------------------------------------------------------------------
@@ -397,7 +399,7 @@ def run_bake(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
     bake(*words, "-q", cwd=cwd)
     out = cwd / words[words.index("--out") + 1]
     (file,) = out.glob("*.gguf")
-    bench.check(llamacpp.run(bench.request(file), tools.llamacpp))
+    bench.check(ask(LLAMA_CPP, bench.request(file), tools.llamacpp))
     check_modelfile(out / "Modelfile")
 
 

@@ -49,8 +49,9 @@ from bake.outputs.checkpoint import export_checkpoint
 from bake.outputs.gguf.convert import convert_checkpoint
 from bake.outputs.gguf.edit import export_gguf
 from bake.outputs.gguf.lora import export_gguf_lora
-from bake.verify.runtimes import llamacpp
-from bake.verify.runtimes.base import RuntimeResult
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.request import RuntimeResult
 
 pytestmark = pytest.mark.runtimes
 
@@ -89,7 +90,7 @@ def base(
 
 
 def serve(file: Path, python: Path, adapter: Path | None = None) -> RuntimeResult:
-    return llamacpp.run(request(file, adapter), python)
+    return ask(LLAMA_CPP, request(file, adapter), python)
 
 
 def export(base: Base, file: Path, out: Path, **options: Any) -> Path:

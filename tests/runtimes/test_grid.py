@@ -63,7 +63,9 @@ from bake.outputs.gguf.convert import convert_checkpoint
 from bake.outputs.gguf.edit import export_gguf
 from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
-from bake.verify.runtimes import llamacpp, vllm
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.vllm import VLLM
 
 pytestmark = pytest.mark.runtimes
 
@@ -224,10 +226,10 @@ def test_checkpoint_in_transformers(bench: Bench, tmp_path: Path) -> None:
 
 def test_checkpoint_in_vllm(bench: Bench, vllm_python: Path, tmp_path: Path) -> None:
     baked = bench.baked()
-    bench.base.check(bench.case.checkpoint, vllm.run(request(baked), vllm_python))
+    bench.base.check(bench.case.checkpoint, ask(VLLM, request(baked), vllm_python))
     if bench.name == "Llama":  # one engine more, for all families' sake
         broken = without_one_writer(bench, baked, tmp_path / "broken")
-        bench.base.misses(bench.case.checkpoint, vllm.run(request(broken), vllm_python))
+        bench.base.misses(bench.case.checkpoint, ask(VLLM, request(broken), vllm_python))
 
 
 def test_converted_checkpoint_in_llamacpp(
@@ -243,14 +245,14 @@ def test_converted_checkpoint_in_llamacpp(
 
     baked = bench.baked()
     file = file_of(baked, tmp_path / "gguf")
-    bench.base.check(bench.case.checkpoint, llamacpp.run(request(file), llamacpp_python))
+    bench.base.check(bench.case.checkpoint, ask(LLAMA_CPP, request(file), llamacpp_python))
     if bench.case.recast:
         assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"
     without = without_one_writer(bench, baked, tmp_path / "without")
     (without / "bake").mkdir()
     for path in (baked / "bake").iterdir():
         (without / "bake" / path.name).write_bytes(path.read_bytes())
-    broken = llamacpp.run(request(file_of(without, tmp_path / "broken")), llamacpp_python)
+    broken = ask(LLAMA_CPP, request(file_of(without, tmp_path / "broken")), llamacpp_python)
     bench.base.misses(bench.case.checkpoint, broken)
 
 
@@ -264,13 +266,13 @@ def test_edited_gguf_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: 
     plan = base.plan(specs, targets=("llama.cpp",))
     out = export_gguf(plan, base.checkpoint, bench.gguf, tmp_path / "out", record={}).path
     file = out / "base.gguf"
-    base.check(specs, llamacpp.run(request(file), llamacpp_python))
-    unedited = llamacpp.run(request(bench.gguf), llamacpp_python)
+    base.check(specs, ask(LLAMA_CPP, request(file), llamacpp_python))
+    unedited = ask(LLAMA_CPP, request(bench.gguf), llamacpp_python)
     assert largest_difference(base.plain, unedited) <= TOLERANCE
     base.misses(specs, unedited)
     down = re.compile(rf"blk\.{base.layout.layers - 1}\.ffn_down\w*\.weight")
     restore(file, bench.gguf, next(n for n in tensors_in(file) if down.fullmatch(n)))
-    base.misses(specs, llamacpp.run(request(file), llamacpp_python))
+    base.misses(specs, ask(LLAMA_CPP, request(file), llamacpp_python))
 
 
 def tensors_in(file: Path) -> list[str]:
@@ -359,7 +361,7 @@ def test_gguf_adapter_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path:
     plan = base.plan(specs, targets=("llama.cpp",))
     out = export_gguf_lora(plan, base.checkpoint, tmp_path / "out", record={}).path
     file = out / "lora.gguf"
-    base.check(specs, llamacpp.run(request(bench.gguf, file), llamacpp_python))
+    base.check(specs, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
     # Alpha 0 stands for scale 1; another alpha is divided by the rank.
     reader = gguf.GGUFReader(file, "r+")
     rank = next(t for t in reader.tensors if t.name.endswith("attn_output.weight.lora_a")).shape[1]
@@ -367,7 +369,7 @@ def test_gguf_adapter_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path:
     assert alpha.contents() == 0
     alpha.parts[alpha.data[0]][0] = rank / 2
     alpha.parts[alpha.data[0]].base.flush()
-    base.misses(specs, llamacpp.run(request(bench.gguf, file), llamacpp_python))
+    base.misses(specs, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
 
 
 @all_carriers
@@ -376,9 +378,9 @@ def test_control_vector_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_pat
     base = bench.base
     out = export_control_vector(base.plan(OFFSETS), tmp_path / "out", record={}).path
     file = out / "control-vector.gguf"
-    base.check(OFFSETS, llamacpp.run(request(bench.gguf, file), llamacpp_python))
+    base.check(OFFSETS, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
     reader = gguf.GGUFReader(file, "r+")
     one = next(t for t in reader.tensors if t.name == "direction.2")
     one.data[:] = 0
     one.data.base.flush()
-    base.misses(OFFSETS, llamacpp.run(request(bench.gguf, file), llamacpp_python))
+    base.misses(OFFSETS, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))

@@ -15,8 +15,10 @@ from bake.checkpoints import open_checkpoint
 from bake.converter import convert
 from bake.steer import steered
 from bake.verify.compare import layout_of, open_baked
-from bake.verify.runtimes import llamacpp, vllm
-from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
+from bake.verify.runtimes.vllm import VLLM
 
 pytestmark = pytest.mark.runtimes
 
@@ -64,11 +66,11 @@ def served(
     request: pytest.FixtureRequest, main: Main, tmp_path_factory: pytest.TempPathFactory
 ) -> RuntimeResult:
     if request.param == "vLLM":
-        return vllm.run(main.request(main.out), request.getfixturevalue("vllm_python"))
+        return ask(VLLM, main.request(main.out), request.getfixturevalue("vllm_python"))
     converter: GgufConverter = request.getfixturevalue("gguf_converter")
     gguf = tmp_path_factory.mktemp("gguf") / "quickstart.gguf"
     convert(main.out, gguf, converter=converter.script, python=converter.python)
-    return llamacpp.run(main.request(gguf), request.getfixturevalue("llamacpp_python"))
+    return ask(LLAMA_CPP, main.request(gguf), request.getfixturevalue("llamacpp_python"))
 
 
 def test_baked_model_in_the_runtime_equals_the_hooked_base(

@@ -14,9 +14,12 @@ import pytest
 
 from bake.converter import convert
 from bake.errors import CheckpointError, UsageError
-from bake.process import EXIT_MISSING, run_script
-from bake.verify.runtimes import _exchange, _llamacpp_worker, _vllm_worker, llamacpp, vllm
-from bake.verify.runtimes.base import RuntimeFailed, RuntimeMissing, RuntimeRequest
+from bake.process import EXIT_MISSING, RuntimeFailed, RuntimeMissing, run_script
+from bake.verify.runtimes import _llamacpp_worker, _vllm_worker, exchange
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.request import RuntimeRequest
+from bake.verify.runtimes.vllm import VLLM
 
 PYTHON = Path(sys.executable)
 
@@ -51,9 +54,9 @@ def test_request_that_no_runtime_can_serve(changes: dict[str, object], message: 
 
 def test_model_of_the_wrong_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="vLLM reads a checkpoint folder"):
-        vllm.run(request(tmp_path), PYTHON)
+        ask(VLLM, request(tmp_path), PYTHON)
     with pytest.raises(CheckpointError, match=r"llama\.cpp reads a GGUF file"):
-        llamacpp.run(request(tmp_path), PYTHON)
+        ask(LLAMA_CPP, request(tmp_path), PYTHON)
     with pytest.raises(CheckpointError, match="the converter reads a checkpoint folder"):
         convert(tmp_path, tmp_path / "out.gguf", converter=Path(__file__), python=PYTHON)
 
@@ -68,13 +71,13 @@ def test_runtime_that_is_not_installed(tmp_path: Path) -> None:
     """This test's own environment has neither runtime."""
     folder = checkpoint(tmp_path)
     with pytest.raises(RuntimeMissing, match="vLLM is not installed in the environment of") as lost:
-        vllm.run(request(folder), PYTHON)
+        ask(VLLM, request(folder), PYTHON)
     assert "No module named 'vllm'" in str(lost.value)
     assert "fix: name the Python of an environment in which vLLM is installed" in str(lost.value)
     with pytest.raises(RuntimeMissing, match=r"llama\.cpp is not installed in the environment of"):
-        llamacpp.run(request(folder / "model.gguf"), PYTHON)
+        ask(LLAMA_CPP, request(folder / "model.gguf"), PYTHON)
     with pytest.raises(RuntimeMissing, match="is no Python interpreter"):
-        vllm.run(request(folder), tmp_path / "bin" / "python")
+        ask(VLLM, request(folder), tmp_path / "bin" / "python")
 
 
 def test_workers_and_parent_agree_on_the_status() -> None:
@@ -158,18 +161,18 @@ def answer(folder: Path, *, rows: int = 3, value: float = -1.0, tokens: int = 2)
 
 def test_answer_is_checked_against_the_request(tmp_path: Path) -> None:
     answer(tmp_path)
-    result = _exchange.read("it", request(tmp_path), tmp_path)
+    result = exchange.read("it", request(tmp_path), tmp_path)
     assert result.greedy == ((0, 0), (0, 0))
     assert [table.shape for table in result.prompt_logprobs] == [(3, 5), (1, 5)]
     answer(tmp_path, rows=2)
     with pytest.raises(RuntimeFailed, match=r"it gave log-probabilities of shape \(2, 5\)"):
-        _exchange.read("it", request(tmp_path), tmp_path)
+        exchange.read("it", request(tmp_path), tmp_path)
     answer(tmp_path, value=float("nan"))
     with pytest.raises(RuntimeFailed, match=r"not finite\n  why: a weight or a bias"):
-        _exchange.read("it", request(tmp_path), tmp_path)
+        exchange.read("it", request(tmp_path), tmp_path)
     answer(tmp_path, tokens=1)
     with pytest.raises(RuntimeFailed, match=r"it generated \[1, 1\] tokens"):
-        _exchange.read("it", request(tmp_path), tmp_path)
+        exchange.read("it", request(tmp_path), tmp_path)
 
 
 CONVERTER = """

@@ -14,8 +14,11 @@ from tiny_checkpoints import write as write_checkpoint
 from transformers import PreTrainedModel
 
 from bake.converter import convert
-from bake.verify.runtimes import llamacpp, vllm
-from bake.verify.runtimes.base import RuntimeFailed, RuntimeRequest, RuntimeResult
+from bake.process import RuntimeFailed
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
+from bake.verify.runtimes.vllm import VLLM
 
 pytestmark = pytest.mark.runtimes
 
@@ -74,7 +77,7 @@ def serve(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Serve a checkpoint folder in the runtime, through the converter where it wants a GGUF."""
     if request.param == "vLLM":
         python: Path = request.getfixturevalue("vllm_python")
-        return lambda folder: vllm.run(request_for(folder), python)
+        return lambda folder: ask(VLLM, request_for(folder), python)
     python = request.getfixturevalue("llamacpp_python")
     converter: GgufConverter = request.getfixturevalue("gguf_converter")
     out = tmp_path_factory.mktemp("gguf")
@@ -82,7 +85,7 @@ def serve(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     def convert_and_run(folder: Path) -> RuntimeResult:
         gguf = out / f"{folder.name}.gguf"
         convert(folder, gguf, converter=converter.script, python=converter.python)
-        return llamacpp.run(request_for(gguf), python)
+        return ask(LLAMA_CPP, request_for(gguf), python)
 
     return convert_and_run
 
@@ -140,7 +143,7 @@ def test_a_half_precision_cache_is_seen(
     gguf = tmp_path / "llama.gguf"
     folder = write_checkpoint(llama, tmp_path / "llama")
     convert(folder, gguf, converter=gguf_converter.script, python=gguf_converter.python)
-    result = llamacpp.run(request_for(gguf, "float16"), llamacpp_python)
+    result = ask(LLAMA_CPP, request_for(gguf, "float16"), llamacpp_python)
     difference = largest_difference(reference, result)
     assert TOLERANCE < difference < TOLERANCE * 2**13  # float16 has 13 bits less than float32
 
@@ -155,7 +158,7 @@ def test_vllm_loses_the_output_bias_of_qwen3(
     qwen3: PreTrainedModel, vllm_python: Path, tmp_path: Path
 ) -> None:
     """Why bake refuses this bias: vLLM drops it and says nothing."""
-    result = vllm.run(request_for(write_checkpoint(qwen3, tmp_path / "qwen3")), vllm_python)
+    result = ask(VLLM, request_for(write_checkpoint(qwen3, tmp_path / "qwen3")), vllm_python)
     assert largest_difference(reference_of(qwen3), result) > VISIBLE
     for layer in qwen3.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.bias)
@@ -170,5 +173,5 @@ def test_llamacpp_refuses_the_output_bias_of_qwen3(
     gguf = tmp_path / "qwen3.gguf"
     convert(folder, gguf, converter=gguf_converter.script, python=gguf_converter.python)
     with pytest.raises(RuntimeFailed, match="wrong number of tensors") as failure:
-        llamacpp.run(request_for(gguf), llamacpp_python)
+        ask(LLAMA_CPP, request_for(gguf), llamacpp_python)
     assert "llama.cpp failed with " in str(failure.value)

@@ -26,7 +26,7 @@ from bake.outputs.lora import export_lora
 from bake.verify.artifact import open_baked
 from bake.verify.compare import compare
 from bake.verify.report import Report
-from bake.verify.serving import Runtimes
+from bake.verify.runtimes.registry import Runtimes
 
 pytestmark = pytest.mark.runtimes
 

@@ -87,20 +87,19 @@ def generator(engine: Any, request: dict[str, Any]) -> Callable[..., Any]:
     return generate
 
 
+def greedily(vllm: Any, count: int, **more: Any) -> Any:
+    """Return how to sample: the most likely token, also after the end of a text."""
+    return vllm.SamplingParams(
+        temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False, **more
+    )
+
+
 def prompt_logprobs(
     vllm: Any, generate: Callable[..., Any], prompts: list[list[int]], vocab_size: int
 ) -> list[npt.NDArray[np.float32]]:
     """Return per prompt [tokens, vocab]: row t is log p(next token | the first t + 1 tokens)."""
-    sampling = vllm.SamplingParams(
-        temperature=0.0,
-        max_tokens=1,
-        ignore_eos=True,
-        detokenize=False,
-        prompt_logprobs=-1,
-        logprobs=-1,
-        flat_logprobs=True,
-    )
-    outputs = generate(prompts, sampling)
+    whole = {"prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True}
+    outputs = generate(prompts, greedily(vllm, 1, **whole))
     tables = []
     for prompt, output in zip(prompts, outputs, strict=True):
         table = np.full((len(prompt), vocab_size), np.nan, dtype=np.float32)
@@ -117,14 +116,7 @@ def prefix_logprobs(
     vllm: Any, generate: Callable[..., Any], prompts: list[list[int]], vocab_size: int
 ) -> list[npt.NDArray[np.float32]]:
     """Return the same tables from a request for every position: one token after each prefix."""
-    sampling = vllm.SamplingParams(
-        temperature=0.0,
-        max_tokens=1,
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=-1,
-        flat_logprobs=True,
-    )
+    sampling = greedily(vllm, 1, logprobs=-1, flat_logprobs=True)
     tables = []
     for prompt in prompts:
         outputs = generate([prompt[:t] for t in range(1, len(prompt) + 1)], sampling)
@@ -145,10 +137,7 @@ def greedy_tokens(
     vllm: Any, generate: Callable[..., Any], prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Return the arg-max continuation of every prompt; an end-of-text token does not end it."""
-    sampling = vllm.SamplingParams(
-        temperature=0.0, max_tokens=max_new_tokens, ignore_eos=True, detokenize=False
-    )
-    outputs = generate(prompts, sampling)
+    outputs = generate(prompts, greedily(vllm, max_new_tokens))
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 

@@ -1,43 +1,33 @@
-"""Ask llama.cpp: its own server over a GGUF file, in the package xllamacpp."""
+"""llama.cpp: its own server over a GGUF file, in the package xllamacpp.
 
-from pathlib import Path
+Every prompt position is a request of its own, which suits tens of positions, not thousands.
+"""
 
-from bake.checkpoints.gguf.file import open_gguf
-from bake.errors import CheckpointError
-from bake.verify.runtimes._exchange import serve
-from bake.verify.runtimes.base import RuntimeRequest, RuntimeResult
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-NAME = "llama.cpp"
+from bake.verify.runtimes.runtime import Runtime
+
+if TYPE_CHECKING:
+    from bake.verify.runtimes.request import RuntimeRequest
+
 CONTROL_VECTORS = ("controlvector", "steeringvector")  # architectures of such files
 
 
-def run(request: RuntimeRequest, python: Path, *, timeout: float = 900.0) -> RuntimeResult:
-    """Return llama.cpp's log-probabilities and greedy tokens for a GGUF file.
+def _adapter_kind(request: "RuntimeRequest") -> Mapping[str, Any]:
+    from bake.checkpoints.gguf.file import open_gguf
 
-    Every prompt position is a request of its own, which suits tens of positions, not thousands.
+    if request.adapter is None:
+        return {"adapter_kind": None}
+    vector = open_gguf(request.adapter).arch in CONTROL_VECTORS
+    return {"adapter_kind": "control vector" if vector else "lora"}
 
-    Args:
-        request: what to compute.
-        python: the interpreter of the environment that xllamacpp is installed in.
-        timeout: seconds until llama.cpp is killed.
 
-    Raises:
-        CheckpointError: the model or the adapter is no GGUF file.
-        RuntimeMissing: xllamacpp is not installed there.
-        RuntimeFailed: llama.cpp refused the model, crashed or took too long.
-    """
-    if not request.model.is_file():
-        raise CheckpointError("llama.cpp reads a GGUF file", where=str(request.model))
-    kind = None
-    if request.adapter is not None:
-        arch = open_gguf(request.adapter).arch
-        kind = "control vector" if arch in CONTROL_VECTORS else "lora"
-    return serve(
-        NAME,
-        "_llamacpp_worker.py",
-        request,
-        python,
-        timeout=timeout,
-        variables={},
-        extra={"adapter_kind": kind},
-    )
+LLAMA_CPP = Runtime(
+    "llama.cpp",
+    "llama.cpp",
+    ("checkpoint", "merge", "gguf", "gguf-lora", "control-vector"),
+    "_llamacpp_worker.py",
+    gguf=True,
+    details=_adapter_kind,
+)

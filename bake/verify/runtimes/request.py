@@ -8,10 +8,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from bake.errors import UsageError
-from bake.process import RuntimeFailed, RuntimeMissing
 
 DTYPES = ("float32", "bfloat16", "float16")
-__all__ = ["DTYPES", "RuntimeFailed", "RuntimeMissing", "RuntimeRequest", "RuntimeResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +22,7 @@ class RuntimeRequest:
     """
 
     model: Path
-    """vLLM: the folder of a checkpoint. llama.cpp: a GGUF file."""
+    """The folder of a checkpoint, or the GGUF file for a runtime that reads those."""
 
     prompts: tuple[tuple[int, ...], ...]
     """Token ids. No tokenizer is involved and nothing is added, so a prompt that wants a
@@ -71,7 +69,7 @@ class RuntimeResult:
     """What the runtime computed, in the order of the request's prompts."""
 
     name: str
-    """The runtime: "vLLM" or "llama.cpp"."""
+    """The runtime's title."""
 
     version: str
     """The version of the package that served, as it states it."""

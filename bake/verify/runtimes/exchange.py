@@ -2,49 +2,59 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bake.process import run_script
-from bake.verify.runtimes.base import RuntimeFailed, RuntimeRequest, RuntimeResult
+from bake.errors import CheckpointError
+from bake.process import RuntimeFailed, run_script
+from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
+from bake.verify.runtimes.runtime import Runtime
 
 
-def serve(
-    name: str,
-    worker: str,
-    request: RuntimeRequest,
-    python: Path,
-    *,
-    timeout: float,
-    variables: Mapping[str, str],
-    extra: Mapping[str, Any] | None = None,
+def ask(
+    runtime: Runtime, request: RuntimeRequest, python: Path, *, timeout: float = 900.0
 ) -> RuntimeResult:
-    """Return what the worker script beside this file computed with that interpreter.
+    """Return a runtime's log-probabilities and greedy tokens.
 
-    ``extra`` goes into the request as it is: what only this worker understands.
+    Args:
+        runtime: which one.
+        request: what to compute.
+        python: the interpreter of the environment that it is installed in.
+        timeout: seconds until it is killed.
 
     Raises:
-        RuntimeMissing, RuntimeFailed: as `run_script`; also RuntimeFailed when the answer does not
-            fit the request or a log-probability is not finite.
+        CheckpointError: the model or the adapter is nothing that it reads.
+        RuntimeMissing: it is not installed there.
+        RuntimeFailed: it refused the model, crashed, took too long, or its answer does not fit the
+            request.
     """
-    script = Path(__file__).resolve().with_name(worker)
+    _check_model(runtime, request.model)
+    asked = {**as_json(request), **runtime.details(request)}
+    script = Path(__file__).resolve().with_name(runtime.worker)
     with tempfile.TemporaryDirectory(prefix="bake-") as scratch:
         folder = Path(scratch)
         question = folder / "request.json"
-        question.write_text(json.dumps({**as_json(request), **(extra or {})}), encoding="utf-8")
+        question.write_text(json.dumps(asked), encoding="utf-8")
         # -I keeps the script's own folder off the import path: it has a module called vllm.
         run_script(
-            name,
+            runtime.title,
             python,
             ["-I", script, question, folder],
             folder=folder,
             timeout=timeout,
-            variables=variables,
+            variables=runtime.variables,
         )
-        return read(name, request, folder)
+        return read(runtime.title, request, folder)
+
+
+def _check_model(runtime: Runtime, model: Path) -> None:
+    if runtime.gguf and not model.is_file():
+        raise CheckpointError(f"{runtime.title} reads a GGUF file", where=str(model))
+    config = model / "config.json"
+    if not runtime.gguf and not config.is_file():
+        raise CheckpointError(f"{runtime.title} reads a checkpoint folder", where=str(config))
 
 
 def as_json(request: RuntimeRequest) -> dict[str, Any]:
