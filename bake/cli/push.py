@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bake.cli.check import passphrase_of
+from bake.cli.options import PATH
 from bake.cli.output import KEPT, Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def command(
     same command again takes up a run that was interrupted, and changes nothing when all is there.
     """
     from bake.artifact.destination import Destination
-    from bake.cli import render
     from bake.publish.preflight import Terms
 
     if record and dry_run:
@@ -91,7 +90,7 @@ def command(
     )
     passphrase = passphrase_of(key)
     shared: dict[str, Any] = {"timeout": timeout, "remark": output.remark}
-    with render.progress(f"reading {out.name}", visible=not output.quiet) as move:
+    with output.bar(f"reading {out.name}") as move:
         if record:
             from bake.publish.follow_up import push_record
 
