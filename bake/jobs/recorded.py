@@ -79,7 +79,7 @@ def find(text: str, *, weights: bool) -> Source:
     named = text.startswith(HUB_PREFIX)
     if not named and (Path(text).exists() or not _is_address(text)):
         return Source(_with_record(Path(text)), text, published=False)
-    from bake.checkpoints.hub import parse_hub_id
+    from bake.checkpoints.hub_names import parse_hub_id
     from bake.publish.fetch import fetch
 
     repo, revision = parse_hub_id(text.removeprefix(HUB_PREFIX), None)
