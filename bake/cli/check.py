@@ -52,7 +52,7 @@ def command(
     with output.bar(f"reading {out.name}") as move:
         made = None
         if sign is not None:
-            made = sign_it(out, sign, passphrase=lambda: passphrase, progress=move)
+            made = sign_it(out, sign, passphrase=passphrase, progress=move)
         elif seal:
             sealing.seal(out, move)
         found = sealing.check(out, base=base, progress=move)
