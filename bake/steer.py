@@ -140,7 +140,7 @@ def _places(layout: Layout) -> Mapping[Site, _Place]:
     places = {
         Site(SiteKind.LN_FINAL_OUT): _Place(layout.final_norm.live, "output"),
     }
-    if layout.family.embed_multiplied_by == "module":
+    if layout.family.embed.multiplied_by == "module":
         places[Site(SiteKind.EMBED)] = _Place(layout.embed_live, "output")
     elif not layout.positions:
         # Multiplied behind the module: what enters the first block is the first to be seen so.

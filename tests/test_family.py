@@ -77,8 +77,9 @@ def test_the_config_class_agrees_with_the_defaults(name: str) -> None:
 
     family = FAMILIES[name]
     config = AutoConfig.for_model(tiny.CONFIGS[name]["model_type"])
-    assert family.defaults or family.flags
-    for key, value in {**family.defaults, **family.flags}.items():
+    keys = family.config
+    assert keys.defaults or keys.flags
+    for key, value in {**keys.defaults, **keys.flags}.items():
         if hasattr(config, key):
             assert getattr(config, key) == value, key
         elif key == "rope_theta":  # transformers 5 keeps it below, by kind of attention in Gemma 3
@@ -706,10 +707,10 @@ def test_a_mixture_needs_its_number_of_experts(model: Open) -> None:
 @every_family
 def test_a_tied_head_with_a_tensor_of_its_own(name: str, model: Open) -> None:
     both = model(name, tied=True)
-    head = f"{both.family.unembed}.weight"
+    head = f"{both.family.unembed.module}.weight"
     assert head not in both.shapes
     assert both.resolve().unembed.weight == head
-    error = both.add(head, *both.shapes[f"{both.family.embed}.weight"]).refusal()
+    error = both.add(head, *both.shapes[f"{both.family.embed.module}.weight"]).refusal()
     assert error.what == f"tie_word_embeddings is true, but the checkpoint stores {head} as well"
     assert error.why == "runtimes disagree on which of the two they load"
 

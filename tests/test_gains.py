@@ -49,6 +49,7 @@ def granite(tmp_path_factory: pytest.TempPathFactory) -> Base:
     tiny.write_checkpoint(model, path)
     text = LLAMA.read_text(encoding="utf-8").partition("[gguf]")[0]
     text = text.replace("LlamaForCausalLM", "GraniteForCausalLM")
+    text = text.replace('"is_llama_config"', '"attention_multiplier", "logits_scaling"')
     text = text.replace(
         'module = "self_attn"', 'module = "self_attn"\ngain = "residual_multiplier"'
     )

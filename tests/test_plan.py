@@ -271,7 +271,8 @@ def test_a_turned_norm_bias_without_a_slot_is_refused(
     table = base.layout.family
     text = (ROOT / "bake/families/gpt_neox.toml").read_text(encoding="utf-8")
     text = text.replace('bias = "attention_bias"', 'bias = "never"')
-    own = parse_family(text.replace("[flags]\nattention_bias = true\n", ""), "own.toml")
+    must = "[must]\nattention_bias = [false]\n"
+    own = parse_family(text.replace("[flags]\nattention_bias = true\n", must), "own.toml")
     assert own.architectures == table.architectures
     shapes, dtypes = tiny.header_of(base.path)
     layout = resolve(own, base.checkpoint.config, shapes, dtypes)

@@ -413,10 +413,11 @@ def test_a_residual_gain_divides_the_write_at_resid_mid(tmp_path: Path) -> None:
         parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
     model.save_pretrained(tmp_path)
     family, header = family_named("llama"), header_of(tmp_path)
-    ungained = resolve(family, config_of(tmp_path), *header)
+    own = {"attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"}
+    ungained = resolve(family, config_of(tmp_path), *header, assumed=own)
     branches = tuple(dataclasses.replace(b, gain="residual_multiplier") for b in family.branches)
     gained = dataclasses.replace(family, branches=branches)
-    layout = resolve(gained, config_of(tmp_path), *header)
+    layout = resolve(gained, config_of(tmp_path), *header, assumed=own)
     maps = one_map_per_site(layout, [parse_site("resid_pre.1"), parse_site("resid_mid.1")])
     listed = [at(site, map_) for site, map_ in maps.items()]
     expected = by_hand(model, "granite", maps)

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bake.cli.options import PATH
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
+from bake.cli.request import PATH
 
 if TYPE_CHECKING:
     from bake.families import Family, Layout
@@ -21,10 +21,8 @@ def command(output: Output, model: str | None, *, family: Path | None) -> None:
 
     MODEL is a folder or a Hub id; of the latter only headers are read.
     """
-    from bake.checkpoints import open_checkpoint
     from bake.cli import render
     from bake.families import load_families, read_family
-    from bake.families.fit import layout_of
 
     if model is None:
         found = load_families() if family is None else (read_family(family),)
@@ -33,6 +31,9 @@ def command(output: Output, model: str | None, *, family: Path | None) -> None:
             view=lambda: render.families(found),
         )
         return
+    from bake.checkpoints import open_checkpoint  # which loads torch, as a list of tables does not
+    from bake.families.fit import layout_of
+
     checkpoint = open_checkpoint(model)
     layout = layout_of(checkpoint, family)
     slots = _slots(layout)

@@ -146,8 +146,8 @@ def _origins(base: Model, claims: Claims | None, layout: Layout | None) -> Mappi
     puts a prefix before every name where the original had none.
     """
     found = {}
-    if layout is not None and layout.family.optional_prefix:
-        prefix = layout.family.optional_prefix
+    if layout is not None and layout.family.block.optional_prefix:
+        prefix = layout.family.block.optional_prefix
         for name in base.weights.tensors:
             bare = name.removeprefix(prefix)
             found[bare if bare != name else prefix + name] = name

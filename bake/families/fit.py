@@ -1,12 +1,13 @@
 """One model against its table: the layout of whatever has a config and named tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from bake.errors import BakeError, FamilyError
-from bake.families import find_family, read_family
-from bake.families.layout import Layout, resolve
+from bake.families.find import find_family, read_family
+from bake.families.layout import Layout
+from bake.families.resolve import resolve
 from bake.families.section import Json
 from bake.families.table import Family
 
@@ -39,7 +40,11 @@ class Model(Protocol):
 
 
 def layout_of(
-    model: Model, table: Family | Path | None = None, *, declared: bool = False
+    model: Model,
+    table: Family | Path | None = None,
+    *,
+    declared: bool = False,
+    assumed: Collection[str] = (),
 ) -> Layout:
     """Return the layout of a model, by the shipped tables or by the user's own.
 
@@ -48,6 +53,8 @@ def layout_of(
         table: a table of the user's own, or the file that holds it.
         declared: the model may have been declared as another class since the table was written
             for it (a recast), and then that class's shipped table is used.
+        assumed: keys of its config that the table does not know and the user takes to change
+            nothing.
 
     Raises:
         FamilyError: no table fits, or the user's own is for another class.
@@ -57,7 +64,7 @@ def layout_of(
     dtypes = {name: info.dtype for name, info in model.tensors.items()}
     try:
         chosen = _chosen(model, table, declared=declared)
-        return resolve(chosen, model.config, shapes, dtypes)
+        return resolve(chosen, model.config, shapes, dtypes, assumed)
     except BakeError as error:
         where = model.source if error.where is None else f"{model.source}: {error.where}"
         raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error

@@ -8,7 +8,7 @@ would be folklore.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from bake.errors import FamilyError
 from bake.families.runtime import Runtime, read_run, read_runtimes
@@ -88,6 +88,63 @@ class GgufNames:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfigKeys:
+    """What the table says of the keys of config.json."""
+
+    when: Mapping[str, tuple[Json, ...]]
+    """What tells tables of one class apart: keys, and the values that this table is meant for."""
+    must: Mapping[str, tuple[Json, ...]]
+    """Keys that change the arithmetic, and the values that the table is written for."""
+    flags: Mapping[str, bool]
+    """Keys that give linear layers a bias, each with the class's default."""
+    defaults: Mapping[str, Json]
+    """Defaults of the config class, for keys that config.json may leave unsaid."""
+    dims: Mapping[str, str]
+    """The key of each size of ``DIMENSIONS``; an empty text where there is none."""
+    harmless: tuple[str, ...]
+    """Keys of this class that change nothing of how the stream is read and written."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRow:
+    """Where the blocks are, and what of them is no linear layer and no norm."""
+
+    path: str
+    optional_prefix: str
+    untouched: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NormRow:
+    """What kind every norm of the family is."""
+
+    kind: Literal["rms", "layer"]
+    gain_offset: float
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRow:
+    """The embedding and the position tables."""
+
+    module: str
+    multiplier: float | str
+    multiplied_by: Literal["module", "model"]
+    """Who multiplies: the embedding module itself (Gemma), or the model behind it (Granite)."""
+    positions: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnembedRow:
+    """The output head and the norm before it."""
+
+    module: str
+    live: str
+    bias: str
+    norm_in: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One architecture; see ``docs/families.md`` for the meaning of every key."""
 
@@ -95,28 +152,12 @@ class Family:
     title: str
     source: str
     architectures: tuple[str, ...]
-    when: Mapping[str, tuple[Json, ...]]
-    must: Mapping[str, tuple[Json, ...]]
-    flags: Mapping[str, bool]
-    """Config keys that give linear layers a bias, each with the class's default."""
-    defaults: Mapping[str, Json]
-    """Defaults of the config class, for keys that config.json may leave unsaid."""
-    dims: Mapping[str, str]
-    block_path: str
-    optional_prefix: str
-    untouched: tuple[str, ...]
-    norm_kind: Literal["rms", "layer"]
-    norm_gain_offset: float
-    norm_bias: bool
-    embed: str
-    embed_multiplier: float | str
-    embed_multiplied_by: Literal["module", "model"]
-    """Who multiplies: the embedding module itself (Gemma), or the model behind it (Granite)."""
-    positions: tuple[str, ...]
-    unembed: str
-    unembed_live: str
-    unembed_bias: str
-    final_norm: str
+    model_types: tuple[str, ...]
+    config: ConfigKeys
+    block: BlockRow
+    norm: NormRow
+    embed: EmbedRow
+    unembed: UnembedRow
     branches: tuple[BranchRow, ...]
     runtimes: Mapping[str, Runtime]
     run: Mapping[str, tuple[str, ...]]
@@ -125,13 +166,23 @@ class Family:
     gguf: GgufNames | None
     """None where llama.cpp has no such architecture, or nobody has written its names down."""
 
+    @property
+    def linears(self) -> tuple[LinearRow, ...]:
+        """The linear layers of a block, in the order of the forward pass."""
+        return tuple(row for branch in self.branches for row in (*branch.reads, *branch.writes))
+
+    @property
+    def tier(self) -> Literal["core", "served"]:
+        """``served`` where the table says what runtimes do with the family, else ``core``."""
+        return "served" if self.runtimes or self.gguf is not None else "core"
+
 
 MISSING = object()  # no value and no default: never equal to what a condition allows
 
 
 def configured(family: Family, config: Mapping[str, Json], key: str) -> Json:
     """Return the value of a config key, its default when it is unsaid, or ``MISSING``."""
-    return config.get(key, family.defaults.get(key, MISSING))
+    return config.get(key, family.config.defaults.get(key, MISSING))
 
 
 DIMENSIONS = ("layers", "hidden", "vocab", "heads", "kv_heads", "head_dim", "inner", "experts")
@@ -145,22 +196,22 @@ def parse_family(text: str, where: str) -> Family:
         FamilyError: the text is no TOML, lacks a key, or holds an unknown one.
     """
     root = Section.parse(text, "the family table", where)
-    branches = root.take("branch", list)
-    outside = _outside(root, where)
-    rows = tuple(_branch(row, where) for row in branches)
-    modules = {linear.module for row in rows for linear in (*row.reads, *row.writes)}
+    branches = tuple(_branch(row, where) for row in root.take("branch", list))
+    unembed = _unembed(root.table("unembed"))
+    modules = {row.module for branch in branches for row in (*branch.reads, *branch.writes)}
     family = Family(
         name=root.take("name", str),
         title=root.take("title", str),
         source=root.take("source", str),
         architectures=root.strings("architectures"),
-        when=conditions(root.take("when", dict, {}), f"{where} [when]"),
-        must=conditions(root.take("must", dict, {}), f"{where} [must]"),
-        flags=_flags(root.take("flags", dict, {}), f"{where} [flags]"),
-        defaults=root.take("defaults", dict, {}),
-        **outside,
-        branches=rows,
-        runtimes=read_runtimes(root.take("runtime", dict), modules | {outside["unembed"]}, where),
+        model_types=root.strings("model_types"),
+        config=_config(root, where),
+        block=_block(root.table("block")),
+        norm=_norm(root.table("norm")),
+        embed=_embed(root.table("embed")),
+        unembed=unembed,
+        branches=branches,
+        runtimes=read_runtimes(root.take("runtime", dict, {}), modules | {unembed.module}, where),
         run=read_run(root.take("run", dict, {}), f"{where} [run]"),
         recasts=tuple(
             _recast(name, row, f"{where} [recast.{name}]")
@@ -174,32 +225,62 @@ def parse_family(text: str, where: str) -> Family:
     return family
 
 
-def _outside(root: Section, where: str) -> dict[str, Any]:
-    """Return what a table says outside its branches, by the fields of ``Family``."""
-    block, norm, embed, unembed, dims = sections = [
-        root.table(name) for name in ("block", "norm", "embed", "unembed", "dims")
-    ]
-    head = unembed.take("module", str)
-    found = {
-        "dims": {key: dims.take(key, str, OPTIONAL.get(key)) for key in DIMENSIONS},
-        "block_path": block.take("path", str),
-        "optional_prefix": block.take("optional_prefix", str, ""),
-        "untouched": block.strings("untouched", ()),
-        "norm_kind": norm.choice("kind", ("rms", "layer")),
-        "norm_gain_offset": float(norm.take("gain_offset", int, 0)),
-        "norm_bias": norm.take("bias", bool, False),
-        "embed": embed.take("module", str),
-        "embed_multiplier": embed.number_or_key("multiplier"),
-        "embed_multiplied_by": embed.choice("multiplied_by", ("module", "model"), "module"),
-        "positions": embed.strings("positions", ()),
-        "unembed": head,
-        "unembed_live": unembed.take("live", str, head),
-        "unembed_bias": unembed.take("bias", str, "never"),
-        "final_norm": unembed.take("norm_in", str),
-    }
-    for section in sections:
-        section.close()
-    return found
+def _config(root: Section, where: str) -> ConfigKeys:
+    config, dims = root.table("config", optional=True), root.table("dims")
+    keys = ConfigKeys(
+        when=conditions(root.take("when", dict, {}), f"{where} [when]"),
+        must=conditions(root.take("must", dict, {}), f"{where} [must]"),
+        flags=_flags(root.take("flags", dict, {}), f"{where} [flags]"),
+        defaults=root.take("defaults", dict, {}),
+        dims={key: dims.take(key, str, OPTIONAL.get(key)) for key in DIMENSIONS},
+        harmless=config.strings("harmless", ()),
+    )
+    config.close()
+    dims.close()
+    return keys
+
+
+def _block(section: Section) -> BlockRow:
+    block = BlockRow(
+        path=section.take("path", str),
+        optional_prefix=section.take("optional_prefix", str, ""),
+        untouched=section.strings("untouched", ()),
+    )
+    section.close()
+    return block
+
+
+def _norm(section: Section) -> NormRow:
+    norm = NormRow(
+        kind=section.choice("kind", ("rms", "layer")),
+        gain_offset=float(section.take("gain_offset", int, 0)),
+        bias=section.take("bias", bool, False),
+    )
+    section.close()
+    return norm
+
+
+def _embed(section: Section) -> EmbedRow:
+    embed = EmbedRow(
+        module=section.take("module", str),
+        multiplier=section.number_or_key("multiplier"),
+        multiplied_by=section.choice("multiplied_by", ("module", "model"), "module"),
+        positions=section.strings("positions", ()),
+    )
+    section.close()
+    return embed
+
+
+def _unembed(section: Section) -> UnembedRow:
+    module = section.take("module", str)
+    unembed = UnembedRow(
+        module=module,
+        live=section.take("live", str, module),
+        bias=section.take("bias", str, "never"),
+        norm_in=section.take("norm_in", str),
+    )
+    section.close()
+    return unembed
 
 
 def _branch(row: Mapping[str, Json], where: str) -> BranchRow:
@@ -286,9 +367,8 @@ def _site_kind(section: Section, kind: str) -> SiteKind:
 
 
 def _check_flags(family: Family, where: str) -> None:
-    rows = [row for branch in family.branches for row in (*branch.reads, *branch.writes)]
-    for bias in {row.bias for row in rows} | {family.unembed_bias}:
-        if bias not in ("always", "never", *family.flags):
+    for bias in {row.bias for row in family.linears} | {family.unembed.bias}:
+        if bias not in ("always", "never", *family.config.flags):
             raise FamilyError(
                 f"bias = {bias!r} is neither always, never nor a key of [flags]", where=where
             )
@@ -296,11 +376,13 @@ def _check_flags(family: Family, where: str) -> None:
 
 def _check_gguf(family: Family, where: str) -> None:
     """Require a GGUF name for everything that an edit may touch, and for nothing else."""
-    names, branches = family.gguf, family.branches
+    names = family.gguf
     if names is None:
         return
-    linears = {row.module for branch in branches for row in (*branch.reads, *branch.writes)}
-    norms = {name for branch in branches for name in (branch.norm_in, branch.norm_out) if name}
+    linears = {row.module for row in family.linears}
+    norms = {
+        name for branch in family.branches for name in (branch.norm_in, branch.norm_out) if name
+    }
     for key, found, meant in (
         ("linears", set(names.linears), linears),
         ("norms", set(names.norms), norms),
@@ -312,8 +394,8 @@ def _check_gguf(family: Family, where: str) -> None:
                 f"{key} {what} {name!r}, and has to name exactly those of the table's branches",
                 where=f"{where} [gguf]",
             )
-    if len(names.positions) != len(family.positions):
+    if len(names.positions) != len(family.embed.positions):
         raise FamilyError(
-            f"positions names {len(names.positions)} tables, [embed] {len(family.positions)}",
+            f"positions names {len(names.positions)} tables, [embed] {len(family.embed.positions)}",
             where=f"{where} [gguf]",
         )

@@ -323,7 +323,7 @@ def _linears(layout: Layout) -> list[Linear]:
 def _names(layout: Layout) -> dict[str, str]:
     """Return the stem of a module's tensors in the base, by the module's path in a live model."""
     names = {layout.embed_live: layout.embed.removesuffix(".weight")}
-    for table, name in zip(layout.family.positions, layout.positions, strict=True):
+    for table, name in zip(layout.family.embed.positions, layout.positions, strict=True):
         names[table] = name.removesuffix(".weight")
     for linear in _linears(layout):
         if linear.live is not None:

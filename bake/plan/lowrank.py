@@ -100,10 +100,10 @@ def _kind(linear: Linear, branch: Branch) -> Literal["linear", "expert", "router
 
 
 def _tables(layout: Layout, updates: dict[str, TensorUpdate]) -> Sequence[Target]:
-    names = [(layout.embed, layout.embed_live, layout.family.embed, "embed")]
+    names = [(layout.embed, layout.embed_live, layout.family.embed.module, "embed")]
     names += [
         (name, table, table, "positions")
-        for name, table in zip(layout.positions, layout.family.positions, strict=True)
+        for name, table in zip(layout.positions, layout.family.embed.positions, strict=True)
     ]
     return [
         Target(name, live, table, role, layout.shapes[name], 1, None, None, updates[name])  # type: ignore[arg-type]

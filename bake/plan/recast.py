@@ -23,7 +23,7 @@ def obstacle(layout: Layout, recast: Recast, config: Mapping[str, Json]) -> str 
 def recast_layout(layout: Layout, recast: Recast) -> Layout:
     """Return the same model as a layout of the recast's family: same tensors, more bias slots."""
     family = family_named(recast.family)
-    rows = {row.module: row for b in family.branches for row in (*b.reads, *b.writes)}
+    rows = {row.module: row for row in family.linears}
 
     def lifted(linear: Linear) -> Linear:
         row = rows.get(linear.module)
@@ -39,7 +39,7 @@ def recast_layout(layout: Layout, recast: Recast) -> Layout:
         )
         for branch in layout.branches
     )
-    return replace(layout, family=family, flags=dict(family.flags), branches=branches)
+    return replace(layout, family=family, flags=dict(family.config.flags), branches=branches)
 
 
 def _lifted_slot(slot: BiasSlot, row: LinearRow) -> BiasSlot:
@@ -60,7 +60,7 @@ def recast_changes(
     ]
     changes += [ConfigChange(key, config[key], None) for key in recast.drop if key in config]
     changes += [
-        ConfigChange(key, None, layout.family.defaults[key])
+        ConfigChange(key, None, layout.family.config.defaults[key])
         for key in recast.explicit
         if key not in config
     ]

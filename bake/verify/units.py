@@ -44,7 +44,7 @@ def units_of(layout: Layout) -> tuple[Unit, ...]:
     blocks = []
     for layer in range(layout.layers):
         path = layout.block_live.replace("{layer}", str(layer))
-        bare = path.removeprefix(layout.family.optional_prefix)
+        bare = path.removeprefix(layout.family.block.optional_prefix)
         names = tuple(n for n in layout.shapes if n.startswith((f"{path}.", f"{bare}.")))
         blocks.append(Unit(path, names, buffers=tuple(set(names) & set(layout.untouched))))
     norm, head = layout.final_norm, layout.unembed
@@ -52,7 +52,7 @@ def units_of(layout: Layout) -> tuple[Unit, ...]:
         Unit(layout.embed_live, (layout.embed,)),
         *(
             Unit(live, (name,))
-            for live, name in zip(layout.family.positions, layout.positions, strict=True)
+            for live, name in zip(layout.family.embed.positions, layout.positions, strict=True)
         ),
         *blocks,
         Unit(norm.live, (norm.weight, *(() if norm.bias is None else (norm.bias,)))),

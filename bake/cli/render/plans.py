@@ -13,34 +13,23 @@ from bake.cli.render.pieces import facts, indented, section, site_list, size, ta
 from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
 
 if TYPE_CHECKING:
-    from bake.checkpoints import Checkpoint
-    from bake.families import Layout
+    from bake.cli.request import Request
     from bake.plan import Finding, Plan
-    from bake.recipe import Recipe
 
 
-def plan(
-    made: "Plan", recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout", *, verbose: bool
-) -> list[RenderableType]:
-    """Return a plan: model, findings, changes, runtimes, notes and digest.
-
-    Args:
-        made: the plan.
-        recipe: where it comes from, and what it is to be written as.
-        checkpoint: the base.
-        layout: the base's own, where the plan's declares it as another family.
-        verbose: a row for every tensor.
-    """
+def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
+    """Return a plan: model, findings, changes, runtimes, notes and digest."""
     from bake.cli.render import matrix
 
-    parts: list[RenderableType] = [facts(_header(recipe, checkpoint, layout))]
+    made, checkpoint = request.plan, request.checkpoint
+    parts: list[RenderableType] = [facts(_header(request))]
     parts.append(section("Findings", _findings(made)))
-    rows = changed_tensors(made, checkpoint)
+    rows = changed_tensors(request)
     if rows:
         parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
     if made.config:
         parts.append(section("config.json", _config(made)))
-    chosen = recipe.export.to
+    chosen = request.recipe.export.to
     parts.append(section(f"Runtimes: {', '.join(chosen)}", Group(*matrix.runtimes(made, chosen))))
     parts.append(section("Carriers", matrix.carriers(made)))
     if made.notes:
@@ -52,9 +41,8 @@ def plan(
     return parts
 
 
-def _header(
-    recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout"
-) -> list[tuple[str, str | Text]]:
+def _header(request: "Request") -> list[tuple[str, str | Text]]:
+    recipe, checkpoint, layout = request.recipe, request.checkpoint, request.layout
     revision = "" if checkpoint.revision is None else f" @ {checkpoint.revision}"
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     return [

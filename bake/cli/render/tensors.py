@@ -12,8 +12,7 @@ from bake.cli.render.pieces import size, table
 from bake.sites import span
 
 if TYPE_CHECKING:
-    from bake.checkpoints import Checkpoint
-    from bake.plan import Plan
+    from bake.cli.request import Request
 
 NUMBER = re.compile(r"\d+")
 
@@ -64,15 +63,17 @@ def tensor_table(rows: Sequence[Named], *, verbose: bool) -> Table:
     return made
 
 
-def changed_tensors(made: "Plan", checkpoint: "Checkpoint") -> list[Named]:
+def changed_tensors(request: "Request") -> list[Named]:
     """Return every tensor that the plan edits or creates, in the order of the plan."""
-    tensors, embedding = checkpoint.tensors, checkpoint.tensors[made.layout.embed]
-    per_item = embedding.nbytes // prod(embedding.shape)
+    tensors = request.checkpoint.tensors
+    per_item = tensors[request.plan.layout.embed].nbytes // prod(
+        tensors[request.plan.layout.embed].shape
+    )
     rows = []
-    for update in made.tensors:
+    for update in request.plan.tensors:
         note = "new" if update.create else "edited"
         rows.append(Named(update.name, update.shape, tensors[update.source].nbytes, note))
-    for bias in made.biases:
+    for bias in request.plan.biases:
         known = tensors.get(bias.name)
         size = bias.size * per_item if known is None else known.nbytes
         note = ("new, zeros" if bias.is_zero() else "new") if bias.create else "edited"

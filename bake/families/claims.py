@@ -1,0 +1,90 @@
+"""``Claims``: every tensor of a checkpoint is claimed once, or the model is refused."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bake.errors import CheckpointError, FamilyError
+from bake.families.layout import Shape
+from bake.families.table import Family
+
+DTYPES = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The tensors of one checkpoint, and which of them the table has named so far."""
+
+    family: Family
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, str]
+    claimed: set[str] = field(default_factory=set)
+
+    @property
+    def prefix(self) -> str:
+        """What this checkpoint leaves out of the table's names."""
+        whole = f"{self.family.embed.module}.weight" in self.shapes
+        return "" if whole else self.family.block.optional_prefix
+
+    def on_disk(self, name: str) -> str:
+        """Return the name in this checkpoint of a tensor that the table names."""
+        return name.removeprefix(self.prefix)
+
+    def claim(self, name: str, expected: tuple[int | None, ...], what: str) -> str:
+        """Claim a tensor by its table name, and return its name in the checkpoint.
+
+        Args:
+            name: without a prefix left out.
+            expected: its shape; None leaves that axis free.
+            what: what it is, for messages.
+
+        Raises:
+            CheckpointError: it is missing or has another shape.
+            FamilyError: it holds codes, or is claimed already.
+        """
+        disk = self.on_disk(name)
+        if disk not in self.shapes:
+            raise CheckpointError(
+                f"{what} {disk} is missing from the checkpoint",
+                why=f"the table {self.family.name!r} expects it",
+                fix="fetch the checkpoint again, or bring a table that fits with --family FILE",
+            )
+        shape = self.shapes[disk]
+        if len(shape) != len(expected) or any(
+            want is not None and want != have for want, have in zip(expected, shape, strict=True)
+        ):
+            wanted = ", ".join("any" if size is None else str(size) for size in expected)
+            raise CheckpointError(
+                f"{what} {disk} has the shape {list(shape)} where [{wanted}] is meant",
+                why="config.json and the tensors disagree",
+            )
+        if self.dtypes[disk] not in DTYPES:
+            raise FamilyError(
+                f"the checkpoint stores {what} {disk} as {self.dtypes[disk]}",
+                why="an edit must be folded into weights, and these are codes",
+                fix=f"use a checkpoint in one of {', '.join(DTYPES)}",
+            )
+        if disk in self.claimed:
+            raise FamilyError(f"the tensor {disk} is claimed twice", where=self.family.name)
+        self.claimed.add(disk)
+        return disk
+
+    def close(self) -> tuple[str, ...]:
+        """Return the tensors that travel as they are, sorted.
+
+        Raises:
+            FamilyError: a tensor is neither claimed nor named among those.
+        """
+        block = self.family.block
+        path = re.escape(block.path).replace(r"\{layer\}", r"\d+")
+        allowed = [re.compile(f"{path}\\.{re.escape(name)}") for name in block.untouched]
+        rest = sorted(set(self.shapes) - self.claimed)
+        for name in rest:
+            full = f"{self.prefix}{name}"
+            if not any(pattern.fullmatch(full) for pattern in allowed):
+                raise FamilyError(
+                    f"the checkpoint's tensor {name} is not in the table {self.family.name!r}",
+                    why="a tensor that bake does not know could read or write the residual stream",
+                    fix="bring a table that names it with --family FILE",
+                )
+        return tuple(rest)

@@ -1,0 +1,236 @@
+"""``resolve``: a table, a config and the headers of the tensors → ``Layout``, step by step."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from bake.errors import FamilyError
+from bake.families.claims import Claims
+from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, Shape
+from bake.families.section import Json
+from bake.families.settings import Settings, read_settings
+from bake.families.table import Family, LinearRow
+from bake.sites import STREAM_KINDS, Site, SiteKind
+
+# The norm before the readers, the norm behind the writers, and the output of a branch.
+_SITES = {
+    "attn": (SiteKind.LN1_OUT, SiteKind.LN1_POST_OUT, SiteKind.ATTN_OUT),
+    "mlp": (SiteKind.LN2_OUT, SiteKind.LN2_POST_OUT, SiteKind.MLP_OUT),
+}
+
+
+def resolve(
+    family: Family,
+    config: Mapping[str, Json],
+    shapes: Mapping[str, Shape],
+    dtypes: Mapping[str, str],
+    assumed: Collection[str] = (),
+) -> Layout:
+    """Return the layout of one model.
+
+    Args:
+        family: its table.
+        config: the parsed config.json.
+        shapes: the shape of every tensor of the checkpoint, by name.
+        dtypes: the storage dtype of every tensor, as safetensors names it.
+        assumed: keys of the config that the table does not know and the user takes to change
+            nothing.
+
+    Raises:
+        FamilyError: the config contradicts the table, or a tensor is claimed by nothing.
+        CheckpointError: a tensor that the table names is missing or has another shape.
+    """
+    settings = read_settings(family, config, assumed)
+    claims, hidden = Claims(family, shapes, dtypes), settings.dims["hidden"]
+    table = (settings.dims["vocab"], hidden)
+    embed = claims.claim(f"{family.embed.module}.weight", table, "the embedding")
+    positions = tuple(
+        claims.claim(f"{name}.weight", (None, hidden), "the positions")
+        for name in family.embed.positions
+    )
+    points = _points(family, settings.dims["layers"])
+    index = {site: i for i, point in enumerate(points) for site in point}
+    branches = tuple(
+        branch
+        for layer in range(settings.dims["layers"])
+        for branch in _Block(settings, claims, layer).branches(index)
+    )
+    final_norm = _norm(claims, hidden, family.unembed.norm_in, Site(SiteKind.LN_FINAL_OUT))
+    unembed = _unembed(settings, claims, embed)
+    return Layout(
+        family=family,
+        dims=settings.dims,
+        flags=settings.flags,
+        dtype=dtypes[embed],
+        points=points,
+        embed=embed,
+        embed_multiplier=settings.number(family.embed.multiplier),
+        positions=positions,
+        branches=branches,
+        final_norm=final_norm,
+        unembed=unembed,
+        tied=settings.tied,
+        block_live=family.block.path,
+        embed_live=family.embed.module,
+        untouched=claims.close(),
+        shapes=shapes,
+        sites=_sites(points, branches),
+        assumed=settings.assumed,
+    )
+
+
+def _points(family: Family, layers: int) -> tuple[tuple[Site, ...], ...]:
+    """Return the points of the stream: before the blocks, and behind every sum."""
+    kinds = sorted({row.target for row in family.branches}, key=STREAM_KINDS.index)
+    points: list[tuple[Site, ...]] = [(Site(SiteKind.RESID_PRE, 0),)]
+    for layer in range(layers):
+        points += [(Site(kind, layer),) for kind in kinds]
+        if layer + 1 < layers:
+            points[-1] += (Site(SiteKind.RESID_PRE, layer + 1),)
+    return tuple(points)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block of the model, whose tensors are claimed as its branches are made."""
+
+    settings: Settings
+    claims: Claims
+    layer: int
+
+    @property
+    def path(self) -> str:
+        return self.settings.family.block.path.replace("{layer}", str(self.layer))
+
+    def branches(self, index: Mapping[Site, int]) -> Iterator[Branch]:
+        for row in self.settings.family.branches:
+            output = _SITES[row.name][2]
+            yield Branch(
+                name=row.name,
+                layer=self.layer,
+                source=index[Site(row.source, self.layer)],
+                target=index[Site(row.target, self.layer)],
+                live=f"{self.path}.{row.module}",
+                norm_in=None if row.norm_in is None else self.norms[row.norm_in],
+                norm_out=None if row.norm_out is None else self.norms[row.norm_out],
+                gain=self.settings.number(row.gain),
+                reads=tuple(x for r in row.reads for x in self.linears(r, reads=True)),
+                writes=tuple(x for r in row.writes for x in self.linears(r, reads=False)),
+                output_site=Site(output, self.layer),
+            )
+
+    @cached_property
+    def norms(self) -> Mapping[str, Norm]:
+        """The norms of the block, by the table's name; parallel branches may read one together."""
+        hidden, found = self.settings.dims["hidden"], dict[str, Norm]()
+        for row in self.settings.family.branches:
+            for name, kind in zip((row.norm_in, row.norm_out), _SITES[row.name], strict=False):
+                if name is not None and name not in found:
+                    site = Site(kind, self.layer)
+                    found[name] = _norm(self.claims, hidden, f"{self.path}.{name}", site)
+        return found
+
+    def linears(self, row: LinearRow, *, reads: bool) -> Iterator[Linear]:
+        """Yield the layer of a row, or those of all experts."""
+        if "{expert}" not in row.module:
+            yield self.linear(row, row.module, reads=reads)
+            return
+        experts = self.settings.dims["experts"]
+        if not experts:
+            key = self.settings.family.config.dims["experts"]
+            raise FamilyError(f"the key {key!r} is missing", where="config.json")
+        for expert in range(experts):
+            yield self.linear(row, row.module.replace("{expert}", str(expert)), reads=reads)
+
+    def linear(self, row: LinearRow, module: str, *, reads: bool) -> Linear:
+        sites = tuple(Site(kind, self.layer) for kind in row.sites)
+        hidden = self.settings.dims["hidden"]
+        # What is not the stream has the width of the sites there, or any where there are none.
+        width = sum(self.settings.width(kind) for kind in row.sites) or None
+        outer, inner = (width, hidden) if reads else (hidden, width)
+        output_axis = 0 if row.layout == "linear" else 1
+        expected = (outer, inner) if output_axis == 0 else (inner, outer)
+        name, what = f"{self.path}.{module}", f"the {row.layout} layer"
+        weight = self.claims.claim(f"{name}.weight", expected, what)
+        shape = self.claims.shapes[weight]
+        return Linear(
+            module=row.module,
+            weight=weight,
+            shape=shape,
+            output_axis=output_axis,
+            bias=_bias(self.settings, self.claims, f"{name}.bias", row.bias, shape[output_axis]),
+            parts=_parts(self.settings, row, sites) if reads else (),
+            input_site=sites[0] if sites and not reads else None,
+            live={None: name, "": None}.get(row.live, f"{self.path}.{row.live}"),
+        )
+
+
+def _parts(settings: Settings, row: LinearRow, sites: tuple[Site, ...]) -> tuple[Part, ...]:
+    """Return which rows of a fused layer each site has."""
+    widths = [settings.width(site.kind) for site in sites]
+    if row.fuse == "concat":
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        return tuple(
+            Part(site, range(start, start + width))
+            for site, start, width in zip(sites, starts, widths, strict=True)
+        )
+    # Head by head: rows [head, site, head_dim], as GPT-NeoX views its fused projection.
+    size, count = settings.dims["head_dim"], len(sites)
+    return tuple(
+        Part(
+            site,
+            tuple(
+                (head * count + i) * size + j
+                for head in range(settings.dims["heads"])
+                for j in range(size)
+            ),
+        )
+        for i, site in enumerate(sites)
+    )
+
+
+def _bias(settings: Settings, claims: Claims, name: str, rule: str, size: int) -> BiasSlot:
+    disk = claims.on_disk(name)
+    if rule == "never":
+        return BiasSlot(disk, size, "never", None)
+    if rule == "always" or settings.flags[rule]:
+        claims.claim(name, (size,), "the bias")
+        return BiasSlot(disk, size, "present", None if rule == "always" else rule)
+    return BiasSlot(disk, size, "closed", rule)
+
+
+def _norm(claims: Claims, hidden: int, path: str, site: Site) -> Norm:
+    rule = claims.family.norm
+    weight = claims.claim(f"{path}.weight", (hidden,), "the norm")
+    bias = claims.claim(f"{path}.bias", (hidden,), "the norm") if rule.bias else None
+    return Norm(weight, bias, rule.kind, rule.gain_offset, path, site)
+
+
+def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
+    row = settings.family.unembed
+    name = claims.on_disk(f"{row.module}.weight")
+    if settings.tied and name in claims.shapes:
+        # Some checkpoints store the tied head twice; transformers ties it all the same.
+        raise FamilyError(
+            f"tie_word_embeddings is true, but the checkpoint stores {name} as well",
+            why="runtimes disagree on which of the two they load",
+            fix="set tie_word_embeddings to false in config.json, or remove the tensor",
+        )
+    if not settings.tied:
+        size = (settings.dims["vocab"], settings.dims["hidden"])
+        claims.claim(f"{row.module}.weight", size, "the output head")
+    shape = claims.shapes[embed if settings.tied else name]
+    bias = _bias(settings, claims, f"{row.module}.bias", row.bias, shape[0])
+    return Linear(row.module, name, shape, 0, bias, (), None, row.live)
+
+
+def _sites(points: tuple[tuple[Site, ...], ...], branches: tuple[Branch, ...]) -> tuple[Site, ...]:
+    found = {Site(SiteKind.EMBED), *(site for point in points for site in point)}
+    for branch in branches:
+        norms = (branch.norm_in, branch.norm_out)
+        found |= {norm.site for norm in norms if norm is not None and norm.site is not None}
+        found |= {part.site for linear in branch.reads for part in linear.parts}
+        found |= {w.input_site for w in branch.writes if w.input_site is not None}
+        found.add(branch.output_site)
+    found.add(Site(SiteKind.LN_FINAL_OUT))
+    return tuple(sorted(found, key=lambda site: site.order))

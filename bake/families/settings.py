@@ -1,0 +1,108 @@
+"""``Settings``: what config.json says of one model, in the words of its table."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from bake.errors import FamilyError
+from bake.families.config_keys import check_config
+from bake.families.section import Json
+from bake.families.table import MISSING, Family, configured
+from bake.sites import SiteKind
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The sizes and switches of one model."""
+
+    family: Family
+    config: Mapping[str, Json]
+    dims: Mapping[str, int]
+    flags: Mapping[str, bool]
+    tied: bool
+    assumed: tuple[str, ...]
+    """Keys that the table does not know and the user takes to change nothing."""
+
+    def width(self, kind: SiteKind) -> int:
+        """Return the width of the activations between a reader and a writer."""
+        if kind in (SiteKind.Q, SiteKind.Z):
+            return self.dims["heads"] * self.dims["head_dim"]
+        if kind in (SiteKind.K, SiteKind.V):
+            return self.dims["kv_heads"] * self.dims["head_dim"]
+        return self.dims["inner"]
+
+    def number(self, value: float | str) -> float:
+        """Return a factor that the table says itself, or by the key that holds it.
+
+        Raises:
+            FamilyError: the key is missing or holds no number.
+        """
+        if isinstance(value, float):
+            return value
+        if value == "sqrt_hidden":
+            return math.sqrt(self.dims["hidden"])
+        number = configured(self.family, self.config, value)
+        real = isinstance(number, int | float) and not isinstance(number, bool)
+        if not real or not math.isfinite(number):
+            raise FamilyError(f"the key {value!r} is missing or no number", where="config.json")
+        return float(number)
+
+
+def read_settings(
+    family: Family, config: Mapping[str, Json], assumed: Collection[str] = ()
+) -> Settings:
+    """Return what a config says of a model.
+
+    Args:
+        family: its table.
+        config: the parsed config.json.
+        assumed: keys that the table does not know and the user takes to change nothing.
+
+    Raises:
+        FamilyError: the config contradicts the table, lacks a key or holds an unknown one.
+    """
+    passed = check_config(family, config, assumed)
+    tied = family.config.defaults.get("tie_word_embeddings", MISSING)
+    return Settings(
+        family,
+        config,
+        _dims(family, config),
+        {key: _flag(config, key, default) for key, default in family.config.flags.items()},
+        _flag(config, "tie_word_embeddings", tied),
+        passed,
+    )
+
+
+def _flag(config: Mapping[str, Json], key: str, default: Json) -> bool:
+    value = config.get(key, default)
+    if value is MISSING:
+        raise FamilyError(f"the key {key!r} is missing", where="config.json")
+    if not isinstance(value, bool):
+        raise FamilyError(f"{key} = {value!r} is no boolean", where="config.json")
+    return value
+
+
+def _dims(family: Family, config: Mapping[str, Json]) -> dict[str, int]:
+    found = {name: _size(family, config, key) for name, key in family.config.dims.items()}
+    dims = {name: size for name, size in found.items() if size is not None}
+    for name in ("layers", "hidden", "vocab", "heads"):
+        if name not in dims:
+            raise FamilyError(
+                f"the key {family.config.dims[name]!r} is missing", where="config.json"
+            )
+    dims.setdefault("kv_heads", dims["heads"])
+    dims.setdefault("head_dim", dims["hidden"] // dims["heads"])
+    # GPT-2 leaves n_inner unsaid when it is 4 × n_embd (configuration_gpt2.py).
+    dims.setdefault("inner", 4 * dims["hidden"])
+    dims.setdefault("experts", 0)
+    return dims
+
+
+def _size(family: Family, config: Mapping[str, Json], key: str) -> int | None:
+    """Return a size; None where the table names no key for it, or the config leaves it unsaid."""
+    found = configured(family, config, key) if key else None
+    if found is None or found is MISSING:
+        return None
+    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
+        raise FamilyError(f"{key} = {found!r} is no positive integer", where="config.json")
+    return found
