@@ -1,9 +1,25 @@
 """How long work says how far it is: bytes, or other units, that are done, and their total."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is in all."""
+
+
+class Bars(Protocol):
+    """Opens the bar of one piece of work: a context that gives its ``Progress``, or None."""
+
+    def __call__(
+        self, label: str, *, unit: str | None = None
+    ) -> AbstractContextManager[Progress | None]:
+        """Open a bar with a label; what is counted are bytes where there is no ``unit``."""
+
+
+def no_bars(label: str, *, unit: str | None = None) -> AbstractContextManager[None]:
+    """Open no bar: nobody looks."""
+    return nullcontext()
 
 
 class Tally:

@@ -441,7 +441,7 @@ def test_an_interrupted_export_says_what_it_kept(
     real = output.export_checkpoint
 
     @contextmanager
-    def interrupting(label: str, *, visible: bool = True) -> Any:
+    def interrupting(label: str, *, visible: bool = True, unit: str | None = None) -> Any:
         def move(done: int, total: int) -> None:
             if done > limit * total:
                 raise KeyboardInterrupt

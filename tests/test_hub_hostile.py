@@ -23,7 +23,7 @@ from published import BASE, CARD, TOKEN, base_files, make_artifact, rewrite
 
 from bake.artifact.destination import Destination
 from bake.errors import InputError
-from bake.publish.preflight import Terms
+from bake.publish.options import PushOptions
 from bake.publish.push import push
 from bake.seal.seal import check, seal
 
@@ -290,7 +290,7 @@ def refused(state: HubServer, out: Path, seed: int, kind: str) -> str:
     """Push a folder, see that nothing was written, and return why it was refused."""
     start = len(state.log)
     try:
-        push(out, Destination("alice/hostile"), Terms(), timeout=5)
+        push(out, PushOptions(Destination("alice/hostile"), timeout=5))
     except InputError as error:
         text = str(error)
         assert "\x1b" not in text and TOKEN not in text, (seed, kind)
@@ -311,7 +311,7 @@ def test_the_sound_artifact_would_be_published(hub: tuple[HubServer, Path], tmp_
     out = tmp_path / "case" / "out"
     shutil.copytree(sound, out)
     assert check(out).problems == ()
-    told = push(out, Destination("alice/hostile"), Terms(), dry_run=True, timeout=5)
+    told = push(out, PushOptions(Destination("alice/hostile"), dry_run=True, timeout=5))
     assert told.dry_run and told.notes[-1] == "alice/hostile would be created, private"
     assert len(told.notes) == 2 and "the base is not on this machine" in told.notes[0]
     assert len(told.uploaded) + len(told.copied) == len([p for p in out.rglob("*") if p.is_file()])

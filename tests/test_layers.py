@@ -25,6 +25,7 @@ LINES = (
     ("approximate", "outputs", "merge", "revert"),
     ("verify", "diff"),
     ("seal", "cards", "publish"),
+    ("jobs",),
     ("cli",),
     ("__main__",),
 )
@@ -94,7 +95,7 @@ def test_the_walk_sees_imports() -> None:
     assert {"bake.plan.compile", "bake.plan.types"} <= set(imports("bake.plan"))
     assert "bake.edits" in set(imports("bake.recipe.build"))  # from bake import edits
     inside = {"bake.recipe", "bake.plan.compile"}  # imported inside functions
-    assert inside <= set(imports("bake.cli.request"))
+    assert inside <= set(imports("bake.jobs.request"))
 
 
 def reached(name: str) -> dict[str, tuple[str, ...]]:
@@ -118,6 +119,26 @@ def reached(name: str) -> dict[str, tuple[str, ...]]:
 def test_the_reference_never_meets_the_fold(name: str) -> None:
     for module, way in reached(name).items():
         assert part(module) not in FOLD, " imports ".join(way)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part(name) == "jobs"])
+def test_a_job_neither_prints_nor_parses(name: str) -> None:
+    """At no remove: a Python user calls it where there is no terminal and no command line."""
+    for module in reached(name):
+        assert packages(module) & {"click", "rich"} == set(), module
+
+
+def packages(name: str) -> set[str]:
+    """Return the first part of every import of a module, whoever's it is."""
+    nodes = list(ast.walk(tree(name)))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {module.split(".")[0] for module in whole | parts}
+
+
+def test_the_walk_sees_packages() -> None:
+    assert {"click", "bake"} <= packages("bake.cli.output")
+    assert "rich" in packages("bake.cli.render.screen")
 
 
 def test_the_walk_reaches_what_is_far() -> None:

@@ -9,7 +9,7 @@ from huggingface_hub import errors as theirs
 from bake.checkpoints.hub_errors import CLIENT_ERROR
 from bake.errors import HubError
 from bake.publish import failures
-from bake.publish.failures import Account, explain, redact, told
+from bake.publish.failures import Account, explain, explained, redact
 
 ME = Account("alice/model", "alice", ("alice", "lab"))
 SECRET = "hf_" + "Q" * 34
@@ -169,7 +169,7 @@ def test_no_failure_repeats_a_token(status: int, monkeypatch: pytest.MonkeyPatch
     plain = "not-like-a-token-at-all-1234"
     monkeypatch.setenv("HF_TOKEN", plain)
     for secret in (SECRET, plain, "Bearer abcdef"):
-        with pytest.raises(HubError) as caught, told(ME, "asking"):
+        with pytest.raises(HubError) as caught, explained(ME, "asking"):
             raise of(HTTP, status, f"you sent {secret}")
         assert secret not in str(caught.value) and "you sent <token>" in str(caught.value)
         assert caught.value.__cause__ is None and caught.value.__suppress_context__

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,3 +16,13 @@ class Artifact:
     """Every file below ``path`` with its SHA-256, in hexadecimal."""
     bytes_written: int
     bytes_edited: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "kind": self.kind,
+            "path": str(self.path),
+            "files": dict(self.files),
+            "bytes_written": self.bytes_written,
+            "bytes_edited": self.bytes_edited,
+        }

@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bake.checkpoints.hub import parse_hub_id
+from bake.checkpoints.hub_names import is_commit, is_repository, parse_hub_id
 from bake.errors import UsageError
 
 VERIFIED = "published and verified"
@@ -12,7 +12,6 @@ VERIFIED = "published and verified"
 UNVERIFIED = "published but unverified"
 """The outcome of any other: the hashes that the Hub states are right, its bytes were not read."""
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*")
 
 
@@ -33,10 +32,10 @@ class Destination:
     pull_request: bool = False
 
     def __post_init__(self) -> None:
-        repo, revision = parse_hub_id(self.repo, None)
-        if revision is not None or repo != self.repo:
+        parse_hub_id(self.repo, None)
+        if not is_repository(self.repo):
             raise UsageError(f"{self.repo!r} is no repository", fix="name it as owner/name")
-        if _COMMIT.fullmatch(self.revision) or not _BRANCH.fullmatch(self.revision):
+        if is_commit(self.revision) or not _BRANCH.fullmatch(self.revision):
             raise UsageError(f"{self.revision!r} is no branch", fix="name a branch, such as main")
         if self.public and self.pull_request:
             raise UsageError("a pull request does not make a repository public")

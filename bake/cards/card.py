@@ -14,7 +14,7 @@ from bake.cards.frontmatter import read_card
 from bake.cards.view import view
 from bake.errors import InputError, UsageError
 from bake.seal.manifest import write_text
-from bake.seal.seal import as_error
+from bake.seal.seal import raise_problems
 
 
 def render_card(out: Path, *, repo: str | None = None, unverified: bool = False) -> str:
@@ -54,8 +54,7 @@ def write_card(
     """
     text = render_card(out, repo=repo, unverified=unverified)
     problems = lint_card(text, out)
-    if error := as_error(problems, str(out / CARD)):
-        raise error
+    raise_problems(problems, str(out / CARD))
     return save_card(text, out / CARD, force=force)
 
 
@@ -67,7 +66,7 @@ def save_card(text: str, path: Path, *, force: bool = False) -> Path:
     """
     if path.is_dir():
         raise UsageError(f"{path} is a folder", fix="name a file")
-    if (path.exists() or path.is_symlink()) and not force and not _ours(path):
+    if (path.exists() or path.is_symlink()) and not force and not stamp.is_bakes(path):
         raise UsageError(
             f"{path} was not written by bake, or was edited since",
             why="what is in it would be lost",
@@ -128,10 +127,3 @@ def _folder(out: Path) -> Path:
     if not out.is_dir():
         raise InputError("is no folder", where=str(out), fix="name what `bake export` wrote")
     return out
-
-
-def _ours(path: Path) -> bool:
-    """Tell whether a file is a card that bake wrote and nobody has edited."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 1_000_000:
-        return False
-    return stamp.is_stamped(path.read_bytes().decode("utf-8", errors="replace"))

@@ -1,6 +1,5 @@
 """``Facts``: everything that a card may say, read from the folder of one artifact."""
 
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from bake.artifact.record import (
     unverified,
 )
 from bake.cards import licences, stored
+from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
 from bake.recipe import CardSpec, card_of
 
 ADAPTER = "adapter_config.json"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _RECIPE = f"{RECORD}: recipe"
 
 
@@ -68,7 +67,7 @@ class Facts:
     def base_repo(self) -> str | None:
         """The base's id on the Hub, or None for a folder."""
         repo = self.record.base_repo
-        return repo if self.record.base_on_hub and HUB_ID.fullmatch(repo) else None
+        return repo if self.record.base_on_hub and is_repository(repo) else None
 
     @property
     def title(self) -> str:

@@ -10,7 +10,8 @@ from bake.errors import InputError
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
-_LIMIT = 1_000_000
+LIMIT = 1_000_000
+"""Bytes of the longest card that is read."""
 
 
 def read_card(folder: Path) -> str | None:
@@ -22,8 +23,8 @@ def read_card(folder: Path) -> str | None:
     if not (folder / CARD).is_file():
         return None
     path = regular(folder.resolve(), CARD)
-    if path.stat().st_size > _LIMIT:
-        raise InputError(f"is {path.stat().st_size} bytes long; the limit is {_LIMIT}", where=CARD)
+    if path.stat().st_size > LIMIT:
+        raise InputError(f"is {path.stat().st_size} bytes long; the limit is {LIMIT}", where=CARD)
     return strictjson.decode(path.read_bytes(), where=CARD)
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from bake.artifact.names import CARD, Problem
 from bake.cards import figures, licences, metadata
-from bake.cards.facts import HUB_ID, Facts
+from bake.cards.facts import Facts
 from bake.cards.frontmatter import card_metadata
 from bake.cards.text import printable
+from bake.checkpoints.hub_names import is_repository
 
 AGAIN = "run `bake card` again"
 _MANY = 1000  # metrics: more than any card has, and few enough to look at
@@ -31,7 +32,7 @@ def lint_metadata(text: str, facts: Facts) -> Iterator[Problem]:
             yield Problem(CARD, what, AGAIN)
     base = found.get("base_model")
     for name in base if isinstance(base, list) else [base]:
-        if name is not None and not (isinstance(name, str) and HUB_ID.fullmatch(name)):
+        if name is not None and not (isinstance(name, str) and is_repository(name)):
             yield Problem(CARD, f"names the base_model {short(name)}, which is no id on the Hub")
     tags = found.get("tags")
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):

@@ -1,6 +1,5 @@
 """What the templates print, put together from the facts of one artifact."""
 
-import re
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -17,7 +16,7 @@ from bake.cards.edits import (
     edit_rows,
     exactness_rank,
 )
-from bake.cards.facts import HUB_ID, Facts
+from bake.cards.facts import Facts
 from bake.cards.fitted import Fitted, fitted
 from bake.cards.methods import METHODS, READERS
 from bake.cards.notices import concerns_safety, safety_words
@@ -31,6 +30,7 @@ from bake.cards.text import (
     printable,
     showable,
 )
+from bake.checkpoints.hub_names import is_commit, is_repository
 
 UNVERIFIED = "**Unverified.**"
 """How the first line of a card begins whose artifact has no verification that passed."""
@@ -201,7 +201,7 @@ def headline(facts: Facts, edits: tuple[EditRow, ...]) -> Markdown:
 def merged_name(facts: Facts) -> Markdown:
     """Return the adapter of a merge: a link to its commit, or its name."""
     name, revision = (stored.text(facts.merged, key, RECORD) for key in ("name", "revision"))
-    if HUB_ID.fullmatch(name) and re.fullmatch(r"[0-9a-f]{40}", revision):
+    if is_repository(name) and is_commit(revision):
         page = f"https://huggingface.co/{name}/tree/{revision}"
         return Markdown(f"[{escape(name)} at commit {revision[:12]}]({page})")
     return Markdown(f"the adapter {code(name)}")

@@ -1,8 +1,8 @@
 """Read a Hugging Face checkpoint lazily and write an edited one, byte for byte.
 
 Reading order: ``dtypes``, ``strictjson``, ``header``, ``index``, ``config``, ``folder``,
-``source``, ``checkpoint``; for the Hub ``hub_errors``, ``hub_ranges``, ``hub``; for writing
-``stream``, ``outline``, ``staging``, ``writer``.
+``source``, ``checkpoint``; for the Hub ``hub_names``, ``hub_errors``, ``hub_ranges``, ``hub``; for
+writing ``stream``, ``outline``, ``staging``, ``writer``.
 """
 
 from bake.checkpoints.checkpoint import Checkpoint, open_checkpoint

@@ -40,8 +40,8 @@ def find_adapter(source: str | Path) -> FoundAdapter:
     from huggingface_hub import errors as theirs
     from huggingface_hub import hf_hub_download
 
-    from bake.checkpoints.hub import parse_hub_id
     from bake.checkpoints.hub_errors import translated
+    from bake.checkpoints.hub_names import parse_hub_id
 
     repo, revision = parse_hub_id(source, None)
     folder: Path | None = None

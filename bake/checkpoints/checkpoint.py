@@ -15,6 +15,7 @@ from torch import Tensor
 from bake.checkpoints import folder, strictjson
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
+from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
 from bake.checkpoints.source import ByteSource, LocalFiles
 from bake.errors import CheckpointError, UsageError
@@ -184,7 +185,7 @@ def open_checkpoint(
     # Here, because importing the Hub's client takes longer than reading a folder's headers.
     from bake.checkpoints import hub
 
-    repo, revision = hub.parse_hub_id(text, revision)
+    repo, revision = parse_hub_id(text, revision)
     found = hub.locate(repo, revision, complete=complete, token=token)
     if found.files is None:
         return _open_folder(found.folder, text, found.commit, complete=complete)

@@ -27,31 +27,12 @@ from bake import __version__
 from bake.checkpoints import folder as folders
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.hub_errors import first_line, translated
+from bake.checkpoints.hub_names import is_commit
 from bake.checkpoints.hub_ranges import HubFiles
 from bake.checkpoints.index import INDEX
-from bake.errors import CheckpointError, HubError, UsageError
+from bake.errors import CheckpointError, HubError
 
-_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/+-]*))?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def parse_hub_id(text: str, revision: str | None) -> tuple[str, str | None]:
-    """Return the repository and the revision that ``owner/name`` or ``owner/name@revision`` names.
-
-    Raises:
-        CheckpointError: the text is no Hub id.
-        UsageError: it names a revision and ``revision`` is another one.
-    """
-    match = _HUB_ID.fullmatch(text)
-    if match is None or ".." in text or "--" in match["repo"] or match["repo"].endswith(".git"):
-        raise CheckpointError(
-            f"{text!r} is neither a folder here nor a Hub id",
-            fix="a Hub id is owner/name or owner/name@revision",
-        )
-    if revision is not None and match["revision"] not in (None, revision):
-        raise UsageError(f"two revisions are named: {match['revision']!r} and {revision!r}")
-    return match["repo"], revision or match["revision"]
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +59,7 @@ def locate(repo: str, revision: str | None, *, complete: bool, token: str | bool
         HubError: the Hub refuses, cannot be reached, or sent other bytes than it states.
         CheckpointError: the repository holds no safetensors checkpoint.
     """
-    pinned = revision is not None and _COMMIT.fullmatch(revision) is not None
+    pinned = is_commit(revision)
     if constants.HF_HUB_OFFLINE:
         return _offline(repo, revision, complete=complete)
     cached = _cached(repo, revision) if pinned and not complete else None
@@ -203,9 +184,9 @@ def _check_blob(path: Path, name: str, repo: str) -> None:
     link, size = path / name, file.stat().st_size
     # The first link's name, because a blob may itself link to one that all repositories share.
     expected = link.readlink().name if link.is_symlink() else file.name
-    if re.fullmatch(r"[0-9a-f]{64}", expected):
+    if _DIGEST.fullmatch(expected):
         digest = hashlib.sha256()
-    elif re.fullmatch(r"[0-9a-f]{40}", expected):
+    elif is_commit(expected):  # the id that Git gives a file is spelled like a commit
         digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     else:
         raise HubError(

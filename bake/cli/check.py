@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bake.cli.options import PATH
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def command(
 
     _refuse_remote(out)
     passphrase = passphrase_of(sign)
-    with render.progress(f"reading {out.name}", visible=not output.quiet) as move:
+    with output.bar(f"reading {out.name}") as move:
         made = None
         if sign is not None:
-            made = sign_it(out, sign, passphrase=lambda: passphrase, progress=move)
+            made = sign_it(out, sign, passphrase=passphrase, progress=move)
         elif seal:
             sealing.seal(out, move)
         found = sealing.check(out, base=base, progress=move)
@@ -92,7 +92,7 @@ def command(
 
 def _refuse_remote(out: Path) -> None:
     """Refuse an address on the Hub: what is checked is every byte of a download."""
-    from bake.cli.recorded import HUB_PREFIX, is_artifact
+    from bake.jobs.recorded import HUB_PREFIX, is_artifact
 
     text = str(out).replace("hf:/", HUB_PREFIX, 1) if str(out).startswith("hf:/") else str(out)
     if out.exists() or not is_artifact(text):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bake.cli.options import PATH
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,12 +67,11 @@ def command(
         raise UsageError(f"{len(models)} models are named", fix="name one, or two: BASE OUT")
     if plot is not None:
         _check_plot(plot)
-    from bake.cli import render
     from bake.diff import diff
     from bake.families import read_family
 
     given = _given(directions)
-    with render.progress("comparing", visible=not output.quiet) as move:
+    with output.bar("comparing") as move:
         found = diff(
             models[-1],
             models[0] if len(models) == 2 else None,

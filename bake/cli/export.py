@@ -1,21 +1,16 @@
 """``bake export``: the edited checkpoint, or another carrier of the same edit."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from bake.cli.output import KEPT, NOTHING_KEPT, Output
+from bake.cli.options import PATH, recipe_options
+from bake.cli.output import Output, check_out
 from bake.cli.output import command as bake_command
-from bake.cli.recorded import find, is_artifact, plan_again, refuse_overrides
-from bake.cli.request import PATH, Request, compile_request, recipe_options
 from bake.errors import UsageError
-
-if TYPE_CHECKING:
-    from bake.artifact import Artifact
-    from bake.outputs.carry import Options
+from bake.jobs.recorded import find, is_artifact, refuse_overrides, replan
+from bake.jobs.request import compile_request
 
 
 @bake_command("export")
@@ -76,7 +71,8 @@ def command(
     again from its record and its base, and its files are compared with the recorded ones. The
     exit code is 1 when one of them differs.
     """
-    from bake.cli import render
+    from bake.cli import views
+    from bake.jobs.export import export, would_be
     from bake.outputs.carry import Options
     from bake.plan.record import plan_record
 
@@ -88,7 +84,7 @@ def command(
         return
     if base is not None:
         raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
-    request = compile_request(Path(recipe), visible=not output.quiet, **options)
+    request = compile_request(Path(recipe), bars=output.bar, **options)
     chosen = Options(
         allow=frozenset(request.recipe.export.allow),
         force=force,
@@ -102,24 +98,17 @@ def command(
     if not output.as_json or refusal is not None:
         output.present(
             data=lambda: {**request.record(out), "plan": plan_record(request.plan)},
-            view=lambda: render.plan(request, verbose=output.verbose),
+            view=lambda: views.plan(request, verbose=output.verbose),
             error=refusal,
         )
     if dry_run:
-        _say_what_would_be(request, out, chosen, output)
+        found = would_be(request, out, chosen)
+        output.present(data=lambda: found, view=lambda: _would_be(found))
         return
-    made = _write_all(request, out, chosen, output)
+    output.keeps(out, "partial" if len(request.recipe.export.to) == 1 else "several")
+    written = export(request, out, chosen, output.bar)
     output.present(
-        data=lambda: (
-            _data(made[0], request)
-            if len(made) == 1
-            else {"artifacts": [_data(artifact, request) for artifact in made]}
-        ),
-        view=lambda: [
-            part
-            for artifact in made
-            for part in render.artifact(artifact, request, verbose=output.verbose)
-        ],
+        data=written.to_json, view=lambda: views.exported(written, verbose=output.verbose)
     )
 
 
@@ -150,134 +139,42 @@ def _make_again(
     **options: Any,
 ) -> None:
     """Make an artifact again from its record, and compare the files."""
-    from bake.cli import plan, render
-    from bake.cli.reproduce import recorded_options, reproduce, view
+    from bake.cli import views
+    from bake.jobs.reproduce import recorded_options, reproduce
     from bake.plan.record import plan_record
 
     refuse_overrides(options, fix="name the base with --base, where it has moved")
-    again = plan_again(find(text, weights=False), base=base, family=family)
-    chosen = recorded_options(again, out=out, gguf=gguf, llama_cpp=llama_cpp, force=force)
-    request = again.request
-    refusal = again.failure() or request.refusal(chosen)
+    replanned = replan(find(text, weights=False), base=base, family=family)
+    chosen = recorded_options(replanned, out=out, gguf=gguf, llama_cpp=llama_cpp, force=force)
+    refusal = replanned.failure() or replanned.request.refusal(chosen)
     if not output.as_json or refusal is not None or dry_run:
         output.present(
             data=lambda: {
                 "dry_run": dry_run,
-                "plan": plan_record(request.plan),
-                "again": again.to_json(),
+                "plan": plan_record(replanned.request.plan),
+                "again": replanned.to_json(),
             },
-            view=lambda: [
-                *render.plan(request, verbose=output.verbose),
-                *plan.view(again),
-            ],
+            view=lambda: views.replanned(replanned, verbose=output.verbose),
             error=refusal,
         )
     if dry_run:
         return
-    done = reproduce(again, out, chosen, output)
+    output.keeps(out)
+    done = reproduce(replanned, out, chosen, output.bar)
     output.present(
         data=lambda: {
-            **_data(done.made, request),
-            "again": again.to_json(),
+            **done.written.to_json(),
+            "plan_digest": replanned.request.plan.digest,
+            "again": replanned.to_json(),
             "reproduced": done.to_json(),
         },
-        view=lambda: view(done),
+        view=lambda: views.reproduced(done),
         error=done.failure(),
     )
 
 
-def _say_what_would_be(request: Request, out: Path, options: "Options", output: Output) -> None:
-    """Print what an export would write, once everything but writing has been tried."""
-    from bake.outputs.carry import check
-
-    carriers = request.recipe.export.to
-    for carrier in carriers:
-        check(carrier, request.plan, request.checkpoint, options)
-    data: dict[str, Any] = {"dry_run": True, "out": str(out), "carriers": list(carriers)}
-    lines = [f"\ndry run: {out} would hold {' and '.join(carriers)}"]
-    if "checkpoint" in carriers:
-        size = sum(info.nbytes for info in request.checkpoint.tensors.values())
-        data["weight_bytes"] = size = size + request.plan.created_bytes
-        lines += [f"the checkpoint has {size:,} bytes of weights"]
-    output.present(data=lambda: data, view=lambda: lines)
-
-
-def _data(made: "Artifact", request: Request) -> dict[str, Any]:
-    return {
-        "kind": made.kind,
-        "path": str(made.path),
-        "files": dict(made.files),
-        "bytes_written": made.bytes_written,
-        "bytes_edited": made.bytes_edited,
-        "plan_digest": request.plan.digest,
-    }
-
-
-def check_out(out: Path, *, force: bool) -> None:
-    """Refuse an output that is in the way before anything is read or downloaded."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out} exists and is not empty", fix="name another output, or use --force"
-        )
-
-
-def _write_all(request: Request, out: Path, options: "Options", output: Output) -> list["Artifact"]:
-    """Write every carrier: one to ``out``, several to folders of their names in it, or none."""
-    from bake.checkpoints import open_checkpoint
-    from bake.cli import render
-    from bake.outputs.carry import write
-
-    checkpoint, carriers = request.checkpoint, request.recipe.export.to
-    if not checkpoint.complete:
-        # The plan needed headers only; the files are fetched once it is known to be exact.
-        base = request.recipe.base
-        checkpoint = open_checkpoint(base.source, revision=checkpoint.revision, complete=True)
-    meta = click.get_current_context().meta
-    if len(carriers) > 1:
-        from bake.outputs.several import write_several
-
-        meta[KEPT] = kept_at(out, "several")
-        return list(
-            write_several(
-                carriers,
-                request.plan,
-                checkpoint,
-                out,
-                record=lambda place: _record(request, place.name, options, place),
-                options=options,
-                bar=lambda name: render.progress(f"writing {name}", visible=not output.quiet),
-            )
-        )
-    meta[KEPT] = kept_at(out)
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
-        made = write(
-            carriers[0],
-            request.plan,
-            checkpoint,
-            out,
-            record=_record(request, carriers[0], options, out),
-            options=options,
-            progress=move,
-        )
-    return [made]
-
-
-def _record(request: Request, carrier: str, options: "Options", out: Path) -> dict[str, Any]:
-    """Return what the record keeps of the request, and of the options that decide this carrier."""
-    from bake.cli.reproduce import export_record
-
-    return {**request.record(out), **export_record(carrier, options, out)}
-
-
-def kept_at(out: Path, kind: str = "partial") -> Callable[[], str]:
-    """Return what says, after an interrupt, what of an output is kept."""
-    return partial(_kept, out, kind)
-
-
-def _kept(out: Path, kind: str) -> str:
-    unfinished = out.absolute().with_name(f".{out.name}.bake-{kind}")
-    if not unfinished.exists():
-        return NOTHING_KEPT
-    return (
-        f"{out} was not written; finished files are in {unfinished}; the same command takes them up"
-    )
+def _would_be(found: dict[str, Any]) -> list[str]:
+    lines = [f"\ndry run: {found['out']} would hold {' and '.join(found['carriers'])}"]
+    if "weight_bytes" in found:
+        lines.append(f"the checkpoint has {found['weight_bytes']:,} bytes of weights")
+    return lines

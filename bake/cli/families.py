@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bake.cli.options import PATH
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH
 
 if TYPE_CHECKING:
     from bake.families import Family, Layout

@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
-from bake.cli.export import check_out, kept_at
-from bake.cli.output import KEPT, Output
+from bake.cli.options import PATH
+from bake.cli.output import Output, check_out
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH, table_of
 from bake.errors import FamilyError
+from bake.jobs.request import table_of
 
 
 @bake_command("merge")
@@ -53,26 +53,19 @@ def command(
         # A merge needs no table where names and storage are plain; merge_adapter refuses the rest.
         output.remark(f"merging without a family table: {error.what}")
         layout = None
-    click.get_current_context().meta[KEPT] = kept_at(out)
+    output.keeps(out)
     record: dict[str, Any] = {"base": base_facts(checkpoint)}
     if found.repo is not None:
         record["adapter"] = {"name": found.repo, "revision": found.commit, "path": None}
     if family is not None:
         record["family"] = table_of(family)
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
+    with output.bar(f"writing {out.name}") as move:
         made = merge_adapter(
             found.folder, checkpoint, out, layout=layout, record=record, force=force, progress=move
         )
     notes = merge_notes(made)
     output.present(
-        data=lambda: {
-            "kind": made.kind,
-            "path": str(made.path),
-            "files": dict(made.files),
-            "bytes_written": made.bytes_written,
-            "bytes_edited": made.bytes_edited,
-            "notes": list(notes),
-        },
+        data=lambda: {**made.to_json(), "notes": list(notes)},
         view=lambda: [
             render.facts(
                 [

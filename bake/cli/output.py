@@ -6,12 +6,16 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
-from bake.errors import BakeError, InputError
+from bake.errors import BakeError, InputError, UsageError
+from bake.progress import Progress
 
 KEPT = "bake.kept"
 """Key of ``Context.meta``: a function that says, after an interruption, what is left on disk."""
@@ -62,6 +66,18 @@ class Output:
             show(view())
         if error is not None:
             raise error
+
+    def bar(
+        self, label: str, *, unit: str | None = None
+    ) -> AbstractContextManager[Progress | None]:
+        """Open a bar for one piece of work, where somebody looks."""
+        from bake.cli.render import progress
+
+        return progress(label, visible=not self.quiet, unit=unit)
+
+    def keeps(self, out: Path, kind: str = "partial") -> None:
+        """Say after an interrupt what of an output is kept."""
+        click.get_current_context().meta[KEPT] = partial(_kept, out, kind)
 
     def remark(self, text: str) -> None:
         """Print a line for whoever waits, beside the result."""
@@ -122,3 +138,20 @@ def _failure(error: BakeError) -> dict[str, Any]:
         "exit_code": error.exit_code,
     }
     return {"error": content}
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse an output that is in the way before anything is read or downloaded."""
+    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            f"{out} exists and is not empty", fix="name another output, or use --force"
+        )
+
+
+def _kept(out: Path, kind: str) -> str:
+    unfinished = out.absolute().with_name(f".{out.name}.bake-{kind}")
+    if not unfinished.exists():
+        return NOTHING_KEPT
+    return (
+        f"{out} was not written; finished files are in {unfinished}; the same command takes them up"
+    )

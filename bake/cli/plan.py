@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.cli.options import recipe_options
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.cli.recorded import find, is_artifact, plan_again, refuse_overrides
-from bake.cli.request import compile_request, recipe_options
 from bake.errors import UsageError
+from bake.jobs.recorded import find, is_artifact, refuse_overrides, replan
+from bake.jobs.request import compile_request
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from bake.cli.recorded import Again
     from bake.plan import Plan
 
 
@@ -28,7 +26,7 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
     the edits and the record in it and from its base. The exit code is 1 when it is not the plan
     of the record.
     """
-    from bake.cli import render
+    from bake.cli import views
     from bake.plan.record import plan_record
 
     if is_artifact(recipe):
@@ -36,14 +34,14 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
         return
     if base is not None:
         raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
-    request = compile_request(Path(recipe), visible=not output.quiet, **options)
+    request = compile_request(Path(recipe), bars=output.bar, **options)
     output.present(
         data=lambda: {
             **request.record(),
             "plan": plan_record(request.plan),
             "carriers": _carriers(request.plan),
         },
-        view=lambda: render.plan(request, verbose=output.verbose),
+        view=lambda: views.plan(request, verbose=output.verbose),
         error=request.refusal(),
     )
 
@@ -51,21 +49,21 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
 def _of_artifact(
     output: Output, text: str, base: str | None, *, family: Path | None, **options: Any
 ) -> None:
-    from bake.cli import render
+    from bake.cli import views
     from bake.plan.record import plan_record
 
     refuse_overrides(options, fix="name the base with --base, where it has moved")
-    again = plan_again(find(text, weights=False), base=base, family=family)
-    request = again.request
+    replanned = replan(find(text, weights=False), base=base, family=family)
+    request = replanned.request
     output.present(
         data=lambda: {
             **request.record(),
             "plan": plan_record(request.plan),
             "carriers": _carriers(request.plan),
-            "again": again.to_json(),
+            "again": replanned.to_json(),
         },
-        view=lambda: [*render.plan(request, verbose=output.verbose), *view(again)],
-        error=again.failure(),
+        view=lambda: views.replanned(replanned, verbose=output.verbose),
+        error=replanned.failure(),
     )
 
 
@@ -75,14 +73,3 @@ def _carriers(plan: "Plan") -> dict[str, Any]:
     from bake.outputs.folder import carrier_record
 
     return {carrier: carrier_record(plan, carrier) for carrier in CARRIERS}
-
-
-def view(again: "Again") -> list["RenderableType"]:
-    """Return whether the plan is that of the record."""
-    from bake.cli import render
-
-    artifact = f"{again.source.name} ({again.artifact.kind})"
-    parts: list[RenderableType] = [render.facts([("artifact", artifact), ("this is", again.told)])]
-    if again.notes:
-        parts.append(render.section("Notes on the artifact", render.indented(again.notes)))
-    return parts

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bake.cli.check import passphrase_of
+from bake.cli.options import PATH
 from bake.cli.output import KEPT, Output
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH
-from bake.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,23 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout", type=float, default=120.0, metavar="SECONDS", help="For one answer of the Hub."
 )
-def command(
-    output: Output,
-    out: Path,
-    repo: str,
-    *,
-    revision: str,
-    public: bool,
-    create_pr: bool,
-    dry_run: bool,
-    unverified: bool,
-    no_card: bool,
-    record: bool,
-    verify_download: bool,
-    key: Path | None,
-    allow: tuple[str, ...],
-    timeout: float,
-) -> None:
+def command(output: Output, out: Path, repo: str, **given: Any) -> None:
     """Publish OUT as OWNER/NAME, in one commit.
 
     The artifact is checked first: names, contents, licence, verification. A new repository is
@@ -73,43 +56,29 @@ def command(
     same command again takes up a run that was interrupted, and changes nothing when all is there.
     """
     from bake.artifact.destination import Destination
-    from bake.cli import render
+    from bake.publish.follow_up import push_record
+    from bake.publish.options import PushOptions
     from bake.publish.preflight import Terms
+    from bake.publish.push import push
 
-    if record and dry_run:
-        raise UsageError("--record has no --dry-run")
-    if record and key is not None:
-        raise UsageError(
-            "--sign needs every file in one place, and --record does not have them",
-            fix="publish without, download the repository, and push that with --sign",
-        )
-    to = Destination(repo, revision, public, create_pr)
-    terms = Terms(frozenset(allow), unverified, no_card)
+    options = PushOptions(
+        to=Destination(repo, given["revision"], given["public"], given["create_pr"]),
+        terms=Terms(frozenset(given["allow"]), given["unverified"], given["no_card"]),
+        dry_run=given["dry_run"],
+        download=given["verify_download"],
+        key=given["key"],
+        passphrase=passphrase_of(given["key"]),
+        timeout=given["timeout"],
+    )
     _quieten(visible=not output.quiet and not output.as_json)
     click.get_current_context().meta[KEPT] = lambda: (
         "the same command takes the upload up; nothing is public that was not"
     )
-    passphrase = passphrase_of(key)
-    shared: dict[str, Any] = {"timeout": timeout, "remark": output.remark}
-    with render.progress(f"reading {out.name}", visible=not output.quiet) as move:
-        if record:
-            from bake.publish.follow_up import push_record
-
-            pushed = push_record(out, to, terms, download=verify_download, **shared)
+    with output.bar(f"reading {out.name}") as move:
+        if given["record"]:
+            pushed = push_record(out, options, remark=output.remark)
         else:
-            from bake.publish.push import push
-
-            pushed = push(
-                out,
-                to,
-                terms,
-                dry_run=dry_run,
-                download=verify_download,
-                key=key,
-                passphrase=lambda: passphrase,
-                progress=move,
-                **shared,
-            )
+            pushed = push(out, options, progress=move, remark=output.remark)
     output.present(data=pushed.to_json, view=lambda: _view(pushed))
 
 

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bake.cli.export import check_out, kept_at
-from bake.cli.output import KEPT, Output
+from bake.cli.options import PATH
+from bake.cli.output import Output, check_out
 from bake.cli.output import command as bake_command
-from bake.cli.request import PATH
 from bake.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def command(
     OUT is a folder, a download or hf://owner/name. The result is the base's, bit for bit: only
     the edited tensors are read of the base, and every file is compared with the base's by hash.
     """
-    from bake.cli.recorded import find
+    from bake.jobs.recorded import find
     from bake.revert.record import read_revertible
 
     if revision is not None and base is None:
@@ -54,7 +53,7 @@ def command(
     record = read_revertible(source.folder)
     if source.published and base is None:
         _refuse_folder(record, source.name)
-    click.get_current_context().meta[KEPT] = kept_at(out)
+    output.keeps(out)
     if record.kind == "gguf":
         if revision is not None:
             raise UsageError("a GGUF file has no revision", fix="leave --revision out")
@@ -83,20 +82,19 @@ def _restore(
     force: bool,
     dry_run: bool,
 ) -> None:
-    from bake.cli import render
     from bake.revert.base import open_base
     from bake.revert.checkpoint import base_hashes, prepare_revert, revert_checkpoint
 
     base = open_base(record, named, revision)
     output.remark(f"the base is {base.checkpoint.source}")
-    with render.progress("checking the base", visible=not output.quiet) as move:
+    with output.bar("checking the base") as move:
         plan = prepare_revert(record, base, move)
     if dry_run:
         _present_dry(output, out, plan.edited_bytes, base.checkpoint.source)
         return
-    with render.progress("reading the base", visible=not output.quiet) as move:
+    with output.bar("reading the base") as move:
         stated = base_hashes(plan, move)
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
+    with output.bar(f"writing {out.name}") as move:
         made = revert_checkpoint(plan, out, stated=stated, force=force, progress=move)
     _present_restored(output, made)
 
@@ -110,7 +108,6 @@ def _restore_gguf(
     force: bool,
     dry_run: bool,
 ) -> None:
-    from bake.cli import render
     from bake.revert.gguf import prepare_gguf_revert, revert_gguf
 
     if named is None:
@@ -122,7 +119,7 @@ def _restore_gguf(
     if dry_run:
         _present_dry(output, out, plan.edited_bytes, named)
         return
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
+    with output.bar(f"writing {out.name}") as move:
         made = revert_gguf(plan, out, force=force, progress=move)
     _present_restored(output, made)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf.file import Gguf, open_gguf
+from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.source import LocalFiles
 from bake.diff.bytesource import Counted, Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights
@@ -200,7 +201,7 @@ def _record_of(out: str) -> tuple[dict[str, Any] | None, Path | None]:
     from bake.checkpoints import hub
     from bake.diff.hub import read_repository
 
-    repo, revision = hub.parse_hub_id(text, None)
+    repo, revision = parse_hub_id(text, None)
     located = hub.locate(repo, revision, complete=False, token=None)
     repository = read_repository(repo, located.commit)
     if repository is None:

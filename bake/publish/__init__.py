@@ -1,5 +1,5 @@
 """Transport: put an artifact on the Hub in one guarded commit, and check what is there.
 
-Reading order: ``preflight``, ``failures``, ``session``, ``remote``, ``commit``, ``download``,
-``run``, ``push``; ``follow_up``, ``fetch``.
+Reading order: ``preflight``, ``options``, ``prepare``; ``failures``, ``session``, ``remote``,
+``hub``, ``commit``, ``download``; ``push`` puts them together; ``follow_up``, ``fetch``.
 """

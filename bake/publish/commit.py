@@ -2,61 +2,21 @@
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationCopy,
-    CommitOperationDelete,
-    HfApi,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub import errors as theirs
 
-from bake.checkpoints.hub_errors import CLIENT_ERROR
 from bake.errors import HubError, InputError
-from bake.publish.failures import RAISED, Account, explain, status_of
+from bake.publish.failures import RAISED, explain, status_of
+from bake.publish.hub import Hub
 from bake.publish.remote import RemoteFile, differences, read_tree
+from bake.publish.session import ATTEMPTS, patiently, pause
 from bake.seal.manifest import FileEntry, Manifest, stamp
 
-T = TypeVar("T")
 _IN_MEMORY = 1 << 20  # shorter files are read once, checked and sent from memory
-_ATTEMPTS = 4
-_LONGEST_WAIT = 60.0
 _REFUSED = (400, 401, 403, 404, 409, 422, 501)  # how a Hub declines to copy between repositories
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Return what an idempotent call returns, trying again when its failure may pass."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return call()
-        except RAISED as error:
-            wait = pause(error, attempt)
-            if wait is None or attempt == _ATTEMPTS - 1:
-                raise
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def pause(error: BaseException, attempt: int) -> float | None:
-    """Return how long to wait before another attempt, or None when none would help."""
-    status = status_of(error)
-    if status is None:
-        # No reply at all. "Offline" is a ConnectionError of the client's own making, and so is "not
-        # in the cache", which stands for a download that found no network.
-        if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
-            return pause(error.__cause__, attempt)
-        lost = isinstance(error, CLIENT_ERROR) and type(error).__name__ != "OfflineModeIsEnabled"
-        return float(2**attempt) if lost else None
-    if status == 429:
-        headers = getattr(getattr(error, "response", None), "headers", {})
-        asked = str(headers.get("Retry-After", ""))
-        wait = float(asked) if asked.isdigit() else float(2**attempt)
-        return wait if wait <= _LONGEST_WAIT else None
-    return float(2**attempt) if status >= 500 and status != 501 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +75,20 @@ class GuardedCommit:
     """A commit on one parent, made once or not at all.
 
     Attributes:
-        api: the client.
-        account: who commits where.
+        hub: who commits where.
         folder: the artifact.
         manifest: what the commit has to hold.
         base: id and commit of the base's repository.
-        revision: the branch.
         parent: the commit that the branch has to be at.
         message: the title and the description.
-        pull_request: whether to open one.
     """
 
-    api: HfApi
-    account: Account
+    hub: Hub
     folder: Path
     manifest: Manifest
     base: tuple[str, str | None]
-    revision: str
     parent: str
     message: tuple[str, str]
-    pull_request: bool
     _additions: dict[str, CommitOperationAdd] = field(default_factory=dict)
 
     def make(self, parts: Parts) -> Committed:
@@ -156,8 +110,8 @@ class GuardedCommit:
                     parts = parts.without_copies()
                     continue
                 wait = pause(error, attempt)
-                if wait is None or attempt == _ATTEMPTS - 1:
-                    failure = explain(error, self.account, "committing")
+                if wait is None or attempt == ATTEMPTS - 1:
+                    failure = explain(error, self.hub.account, "committing")
                 else:
                     time.sleep(wait)
                     attempt += 1
@@ -166,11 +120,11 @@ class GuardedCommit:
 
     def _attempt(self, parts: Parts) -> Committed:
         additions = [self._addition(file) for file in parts.add]
-        self.api.preupload_lfs_files(
-            self.account.repo,
+        self.hub.api.preupload_lfs_files(
+            self.hub.to.repo,
             additions=additions,
-            revision=self.revision,
-            create_pr=self.pull_request,
+            revision=self.hub.to.revision,
+            create_pr=self.hub.to.pull_request,
         )
         self._check_sent(parts)
         repo, revision = self.base
@@ -181,14 +135,14 @@ class GuardedCommit:
             for file, name in parts.copy
         ]
         deletions = [CommitOperationDelete(name, is_folder=False) for name in parts.delete]
-        made = self.api.create_commit(
-            self.account.repo,
+        made = self.hub.api.create_commit(
+            self.hub.to.repo,
             [*additions, *copies, *deletions],
             commit_message=self.message[0],
             commit_description=self.message[1],
-            revision=self.revision,
+            revision=self.hub.to.revision,
             parent_commit=self.parent,
-            create_pr=self.pull_request,
+            create_pr=self.hub.to.pull_request,
         )
         return Committed(
             commit=str(made.oid),
@@ -224,22 +178,19 @@ class GuardedCommit:
         Raises:
             HubError: the branch has moved and does not hold the artifact.
         """
+        hub, repo = self.hub, self.hub.to.repo
         try:
-            if self.pull_request:
-                return find_pull_request(self.api, self.account.repo, self.manifest)
-            head = str(
-                patiently(
-                    lambda: self.api.model_info(self.account.repo, revision=self.revision).sha
-                )
-            )
+            if hub.to.pull_request:
+                return find_pull_request(hub, self.manifest)
+            head = str(patiently(lambda: hub.api.model_info(repo, revision=hub.to.revision).sha))
             if head == self.parent:
                 return None
-            tree = patiently(lambda: read_tree(self.api, self.account.repo, head))
+            tree = patiently(lambda: read_tree(hub.api, repo, head))
         except RAISED:
             if status_of(error) is not None:
                 return None  # the Hub has answered: nothing was committed
             failure = HubError(
-                f"the Hub went silent while committing to {self.account.repo}",
+                f"the Hub went silent while committing to {repo}",
                 why="whether the commit was made cannot be told now",
                 fix="run the same command again: it will not be made twice",
             )
@@ -247,9 +198,9 @@ class GuardedCommit:
             if not differences(tree, self.manifest):
                 return Committed(head, None, (), ())
             failure = HubError(
-                f"somebody has committed to {self.account.repo} since; nothing was changed",
+                f"somebody has committed to {repo} since; nothing was changed",
                 where="while committing",
-                fix=f"look at {self.account.page}/commits/{self.revision}, then run again",
+                fix=f"look at {hub.account.page}/commits/{hub.to.revision}, then run again",
             )
         raise failure
 
@@ -271,13 +222,14 @@ def _no_copying(error: BaseException) -> bool:
     return status in _REFUSED
 
 
-def find_pull_request(api: HfApi, repo: str, manifest: Manifest) -> Committed | None:
+def find_pull_request(hub: Hub, manifest: Manifest) -> Committed | None:
     """Return the pull request that holds an artifact's files, the newest one, or None."""
-    refs = patiently(lambda: api.list_repo_refs(repo, include_pull_requests=True))
+    repo = hub.to.repo
+    refs = patiently(lambda: hub.api.list_repo_refs(repo, include_pull_requests=True))
     for ref in reversed((refs.pull_requests or [])[-20:]):
         commit, number = str(ref.target_commit), ref.ref.rpartition("/")[2]
-        tree = patiently(lambda commit=commit: read_tree(api, repo, commit))  # type: ignore[misc]
+        tree = patiently(lambda commit=commit: read_tree(hub.api, repo, commit))  # type: ignore[misc]
         if not differences(tree, manifest):
-            url = f"{api.endpoint}/{repo}/discussions/{number}"
+            url = f"{hub.api.endpoint}/{repo}/discussions/{number}"
             return Committed(commit, url, (), ())
     return None

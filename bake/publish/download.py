@@ -9,8 +9,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from bake import __version__
-from bake.publish.commit import patiently
-from bake.publish.failures import Account, told
+from bake.publish.failures import Account, explained
+from bake.publish.session import patiently
 from bake.seal.manifest import Manifest, entry_of
 from bake.seal.seal import check
 
@@ -19,22 +19,15 @@ TOGETHER = 1 << 30
 
 
 def compare_download(
-    repo: str,
-    commit: str,
-    manifest: Manifest,
-    *,
-    place: Path,
-    account: Account,
-    together: int = TOGETHER,
+    account: Account, commit: str, manifest: Manifest, *, place: Path, together: int = TOGETHER
 ) -> list[str]:
     """Download a commit and return the names of the files that are not what the manifest says.
 
     Args:
-        repo: ``owner/name``.
+        account: who asks, and the repository.
         commit: to download.
         manifest: what its files have to be.
         place: a folder on a disk with room for the longest file, or for ``together``.
-        account: who asks, for messages.
         together: bytes up to which the whole artifact is kept here for the check of its seal.
 
     Raises:
@@ -46,9 +39,9 @@ def compare_download(
     with tempfile.TemporaryDirectory(prefix=".bake-download-", dir=place) as temporary:
         folder = Path(temporary) / "files"
         for file in manifest.files:
-            with told(account, f"downloading {file.name}"):
+            with explained(account, f"downloading {file.name}"):
                 path = patiently(
-                    lambda name=file.name: fetch(repo, commit, name, folder)  # type: ignore[misc]
+                    lambda name=file.name: fetch(account.repo, commit, name, folder)  # type: ignore[misc]
                 )
             if entry_of(path, file.name).sha256 != file.sha256:
                 wrong.append(file.name)

@@ -47,7 +47,7 @@ def redact(text: str) -> str:
 
 
 @contextmanager
-def told(account: Account, doing: str) -> Iterator[None]:
+def explained(account: Account, doing: str) -> Iterator[None]:
     """Turn what the client raises into a ``HubError`` of one line.
 
     The original is not shown below it: its text and its request could hold the token.

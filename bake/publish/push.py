@@ -7,247 +7,284 @@ and the public view come last. Every step may be repeated, and a run after an in
 it up.
 """
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import constants, try_to_load_from_cache
+import huggingface_hub
+from huggingface_hub import constants
 
-from bake.artifact.carrier import KINDS
-from bake.artifact.destination import Destination, Pushed
-from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS
-from bake.artifact.record import ArtifactRecord
-from bake.checkpoints import open_checkpoint
-from bake.checkpoints.config import CONFIG
-from bake.errors import CheckpointError, HubError, InputError
+from bake import __version__
+from bake.artifact.destination import UNVERIFIED, VERIFIED, Destination, Pushed
+from bake.cards import licences
+from bake.cards.frontmatter import card_metadata, read_card
+from bake.errors import HubError
 from bake.progress import Progress
-from bake.publish.commit import Parts
-from bake.publish.failures import redact
-from bake.publish.preflight import Preflight, Terms, preflight
-from bake.publish.run import Run
-from bake.publish.session import patience
-from bake.seal.keys import Passphrase
-from bake.seal.manifest import (
-    Manifest,
-    entry_of,
-    entry_of_text,
-    manifest_of,
-    stamp,
-    write_text,
+from bake.publish.commit import Committed, GuardedCommit, Parts, find_pull_request, parts_of
+from bake.publish.download import compare_download
+from bake.publish.failures import explained, redact
+from bake.publish.hub import (
+    Head,
+    Hub,
+    base_tree,
+    check_head,
+    create_branch,
+    create_repository,
+    create_tag,
+    read_base,
+    read_head,
+    show,
+    sign_in,
 )
-from bake.seal.scan import MAX_TEXT
-from bake.seal.seal import Sealed, as_error, prepare, seal_of
-from bake.seal.weights import check_unchanged
+from bake.publish.options import PushOptions
+from bake.publish.preflight import Terms, check_terms
+from bake.publish.prepare import Prepared, prepare_push
+from bake.publish.remote import differences
+from bake.publish.session import card_errors, listening, refuse_offline
+from bake.seal.manifest import write_text
+from bake.seal.seal import raise_problems
 
-TIMEOUT = 120.0
-"""Seconds that the Hub may take for one answer; it gives a commit up after 60."""
+Remark = Callable[[str], None]
 
 
 def push(
     folder: Path,
-    to: Destination,
-    terms: Terms,
+    options: PushOptions,
     *,
-    dry_run: bool = False,
-    download: bool = False,
-    key: Path | None = None,
-    passphrase: Passphrase = lambda: None,
-    timeout: float = TIMEOUT,
     progress: Progress | None = None,
-    remark: Callable[[str], None] = lambda text: None,
+    remark: Remark = lambda text: None,
 ) -> Pushed:
     """Publish an artifact.
 
     Args:
         folder: what ``bake export`` wrote.
-        to: where.
-        terms: what the user takes on.
-        dry_run: say what would be done; the Hub is read where it can be reached.
-        download: download everything again before the tag and the public view, and compare it.
-        key: sign the artifact with this private key.
-        passphrase: called where the key is encrypted.
-        timeout: seconds that the Hub may take for one answer.
+        options: where to, and under which terms.
         progress: called with the bytes that are hashed and their total.
-        remark: told what is being done.
+        remark: called with what is being done.
 
     Raises:
         InputError: the artifact must not be published as it is.
         HubError: the Hub refuses, fails or holds other bytes than were sent.
     """
-    if not dry_run:
+    if not options.dry_run:
         refuse_offline()
-    card = _card_for(folder, to, terms)
-    found, sealed = _checked(folder, terms, progress, card, write=not dry_run)
-    if card is not None:
-        remark(f"{CARD} {'would be' if dry_run else 'is'} generated")
-    folder = folder.resolve()
-    if key is None:
-        _check_signature(folder, sealed.manifest)
-    manifest = sealed.manifest if dry_run else _written(folder, sealed)
-    if key is not None and not dry_run:
-        manifest = _signed(folder, manifest, key, passphrase)
-    receipt = folder.parent / f"{folder.name}.push.json"
-    run = Run(folder, to, terms, receipt, remark, download=download, manifest=manifest)
-    run.take(found)
-    if dry_run and constants.HF_HUB_OFFLINE:
-        run.account = replace(run.account, name="")
-        run.notes.append("the Hub is switched off and was not asked")
-        return run.would(Parts((), (), ()))
-    with listening(timeout) as said:
-        pushed = run.dry() if dry_run else run.complete(run.begin())
+    ready = prepare_push(folder, options, progress)
+    if options.dry_run and constants.HF_HUB_OFFLINE:
+        note = "the Hub is switched off and was not asked"
+        return _would(ready, options.to, Parts((), (), ()), account="", notes=(note,))
+    with listening(options.timeout) as said:
+        hub = sign_in(options.to, remark)
+        terms = check_base(hub, ready, options.terms)
+        head = read_head(hub)
+        check_head(head, hub.to)
+        if options.dry_run:
+            pushed = _rehearsed(ready, hub, head, terms)
+        else:
+            head = create_repository(hub) if head.commit is None else head
+            pushed = complete(ready, hub, head, terms, download=options.download)
     return replace(pushed, notes=(*pushed.notes, *said))
 
 
-def refuse_offline() -> None:
-    """Refuse to publish while the Hub is switched off.
+@dataclass(frozen=True, slots=True)
+class BaseTerms:
+    """What of the base's terms concerns the commit.
+
+    Attributes:
+        gated: how access to the base is gated; empty where it is not.
+        notes: what the user should know of them.
+    """
+
+    gated: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def check_base(hub: Hub, ready: Prepared, terms: Terms) -> BaseTerms:
+    """Ask for the base's licence, of the Hub where the base is there, and hold the artifact to it.
 
     Raises:
-        HubError: it is.
+        InputError: the licence does not permit it.
+        HubError: the Hub refuses or fails.
     """
-    if constants.HF_HUB_OFFLINE:
+    gated = ""
+    if ready.record.base_on_hub:
+        info = read_base(hub, ready.record)
+        card = {} if info.card_data is None else dict(vars(info.card_data))
+        gated = info.gated if isinstance(info.gated, str) else ""
+    else:
+        path = ready.record.content["base"].get("path")
+        text = read_card(ready.folder / path) if isinstance(path, str) else None
+        card = {} if text is None else card_metadata(text)
+    base = licences.stated(card)
+    raise_problems(check_terms(ready.found, terms, base=base, repo=hub.to.repo), str(ready.folder))
+    said = licences.remark(base)
+    notes = ([said] if said is not None else []) + (
+        [f"the base is gated ({gated}): keep to its terms"] if gated else []
+    )
+    return BaseTerms(gated, tuple(notes))
+
+
+def complete(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms, *, download: bool) -> Pushed:
+    """Commit, compare, tag, show, and write the receipt.
+
+    Args:
+        ready: what is published.
+        hub: where.
+        head: the state of the repository, which exists.
+        terms: the base's.
+        download: compare every byte that the Hub sends back, too.
+
+    Raises:
+        InputError: a file has changed since it was checked; nothing is committed.
+        HubError: the Hub refuses or fails, or holds other bytes than were sent.
+    """
+    assert head.commit is not None
+    parts = parts_of(ready.manifest, head.tree, {})
+    made = Committed(head.commit, None, (), ()) if parts.empty else _commit(ready, hub, head)
+    _compare(ready, hub, made.commit)
+    sent = bool(made.uploaded or made.copied)
+    pushed = replace(
+        _nothing_done(ready, hub.to, hub.account.name, terms.notes),
+        url=made.pull_request or f"{hub.account.page}/commit/{made.commit}",
+        commit=made.commit,
+        pull_request=made.pull_request,
+        public=not head.private,
+        outcome=UNVERIFIED,
+        uploaded=made.uploaded,
+        copied=made.copied,
+        deleted=parts.delete if sent else (),
+        unchanged=not (sent or parts.delete),
+    )
+    if download:
+        _check_download(ready, hub, pushed)
+        pushed = replace(pushed, outcome=VERIFIED)
+    if not hub.to.pull_request:
+        create_tag(hub, ready.tag, made.commit)
+        pushed = replace(pushed, tag=ready.tag)
+    return _with_receipt(ready, replace(pushed, public=show(hub, head, gated=terms.gated)))
+
+
+def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[str, ...]) -> Pushed:
+    """Return a push of which nothing is done yet."""
+    return Pushed(
+        repo=to.repo,
+        url="",
+        commit="",
+        tag="",
+        pull_request=None,
+        digest=ready.manifest.digest,
+        plan_digest=ready.record.plan_digest,
+        endpoint=constants.ENDPOINT,
+        account=account,
+        public=to.public,
+        outcome="",
+        unverified=ready.found.unverified,
+        uploaded=(),
+        copied=(),
+        deleted=(),
+        unchanged=False,
+        dry_run=False,
+        notes=(*ready.notes, *notes),
+    )
+
+
+def _rehearsed(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms) -> Pushed:
+    """Return what would be done; nothing is written, here or there."""
+    parts = parts_of(ready.manifest, head.tree, base_tree(hub, ready.record))
+    new = () if head.commit is not None else (f"{hub.to.repo} would be created, private",)
+    return _would(ready, hub.to, parts, account=hub.account.name, notes=(*terms.notes, *new))
+
+
+def _would(
+    ready: Prepared, to: Destination, parts: Parts, *, account: str, notes: tuple[str, ...]
+) -> Pushed:
+    return replace(
+        _nothing_done(ready, to, account, notes),
+        tag=ready.tag,
+        uploaded=tuple(file.name for file in parts.add),
+        copied=tuple(file.name for file, _ in parts.copy),
+        deleted=parts.delete,
+        unchanged=parts.empty,
+        dry_run=True,
+    )
+
+
+def _commit(ready: Prepared, hub: Hub, head: Head) -> Committed:
+    """Upload and commit, on the head that was read; or return the pull request that is there."""
+    assert head.commit is not None
+    record = ready.record
+    parts = parts_of(ready.manifest, head.tree, base_tree(hub, record))
+    if hub.to.pull_request:
+        with explained(hub.account, "looking for the pull request"):
+            there = find_pull_request(hub, ready.manifest)
+        if there is not None:
+            return there
+    create_branch(hub, head.commit)
+    size = sum(file.size for file in parts.add)
+    hub.remark(f"uploading {len(parts.add)} files with {size:,} bytes")
+    if ready.found.card is not None:
+        _validate_card(hub, ready.found.card)
+    text = f"Artifact {ready.manifest.digest}, made by bake {record.content.get('bake')}."
+    return GuardedCommit(
+        hub,
+        ready.folder,
+        ready.manifest,
+        base=(record.base_repo, record.revision),
+        parent=head.commit,
+        message=(ready.title, text),
+    ).make(parts)
+
+
+def _validate_card(hub: Hub, card: str) -> None:
+    """Have the Hub read the card before gigabytes are sent for nothing."""
+    errors = hub.ask("checking the card", lambda: card_errors(card))
+    if errors:
         raise HubError(
-            "publishing needs the Hub, which is switched off", fix="unset HF_HUB_OFFLINE"
+            f"the Hub refuses the card: {redact('; '.join(errors))}", fix="correct README.md"
         )
 
 
-@contextmanager
-def listening(timeout: float) -> Iterator[list[str]]:
-    """Bound the client's patience; yield a list that holds its remarks on the card afterwards."""
-    said: list[str] = []
-    with patience(timeout), warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        yield said
-    said += [redact(str(w.message)) for w in warned if "metadata" in str(w.message)]
+def _compare(ready: Prepared, hub: Hub, commit: str) -> None:
+    """Require that the Hub holds these bytes, by the hashes that it states."""
+    wrong = differences(hub.tree("comparing what the Hub holds", commit), ready.manifest)
+    if wrong:
+        raise HubError(
+            f"{hub.to.repo} does not hold what was sent: {wrong[0]}",
+            where=commit,
+            why=f"{len(wrong)} files differ; it was neither tagged nor made public",
+            fix="run the same command again",
+        )
 
 
-def compare_with_base(folder: Path, record: ArtifactRecord) -> list[str]:
-    """Compare every tensor that the plan leaves alone with the base's, where the base is at hand.
-
-    Args:
-        folder: the artifact.
-        record: what it says of itself.
-
-    Returns:
-        what there is to say when it is not.
+def _check_download(ready: Prepared, hub: Hub, pushed: Pushed) -> None:
+    """Download everything again, and require that it is what was sent.
 
     Raises:
-        InputError: a tensor differs although the plan leaves it alone.
+        HubError: other bytes came, or none; the receipt says that nothing is verified.
     """
-    if not KINDS[record.kind].checkpoint:
-        return []
-    base = _base_at_hand(folder, record)
-    if base is None:
-        return ["the base is not on this machine: untouched tensors were not compared with it"]
-    error = as_error(tuple(check_unchanged(folder, record, base)), str(folder))
-    if error is not None:
-        raise error
-    return []
-
-
-def _base_at_hand(folder: Path, record: ArtifactRecord) -> Path | None:
-    """Return the folder of the base, its own or that of the Hub's cache, when it is whole."""
-    path = record.content["base"].get("path")
-    base = folder / path if isinstance(path, str) else None
-    if record.base_on_hub and record.pinned:
-        config = try_to_load_from_cache(record.base_repo, CONFIG, revision=record.revision)
-        base = Path(config).parent if isinstance(config, str) else None
-    if base is None:
-        return None
-    try:
-        open_checkpoint(base)
-    except CheckpointError:
-        return None  # moved, or in the cache in part
-    return base
-
-
-def _card_for(folder: Path, to: Destination, terms: Terms) -> str | None:
-    """Return the card that is to be generated: there is none, or one of bake's that nobody edited.
-
-    Raises:
-        InputError: the folder is no artifact, or its records do not make a card.
-    """
-    path = folder / CARD
-    if folder.is_symlink() or not folder.is_dir() or path.is_symlink():
-        return None  # the preflight says what that means
-    if terms.no_card if not path.exists() else not is_bakes(path):
-        return None
-    from bake.cards.card import lint_card, render_card
-
-    text = render_card(folder, repo=to.repo, unverified=terms.unverified)
-    error = as_error(lint_card(text, folder), str(path))
-    if error is not None:
-        raise error
-    return text
-
-
-def is_bakes(path: Path) -> bool:
-    """Tell whether a file is a card that bake wrote and nobody has edited since."""
-    from bake.cards.stamp import is_stamped
-
-    if not path.is_file() or path.stat().st_size > MAX_TEXT:
-        return False
-    return is_stamped(path.read_bytes().decode("utf-8", errors="replace"))
-
-
-def _checked(
-    folder: Path,
-    terms: Terms,
-    progress: Progress | None,
-    card: str | None,
-    *,
-    write: bool,
-) -> tuple[Preflight, Sealed]:
-    """Check a folder that nobody writes to meanwhile, and return its seal."""
-    found = preflight(folder, terms, card=card)
-    error = as_error(found.problems, str(folder))
-    if error is not None:
-        raise error
-    compared = compare_with_base(folder.resolve(), found.record)
-    found = replace(found, notes=(*found.notes, *compared))
-    if write and card is not None:
-        write_text(folder.resolve(), CARD, card)
-    there = {*found.names, CARD} if write and card is not None else found.names
-    stamps = {name: stamp(folder / name) for name in there}
-    sealed = prepare(folder, progress)
-    for file in sealed.manifest.files:
-        if file.name not in sealed.texts and stamps.get(file.name) != file.stamp:
-            raise InputError("changed while it was being checked", where=file.name, fix="run again")
-    if not write and card is not None:
-        files = sealed.manifest.by_name() | {CARD: entry_of_text(CARD, card)}
-        sealed = seal_of(found.record, manifest_of(files.values()), str(folder))
-    return found, sealed
-
-
-def _written(folder: Path, sealed: Sealed) -> Manifest:
-    """Write the seal and return what is there now."""
-    files = sealed.manifest.by_name()
-    for name, text in sealed.texts.items():
-        files[name] = write_text(folder, name, text)
-    return manifest_of(files.values())
-
-
-def _signed(folder: Path, manifest: Manifest, key: Path, passphrase: Passphrase) -> Manifest:
-    """Sign what is sealed; the signature is the last file that comes."""
-    from bake.seal.sign import sign
-
-    sign(folder, key, passphrase=passphrase)
-    # Signing seals again, which gives the same bytes in other files.
-    again = {name: entry_of(folder / name, name) for name in (STATEMENT, SUMS, SIGNATURE)}
-    return manifest_of((manifest.by_name() | again).values())
-
-
-def _check_signature(folder: Path, manifest: Manifest) -> None:
-    """Refuse a signature that is over other files: whoever verifies it would see a forgery.
-
-    Raises:
-        InputError: it is out of date, or none.
-    """
-    if SIGNATURE not in manifest.by_name():
+    hub.remark(f"downloading {ready.manifest.size:,} bytes again, to compare them")
+    wrong = compare_download(hub.account, pushed.commit, ready.manifest, place=ready.receipt.parent)
+    if not wrong:
         return
-    from bake.seal.sign import out_of_date
+    _with_receipt(ready, pushed)
+    raise HubError(
+        f"{hub.to.repo} is published but unverified: {len(wrong)} files came back with other "
+        f"bytes, {', '.join(wrong[:8])}" + (" …" if len(wrong) > 8 else ""),
+        where=pushed.commit,
+        why="the Hub states the right hashes; it was neither tagged nor made public",
+        fix="run the same command again: it compares the download anew",
+    )
 
-    error = as_error(tuple(out_of_date(folder, manifest)), str(folder))
-    if error is not None:
-        raise error
+
+def _with_receipt(ready: Prepared, pushed: Pushed) -> Pushed:
+    """Write the receipt; return the result with what there is to say about that."""
+    versions = {"bake": __version__, "huggingface_hub": huggingface_hub.__version__}
+    content = {**pushed.to_json(), "versions": versions}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        write_text(ready.receipt.parent, ready.receipt.name, text)
+    except OSError as error:
+        note = f"the receipt could not be written: {error.strerror}"
+    else:
+        note = f"the receipt is {ready.receipt}"
+    return replace(pushed, notes=(*pushed.notes, note))

@@ -2,15 +2,11 @@
 
 import hashlib
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bake.errors import InputError, UsageError
-
-Passphrase = Callable[[], bytes | None]
-"""Returns the passphrase of an encrypted key, or None where there is none to be had."""
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _LIMIT = 1 << 16
@@ -46,12 +42,12 @@ def module(name: str) -> Any:
         ) from error
 
 
-def load_private(path: Path, passphrase: Passphrase) -> PrivateKey:
+def load_private(path: Path, passphrase: bytes | None) -> PrivateKey:
     """Return a private key.
 
     Args:
         path: a file in PEM.
-        passphrase: called once, where the key is encrypted.
+        passphrase: of an encrypted key; None where there is none to be had.
 
     Raises:
         UsageError: the libraries are not installed.
@@ -63,14 +59,13 @@ def load_private(path: Path, passphrase: Passphrase) -> PrivateKey:
     data = _read(path)
     if b"ENCRYPTED" not in data:
         return PrivateKey(_private(serialization, data, None, path).public_key(), None)
-    secret = passphrase()
-    if not secret:
+    if not passphrase:
         raise InputError(
             "the key is encrypted, and there is no passphrase for it",
             where=str(path),
             fix="set BAKE_SIGNING_PASSPHRASE, or run where bake can ask for it",
         )
-    return PrivateKey(_private(serialization, data, secret, path).public_key(), secret)
+    return PrivateKey(_private(serialization, data, passphrase, path).public_key(), passphrase)
 
 
 def _private(serialization: Any, data: bytes, secret: bytes | None, path: Path) -> Any:

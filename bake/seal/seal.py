@@ -69,6 +69,16 @@ def as_error(problems: tuple[Problem, ...], folder: str) -> InputError | None:
     return InputError(f"{len(problems)} things are wrong", where=folder, why=lines + more)
 
 
+def raise_problems(problems: tuple[Problem, ...], folder: str) -> None:
+    """Raise problems as one error, where there are any.
+
+    Raises:
+        InputError: as ``as_error`` words it.
+    """
+    if (error := as_error(problems, folder)) is not None:
+        raise error
+
+
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """An artifact's manifest with the two files that a seal adds.
@@ -81,6 +91,13 @@ class Sealed:
     manifest: Manifest
     texts: dict[str, str]
 
+    def write(self, folder: Path) -> Manifest:
+        """Write the two files, each as a whole or not at all, and return what is there now."""
+        files = self.manifest.by_name()
+        for name, text in self.texts.items():
+            files[name] = write_text(folder, name, text)
+        return manifest_of(files.values())
+
 
 def seal(folder: Path, progress: Progress | None = None) -> Manifest:
     """Write the statement and ``SHA256SUMS`` of a folder and return its manifest.
@@ -88,11 +105,7 @@ def seal(folder: Path, progress: Progress | None = None) -> Manifest:
     Raises:
         InputError: the folder is no artifact, or the export's files are not those that were sealed.
     """
-    sealed = prepare(folder, progress)
-    files = sealed.manifest.by_name()
-    for name, text in sealed.texts.items():
-        files[name] = write_text(folder.resolve(), name, text)
-    return manifest_of(files.values())
+    return prepare(folder, progress).write(folder.resolve())
 
 
 def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
@@ -113,9 +126,7 @@ def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
             for name, state in compare_sums(listed, manifest)
             if state != "extra" and made_by_export(name)
         )
-        error = as_error(problems, str(folder))
-        if error is not None:
-            raise error
+        raise_problems(problems, str(folder))
     return seal_of(record, manifest, str(folder))
 
 
@@ -125,9 +136,7 @@ def seal_of(record: ArtifactRecord, manifest: Manifest, where: str) -> Sealed:
     Raises:
         InputError: they are not what the record lists.
     """
-    error = as_error(tuple(_unlike_record(record, manifest)), where)
-    if error is not None:
-        raise error
+    raise_problems(tuple(_unlike_record(record, manifest)), where)
     files = manifest.by_name()
     texts = {STATEMENT: statement(record, manifest)}
     files[STATEMENT] = entry_of_text(STATEMENT, texts[STATEMENT])

@@ -18,7 +18,7 @@ from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem, printa
 from bake.checkpoints import strictjson
 from bake.errors import CheckpointError, InputError
 from bake.progress import Progress
-from bake.seal.keys import Passphrase, load_private, load_public, module, public_pem
+from bake.seal.keys import load_private, load_public, module, public_pem
 from bake.seal.manifest import Manifest, read_manifest, write_text
 from bake.seal.seal import Check, seal
 
@@ -50,7 +50,7 @@ def sign(
     folder: Path,
     key: Path,
     *,
-    passphrase: Passphrase = lambda: None,
+    passphrase: bytes | None = None,
     progress: Progress | None = None,
 ) -> Signed:
     """Seal an artifact and write ``model.sig``, its signature.
@@ -61,7 +61,7 @@ def sign(
     Args:
         folder: the artifact.
         key: a private key in PEM: an elliptic curve, P-256, P-384 or P-521.
-        passphrase: called where the key is encrypted.
+        passphrase: of an encrypted key.
         progress: called with the bytes that are hashed and their total.
 
     Raises:

@@ -13,23 +13,34 @@ from bake.cli.render.pieces import facts, indented, section, site_list, size, ta
 from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
 
 if TYPE_CHECKING:
-    from bake.cli.request import Request
+    from bake.checkpoints import Checkpoint
+    from bake.families import Layout
     from bake.plan import Finding, Plan
+    from bake.recipe import Recipe
 
 
-def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
-    """Return a plan: model, findings, changes, runtimes, notes and digest."""
+def plan(
+    made: "Plan", recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout", *, verbose: bool
+) -> list[RenderableType]:
+    """Return a plan: model, findings, changes, runtimes, notes and digest.
+
+    Args:
+        made: the plan.
+        recipe: where it comes from, and what it is to be written as.
+        checkpoint: the base.
+        layout: the base's own, where the plan's declares it as another family.
+        verbose: a row for every tensor.
+    """
     from bake.cli.render import matrix
 
-    made, checkpoint = request.plan, request.checkpoint
-    parts: list[RenderableType] = [facts(_header(request))]
+    parts: list[RenderableType] = [facts(_header(recipe, checkpoint, layout))]
     parts.append(section("Findings", _findings(made)))
-    rows = changed_tensors(request)
+    rows = changed_tensors(made, checkpoint)
     if rows:
         parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
     if made.config:
         parts.append(section("config.json", _config(made)))
-    chosen = request.recipe.export.to
+    chosen = recipe.export.to
     parts.append(section(f"Runtimes: {', '.join(chosen)}", Group(*matrix.runtimes(made, chosen))))
     parts.append(section("Carriers", matrix.carriers(made)))
     if made.notes:
@@ -41,8 +52,9 @@ def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
     return parts
 
 
-def _header(request: "Request") -> list[tuple[str, str | Text]]:
-    recipe, checkpoint, layout = request.recipe, request.checkpoint, request.layout
+def _header(
+    recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout"
+) -> list[tuple[str, str | Text]]:
     revision = "" if checkpoint.revision is None else f" @ {checkpoint.revision}"
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     return [

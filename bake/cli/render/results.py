@@ -8,41 +8,57 @@ from rich.table import Table
 from rich.text import Text
 
 from bake.cli.render.pieces import facts, section, table
+from bake.cli.render.rounding import Measured, rounding
 from bake.cli.render.tensors import changed_tensors
-from bake.cli.rounding import measured, rounding
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
-    from bake.cli.request import Request
+    from bake.checkpoints import Checkpoint
     from bake.directions import Directions
     from bake.directions.describe import Row
+    from bake.plan import Plan
     from bake.verify.report import Report
 
 
-def artifact(made: "Artifact", request: "Request", *, verbose: bool) -> list[RenderableType]:
-    """Return what an export wrote. Of the base only a checkpoint has copies, byte for byte."""
+def artifact(
+    written: "Artifact",
+    made: "Plan",
+    checkpoint: "Checkpoint",
+    measured: Sequence[Measured],
+    *,
+    verbose: bool,
+) -> list[RenderableType]:
+    """Return what an export wrote. Of the base only a checkpoint has copies, byte for byte.
+
+    Args:
+        written: the artifact.
+        made: its plan.
+        checkpoint: the base.
+        measured: what rounding did to tensors of a GGUF, where it did.
+        verbose: a row for every tensor and file.
+    """
     listed = [
-        ("written", str(made.path)),
-        ("carrier", made.kind),
-        ("size", f"{made.bytes_written:,} bytes in {len(made.files)} files"),
+        ("written", str(written.path)),
+        ("carrier", written.kind),
+        ("size", f"{written.bytes_written:,} bytes in {len(written.files)} files"),
     ]
-    if made.kind == "checkpoint":
-        rows = changed_tensors(request)
+    if written.kind == "checkpoint":
+        rows = changed_tensors(made, checkpoint)
         edited = sum(row.nbytes for row in rows if not row.new)
         new = sum(row.nbytes for row in rows if row.new)
-        total = sum(info.nbytes for info in request.checkpoint.tensors.values())
+        total = sum(info.nbytes for info in checkpoint.tensors.values())
         listed += [
             ("copied", f"{total - edited:,} bytes of tensors, as they were"),
             ("edited", f"{edited:,} bytes of tensors"),
             *([("new", f"{new:,} bytes of tensors")] if new else []),
         ]
-    found = measured(made)
-    if found:
-        listed += [("edited", f"{made.bytes_edited:,} bytes of tensors; the others as they were")]
-    parts: list[RenderableType] = [Text(), facts(listed), *rounding(found, verbose=verbose)]
+    if measured:
+        edits = f"{written.bytes_edited:,} bytes of tensors; the others as they were"
+        listed.append(("edited", edits))
+    parts: list[RenderableType] = [Text(), facts(listed), *rounding(measured, verbose=verbose)]
     if verbose:
         files = table("file", "sha256")
-        for name, digest in made.files.items():
+        for name, digest in written.files.items():
             files.add_row(name, digest.removeprefix("sha256:"))
         parts.append(section("Files", files))
     return parts

@@ -12,7 +12,8 @@ from bake.cli.render.pieces import size, table
 from bake.sites import span
 
 if TYPE_CHECKING:
-    from bake.cli.request import Request
+    from bake.checkpoints import Checkpoint
+    from bake.plan import Plan
 
 NUMBER = re.compile(r"\d+")
 
@@ -63,17 +64,15 @@ def tensor_table(rows: Sequence[Named], *, verbose: bool) -> Table:
     return made
 
 
-def changed_tensors(request: "Request") -> list[Named]:
+def changed_tensors(made: "Plan", checkpoint: "Checkpoint") -> list[Named]:
     """Return every tensor that the plan edits or creates, in the order of the plan."""
-    tensors = request.checkpoint.tensors
-    per_item = tensors[request.plan.layout.embed].nbytes // prod(
-        tensors[request.plan.layout.embed].shape
-    )
+    tensors, embedding = checkpoint.tensors, checkpoint.tensors[made.layout.embed]
+    per_item = embedding.nbytes // prod(embedding.shape)
     rows = []
-    for update in request.plan.tensors:
+    for update in made.tensors:
         note = "new" if update.create else "edited"
         rows.append(Named(update.name, update.shape, tensors[update.source].nbytes, note))
-    for bias in request.plan.biases:
+    for bias in made.biases:
         known = tensors.get(bias.name)
         size = bias.size * per_item if known is None else known.nbytes
         note = ("new, zeros" if bias.is_zero() else "new") if bias.create else "edited"

@@ -1,25 +1,13 @@
 """What rounding left of an edit in a GGUF file, tensor by tensor, as its record has it."""
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import RenderableType
 
 from bake.cli.render.pieces import section, table
 
-if TYPE_CHECKING:
-    from bake.artifact import Artifact
-
 Measured = Mapping[str, Any]
-
-
-def measured(made: "Artifact") -> list[Measured]:
-    """Return the measured tensors of a GGUF that was edited in place; none of other artifacts."""
-    if made.kind != "gguf":
-        return []
-    record = json.loads((made.path / "bake.json").read_text(encoding="utf-8"))
-    return [tensor for tensor in record["gguf"].get("tensors", ()) if "error" in tensor]
 
 
 def rounding(found: Sequence[Measured], *, verbose: bool) -> list[RenderableType]:

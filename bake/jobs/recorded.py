@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.cli.request import Request
 from bake.errors import BakeError, InputError, UsageError, VerificationFailed
+from bake.jobs.request import Request
 
 if TYPE_CHECKING:
     from bake.checkpoints import Checkpoint
@@ -79,7 +79,7 @@ def find(text: str, *, weights: bool) -> Source:
     named = text.startswith(HUB_PREFIX)
     if not named and (Path(text).exists() or not _is_address(text)):
         return Source(_with_record(Path(text)), text, published=False)
-    from bake.checkpoints.hub import parse_hub_id
+    from bake.checkpoints.hub_names import parse_hub_id
     from bake.publish.fetch import fetch
 
     repo, revision = parse_hub_id(text.removeprefix(HUB_PREFIX), None)
@@ -130,7 +130,7 @@ def base_of(source: Source, artifact: "Baked", given: str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Again:
+class Replanned:
     """The plan of an artifact, made again from its base, its edits and its record.
 
     Attributes:
@@ -153,7 +153,7 @@ class Again:
         return not self.differences
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How the plan compares with the recorded one, in a few words."""
         if not self.same:
             return f"NOT the plan of the record, {self.artifact.plan_digest}"
@@ -184,7 +184,7 @@ class Again:
         }
 
 
-def plan_again(source: Source, *, base: str | None, family: Path | None) -> Again:
+def replan(source: Source, *, base: str | None, family: Path | None) -> Replanned:
     """Make the plan of an artifact again. Of the base only headers, config and norms are read.
 
     Args:
@@ -233,7 +233,7 @@ def plan_again(source: Source, *, base: str | None, family: Path | None) -> Agai
     text_differs, notes = _against_recipe(artifact, request)
     plan_differs, more = _against_plan(artifact, plan)
     differences = tuple(map(_shown, (*_against_files(artifact), *text_differs, *plan_differs)))
-    return Again(source, artifact, request, differences, (*source.notes, *notes, *more))
+    return Replanned(source, artifact, request, differences, (*source.notes, *notes, *more))
 
 
 def _shown(text: str) -> str:
@@ -260,13 +260,13 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
                     where=f"{source.name}: {RECORD}",
                     fix=f"use the bake that made it, {record.get('bake', 'of another version')}",
                 )
-    told = record.get("recipe") or {}
+    stated = record.get("recipe") or {}
     # A folder has no revision; a Hub id is spelled with its own.
     local = None if checkpoint.revision is not None else checkpoint.path
     return Recipe(
-        title=str(told.get("title") or source.short),
-        text=str(told.get("text") or ""),
-        digest=str(told.get("digest") or ""),
+        title=str(stated.get("title") or source.short),
+        text=str(stated.get("text") or ""),
+        digest=str(stated.get("digest") or ""),
         path=Path(source.name) / RECORD,
         base=Base(place, None, local),
         directions={},
@@ -322,19 +322,19 @@ def _against_plan(artifact: "Baked", plan: "Plan") -> tuple[tuple[str, ...], tup
     from bake.plan.sketch import differing
 
     recorded, here = artifact.record["plan"], plan_record(plan)
-    told = f"its digest is {plan.digest}, recorded is {artifact.plan_digest}"
+    digests = f"its digest is {plan.digest}, recorded is {artifact.plan_digest}"
     parts = [key for key in ("tensors", "biases", "config") if recorded.get(key) != here[key]]
     if parts:
-        return (f"{told}: other {' and '.join(parts)}",), ()
+        return (f"{digests}: other {' and '.join(parts)}",), ()
     values = artifact.record.get("sketch")
     if values is None:
         why = "from other edits or by the rounding of another processor or torch; the record does "
-        return (f"{told}: the same tensors with other values, {why}not say which",), ()
+        return (f"{digests}: the same tensors with other values, {why}not say which",), ()
     if names := differing(values, plan):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return (f"{told}: {names[0]}{more} would get other values",), ()
+        return (f"{digests}: {names[0]}{more} would get other values",), ()
     note = "the plan is the recorded one within the rounding of this processor and torch: "
-    return (), (f"{note}{told}",)
+    return (), (f"{note}{digests}",)
 
 
 def refuse_overrides(options: Mapping[str, Any], *, fix: str) -> None:

@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.cli.output import Output
-from bake.cli.recorded import Again, Source, plan_again
-from bake.cli.reproduce import Reproduced, needs, recorded_options, reproduce
 from bake.errors import BakeError, UsageError, VerificationFailed
+from bake.jobs.recorded import Replanned, Source, replan
+from bake.jobs.reproduce import Reproduced, needs, recorded_options, reproduce
+from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from bake.verify.agreement import Agreement
     from bake.verify.report import Report
 
@@ -21,25 +19,25 @@ JSON, MARKDOWN = "reproduction.json", "reproduction.md"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Record:
+class Reproduction:
     """How far an artifact's record was reproduced.
 
     Attributes:
         source: the artifact.
-        again: its plan, made again; None for a merge, which has none.
+        replanned: its plan, made again; None for a merge, which has none.
         rebaked: its files, written again; None where that was not asked for.
         agreement: its published verification beside the one made here; None where it has none.
         notes: what is worth knowing.
     """
 
     source: Source
-    again: Again | None
+    replanned: Replanned | None
     rebaked: Reproduced | None
     agreement: "Agreement | None"
     notes: tuple[str, ...]
 
-    def beside(self, report: "Report") -> "Record":
-        """Return the record with the published verification held against a report.
+    def compared_with(self, report: "Report") -> "Reproduction":
+        """Return it with the published verification held against a report.
 
         Raises:
             InputError: the published verification is malformed.
@@ -57,7 +55,7 @@ class Record:
 
     def failure(self) -> BakeError | None:
         """Return the first thing that was not reproduced, or None when all was."""
-        for part in (self.again, self.rebaked):
+        for part in (self.replanned, self.rebaked):
             if part is not None and (found := part.failure()) is not None:
                 return found
         if self.agreement is None or not self.agreement.problems:
@@ -71,7 +69,7 @@ class Record:
         """Return it as JSON values."""
         return {
             "artifact": self.source.name,
-            "plan": None if self.again is None else self.again.to_json(),
+            "plan": None if self.replanned is None else self.replanned.to_json(),
             "rebaked": None if self.rebaked is None else self.rebaked.to_json(),
             "verification": None if self.agreement is None else self.agreement.to_json(),
             "notes": list(self.notes),
@@ -90,42 +88,24 @@ class Record:
             (folder / name).write_text(text, encoding="utf-8")
         return tuple(folder / name for name in found)
 
-    def view(self) -> list["RenderableType"]:
-        """Return it for a reader: the published numbers beside those that were measured here."""
-        from bake.cli import render
-        from bake.verify.agreement import outcome, shown
 
-        rows = [("artifact", self.source.name)]
-        if self.again is not None:
-            rows.append(("plan", self.again.told))
-        if self.rebaked is not None:
-            rows.append(("exported again", self.rebaked.told))
-        parts: list[RenderableType] = []
-        if self.agreement is not None:
-            rows.append(("verification", outcome(self.agreement)))
-            made = render.table(
-                "comparison", "published", "measured here", "", right=("published", "measured here")
-            )
-            for pair in self.agreement.pairs:
-                made.add_row(pair.name, shown(pair.published), shown(pair.here), pair.problem or "")
-            parts.append(render.section("Published, and measured here", made))
-        parts.append(render.section("Made again", render.facts(rows)))
-        if self.notes:
-            parts.append(render.section("Notes", render.indented(self.notes)))
-        return parts
-
-
-def record_again(
-    source: Source, *, base: str | None, family: Path | None, beside: Path | None, output: Output
-) -> Record:
+def reproduction_of(
+    source: Source,
+    *,
+    base: str | None,
+    family: Path | None,
+    rebake_beside: Path | None = None,
+    bars: Bars = no_bars,
+) -> Reproduction:
     """Make the plan of an artifact again, and its files where that is asked for.
 
     Args:
         source: the artifact.
         base: where its base is; as recorded when None.
         family: the user's own table; that of the record when None.
-        beside: write the files again, to a temporary folder beside this one; None leaves that out.
-        output: where progress is shown.
+        rebake_beside: write the files again, to a temporary folder beside this one; None leaves
+            that out.
+        bars: where progress is shown.
 
     Raises:
         UsageError: the files cannot be written again without what `bake export` asks for.
@@ -134,24 +114,24 @@ def record_again(
     from bake.verify.artifact import MERGE, open_baked
 
     if open_baked(source.folder).kind == MERGE:
-        if beside is not None:
+        if rebake_beside is not None:
             raise UsageError("a merge is made again with `bake merge`", fix="leave --rebake out")
-        return Record(source, None, None, None, source.notes)
-    again = plan_again(source, base=base, family=family)
+        return Reproduction(source, None, None, None, source.notes)
+    replanned = replan(source, base=base, family=family)
     rebaked = None
-    if beside is not None and again.same:
-        rebaked = _rebake(again, beside, output)
-    return Record(source, again, rebaked, None, again.notes)
+    if rebake_beside is not None and replanned.same:
+        rebaked = _rebake(replanned, rebake_beside, bars)
+    return Reproduction(source, replanned, rebaked, None, replanned.notes)
 
 
-def _rebake(again: Again, beside: Path, output: Output) -> Reproduced:
-    if (option := needs(again)) is not None:
+def _rebake(replanned: Replanned, beside: Path, bars: Bars) -> Reproduced:
+    if (option := needs(replanned)) is not None:
         raise UsageError(
-            f"--rebake cannot make this {again.artifact.kind} again without --{option}",
-            fix=f"use `bake export {again.source.name} --{option} … --out DIR`",
+            f"--rebake cannot make this {replanned.artifact.kind} again without --{option}",
+            fix=f"use `bake export {replanned.source.name} --{option} … --out DIR`",
         )
     place = next(p for p in beside.absolute().parents if p.is_dir())
     with tempfile.TemporaryDirectory(prefix=".bake-", dir=place) as folder:
-        out = Path(folder) / again.source.folder.name
-        options = recorded_options(again, out=out, gguf=None, llama_cpp=None, force=False)
-        return reproduce(again, out, options, output)
+        out = Path(folder) / replanned.source.folder.name
+        options = recorded_options(replanned, out=out, gguf=None, llama_cpp=None, force=False)
+        return reproduce(replanned, out, options, bars)

@@ -4,68 +4,26 @@ What the record does not hold is asked for again and checked by its digest: the 
 that an edited GGUF was made from.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from bake.cli.output import KEPT, Output
-from bake.cli.recorded import RECORD, Again
 from bake.errors import InputError, UsageError, VerificationFailed
+from bake.jobs.export import CONVERTER, gguf_parts, sha256
+from bake.jobs.recorded import RECORD, Replanned
+from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from bake.artifact import Artifact
     from bake.outputs.carry import Options
 
-CONVERTER = "convert_hf_to_gguf.py"
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
-def export_record(carrier: str, options: "Options", out: Path) -> dict[str, Any]:
-    """Return what ``bake.json`` keeps of an export's options: those that decide this carrier."""
-    if carrier not in ("gguf", "gguf-lora"):
-        return {}
-    if options.gguf is not None:
-        found: dict[str, Any] = {"gguf": gguf_parts(options.gguf)}
-        if carrier == "gguf":
-            found |= {"edited_type": options.edited_type, "rounding": options.rounding}
-        return {"export": found}
-    if options.llama_cpp is None or carrier == "gguf-lora":
-        return {}
-    script = options.llama_cpp / CONVERTER
-    digest = sha256(script) if script.is_file() else None
-    return {"export": {"converter": digest, "outtype": options.outtype, "name": out.name}}
-
-
-def gguf_parts(path: Path) -> list[dict[str, str]]:
-    """Return the names and digests of the files of a GGUF model."""
-    from bake.checkpoints.gguf.file import open_gguf
-
-    parts = [part.path for part in open_gguf(path).parts]
-    return [{"name": part.name, "sha256": sha256(part)} for part in parts]
-
-
-_KNOWN: dict[tuple[str, int, int], str] = {}
-
-
-def sha256(path: Path) -> str:
-    """Return the digest of a file, computed once for each state of it."""
-    status = path.stat()
-    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if key not in _KNOWN:
-        with path.open("rb") as file:
-            _KNOWN[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _KNOWN[key]
-
-
 def recorded_options(
-    again: Again, *, out: Path, gguf: Path | None, llama_cpp: Path | None, force: bool
+    replanned: Replanned, *, out: Path, gguf: Path | None, llama_cpp: Path | None, force: bool
 ) -> "Options":
     """Return the options of the recorded export, with the files that it needs given again.
 
@@ -76,9 +34,9 @@ def recorded_options(
     """
     from bake.outputs.carry import Options
 
-    kind, told = again.artifact.kind, again.artifact.record.get("export") or {}
-    allow = frozenset(again.request.recipe.export.allow)
-    needed = needs(again)
+    kind, stated = replanned.artifact.kind, replanned.artifact.record.get("export") or {}
+    allow = frozenset(replanned.request.recipe.export.allow)
+    needed = needs(replanned)
     for name, given in (("gguf", gguf), ("llama-cpp", llama_cpp)):
         if given is None and needed == name:
             what = "the base's GGUF" if name == "gguf" else "the llama.cpp checkout"
@@ -89,34 +47,35 @@ def recorded_options(
         if given is not None and needed != name:
             raise UsageError(f"this {kind} was not made with --{name}", fix="leave it out")
     if gguf is not None:
-        _check_parts(gguf, told.get("gguf"), again)
+        _check_parts(gguf, stated.get("gguf"), replanned)
     if llama_cpp is not None:
-        _check_converter(told, out, llama_cpp)
-    edited, rounding = told.get("edited_type"), told.get("rounding", "feedback")
-    outtype = told.get("outtype") or (again.artifact.record.get("gguf") or {}).get("outtype", "f16")
+        _check_converter(stated, out, llama_cpp)
+    edited, rounding = stated.get("edited_type"), stated.get("rounding", "feedback")
+    converted = replanned.artifact.record.get("gguf") or {}
+    outtype = stated.get("outtype") or converted.get("outtype", "f16")
     known = (edited is None or isinstance(edited, str)) and rounding in ("nearest", "feedback")
     if not known or outtype not in OUTTYPES:
         raise InputError("the options of the export are malformed", where=f"{RECORD}: export")
     return Options(allow, force, gguf, llama_cpp, edited, str(outtype), str(rounding))
 
 
-def needs(again: Again) -> str | None:
+def needs(replanned: Replanned) -> str | None:
     """Return which option names what the artifact was made with beside its base, or None."""
-    record, kind = again.artifact.record, again.artifact.kind
-    told = record.get("export") or {}
+    record, kind = replanned.artifact.record, replanned.artifact.kind
+    stated = record.get("export") or {}
     if kind == "gguf":
         made = record.get("gguf")
         return "llama-cpp" if isinstance(made, dict) and "converter" in made else "gguf"
-    return "gguf" if kind == "gguf-lora" and "gguf" in told else None
+    return "gguf" if kind == "gguf-lora" and "gguf" in stated else None
 
 
-def _check_parts(gguf: Path, recorded: Any, again: Again) -> None:
+def _check_parts(gguf: Path, recorded: Any, replanned: Replanned) -> None:
     if recorded is None:  # an earlier bake, which kept no digest: the result's digests decide
         return
     found = gguf_parts(gguf)
     if found != recorded:
         raise InputError(
-            f"{gguf} is not the GGUF that {again.source.name} was made from",
+            f"{gguf} is not the GGUF that {replanned.source.name} was made from",
             why=f"it is {_parts(found)}, recorded is {_parts(recorded)}",
             fix="name that file, under its own name",
         )
@@ -124,12 +83,13 @@ def _check_parts(gguf: Path, recorded: Any, again: Again) -> None:
 
 def _parts(parts: Any) -> str:
     rows = parts if isinstance(parts, list) else []
-    told = [f"{r.get('name')!r} {str(r.get('sha256'))[:12]!r}" for r in rows if isinstance(r, dict)]
-    return ", ".join(told) or "malformed"
+    known = [row for row in rows if isinstance(row, dict)]
+    shown = [f"{row.get('name')!r} {str(row.get('sha256'))[:12]!r}" for row in known]
+    return ", ".join(shown) or "malformed"
 
 
-def _check_converter(told: Mapping[str, Any], out: Path, llama_cpp: Path) -> None:
-    name, digest = told.get("name"), told.get("converter")
+def _check_converter(stated: Mapping[str, Any], out: Path, llama_cpp: Path) -> None:
+    name, digest = stated.get("name"), stated.get("converter")
     if name is not None and out.name != name:
         raise UsageError(
             f"the output is called {out.name!r}, and that of the record {name!r}",
@@ -150,32 +110,32 @@ class Reproduced:
     """An artifact that was written again.
 
     Attributes:
-        made: what was written.
+        written: the artifact that was made here.
         recorded: the digests of the artifact's files by name, its record included.
         versions: the version of bake that the record names, and this one.
-        told_otherwise: where the new record differs from the artifact's.
+        record_differs_at: where the new record differs from the artifact's.
         other_base: the edited tensors of the base that are not those that the record names.
     """
 
-    made: "Artifact"
+    written: "Artifact"
     recorded: Mapping[str, str]
     versions: tuple[str, str]
-    told_otherwise: tuple[str, ...]
+    record_differs_at: tuple[str, ...]
     other_base: tuple[str, ...] = ()
 
     @property
     def differing(self) -> tuple[str, ...]:
         """The names of the files that are not identical, or on one side only."""
-        names = {**self.recorded, **self.made.files}
-        return tuple(n for n in names if self.recorded.get(n) != self.made.files.get(n))
+        names = {**self.recorded, **self.written.files}
+        return tuple(n for n in names if self.recorded.get(n) != self.written.files.get(n))
 
     @property
     def count(self) -> int:
         """How many files there are on either side."""
-        return len({**self.recorded, **self.made.files})
+        return len({**self.recorded, **self.written.files})
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How many of them are identical."""
         return f"{self.count - len(self.differing)} of {self.count} files identical"
 
@@ -190,16 +150,16 @@ class Reproduced:
             why = f"the base's weights are others than the recorded: {first}"
             why += f" and {len(more)} more edited tensors" if more else ""
         if self.differing == (RECORD,):
-            where = ", ".join(self.told_otherwise) or "its layout"
+            where = ", ".join(self.record_differs_at) or "its layout"
             why = f"what the record says differs at {where}"
-            if self.told_otherwise == ("plan.digest",):
+            if self.record_differs_at == ("plan.digest",):
                 why += ", which is over every bit of the plan: this processor or torch rounds "
                 why += "in another way, and every other file is the same all the same"
         if theirs != ours:
             why += f"; it was made by bake {theirs}, and this is bake {ours}"
         return VerificationFailed(
-            f"{self.told}, and these are not: {', '.join(self.differing)}",
-            where=str(self.made.path),
+            f"{self.summary}, and these are not: {', '.join(self.differing)}",
+            where=str(self.written.path),
             why=why,
         )
 
@@ -208,15 +168,17 @@ class Reproduced:
         return {
             "identical": self.count - len(self.differing),
             "of": self.count,
-            "record_differs_at": list(self.told_otherwise),
+            "record_differs_at": list(self.record_differs_at),
             "differing": [
-                {"file": n, "recorded": self.recorded.get(n), "here": self.made.files.get(n)}
+                {"file": n, "recorded": self.recorded.get(n), "here": self.written.files.get(n)}
                 for n in self.differing
             ],
         }
 
 
-def reproduce(again: Again, out: Path, options: "Options", output: Output) -> Reproduced:
+def reproduce(
+    replanned: Replanned, out: Path, options: "Options", bars: Bars = no_bars
+) -> Reproduced:
     """Write the artifact again to a new folder, and compare its files with the recorded ones.
 
     Raises:
@@ -224,25 +186,18 @@ def reproduce(again: Again, out: Path, options: "Options", output: Output) -> Re
         BakeError: the base or the disk refuses.
     """
     from bake import __version__
-    from bake.checkpoints import open_checkpoint
-    from bake.cli import render
-    from bake.cli.export import kept_at
     from bake.outputs.carry import write
 
-    request = again.request
-    recorded = recorded_files(again)
-    for failure in (again.failure(), request.refusal(options)):
+    request = replanned.request
+    recorded = recorded_files(replanned)
+    for failure in (replanned.failure(), request.refusal(options)):
         if failure is not None:
             raise failure
-    checkpoint = request.checkpoint
-    if not checkpoint.complete:
-        # The plan needed headers only; the files are fetched once it is known to be the same.
-        base = request.recipe.base
-        checkpoint = open_checkpoint(base.source, revision=checkpoint.revision, complete=True)
-    click.get_current_context().meta[KEPT] = kept_at(out)
-    with render.progress(f"writing {out.name}", visible=not output.quiet) as move:
-        made = write(
-            again.artifact.kind,
+    # The plan needed headers only; the files are fetched once it is known to be the same.
+    checkpoint = request.complete()
+    with bars(f"writing {out.name}") as move:
+        written = write(
+            replanned.artifact.kind,
             request.plan,
             checkpoint,
             out,
@@ -250,10 +205,10 @@ def reproduce(again: Again, out: Path, options: "Options", output: Output) -> Re
             options=options,
             progress=move,
         )
-    versions = (str(again.artifact.record.get("bake")), __version__)
-    ours = json.loads((made.path / RECORD).read_text(encoding="utf-8"))
-    theirs = again.artifact.record
-    return Reproduced(made, recorded, versions, _where(theirs, ours), _other_base(theirs, ours))
+    versions = (str(replanned.artifact.record.get("bake")), __version__)
+    ours = json.loads((written.path / RECORD).read_text(encoding="utf-8"))
+    theirs = replanned.artifact.record
+    return Reproduced(written, recorded, versions, _where(theirs, ours), _other_base(theirs, ours))
 
 
 def _other_base(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
@@ -280,33 +235,17 @@ def _where(theirs: Mapping[str, Any], ours: Mapping[str, Any], stem: str = "") -
     return tuple(found)
 
 
-def recorded_files(again: Again) -> dict[str, str]:
+def recorded_files(replanned: Replanned) -> dict[str, str]:
     """Return the digests that the artifact lists, and that of the list itself.
 
     Raises:
         InputError: it lists none.
     """
-    files = again.artifact.record.get("files")
+    files = replanned.artifact.record.get("files")
     if not files:
         raise InputError(
             "lists no files, so that nothing can be compared",
-            where=f"{again.source.name}: {RECORD}",
+            where=f"{replanned.source.name}: {RECORD}",
         )
     found = {name: str(digest).removeprefix("sha256:") for name, digest in files.items()}
-    return {**found, RECORD: sha256(again.source.folder / RECORD)}
-
-
-def view(done: Reproduced) -> list["RenderableType"]:
-    """Return how far the artifact was reproduced."""
-    from bake.cli import render
-
-    parts: list[RenderableType] = [
-        render.facts([("written", str(done.made.path)), ("as recorded", done.told)])
-    ]
-    if done.differing:
-        rows = render.table("file", "recorded", "here")
-        for name in done.differing:
-            theirs, ours = done.recorded.get(name, "absent"), done.made.files.get(name, "absent")
-            rows.add_row(name, theirs[:16], ours[:16])
-        parts.append(render.section("Files that differ", rows))
-    return parts
+    return {**found, RECORD: sha256(replanned.source.folder / RECORD)}

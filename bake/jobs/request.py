@@ -1,14 +1,14 @@
-"""From a recipe and the command line's options to a plan: what ``plan`` and ``export`` share."""
+"""From a recipe and what overrides it to a plan: what ``plan`` and ``export`` share."""
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import click
+from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.checkpoints import Checkpoint
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from bake.outputs.carry import Options
     from bake.plan import Plan
     from bake.recipe import Recipe
-
-F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +54,15 @@ class Request:
         except InexactPlan as error:
             return error
         return None
+
+    def complete(self) -> "Checkpoint":
+        """Return the base with its weights at hand, which are fetched where a plan needed none."""
+        if self.checkpoint.complete:
+            return self.checkpoint
+        from bake.checkpoints import open_checkpoint
+
+        source, revision = self.recipe.base.source, self.checkpoint.revision
+        return open_checkpoint(source, revision=revision, complete=True)
 
     def record(self, out: Path | None = None) -> dict[str, Any]:
         """Return what ``bake.json`` and ``--json`` keep of the request: recipe, base, directions.
@@ -115,33 +121,6 @@ def table_of(path: Path) -> dict[str, str]:
     return {"file": path.name, "digest": digest, "text": data.decode("utf-8")}
 
 
-def recipe_options(function: F) -> F:
-    """Add the recipe, or the artifact that takes its place, and the options that override it."""
-    for option in (
-        click.option(
-            "--target",
-            multiple=True,
-            metavar="RUNTIME",
-            help="A runtime that must load the result, instead of the recipe's: transformers, "
-            "peft, vllm, llama.cpp, sglang, ollama or mlx-lm. May be repeated.",
-        ),
-        click.option(
-            "--allow",
-            multiple=True,
-            metavar="WHAT",
-            help="Allow as well: recast, nulling or approximate. May be repeated.",
-        ),
-        click.option("--family", type=PATH, metavar="FILE", help="Your own family table."),
-        click.option(
-            "--model", metavar="MODEL", help="Edit this model instead: a folder or a Hub id."
-        ),
-        click.option("--base", metavar="MODEL", help="Of an artifact: where its base is."),
-        click.argument("recipe", metavar="RECIPE|ARTIFACT"),
-    ):
-        function = option(function)
-    return function
-
-
 def compile_request(
     recipe: Path,
     *,
@@ -150,7 +129,7 @@ def compile_request(
     allow: tuple[str, ...],
     target: tuple[str, ...],
     to: tuple[str, ...] = (),
-    visible: bool = True,
+    bars: Bars = no_bars,
 ) -> Request:
     """Return the plan of a recipe. Of the model only headers, config and norms are read.
 
@@ -162,8 +141,8 @@ def compile_request(
     import torch
 
     from bake.checkpoints import open_checkpoint
-    from bake.cli.fitting import fitted, wanted
     from bake.families.fit import layout_of
+    from bake.jobs.fitting import fitted, wanted
     from bake.plan.compile import compile_plan
     from bake.recipe import build_edits, load_recipe, override, read_artifacts
 
@@ -182,6 +161,6 @@ def compile_request(
     plan, facts = compile_(build_edits(loaded, layout, directions)), None
     if (spec := wanted(loaded, plan)) is not None:
         plan, facts = fitted(
-            loaded, spec, plan, compile_, checkpoint, layout, family=family, visible=visible
+            loaded, spec, plan, compile_, checkpoint, layout, family=family, bars=bars
         )
     return Request(loaded, checkpoint, layout, directions, plan, family, facts)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.cli import render
 from bake.errors import UsageError
+from bake.progress import Bars
 
 if TYPE_CHECKING:
     from bake.checkpoints import Checkpoint
@@ -49,7 +49,7 @@ def fitted(
     layout: "Layout",
     *,
     family: Path | None,
-    visible: bool,
+    bars: Bars,
 ) -> "tuple[Plan, dict[str, Any]]":
     """Return a plan with stand-ins, and what the record keeps of how they were fitted.
 
@@ -73,7 +73,7 @@ def fitted(
     prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
     live = load(checkpoint, torch.float32, family=family)
     settings = Settings(spec.rank, spec.corrections, spec.constant)
-    with render.progress("fitting stand-ins", visible=visible, unit="writers") as move:
+    with bars("fitting stand-ins", unit="writers") as move:
         planned, facts = approximate(
             plan,
             compile_,

@@ -1,0 +1,79 @@
+"""What jobs return, for a reader: plans, artifacts, and how far they were made again."""
+
+from typing import TYPE_CHECKING
+
+from bake.cli import render
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from bake.jobs.export import Exported
+    from bake.jobs.published import Reproduction
+    from bake.jobs.recorded import Replanned
+    from bake.jobs.reproduce import Reproduced
+    from bake.jobs.request import Request
+
+
+def plan(request: "Request", *, verbose: bool) -> list["RenderableType"]:
+    """Return the plan of a request."""
+    return render.plan(
+        request.plan, request.recipe, request.checkpoint, request.layout, verbose=verbose
+    )
+
+
+def exported(found: "Exported", *, verbose: bool) -> list["RenderableType"]:
+    """Return what was written, carrier by carrier."""
+    request = found.request
+    return [
+        part
+        for written in found.artifacts
+        for part in render.artifact(
+            written, request.plan, request.checkpoint, found.rounded(written), verbose=verbose
+        )
+    ]
+
+
+def replanned(found: "Replanned", *, verbose: bool) -> list["RenderableType"]:
+    """Return the plan, and whether it is that of the record."""
+    artifact = f"{found.source.name} ({found.artifact.kind})"
+    rows = [("artifact", artifact), ("this is", found.summary)]
+    parts = [*plan(found.request, verbose=verbose), render.facts(rows)]
+    if found.notes:
+        parts.append(render.section("Notes on the artifact", render.indented(found.notes)))
+    return parts
+
+
+def reproduced(found: "Reproduced") -> list["RenderableType"]:
+    """Return how many of the files are the recorded ones, and those that are not."""
+    rows = [("written", str(found.written.path)), ("as recorded", found.summary)]
+    parts: list[RenderableType] = [render.facts(rows)]
+    if found.differing:
+        files = render.table("file", "recorded", "here")
+        for name in found.differing:
+            sides = (found.recorded, found.written.files)
+            files.add_row(name, *(side.get(name, "absent")[:16] for side in sides))
+        parts.append(render.section("Files that differ", files))
+    return parts
+
+
+def reproduction(found: "Reproduction") -> list["RenderableType"]:
+    """Return the published numbers beside those that were measured here."""
+    from bake.verify.agreement import outcome, shown
+
+    rows = [("artifact", found.source.name)]
+    if found.replanned is not None:
+        rows.append(("plan", found.replanned.summary))
+    if found.rebaked is not None:
+        rows.append(("exported again", found.rebaked.summary))
+    parts: list[RenderableType] = []
+    if found.agreement is not None:
+        rows.append(("verification", outcome(found.agreement)))
+        sides = ("published", "measured here")
+        pairs = render.table("comparison", *sides, "", right=sides)
+        for pair in found.agreement.pairs:
+            pairs.add_row(pair.name, shown(pair.published), shown(pair.here), pair.problem or "")
+        parts.append(render.section("Published, and measured here", pairs))
+    parts.append(render.section("Made again", render.facts(rows)))
+    if found.notes:
+        parts.append(render.section("Notes", render.indented(found.notes)))
+    return parts
