@@ -22,7 +22,7 @@ from bake.checkpoints import open_checkpoint
 from bake.edits import Edit, EditKind
 from bake.outputs.checkpoint import export_checkpoint
 from bake.plan import compile_plan
-from bake.verify.compare import layout_of
+from bake.verify.models import layout_of
 
 VOCAB, HEAD = 8000, 64
 
@@ -32,12 +32,13 @@ from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[4]))
 from bake.verify.compare import compare
+from bake.verify.verification import Verification
 prompts = [list(range(10, 10 + length)) for length in json.loads(sys.argv[5])]
 start = time.perf_counter()
-report = compare(
+report = compare(Verification(
     Path(sys.argv[1]), base=sys.argv[2], prompts=prompts, streamed=sys.argv[3] == "streamed",
     generate=0,
-)
+))
 # Not getrusage: its peak counts what the parent held before it started this process.
 status = Path("/proc/self/status").read_text().splitlines()
 peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

@@ -527,7 +527,9 @@ def test_prompts_reach_the_comparison_as_the_file_they_are_in(
     made = bench()
     seen: dict[str, Any] = {}
     report = Report("out", "base", "sha256:0", "exact", "F64", (Row("a", 1.0, 0.0, True),), {})
-    monkeypatch.setattr(compare, "compare", lambda out, **given: seen.update(given) or report)
+    monkeypatch.setattr(
+        compare, "compare", lambda asked: seen.update(prompts=asked.prompts) or report
+    )
     texts = made.folder / "prompts.txt"
     made.run("verify", made.folder / "out", "--prompts", texts)
     assert seen["prompts"] == texts

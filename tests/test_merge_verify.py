@@ -23,10 +23,12 @@ from bake.merge.merge import merge_adapter
 from bake.outputs.lora import export_lora
 from bake.publish.preflight import Terms, preflight
 from bake.seal.seal import check, seal
-from bake.verify.compare import compare, raise_unless_passed
+from bake.verify.compare import compare
 from bake.verify.files import write_report
+from bake.verify.judgement import raise_unless_passed
 from bake.verify.report import Report
 from bake.verify.runtimes.registry import Runtimes
+from bake.verify.verification import Verification
 
 Checkpoints = Callable[..., Path]
 PROMPTS = [[5, 9, 4, 33, 7, 21, 8], [40, 3, 17, 6, 6], [11, 12, 13]]
@@ -39,7 +41,7 @@ def merged(base: Base, folder: Path, **options: Any) -> Path:
 
 
 def verify(out: Path, **options: Any) -> Report:
-    return compare(out, prompts=PROMPTS, generate=2, **options)
+    return compare(Verification(out, prompts=PROMPTS, generate=2, **options))
 
 
 def value(report: Report, name: str) -> float:

@@ -30,8 +30,8 @@ from bake.recipe import disagreement, parse_recipe
 from bake.sites import expand
 from bake.verify.agreement import agreement, markdown
 from bake.verify.artifact import is_inside, open_baked
-from bake.verify.compare import open_base
 from bake.verify.files import without_paths
+from bake.verify.inputs import open_base
 from bake.verify.report import Report, Row
 
 FAMILIES = Path(__file__).parent.parent / "bake" / "families"

@@ -17,8 +17,10 @@ from bake import edits as make
 from bake.cli import main
 from bake.edits import Edit
 from bake.errors import BakeError, ExactnessBug, InputError, VerificationFailed
-from bake.verify.compare import compare, raise_unless_passed
+from bake.verify.compare import compare
+from bake.verify.judgement import raise_unless_passed
 from bake.verify.report import Report
+from bake.verify.verification import Verification
 
 EXACT = "baked − hooked, evaluated in float64"
 
@@ -51,7 +53,7 @@ def test_error_shrinks_with_precision(
         base_path = tiny_checkpoint(family, dtype=dtype)
         base = Base(base_path, _open(base_path), None, tiny.layout_of(base_path))  # type: ignore[arg-type]
         out = baked(base, tmp_path / str(dtype))
-        report = compare(out, base=str(base_path))
+        report = compare(Verification(out, base=str(base_path)))
         assert report.passed, report.rows
         controls = [found for found in report.rows if found.group == "control"]
         assert len(controls) >= 4
@@ -95,7 +97,7 @@ def test_the_quickstart_is_exact_to_the_rounding_of_what_it_is_stored_in(
     run = CliRunner().invoke
     made = run(main, ["export", str(tmp_path / "quickstart.toml"), "--out", str(out), "-q"])
     assert made.exit_code == 0, made.output
-    report = compare(out, longest=16, generate=0)
+    report = compare(Verification(out, longest=16, generate=0))
     assert report.passed, report.rows
     assert row(report, EXACT) <= most * row(report, "effect")
     # A copy in a narrower dtype would not keep the next one's promise: the numbers are told apart.
@@ -115,7 +117,9 @@ def test_an_edit_without_effect_is_no_pass(
 ) -> None:
     base = base_at(tiny_checkpoint("llama"))
     nothing = [edit(base, "ablate", make.ablate(vector(24), strength=0.0), "resid")]
-    report = compare(bake(base, plan_of(base, nothing), tmp_path / "out"), base=str(base.path))
+    report = compare(
+        Verification(bake(base, plan_of(base, nothing), tmp_path / "out"), base=str(base.path))
+    )
     assert not report.passed
     with pytest.raises(VerificationFailed, match="the edit has no effect") as caught:
         raise_unless_passed(report)
@@ -129,7 +133,7 @@ def test_a_changed_weight_fails(tiny_checkpoint: Callable[..., Path], tmp_path: 
     tensors = load_file(shard)
     tensors["model.norm.weight"][3] += 1e-3
     save_file(tensors, shard, metadata={"format": "pt"})
-    report = compare(out, base=str(base.path))
+    report = compare(Verification(out, base=str(base.path)))
     assert not report.passed
     with pytest.raises(BakeError) as caught:
         raise_unless_passed(report)
@@ -142,7 +146,9 @@ def test_a_wrong_fold_is_a_defect_with_its_own_exit_code(
 ) -> None:
     base = base_at(tiny_checkpoint("llama"))
     plan = plan_of(base, edits_of(base))
-    report = compare(bake(base, replace(plan, biases=()), tmp_path / "out"), base=str(base.path))
+    report = compare(
+        Verification(bake(base, replace(plan, biases=()), tmp_path / "out"), base=str(base.path))
+    )
     with pytest.raises(ExactnessBug, match="the plan says EXACT") as caught:
         raise_unless_passed(report)
     assert caught.value.exit_code == 6
@@ -156,12 +162,12 @@ def test_another_base_is_refused(tiny_checkpoint: Callable[..., Path], tmp_path:
     record["base"]["digest"] = base.checkpoint.digest()
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(InputError, match="is not the base that the artifact was made from"):
-        compare(out, base=str(other))
-    assert compare(out, base=str(base.path)).passed
+        compare(Verification(out, base=str(other)))
+    assert compare(Verification(out, base=str(base.path))).passed
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"kind": 1, "plan": [], "base": {}}', "[1]"])
 def test_a_folder_without_a_record_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "bake.json").write_text(content)
     with pytest.raises(InputError, match="no artifact of bake"):
-        compare(tmp_path)
+        compare(Verification(tmp_path))

@@ -21,6 +21,7 @@ from bake.verify.compare import compare
 from bake.verify.files import write_report
 from bake.verify.plots import draw, titles
 from bake.verify.report import Report, Row
+from bake.verify.verification import Verification
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def report(
 ) -> Report:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
     out = baked(base, tmp_path_factory.mktemp("report") / "out")
-    return compare(out, base=str(base.path), generate=2)
+    return compare(Verification(out, base=str(base.path), generate=2))
 
 
 def test_files_hold_every_number(report: Report, tmp_path: Path) -> None:

@@ -25,13 +25,18 @@ from bake.outputs.lora import export_lora
 from bake.process import RuntimeFailed, run_script
 from bake.verify import serving
 from bake.verify.agreement import agreement
-from bake.verify.artifact import open_baked
-from bake.verify.compare import compare, raise_unless_passed
+from bake.verify.artifact import Baked
+from bake.verify.compare import compare
+from bake.verify.inputs import Inputs, opened
+from bake.verify.judgement import raise_unless_passed
 from bake.verify.report import Report, Row
+from bake.verify.runner import Runner
 from bake.verify.runtimes.registry import Runtimes
 from bake.verify.runtimes.request import RuntimeResult
-from bake.verify.serving import target_of
 from bake.verify.spoiled import MISTAKES, spoiled
+from bake.verify.stored import quantised, stored_dtypes
+from bake.verify.target import Target, target_of
+from bake.verify.verification import Verification
 
 HERE = Runtimes(("transformers",), {"transformers": Path(sys.executable)})
 
@@ -45,18 +50,19 @@ def test_transformers_in_its_own_process_serves_the_hooked_function(
     base: Base, tmp_path: Path
 ) -> None:
     out = baked(base, tmp_path / "out")
-    report = compare(out, base=str(base.path), runtimes=HERE, generate=0)
+    report = compare(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
     assert report.passed
     (record,) = report.runtimes
     assert (record["runtime"], record["status"]) == ("transformers", "passed")
     found = next(r for r in report.rows if r.name.startswith("transformers: max |Δlog p|"))
     assert found.passed and found.value <= 1e-4
-    target = target_of(open_baked(out), base.checkpoint, base.layout, [(3, 4, 5)])
+    with opened(Verification(out, base=str(base.path), prompts=[(3, 4, 5)])) as inputs:
+        target = target_of(Runner(inputs))
     assert target.effect > 100 * target.limit
 
     # Whoever makes the published numbers again need not have the publisher's runtimes.
     content = json.loads(json.dumps(report.to_json()))
-    alone = compare(out, base=str(base.path), generate=0)
+    alone = compare(Verification(out, base=str(base.path), generate=0))
     found = agreement(content, alone)
     assert found.problems == ()
     assert "not measured here (--runtime): effect: hooked − base, max |Δlog p|" in found.notes[0]
@@ -68,7 +74,7 @@ def test_transformers_in_its_own_process_serves_the_hooked_function(
 def test_a_wrong_bake_fails_in_the_runtime(base: Base, tmp_path: Path) -> None:
     plan = plan_of(base, edits_of(base))
     out = bake(base, replace(plan, biases=()), tmp_path / "out")
-    report = compare(out, base=str(base.path), runtimes=HERE, generate=0)
+    report = compare(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
     (record,) = report.runtimes
     assert record["status"] == "failed"
     found = next(r for r in report.rows if r.name.startswith("transformers: max |Δlog p|"))
@@ -80,7 +86,7 @@ def test_a_runtime_that_is_not_there_is_not_run(base: Base, tmp_path: Path) -> N
     out = baked(base, tmp_path / "out")
     absent = tmp_path / "no-python"
     runtimes = Runtimes(("vllm", "llama.cpp"), {"vllm": absent})
-    report = compare(out, base=str(base.path), runtimes=runtimes, generate=0)
+    report = compare(Verification(out, base=str(base.path), runtimes=runtimes, generate=0))
     assert [record["status"] for record in report.runtimes] == ["not run", "not run"]
     assert "is no Python interpreter" in report.runtimes[0]["reason"]
     assert "no converter was named" in report.runtimes[1]["reason"]
@@ -102,7 +108,7 @@ def test_a_runtime_that_crashes_has_failed(
     broken.write_text("#!/bin/sh\necho boom >&2\nexit 3\n")
     broken.chmod(0o755)
     runtimes = Runtimes(("transformers",), {"transformers": broken})
-    report = compare(out, base=str(base.path), runtimes=runtimes, generate=0)
+    report = compare(Verification(out, base=str(base.path), runtimes=runtimes, generate=0))
     assert not report.passed
     assert report.runtimes[0]["status"] == "failed"
     assert "exit status 3" in report.runtimes[0]["reason"]
@@ -123,10 +129,10 @@ def test_an_adapter_is_verified_in_a_runtime(base: Base, tmp_path: Path) -> None
     record["kind"] = "control-vector"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UsageError, match="is verified in a runtime that loads it") as caught:
-        compare(out, base=str(base.path))
+        compare(Verification(out, base=str(base.path)))
     assert "llama.cpp" in str(caught.value)
     with pytest.raises(UsageError, match="vllm loads no control-vector"):
-        compare(out, base=str(base.path), runtimes=Runtimes(("vllm",)))
+        compare(Verification(out, base=str(base.path), runtimes=Runtimes(("vllm",))))
 
 
 def test_options_of_runtimes_that_name_none_are_refused(base: Base, tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_an_adapter_has_floor_effect_and_controls_in_its_runtime(
     adapted: tuple[Base, Path],
 ) -> None:
     base, out = adapted
-    report = compare(out, base=str(base.path), runtimes=PEFT)
+    report = compare(Verification(out, base=str(base.path), runtimes=PEFT))
     assert report.passed, report.rows
     (effect,) = group(report, "effect").values()
     controls = group(report, "control")
@@ -216,38 +222,38 @@ def test_a_spoiled_adapter_fails(adapted: tuple[Base, Path], tmp_path: Path) -> 
     tensors = load_file(file)
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: -tensors[name]}, file, metadata={"format": "pt"})
-    report = compare(out, base=str(base.path), runtimes=PEFT)
+    report = compare(Verification(out, base=str(base.path), runtimes=PEFT))
     assert [record["status"] for record in report.runtimes] == ["failed"]
     with pytest.raises(VerificationFailed):
         raise_unless_passed(report)
 
 
 @pytest.fixture
-def answered(adapted: tuple[Base, Path], monkeypatch: pytest.MonkeyPatch) -> serving.Target:
+def answered(adapted: tuple[Base, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Inputs, Target]:
     """A runtime that answers at once: a tenth of the way from the hooked model to the base."""
     base, out = adapted
-    target = target_of(open_baked(out), base.checkpoint, base.layout, [(3, 4, 5, 6)])
+    asked = Verification(out, base=str(base.path), prompts=[(3, 4, 5, 6)], runtimes=PEFT)
+    with opened(asked) as inputs:
+        target = target_of(Runner(inputs))
     mixed = torch.from_numpy(0.9 * target.logprobs + 0.1 * target.base).log_softmax(-1).numpy()
     bare = target.base[:4]
     result = RuntimeResult("PEFT", "0", (mixed,), target.greedy.tokens, {}, (bare,))
     monkeypatch.setattr(serving, "_ask", lambda *args: result)
-    return target
+    return inputs, target
 
 
 def test_a_control_of_a_runtime_that_is_not_missed_fails(
-    adapted: tuple[Base, Path], answered: serving.Target
+    answered: tuple[Inputs, Target],
 ) -> None:
     """A limit that the base itself keeps cannot tell a bake from none."""
-    base, out = adapted
-    artifact = open_baked(out)
+    inputs, target = answered
 
     def status(limit: float) -> str:
-        asked = replace(answered, limit=limit)
-        found = serving.serve_all(PEFT, artifact, base.checkpoint, asked, lambda text: None)
+        found = serving.serve_all(inputs, PEFT, replace(target, limit=limit))
         assert {r.passed for r in found.rows if r.group == "control"} == {limit < 100}
         return str(found.records[0]["status"])
 
-    assert status(answered.effect / 5) == "passed"
+    assert status(target.effect / 5) == "passed"
     assert status(100.0) == "failed"
 
 
@@ -279,7 +285,7 @@ def test_prompts_of_an_adapter_are_in_the_bases_tokens(
     out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record).path
     texts = tmp_path / "texts.txt"
     texts.write_text("Once upon a time\nThe cat sat down.\n")
-    report = compare(out, base=str(base.path), runtimes=PEFT, prompts=texts)
+    report = compare(Verification(out, base=str(base.path), runtimes=PEFT, prompts=texts))
     assert report.passed, report.rows
     assert (report.prompts["source"], report.prompts["prompts"]) == ("texts.txt", 2)
     result = CliRunner().invoke(
@@ -292,7 +298,7 @@ def test_prompts_of_an_adapter_are_in_the_bases_tokens(
 
 
 def test_an_approximate_adapter_is_held_to_its_number(
-    adapted: tuple[Base, Path], answered: serving.Target, tmp_path: Path
+    adapted: tuple[Base, Path], answered: tuple[Inputs, Target], tmp_path: Path
 ) -> None:
     base, sound = adapted
     out = tmp_path / "out"
@@ -301,13 +307,15 @@ def test_an_approximate_adapter_is_held_to_its_number(
     record["plan"]["exactness"] = "approximate"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
     prompts = [(3, 4, 5, 6)]
-    report = compare(out, base=str(base.path), runtimes=PEFT, prompts=prompts)
+    report = compare(Verification(out, base=str(base.path), runtimes=PEFT, prompts=prompts))
     (share,) = (r.value for r in report.rows if r.name.startswith("peft: mean KL(hooked ‖ served)"))
     assert 0.001 < share < 0.1
     assert report.runtimes[0]["status"] == "measured"
     for factor, status in ((2, "passed"), (0.5, "failed")):
         again = compare(
-            out, base=str(base.path), runtimes=PEFT, prompts=prompts, most_kl=factor * share
+            Verification(
+                out, base=str(base.path), runtimes=PEFT, prompts=prompts, most_kl=factor * share
+            )
         )
         assert again.runtimes[0]["status"] == status
 
@@ -327,9 +335,9 @@ def test_the_types_of_a_gguf_file_decide_what_it_is_held_to(tmp_path: Path) -> N
         folder = tmp_path / "-".join(sorted(kinds))
         folder.mkdir()
         write_gguf(folder / "m.gguf", kinds)
-        artifact = serving.Baked(folder, {"kind": "gguf"}, ())
-        assert set(serving._stored_in(artifact)) == wanted
-        assert serving._quantised(artifact) is ("Q8_0" in kinds)
+        artifact = Baked(folder, {"kind": "gguf"}, ())
+        assert set(stored_dtypes(artifact)) == wanted
+        assert quantised(artifact) is ("Q8_0" in kinds)
 
 
 # --- processes ---------------------------------------------------------------------------------

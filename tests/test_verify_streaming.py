@@ -14,11 +14,12 @@ from test_verify import baked, row
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
 from bake.errors import FamilyError
-from bake.verify.compare import compare, layout_of
-from bake.verify.models import load
+from bake.verify.compare import compare
+from bake.verify.models import layout_of, load
 from bake.verify.observe import block_sites
 from bake.verify.runs import batches_of, halves, run
 from bake.verify.units import units_of
+from bake.verify.verification import Verification
 
 PROMPTS = ((5, 6, 7, 8), (9,) * 12, tuple(range(20)), (3,))
 
@@ -58,8 +59,8 @@ def test_a_streamed_report_has_the_same_numbers(
 ) -> None:
     base = base_at(tiny_checkpoint(family, dtype=torch.float32))
     out = baked(base, tmp_path / "out")
-    whole = compare(out, base=str(base.path), streamed=False, generate=3)
-    parts = compare(out, base=str(base.path), streamed=True, generate=3)
+    whole = compare(Verification(out, base=str(base.path), streamed=False, generate=3))
+    parts = compare(Verification(out, base=str(base.path), streamed=True, generate=3))
     assert whole.passed and parts.passed
     named = {found.name: found.value for found in whole.rows}
     shared = [found for found in parts.rows if found.name in named]
@@ -75,11 +76,13 @@ def test_a_streamed_pass_tells_how_far_it_is(
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32, num_hidden_layers=21))
     out, said = baked(base, tmp_path / "out"), list[str]()
-    assert compare(out, base=str(base.path), streamed=True, progress=said.append).passed
+    assert compare(Verification(out, base=str(base.path), streamed=True, remark=said.append)).passed
     first = said.index("base model in float64")
     assert said[first + 1 : first + 3] == ["    10 of 21 blocks", "    20 of 21 blocks"]
     said.clear()
-    assert compare(out, base=str(base.path), streamed=False, progress=said.append).passed
+    assert compare(
+        Verification(out, base=str(base.path), streamed=False, remark=said.append)
+    ).passed
     assert not any("blocks" in line for line in said)
 
 
@@ -130,6 +133,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from bake.verify.compare import compare
+from bake.verify.verification import Verification
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -139,7 +143,7 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 before = peak()
-report = compare(Path(sys.argv[1]), base=sys.argv[2], streamed=True)
+report = compare(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=True))
 assert report.passed, report.rows
 print(peak() - before)
 """

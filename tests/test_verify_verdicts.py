@@ -17,13 +17,16 @@ from test_verify import baked, edits_of, row
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
 from bake.errors import InputError, UsageError, VerificationFailed
-from bake.verify import evidence
+from bake.verify import runner
 from bake.verify.artifact import changed_files, open_baked
-from bake.verify.compare import compare, layout_of, raise_unless_passed
+from bake.verify.compare import compare
 from bake.verify.controls import Control, changed, groups_of
+from bake.verify.judgement import raise_unless_passed
 from bake.verify.metrics import compare_logits, largest_difference
+from bake.verify.models import layout_of
 from bake.verify.report import Report, Row
 from bake.verify.store import QUESTION, Store
+from bake.verify.verification import Verification
 
 
 def rows(report: Report, group: str) -> dict[str, Row]:
@@ -36,7 +39,7 @@ def rows(report: Report, group: str) -> dict[str, Row]:
 def test_controls_of_every_kind_fail(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """A tied model with biases gives occasion for each way to break it."""
     base = base_at(tiny_checkpoint("llama", tied=True))
-    report = compare(baked(base, tmp_path / "out"), base=str(base.path))
+    report = compare(Verification(baked(base, tmp_path / "out"), base=str(base.path)))
     assert report.passed
     controls = rows(report, "control")
     for kind in ("nothing edited", "forgotten tensor", "flipped sign", "forgotten bias"):
@@ -130,7 +133,7 @@ def test_a_nulling_plan_leaves_its_edit_nothing_to_do(
     edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
     plan = plan_of(base, edits, allow=["nulling"])
     out = bake(base, plan, tmp_path / "out", allow=frozenset({"nulling"}))
-    report = compare(out, base=str(base.path))
+    report = compare(Verification(out, base=str(base.path)))
     assert report.exactness == "nulling"
     assert report.passed, report.rows
     fixed = next(found for found in report.rows if found.name.startswith("max |h(x) − x|"))
@@ -155,17 +158,17 @@ def test_an_approximate_plan_is_held_to_the_number_that_is_asked_for(
     record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
     record["plan"]["exactness"] = "approximate"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
-    report = compare(out, base=str(base.path))
+    report = compare(Verification(out, base=str(base.path)))
     share = row(report, "mean KL(hooked ‖ baked) / mean KL")
     assert 0 < share < 1
-    assert compare(out, base=str(base.path), most_kl=2 * share).passed
+    assert compare(Verification(out, base=str(base.path), most_kl=2 * share)).passed
     controls = rows(report, "control")
     assert controls.pop("control: nothing edited, KL share").value == 1.0
     assert all(found.passed is None for found in controls.values())  # no number was asked for
     # A number that the base model keeps as well says nothing.
-    blind = compare(out, base=str(base.path), most_kl=1.5)
+    blind = compare(Verification(out, base=str(base.path), most_kl=1.5))
     assert rows(blind, "control")["control: nothing edited, KL share"].passed is False
-    failed = compare(out, base=str(base.path), most_kl=share / 2)
+    failed = compare(Verification(out, base=str(base.path), most_kl=share / 2))
     assert not failed.passed
     with pytest.raises(VerificationFailed, match="mean KL"):
         raise_unless_passed(failed)
@@ -199,7 +202,9 @@ def test_leaks_vanish_where_the_direction_is_ablated(
 ) -> None:
     base = base_at(tiny_checkpoint("llama"))
     edits = [edit(base, "ablate", make.ablate(vector(24)), ["attn_out.*", "mlp_out.1"], "mood")]
-    report = compare(bake(base, plan_of(base, edits), tmp_path / "out"), base=str(base.path))
+    report = compare(
+        Verification(bake(base, plan_of(base, edits), tmp_path / "out"), base=str(base.path))
+    )
     cells = {(leak["writer"], leak["layer"]): leak for leak in report.leaks}
     assert set(cells) == {("attn", 0), ("attn", 1), ("attn", 2), ("mlp", 1)}
     for leak in report.leaks:
@@ -215,7 +220,7 @@ def test_what_an_affine_edit_sets_is_no_leak(
     base = base_at(tiny_checkpoint("llama"))
     edits = [edit(base, "affine", make.affine(vector(24), alpha=0.5), ["attn_out.1"], "mood")]
     out = bake(base, plan_of(base, edits), tmp_path / "out")
-    (leak,) = compare(out, base=str(base.path)).leaks
+    (leak,) = compare(Verification(out, base=str(base.path))).leaks
     size = 0.5 * float(vector(24).norm())
     assert leak["after"] == pytest.approx(size) and leak["constant"] == pytest.approx(size)
     assert 0.01 < leak["before"] < 0.9 * size
@@ -225,7 +230,7 @@ def test_the_floor_and_the_effect_are_beside_every_layer(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16))
-    report = compare(baked(base, tmp_path / "out"), base=str(base.path), generate=4)
+    report = compare(Verification(baked(base, tmp_path / "out"), base=str(base.path), generate=4))
     sites = report.layers["sites"]
     assert sites == ["resid_pre.0", "resid_pre.1", "resid_pre.2", "resid_post.2"]
     columns = (report.layers[k] for k in ("effect", "float64", "floor bfloat16", "bfloat16"))
@@ -249,8 +254,8 @@ def test_an_interrupted_verification_is_taken_up(
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
     out, kept = baked(base, tmp_path / "out"), tmp_path / "kept"
-    whole = compare(out, base=str(base.path), generate=3)
-    real, runs = evidence.run, []
+    whole = compare(Verification(out, base=str(base.path), generate=3))
+    real, runs = runner.run, []
 
     def interrupting(*args: object, **options: object) -> object:
         if len(runs) == 5:
@@ -258,13 +263,15 @@ def test_an_interrupted_verification_is_taken_up(
         runs.append(args)
         return real(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evidence, "run", interrupting)
+    monkeypatch.setattr(runner, "run", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        compare(out, base=str(base.path), generate=3, resume=kept)
+        compare(Verification(out, base=str(base.path), generate=3, resume=kept))
     assert len(list(kept.glob("*.safetensors"))) == 5
-    monkeypatch.setattr(evidence, "run", lambda *a, **o: runs.append(a) or real(*a, **o))
+    monkeypatch.setattr(runner, "run", lambda *a, **o: runs.append(a) or real(*a, **o))
     done: list[str] = []
-    report = compare(out, base=str(base.path), generate=3, resume=kept, progress=done.append)
+    report = compare(
+        Verification(out, base=str(base.path), generate=3, resume=kept, remark=done.append)
+    )
     assert len([line for line in done if line.endswith(("float64", "float32"))]) == len(runs) - 3
     assert [(a.name, a.value) for a in report.rows] == [(b.name, b.value) for b in whole.rows]
     assert report.layers == whole.layers
@@ -277,17 +284,18 @@ def test_an_interrupted_verification_is_taken_up(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bake.verify import evidence
+from bake.verify import runner
 from bake.verify.compare import compare
-real, runs = evidence.run, []
+from bake.verify.verification import Verification
+real, runs = runner.run, []
 def run(*args, **options):
     if len(runs) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     runs.append(args)
     return real(*args, **options)
-evidence.run = run
-compare(Path(sys.argv[1]), base=sys.argv[2], streamed=sys.argv[4] == "True", generate=0,
-        resume=Path(sys.argv[3]))
+runner.run = run
+compare(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=sys.argv[4] == "True",
+                     generate=0, resume=Path(sys.argv[3])))
 """
 
 
@@ -304,9 +312,9 @@ def test_a_verification_that_was_killed_is_taken_up(
     assert len(list(kept.glob("*.safetensors"))) == 4
     said: list[str] = []
     options = {"base": str(base.path), "streamed": streamed, "generate": 0}
-    report = compare(out, resume=kept, progress=said.append, **options)  # type: ignore[arg-type]
+    report = compare(Verification(out, resume=kept, remark=said.append, **options))  # type: ignore[arg-type]
     assert "base model in float64" not in said and "baked model in float32" in said
-    whole = compare(out, **options)  # type: ignore[arg-type]
+    whole = compare(Verification(out, **options))  # type: ignore[arg-type]
     assert [(a.name, a.value) for a in report.rows] == [(b.name, b.value) for b in whole.rows]
     assert report.passed and not kept.exists()
 
@@ -351,8 +359,8 @@ def test_a_model_too_large_for_memory_is_streamed(
     monkeypatch.setattr(module, "os", SimpleNamespace(sysconf=pages.__getitem__))
     said: list[str] = []
     out = baked(base, tmp_path / "out")
-    assert compare(out, base=str(base.path), progress=said.append).passed
+    assert compare(Verification(out, base=str(base.path), remark=said.append)).passed
     assert not any("greedy" in line for line in said)
     pages["SC_PAGE_SIZE"] = 16 * elements
-    assert compare(out, base=str(base.path), progress=said.append).passed
+    assert compare(Verification(out, base=str(base.path), remark=said.append)).passed
     assert any("greedy" in line for line in said)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from bake.jobs.recorded import Replanned
     from bake.jobs.reproduce import Reproduced
     from bake.jobs.request import Request
+    from bake.jobs.verifying import Verified
+    from bake.verify.report import Report
 
 
 def plan(request: "Request", *, verbose: bool) -> list["RenderableType"]:
@@ -76,4 +78,40 @@ def reproduction(found: "Reproduction") -> list["RenderableType"]:
     parts.append(render.section("Made again", render.facts(rows)))
     if found.notes:
         parts.append(render.section("Notes", render.indented(found.notes)))
+    return parts
+
+
+def verified(found: "Verified") -> list["RenderableType"]:
+    """Return the report, its files and, of a published artifact, how far it was reproduced."""
+    from rich.text import Text
+
+    again = [] if found.reproduction is None else reproduction(found.reproduction)
+    files = render.facts(
+        ("written", str(path)) for path in found.written if path.parent.name != "plots"
+    )
+    return [*render.report(found.report), *_beside(found.report), Text(), files, *again]
+
+
+def _beside(report: "Report") -> list["RenderableType"]:
+    """Return what the table of comparisons leaves out: runtimes and side effects."""
+    parts: list[RenderableType] = []
+    if report.runtimes:
+        runtimes = render.table("runtime", "version", "status", "why")
+        for record in report.runtimes:
+            reason = str(record.get("reason", "")).partition("\n")[0]
+            runtimes.add_row(
+                str(record["runtime"]), str(record.get("version", "")), record["status"], reason
+            )
+        parts.append(render.section("Runtimes", runtimes))
+    if report.effects:
+        sides = render.table("side effect", "base", "hooked", "baked")
+        for name, numbers in report.effects.items():
+            cells = [
+                "{value:.4g} ({low:.4g} to {high:.4g})".format(**numbers[model])
+                if model in numbers
+                else ""
+                for model in ("base", "hooked", "baked")
+            ]
+            sides.add_row(name, *cells)
+        parts.append(render.section("Side effects, with 95 % confidence intervals", sides))
     return parts

@@ -111,9 +111,9 @@ def reproduction_of(
         UsageError: the files cannot be written again without what `bake export` asks for.
         BakeError: whatever is wrong with the artifact or its base.
     """
-    from bake.verify.artifact import MERGE, open_baked
+    from bake.verify.artifact import open_baked
 
-    if open_baked(source.folder).kind == MERGE:
+    if open_baked(source.folder).merged:
         if rebake_beside is not None:
             raise UsageError("a merge is made again with `bake merge`", fix="leave --rebake out")
         return Reproduction(source, None, None, None, source.notes)

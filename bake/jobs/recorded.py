@@ -108,7 +108,7 @@ def base_of(source: Source, artifact: "Baked", given: str | None) -> str:
     """
     if given is not None:
         return given
-    from bake.verify.compare import place_of_base
+    from bake.verify.inputs import place_of_base
 
     base = artifact.record["base"]
     if not source.published:
@@ -201,7 +201,7 @@ def replan(source: Source, *, base: str | None, family: Path | None) -> Replanne
     from bake.families.fit import layout_of
     from bake.plan.compile import compile_plan
     from bake.verify.artifact import open_baked
-    from bake.verify.compare import check_base
+    from bake.verify.inputs import check_base
 
     artifact = open_baked(source.folder)
     if not artifact.edits:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
+from bake.artifact.carrier import KINDS, Carrier
 from bake.checkpoints import strictjson
 from bake.checkpoints.folder import regular_file
 from bake.edit_store import EDITS, FITTED, load_edits
@@ -17,7 +18,6 @@ from bake.families import Family
 from bake.families.table import parse_family
 
 RECORD = "bake.json"
-CHECKPOINT, MERGE = "checkpoint", "merge"
 _CHUNK = 8 << 20
 _LIMIT = 64_000_000
 # What a record has to hold, and of which type; NoneType where it may be absent.
@@ -61,6 +61,16 @@ class Baked:
     def kind(self) -> str:
         """Which output wrote it: ``checkpoint``, ``lora``, ``gguf``, …"""
         return str(self.record["kind"])
+
+    @property
+    def carrier(self) -> Carrier:
+        """What kind of files it is."""
+        return KINDS[self.kind]
+
+    @property
+    def merged(self) -> bool:
+        """Whether it executes an adapter that was merged, and no edits: no export wrote it."""
+        return not self.carrier.exported
 
     @property
     def exactness(self) -> str:
@@ -123,8 +133,8 @@ def open_baked(path: Path) -> Baked:
             where=str(path),
             fix="name a folder that `bake export` wrote",
         ) from error
-    if record["kind"] == MERGE:
-        return Baked(path, record, ())  # what it executes is an adapter, not edits
+    if Baked(path, record, ()).merged:
+        return Baked(path, record, ())
     if not (path / EDITS).is_file():
         return Baked(path, record, load_edits(path / EDITS))  # which says that it is missing
     edits = load_edits(_own_file(path, EDITS))
@@ -149,6 +159,8 @@ def _check_record(record: Mapping[str, Any]) -> None:
         shown = names[-1] == "text" or not isinstance(found, str) or found.isprintable()
         if not isinstance(found, kinds) or not shown:
             raise InputError(f"{'.'.join(names)} is missing or not what is meant there")
+    if record["kind"] not in KINDS:
+        raise InputError(f"its kind {record['kind']!r} is none of {', '.join(KINDS)}")
     for key in ("allow", "target"):
         if not all(isinstance(word, str) for word in record.get(key) or ()):
             raise InputError(f"{key} is no list of texts")

@@ -2,139 +2,144 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from bake import __version__
 from bake.verify import verdict
-from bake.verify.evidence import TORCH, Evidence, Subject
+from bake.verify.adapter import as_merge, peft_version
+from bake.verify.evidence import Evidence
+from bake.verify.inputs import Inputs
 from bake.verify.leak import leaks
 from bake.verify.metrics import Compared, compare_logits, stream_differences
 from bake.verify.models import LOADING
 from bake.verify.observe import block_sites
-from bake.verify.prompts import PromptSet
-from bake.verify.report import Report
-from bake.verify.runs import Trace
+from bake.verify.report import Report, Row
+from bake.verify.runs import Trace, dtype_name
+from bake.verify.serving import Served
 
 
-def report_of(
-    subject: Subject,
-    evidence: Evidence,
-    changed: Sequence[str] | None,
-    prompts: PromptSet,
-    most_kl: float | None,
-) -> Report:
-    """Return the report of a baked checkpoint.
+def report_of(inputs: Inputs, evidence: Evidence, changed: Sequence[str] | None) -> Report:
+    """Return the report of a checkpoint.
 
     Args:
-        subject: what was compared.
+        inputs: what was compared.
         evidence: its runs.
         changed: files that are not as they were exported; None where that is not known.
-        prompts: what the models were run on.
-        most_kl: what an approximate plan is held to.
     """
-    layout, storage = subject.layout, TORCH[subject.layout.dtype]
-    bench = verdict.bench_of(subject.artifact, evidence, storage, layout.layers, layout.hidden)
+    exact = evidence.exact.reference
     compared = {
-        _name(dtype): _compared(subject, runs.hooked, runs.baked)
+        dtype_name(dtype): _compared(inputs, runs.reference, runs.baked)
         for dtype, runs in evidence.runs.items()
     }
-    effect = _compared(subject, evidence.exact.hooked, evidence.base)
-    name, shown = _name(storage), compared[_name(storage)]
-    found = _leaks(subject, evidence)
     # The reference beside itself in float64: what the dtype alone costs, in every metric.
     floors = {
-        f"floor {_name(dtype)}": _compared(subject, evidence.exact.hooked, runs.hooked)
-        for dtype, runs in evidence.runs.items()
-        if dtype != torch.float64
+        f"floor {dtype_name(dtype)}": _compared(inputs, exact, evidence.runs[dtype].reference)
+        for dtype in inputs.dtypes
     }
-    return Report(
-        artifact=str(subject.artifact.path),
-        base=subject.artifact.base_name,
-        plan_digest=subject.artifact.plan_digest,
-        exactness=subject.artifact.exactness,
-        dtype=layout.dtype,
-        rows=(
-            verdict.effect_row(bench),
-            *verdict.files_row(changed),
-            *verdict.exact_rows(bench),
-            *verdict.fixed_point_row(bench),
-            *verdict.divergence_row(bench, shown, effect, most_kl),
-            *verdict.control_rows(bench, most_kl),
-            *verdict.metric_rows(name, shown),
-            *verdict.greedy_rows(bench),
-            *verdict.leak_rows(found),
-        ),
-        environment=environment(subject.device),
-        prompts=prompts.to_json(),
-        metrics={
-            **{key: one.metrics.to_json() for key, one in (compared | floors).items()},
-            "effect": effect.metrics.to_json(),
-        },
-        layers=_layers(subject, evidence, storage),
-        leaks=found,
-        kl=shown.kl,
-        points=shown.points,
-        kl_effect=effect.kl,
-        points_effect=effect.points,
+    effect = _compared(inputs, exact, evidence.base)
+    serving = compared[dtype_name(inputs.storage)]
+    before, after = evidence.base.writes, evidence.exact.baked.writes
+    leaking = tuple(map(asdict, leaks(inputs.layout, inputs.artifact.edits, before, after)))
+    limits = verdict.limits_of(inputs, evidence)
+    rows = (
+        verdict.effect_row(limits),
+        *verdict.files_row(changed),
+        *verdict.exact_rows(limits),
+        *verdict.fixed_point_row(limits),
+        *verdict.divergence_row(limits, serving, effect),
+        *verdict.control_rows(limits),
+        *verdict.metric_rows(dtype_name(inputs.storage), serving),
+        *verdict.greedy_rows(limits),
+        *verdict.leak_rows(leaking),
+    )
+    return replace(
+        _report(inputs, rows, {**compared, **floors}, serving, effect),
+        layers=_layers(inputs, evidence),
+        leaks=leaking,
     )
 
 
-def environment(device: str) -> dict[str, str]:
+def served_report(inputs: Inputs, served: Served, changed: Sequence[str] | None) -> Report:
+    """Return the report of what is no checkpoint: runtimes load it, and nothing else does.
+
+    Args:
+        inputs: what was compared.
+        served: what came of asking the runtimes.
+        changed: files that are not as they were exported; None where that is not known.
+    """
+    effect, *rows = served.rows
+    first = next(iter(served.compared.values()), None)
+    rows = [effect, *verdict.files_row(changed), *rows]
+    return replace(
+        _report(inputs, rows, served.compared, first, served.effect), runtimes=served.records
+    )
+
+
+def _report(
+    inputs: Inputs,
+    rows: Sequence[Row],
+    compared: Mapping[str, Compared],
+    shown: Compared | None,
+    effect: Compared | None,
+) -> Report:
+    """Return what every report has; the plots show one comparison beside the effect."""
+    artifact, merged = inputs.artifact, inputs.artifact.merged
+    metrics = dict(compared) if effect is None else {**compared, "effect": effect}
+    return Report(
+        artifact=str(artifact.path),
+        base=artifact.base_name,
+        plan_digest=artifact.plan_digest,
+        exactness=artifact.exactness,
+        dtype=inputs.layout.dtype,
+        rows=tuple(replace(row, name=as_merge(row.name)) if merged else row for row in rows),
+        environment=_environment(inputs),
+        prompts=inputs.prompts.to_json(),
+        metrics={name: found.metrics.to_json() for name, found in metrics.items()},
+        kl=() if shown is None else shown.kl,
+        points=() if shown is None else shown.points,
+        kl_effect=() if effect is None else effect.kl,
+        points_effect=() if effect is None else effect.points,
+    )
+
+
+def _environment(inputs: Inputs) -> dict[str, str]:
     """Return the versions of what computed, and what it computed on."""
     import transformers
 
     return {
-        "device": device,
+        "device": inputs.device,
         "attention": str(LOADING["attn_implementation"]),
         "bake": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"peft": peft_version()} if inputs.artifact.merged else {}),
     }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _compared(subject: Subject, reference: Trace, other: Trace) -> Compared:
-    last = block_sites(subject.layout)[-1]
+def _compared(inputs: Inputs, reference: Trace, other: Trace) -> Compared:
+    last = block_sites(inputs.layout)[-1]
     hidden = (reference.streams[last], other.streams[last])
     return compare_logits(reference.logits, other.logits, hidden=hidden)
 
 
-def _layers(subject: Subject, evidence: Evidence, storage: torch.dtype) -> dict[str, Any]:
-    """Return how far each stream lies from that of the hooked model in float64, point by point."""
-    sites = block_sites(subject.layout)
-    exact, serving, name = evidence.exact, evidence.runs[storage], _name(storage)
+def _layers(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
+    """Return how far each stream lies from that of the reference in float64, point by point."""
+    sites, storage = block_sites(inputs.layout), inputs.storage
+    exact, serving, name = evidence.exact, evidence.runs[storage], dtype_name(storage)
     others = {
         "effect": evidence.base,
         "float64": exact.baked,
         name: serving.baked,
-        f"floor {name}": serving.hooked,
+        f"floor {name}": serving.reference,
     }
     if storage == torch.float64:
         del others["floor float64"]  # the reference itself
-    reference = exact.hooked.streams
+    reference = exact.reference.streams
     return {
         "sites": [str(site) for site in sites],
         **{key: stream_differences(reference, run.streams, sites) for key, run in others.items()},
     }
-
-
-def _leaks(subject: Subject, evidence: Evidence) -> tuple[Mapping[str, Any], ...]:
-    before, after = evidence.base.writes, evidence.exact.baked.writes
-    return tuple(
-        {
-            "concept": leak.concept,
-            "writer": leak.writer,
-            "layer": leak.layer,
-            "before": leak.before,
-            "after": leak.after,
-            "constant": leak.constant,
-            "varying": leak.varying,
-        }
-        for leak in leaks(subject.layout, subject.artifact.edits, before, after)
-    )

@@ -1,39 +1,35 @@
 """The side effects of an edit, beside its purpose: base, hooked and baked model compared."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bake.verify.evidence import Evidence
-from bake.verify.prompts import PromptSet, load_tokenizer
+from bake.verify.inputs import Inputs
+from bake.verify.prompts import load_tokenizer
 from bake.verify.scores import perplexity, score
 
 MODELS = ("base", "hooked", "baked")
 
 
-def effects(
-    evidence: Evidence, prompts: PromptSet, scores: Sequence[str], out: Path
-) -> dict[str, Any]:
+def effects(evidence: Evidence, inputs: Inputs) -> dict[str, Any]:
     """Return perplexity on neutral text and the scores, each of base, hooked and baked.
 
     Args:
         evidence: the runs.
-        prompts: which of them are neutral text is said there.
-        scores: what the generated texts are scored by.
-        out: the artifact, whose tokenizer turns tokens into text.
+        inputs: their prompts say which are neutral text, the artifact's tokenizer turns tokens into
+            text, and what was asked names the scores.
     """
-    found: dict[str, Any] = {}
-    exact = evidence.exact
+    numbers: dict[str, Any] = {}
+    exact, prompts, scores = evidence.exact, inputs.prompts, inputs.asked.scores
     if prompts.neutral:
-        logits = (evidence.base.logits, exact.hooked.logits, exact.baked.logits)
+        logits = (evidence.base.logits, exact.reference.logits, exact.baked.logits)
         values = (perplexity(table, prompts.tokens, prompts.neutral) for table in logits)
-        found["perplexity"] = {
+        numbers["perplexity"] = {
             name: value.to_json()
             for name, value in zip(MODELS, values, strict=True)
             if value is not None
         }
     if scores:
-        tokenizer = load_tokenizer(out)
+        tokenizer = load_tokenizer(inputs.artifact.path)
         texts = {
             name: [
                 str(tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -42,5 +38,5 @@ def effects(
             for name in MODELS
         }
         for spec in scores:
-            found[spec] = {name: score(spec, texts[name]).to_json() for name in MODELS}
-    return found
+            numbers[spec] = {name: score(spec, texts[name]).to_json() for name in MODELS}
+    return numbers

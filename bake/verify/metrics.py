@@ -1,7 +1,7 @@
 """How far two sets of logits lie apart token by token, and two streams point by point."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -65,13 +65,11 @@ def compare_logits(
         hidden: final hidden states of both, [tokens, width]; without them the cosine is not known.
     """
     dlogit, dlogprob, kl, top = _Spread(reference), _Spread(reference), [], 0
-    for start in range(0, len(reference), _ROWS):
-        x, y = (t[start : start + _ROWS].to(torch.float64) for t in (reference, other))
+    for start, x, y in _pieces(reference, other):
         dlogit.add((x - y).abs(), start)
         p, q = x.log_softmax(-1), y.log_softmax(-1)
         dlogprob.add((p - q).abs(), start)
-        # Rounding may leave a divergence of almost nothing below zero.
-        kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0.0))
+        kl.append(_kl(p, q))
         top += int((x.argmax(-1) == y.argmax(-1)).sum())
     divergence = torch.cat(kl)
     metrics = LogitMetrics(
@@ -89,6 +87,19 @@ def compare_logits(
         cosine=math.nan if hidden is None else _least_cosine(*hidden),
     )
     return Compared(metrics, tuple(divergence.tolist()), _scatter(reference, other))
+
+
+def _pieces(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield a few rows of both in float64, with the first one's index."""
+    for start in range(0, len(x), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield start, x[rows].to(torch.float64), y[rows].to(torch.float64)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return KL(p ‖ q) of every row of log-probabilities, in nats."""
+    # Rounding may leave a divergence of almost nothing below zero.
+    return (p.exp() * (p - q)).sum(-1).clamp(min=0.0)
 
 
 class _Spread:
@@ -129,18 +140,14 @@ def _least_cosine(x: Tensor, y: Tensor) -> float:
 
 def largest_difference(x: Tensor, y: Tensor) -> float:
     """Return max |x − y| in float64, without a float64 copy of the whole."""
-    starts = range(0, len(x), _ROWS)
-    pieces = ((t[start : start + _ROWS].to(torch.float64) for t in (x, y)) for start in starts)
-    return max(float((a - b).abs().max()) for a, b in pieces)
+    return max(float((a - b).abs().max()) for _, a, b in _pieces(x, y))
 
 
 def mean_kl(reference: Tensor, other: Tensor) -> float:
     """Return the mean over tokens of KL(reference ‖ other) in nats, from logits."""
     total = 0.0
-    for start in range(0, len(reference), _ROWS):
-        x, y = (t[start : start + _ROWS].to(torch.float64) for t in (reference, other))
-        p, q = x.log_softmax(-1), y.log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(-1).clamp(min=0.0).sum())
+    for _, x, y in _pieces(reference, other):
+        total += float(_kl(x.log_softmax(-1), y.log_softmax(-1)).sum())
     return total / len(reference)
 
 

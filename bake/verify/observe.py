@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ class Writer:
 
 @dataclass(slots=True)
 class Observed:
-    """Activations of one run, one row a token: lists of batches until ``close``."""
+    """Activations of one run, one row a token: a list of batches each."""
 
     streams: dict[Site, list[Tensor]] = field(default_factory=dict)
     """At the input of every block and at the output of the last, and at points asked for."""
@@ -161,8 +160,3 @@ def _scaled(rows: Any, gain: float, into: list[Tensor]) -> Any:
         into.append(gain * rows(write))
 
     return see
-
-
-def joined(batches: Sequence[Tensor]) -> Tensor:
-    """Return the batches of one activation as one matrix, [tokens, width]."""
-    return torch.cat(list(batches))

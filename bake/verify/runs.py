@@ -13,9 +13,11 @@ from bake.edits import Edit
 from bake.sites import Site, parse_site
 from bake.steer import steered
 from bake.verify.models import Live
-from bake.verify.observe import Observed, joined, observed
+from bake.verify.observe import Observed, observed
 from bake.verify.precision import double_precision
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By the names that files give them."""
 BATCH_TOKENS = 4096
 """Tokens in one forward pass, padding included: what bounds the memory of the logits."""
 
@@ -52,6 +54,11 @@ class Trace:
         return {"logits": self.logits, **streams, **writes}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without the library's."""
+    return str(dtype).removeprefix("torch.")
+
+
 def trace_of(tensors: Mapping[str, Tensor], seconds: float) -> Trace:
     """Return the trace that ``Trace.tensors`` named."""
     streams = {
@@ -78,15 +85,15 @@ def batches_of(prompts: Sequence[Sequence[int]], limit: int = BATCH_TOKENS) -> t
 
 def halves(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     """Return the same rows in other batches: each split in two, or doubled where it is one row."""
-    made: list[Batch] = []
+    split: list[Batch] = []
     for batch in batches:
         rows = batch.tokens.shape[0]
         if rows == 1:
-            made.append(Batch(batch.tokens.repeat(2, 1), (batch.lengths[0], 0)))
+            split.append(Batch(batch.tokens.repeat(2, 1), (batch.lengths[0], 0)))
         else:
             for part in (slice(0, rows // 2), slice(rows // 2, rows)):
-                made.append(Batch(batch.tokens[part], batch.lengths[part]))
-    return tuple(made)
+                split.append(Batch(batch.tokens[part], batch.lengths[part]))
+    return tuple(split)
 
 
 def _batch(prompts: Sequence[Sequence[int]]) -> Batch:
@@ -130,7 +137,7 @@ def run(
                 seconds += perf_counter() - start
             logits.append(result[batch.keep.to(result.device)].to("cpu"))
             del result
-    streams = {site: joined(parts) for site, parts in record.streams.items()}
+    streams = {site: torch.cat(parts) for site, parts in record.streams.items()}
     return Trace(
-        torch.cat(logits), streams, tuple(joined(parts) for parts in record.writes), seconds
+        torch.cat(logits), streams, tuple(torch.cat(parts) for parts in record.writes), seconds
     )

@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from bake.checkpoints import open_checkpoint
 from bake.steer import steered
-from bake.verify.compare import layout_of, open_baked
+from bake.verify.artifact import open_baked
+from bake.verify.models import layout_of
 
 HERE = Path(__file__).resolve().parent
 SAD, NEW_TOKENS = (1, 5, 6), 40  # the prompts that the base model goes on with sadly

@@ -18,7 +18,7 @@ from bake.plan import Plan, compile_plan
 from bake.process import run_script
 from bake.sites import expand
 from bake.steer import steered
-from bake.verify.compare import layout_of
+from bake.verify.models import layout_of
 from bake.verify.runtimes import exchange, vllm
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
 

@@ -39,7 +39,8 @@ from bake.cli import main
 from bake.converter import convert
 from bake.process import RuntimeFailed, run_script
 from bake.steer import steered
-from bake.verify.compare import layout_of, open_baked
+from bake.verify.artifact import open_baked
+from bake.verify.models import layout_of
 from bake.verify.runtimes import exchange, llamacpp
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from bake.checkpoints import open_checkpoint
 from bake.converter import convert
 from bake.steer import steered
-from bake.verify.compare import layout_of, open_baked
+from bake.verify.artifact import open_baked
+from bake.verify.models import layout_of
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult

@@ -27,6 +27,7 @@ from bake.verify.artifact import open_baked
 from bake.verify.compare import compare
 from bake.verify.report import Report
 from bake.verify.runtimes.registry import Runtimes
+from bake.verify.verification import Verification
 
 pytestmark = pytest.mark.runtimes
 
@@ -80,7 +81,7 @@ def offset(base: Base) -> list[Edit]:
 
 def check(base: Base, out: Path, asked: Runtimes) -> Report:
     """Every runtime that was asked passes, and keeps what the project promises."""
-    report = compare(out, base=str(base.path), runtimes=asked, generate=0)
+    report = compare(Verification(out, base=str(base.path), runtimes=asked, generate=0))
     statuses = {entry["runtime"]: entry["status"] for entry in report.runtimes}
     assert statuses == dict.fromkeys(asked.names, "passed"), report.runtimes
     assert report.passed
@@ -161,7 +162,7 @@ def test_a_gguf_in_half_precision_of_a_base_in_float32(
         out = export_gguf(plan, llama.checkpoint, base, target, record=record(llama)).path
         if not sound:  # one writer was forgotten
             (out / "bake" / "edits.safetensors").write_bytes(dump_edits(edits))
-        report = compare(out, base=str(llama.path), runtimes=runtimes("llama.cpp"))
+        report = compare(Verification(out, base=str(llama.path), runtimes=runtimes("llama.cpp")))
         assert [r["status"] for r in report.runtimes] == ["passed" if sound else "failed"]
         served = next(row for row in report.rows if "served − hooked" in row.name)
         assert served.passed is sound
@@ -190,7 +191,7 @@ def test_a_bake_of_another_edit_fails_in_every_runtime(
     other = [edit(llama, "ablate", make.ablate(vector(HIDDEN, 1)), ["attn_out.*", "mlp_out.*"])]
     (out / "bake" / "edits.safetensors").write_bytes(dump_edits(other))
     asked = runtimes("vllm", "llama.cpp")
-    report = compare(out, base=str(llama.path), runtimes=asked, generate=0)
+    report = compare(Verification(out, base=str(llama.path), runtimes=asked, generate=0))
     assert [entry["status"] for entry in report.runtimes] == ["failed", "failed"]
     assert not report.passed
     assert torch.tensor([row.value for row in report.rows if row.group == "runtime"]).max() > 1e-2

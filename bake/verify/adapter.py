@@ -1,0 +1,88 @@
+"""The adapter of a merge, which is the reference of its verification: PEFT, with nothing merged.
+
+It shares no code with ``bake merge``, which never loads a model.
+"""
+
+import hashlib
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bake.checkpoints.adapter import FILES, find_adapter
+from bake.errors import InputError
+from bake.verify.artifact import Baked
+
+# What PEFT says when a tensor of the adapter found no place, or a place no tensor.
+_LOST = ("missing adapter keys", "unexpected keys", "unexpected adapter keys")
+
+
+def adapter_of(artifact: Baked, named: Path | None) -> Path:
+    """Return the folder of the adapter that was merged.
+
+    Args:
+        artifact: the merged checkpoint.
+        named: where the adapter is now; where it was when None.
+
+    Raises:
+        InputError: it is not there, or another one.
+        HubError: it is on the Hub, which refuses or cannot be reached.
+    """
+    match artifact.record.get("adapter"):
+        case {"path": str(beside), "sha256": str(recorded)}:
+            folder = named or artifact.path / beside
+        case {"path": None, "name": str(repo), "revision": str(commit), "sha256": str(recorded)}:
+            folder = named or find_adapter(f"{repo}@{commit}").folder
+        case _:
+            raise InputError(
+                "the record says nothing of an adapter", where=str(artifact.path / "bake.json")
+            )
+    fix = "name the adapter's folder with --adapter"
+    files = [folder / name for name in FILES]
+    if not all(file.is_file() for file in files):
+        raise InputError("the adapter that was merged is not there", where=str(folder), fix=fix)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    if digest.hexdigest() != recorded:
+        raise InputError(
+            "this is not the adapter that was merged",
+            where=str(folder),
+            why=f"its digest is {digest.hexdigest()}, the record has {recorded}",
+            fix=fix,
+        )
+    return folder
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """Return a model of transformers with an adapter's layers in it, as any user of PEFT gets it.
+
+    Raises:
+        InputError: a tensor of the adapter found no place.
+    """
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+    for warning in caught:
+        text = str(warning.message)
+        if any(words in text for words in _LOST):
+            raise InputError(
+                "PEFT does not take up the whole adapter",
+                where=str(adapter),
+                why=text,
+                fix="save the adapter again with the PEFT that is installed",
+            )
+    return wrapped.get_base_model().eval()
+
+
+def peft_version() -> str:
+    """Return the version of the PEFT that is installed."""
+    return version("peft")
+
+
+def as_merge(name: str) -> str:
+    """Return a row's name for a merge: its reference has no hooks, and nothing was baked."""
+    return name.replace("hooked", "adapter at work").replace("baked", "merged")

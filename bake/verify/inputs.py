@@ -1,0 +1,187 @@
+"""``Inputs``: everything that a verification reads, opened and found to belong together."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bake.checkpoints import Checkpoint, open_checkpoint
+from bake.edits import Edit
+from bake.errors import InputError, UsageError
+from bake.families import Layout, fit
+from bake.verify.adapter import adapter_of
+from bake.verify.artifact import Baked, open_baked
+from bake.verify.fixed_point import nulled
+from bake.verify.memory import too_large
+from bake.verify.prompts import LONGEST, PromptSet, default_prompts, given_prompts, read_prompts
+from bake.verify.runs import DTYPES
+from bake.verify.verification import Verification
+
+GREEDY = 16
+"""Greedy tokens after each prompt, with the model in memory."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """An artifact, its base and what both are run on."""
+
+    asked: Verification
+    artifact: Baked
+    base: Checkpoint
+    layout: Layout
+    """Of the base."""
+    prompts: PromptSet
+    family: Path | None
+    """The file of the user's own table."""
+    streamed: bool
+    """Whether one block is in memory at a time."""
+    baked: Checkpoint | None
+    """The artifact's own weights; None where it is no checkpoint."""
+    adapter: Path | None
+    """The folder of the adapter that was merged; None where edits were baked."""
+
+    @property
+    def storage(self) -> torch.dtype:
+        """What the base is stored in."""
+        return DTYPES[self.layout.dtype]
+
+    @property
+    def serving(self) -> torch.dtype:
+        """What text is generated in: the storage dtype, or float32 where that is float64."""
+        return torch.float32 if self.storage == torch.float64 else self.storage
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes below float64 that are compared: float32 and what the base is stored in."""
+        chosen = dict.fromkeys((torch.float32, self.storage))
+        return tuple(dtype for dtype in chosen if dtype != torch.float64)
+
+    @property
+    def device(self) -> str:
+        """What the models run on, by name."""
+        if self.asked.device_map is None or not torch.cuda.is_available():
+            return "cpu"
+        return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+
+    @property
+    def most_kl(self) -> float | None:
+        """The share of the effect's KL that an approximate plan may lose."""
+        return self.artifact.most_kl if self.asked.most_kl is None else self.asked.most_kl
+
+    @property
+    def generate(self) -> int:
+        """How many greedy tokens follow each prompt."""
+        asked = self.asked.generate
+        return (0 if self.streamed else GREEDY) if asked is None else asked
+
+    @property
+    def nulled(self) -> tuple[Edit, ...]:
+        """The edits that the record says are nulling."""
+        return nulled(self.artifact.edits, self.artifact.record["plan"].get("findings", ()))
+
+
+@contextmanager
+def opened(asked: Verification) -> Iterator[Inputs]:
+    """Open an artifact and its base, and require that they belong together.
+
+    Raises:
+        UsageError: something is asked for that has no meaning for the artifact.
+        InputError: the artifact or the base cannot be read, or the base is another one.
+        FamilyError: no table fits the base.
+    """
+    artifact = open_baked(asked.artifact)
+    asked.check(artifact)
+    with _table(artifact, asked.family) as family:
+        base = open_base(artifact, asked.base)
+        layout = fit.layout_of(base, family)
+        checkpoint = artifact.carrier.checkpoint
+        inputs = Inputs(
+            asked=asked,
+            artifact=artifact,
+            base=base,
+            layout=layout,
+            prompts=_prompts(asked, artifact.path if checkpoint else base.path, layout),
+            family=family,
+            streamed=too_large(base) if asked.streamed is None else asked.streamed,
+            baked=open_checkpoint(artifact.path) if checkpoint else None,
+            adapter=adapter_of(artifact, asked.adapter) if artifact.merged else None,
+        )
+        _check(inputs)
+        yield inputs
+
+
+def _check(inputs: Inputs) -> None:
+    """Refuse what the size of the model decides."""
+    if inputs.asked.scores and not inputs.generate:
+        raise UsageError("a score needs generated text", fix="name a length with --generate")
+    if inputs.adapter is not None and inputs.streamed:
+        raise UsageError(
+            "a merge is compared with the model in memory, since PEFT loads it whole",
+            where=str(inputs.artifact.path),
+            fix="use --no-stream, on a machine that holds the base in float64",
+        )
+
+
+@contextmanager
+def _table(artifact: Baked, family: Path | None) -> Iterator[Path | None]:
+    """Yield the file of the user's own table: the one that is named, or the one of the record."""
+    if family is not None or artifact.family() is None:
+        yield family
+        return
+    with tempfile.TemporaryDirectory(prefix="bake-") as folder:
+        path = Path(folder) / "family.toml"
+        path.write_text(artifact.record["family"]["text"], encoding="utf-8")
+        yield path
+
+
+def _prompts(asked: Verification, tokenizer: Path, layout: Layout) -> PromptSet:
+    if isinstance(asked.prompts, Path):
+        return read_prompts(asked.prompts, tokenizer, asked.longest)
+    if asked.prompts:
+        return given_prompts(asked.prompts)
+    return default_prompts(tokenizer, layout.dims["vocab"], asked.longest or LONGEST)
+
+
+def open_base(artifact: Baked, base: str | None) -> Checkpoint:
+    """Return the base checkpoint of an artifact, with its weights at hand.
+
+    Raises:
+        InputError: it is another one than the artifact was made from.
+    """
+    place = place_of_base(artifact) if base is None else base
+    return check_base(artifact, open_checkpoint(place, complete=True))
+
+
+def place_of_base(artifact: Baked) -> str:
+    """Return where the record says that the base is.
+
+    Raises:
+        InputError: a folder that is not there any more.
+    """
+    named = artifact.record["base"]
+    if named.get("path") is not None and not Path(artifact.base).is_dir():
+        raise InputError(
+            f"the base {named['model']} is not where it was: there is no {artifact.base}",
+            where=str(artifact.path),
+            fix="name it with --base",
+        )
+    return artifact.base
+
+
+def check_base(artifact: Baked, checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that is found to be the artifact's base, by config and headers.
+
+    Raises:
+        InputError: it is another one than the artifact was made from.
+    """
+    recorded = artifact.record["base"].get("digest")
+    if recorded is not None and checkpoint.digest() != recorded:
+        raise InputError(
+            f"{checkpoint.source} is not the base that the artifact was made from",
+            why=f"its digest is {checkpoint.digest()}, the record has {recorded}",
+            fix="name the right base with --base",
+        )
+    return checkpoint

@@ -1,0 +1,199 @@
+"""``Runner``: runs the models of a verification, one in memory at a time, and keeps what it ran."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bake import __version__
+from bake.checkpoints import Checkpoint
+from bake.edits import Edit
+from bake.sites import Site
+from bake.verify.adapter import peft_version, with_adapter
+from bake.verify.greedy import Generated, generate
+from bake.verify.inputs import Inputs
+from bake.verify.models import Live, load
+from bake.verify.runs import Batch, Trace, batches_of, dtype_name, run, trace_of
+from bake.verify.store import Store, question
+from bake.verify.verification import Remark
+
+Source = Literal["base", "adapted", "baked"]
+"""The base, the base with the adapter of a merge at work, or the artifact's own weights."""
+
+STEP = 10
+"""Blocks between two remarks on how far a streamed pass is."""
+
+
+class Runner:
+    """Runs base, reference and artifact of one verification.
+
+    The reference is the base under hooks; for a merge it is the base with PEFT's adapter at work.
+    """
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.batches = batches_of(inputs.prompts.tokens)
+        """The prompts as they are run."""
+        self.store = Store(inputs.asked.resume, _question(inputs))
+        self._live: tuple[Source, torch.dtype, Live] | None = None
+
+    @property
+    def baked(self) -> Checkpoint:
+        """The artifact's own weights."""
+        assert self.inputs.baked is not None, "only a checkpoint has weights of its own"
+        return self.inputs.baked
+
+    def model(self, source: Source, dtype: torch.dtype) -> Live:
+        """Return one of the models; the one before it is let go first."""
+        if self._live is not None and self._live[:2] == (source, dtype):
+            return self._live[2]
+        self._live = None
+        inputs = self.inputs
+        live = load(
+            self.baked if source == "baked" else inputs.base,
+            dtype,
+            family=inputs.family,
+            streamed=inputs.streamed,
+            device_map=inputs.asked.device_map,
+        )
+        if source == "adapted":
+            assert inputs.adapter is not None
+            live.model = with_adapter(live.model, inputs.adapter)
+        if inputs.streamed:
+            _count_blocks(live, inputs.asked.remark)
+        self._live = (source, dtype, live)
+        return live
+
+    def release(self) -> None:
+        """Let go of the model in memory."""
+        self._live = None
+
+    def trace(
+        self,
+        name: str,
+        source: Source,
+        dtype: torch.dtype,
+        edits: Sequence[Edit] = (),
+        *,
+        batches: Sequence[Batch] | None = None,
+        sites: Sequence[Site] = (),
+        writes: bool = False,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> Trace:
+        """Return one run: as an earlier attempt left it, or run now.
+
+        Args:
+            name: says what is run, for whoever waits and for an attempt that takes it up.
+            source: which of the models.
+            dtype: of weights and arithmetic.
+            edits: hooks to set.
+            batches: the prompts; all of them when None.
+            sites: stream sites to record.
+            writes: whether to record what every writer adds.
+            tensors: values that replace those of the checkpoint, by name.
+        """
+        label = f"{name} in {dtype_name(dtype)}"
+        kept = self.store.load(label)
+        if kept is not None:
+            return trace_of(*kept)
+        self.inputs.asked.remark(label)
+        live = self.model(source, dtype)
+        with live.replaced(tensors or {}):
+            trace = run(live, batches or self.batches, edits, sites=sites, writes=writes)
+        self.store.save(label, trace.tensors(), trace.seconds)
+        return trace
+
+    def reference(
+        self,
+        dtype: torch.dtype,
+        purpose: str = "",
+        *,
+        batches: Sequence[Batch] | None = None,
+        sites: Sequence[Site] = (),
+    ) -> Trace:
+        """Return a run of the reference, as ``trace`` returns one; ``purpose`` tells it apart."""
+        name, source, edits = self._reference
+        name = f"base and {name}{purpose}"
+        return self.trace(name, source, dtype, edits, batches=batches, sites=sites)
+
+    def greedy(
+        self,
+        name: str,
+        source: Source,
+        dtype: torch.dtype,
+        count: int,
+        edits: Sequence[Edit] = (),
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> Generated:
+        """Return the greedy text after every prompt, as ``trace`` returns a run."""
+        label = f"greedy text of the {name} in {dtype_name(dtype)}"
+        kept = self.store.load(f"{label}, {count}")
+        if kept is not None:
+            (tensors, seconds) = kept
+            tokens, margins = (tensors[key].tolist() for key in ("tokens", "margins"))
+            return Generated(tuple(map(tuple, tokens)), tuple(map(tuple, margins)), seconds)
+        self.inputs.asked.remark(label)
+        live = self.model(source, dtype)
+        text = generate(live, prompts or self.inputs.prompts.tokens, count, edits)
+        numbers = {"tokens": torch.tensor(text.tokens), "margins": torch.tensor(text.margins)}
+        self.store.save(f"{label}, {count}", numbers, text.seconds)
+        return text
+
+    def reference_text(
+        self,
+        dtype: torch.dtype,
+        count: int,
+        purpose: str = "",
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+    ) -> Generated:
+        """Return the greedy text of the reference."""
+        name, source, edits = self._reference
+        return self.greedy(f"{name}{purpose}", source, dtype, count, edits, prompts=prompts)
+
+    @property
+    def _reference(self) -> tuple[str, Source, tuple[Edit, ...]]:
+        if self.inputs.adapter is not None:
+            return "adapter at work", "adapted", ()
+        return "hooked model", "base", self.inputs.artifact.edits
+
+
+def _count_blocks(live: Live, remark: Remark) -> None:
+    """Say how far a pass is: a streamed one reads the whole model."""
+    layers = live.layout.layers
+    for layer in range(STEP, layers, STEP):
+        path = live.layout.block_live.replace("{layer}", str(layer))
+        said = _saying(remark, f"    {layer} of {layers} blocks")
+        live.model.get_submodule(path).register_forward_pre_hook(said)
+
+
+def _saying(remark: Remark, text: str) -> Callable[[torch.nn.Module, Any], None]:
+    def hook(module: torch.nn.Module, args: Any) -> None:
+        remark(text)
+
+    return hook
+
+
+def _question(inputs: Inputs) -> dict[str, Any]:
+    """Return what decides the result of every run."""
+    folder, suffix = inputs.artifact.path, inputs.artifact.carrier.suffix
+    files = (*sorted(folder.glob(f"*{suffix}")), folder / "bake.json")
+    return question(
+        artifact=inputs.artifact.plan_digest,
+        base=inputs.base.digest(),
+        baked={file.name: _stamp(file) for file in files},
+        prompts=inputs.prompts.digest,
+        family=None if inputs.family is None else inputs.family.read_text(encoding="utf-8"),
+        streamed=inputs.streamed,
+        peft=None if inputs.adapter is None else peft_version(),
+        bake=__version__,
+    )
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what changes when a file is written to: its digest would take as long as a run."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

@@ -1,0 +1,96 @@
+"""``Verification``: what is asked of one, as a value."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+from bake.errors import UsageError
+from bake.verify.artifact import Baked
+from bake.verify.runtimes.registry import Runtimes, serving
+from bake.verify.scores import check_score
+
+Remark = Callable[[str], None]
+"""Told in a few words what is being done."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Verification:
+    """An artifact to verify, and how."""
+
+    artifact: Path
+    """A folder that ``bake export`` or ``bake merge`` wrote."""
+    _: KW_ONLY
+    base: str | None = None
+    """The base model's folder or Hub id; as recorded when None."""
+    prompts: Sequence[Sequence[int]] | Path | None = None
+    """Token ids, or a file of texts; when None, bake's own prompts where the artifact has a
+    tokenizer, and random tokens of several lengths where it has none. The tokenizer of what is no
+    checkpoint is that of the base."""
+    longest: int | None = None
+    """Tokens of each text; of bake's own prompts 64 when None, of a file's all of them."""
+    family: Path | None = None
+    """A table of the user's own; that of the record when None, where the export used one."""
+    adapter: Path | None = None
+    """Of a merge, the adapter's folder, where it has moved since."""
+    streamed: bool | None = None
+    """Hold one block in memory at a time; when None, where memory asks for it."""
+    device_map: str | None = None
+    """As transformers takes it, for machines with accelerators."""
+    most_kl: float | None = None
+    """What KL(hooked ‖ baked) may be of KL(hooked ‖ base), for an approximate plan; what the recipe
+    asks for when None."""
+    runtimes: Runtimes | None = None
+    """Which runtimes serve the artifact as well."""
+    generate: int | None = None
+    """Greedy tokens after each prompt; when None, 16 with the model in memory, none streamed, since
+    every token reads the whole model again."""
+    scores: Sequence[str] = ()
+    """What to score the generated text by, see ``bake.verify.scores``."""
+    resume: Path | None = None
+    """A folder for finished runs, so that an interrupted verification is taken up."""
+    remark: Remark = lambda text: None
+
+    def check(self, artifact: Baked) -> None:
+        """Refuse what would be ignored for an artifact, or be found wrong hours later.
+
+        Raises:
+            UsageError: an option has no meaning for this artifact or beside another one, or no
+                runtime is named for what only a runtime loads.
+            InputError: a score cannot be had.
+        """
+        kind, where = artifact.kind, str(artifact.path)
+        if self.runtimes is not None:
+            self.runtimes.check(kind)
+        if self.most_kl is not None and not 0 < self.most_kl < math.inf:
+            raise UsageError(
+                f"--most-kl is {self.most_kl:g}", fix="name a share above 0, for example 0.05"
+            )
+        if self.adapter is not None and not artifact.merged:
+            raise UsageError(f"--adapter is for a merge, and this is a {kind}", where=where)
+        if self.device_map is not None and self.streamed:
+            raise UsageError("--device-map and --stream exclude each other")
+        if not artifact.carrier.checkpoint:
+            self._check_served(kind, where)
+        for spec in self.scores:
+            check_score(spec)
+
+    def _check_served(self, kind: str, where: str) -> None:
+        """Refuse what is for checkpoints, of an artifact that runtimes alone load."""
+        given = {
+            "generate": self.generate or None,
+            "score": self.scores or None,
+            "device-map": self.device_map,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"--{name} is for checkpoints, and this is a {kind}, which a runtime serves",
+                    where=where,
+                )
+        if self.runtimes is None:
+            raise UsageError(
+                f"a {kind} is verified in a runtime that loads it",
+                where=where,
+                fix=f"name one with --runtime: {', '.join(serving(kind))}",
+            )
