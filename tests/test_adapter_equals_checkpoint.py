@@ -24,12 +24,8 @@ from bake.plan.carriers import carrier_findings
 from bake.sites import Site, SiteKind
 
 LARGEST = 1e-5
-FLAGS = {
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    **{n: {"attention_bias": False} for n in ("qwen3", "gemma", "gemma2", "gemma3", "olmo2")},
-}
-BIASED = ("gpt2", "gpt_neox", "gpt_neox_sequential")  # in every linear layer
-POST_NORM = ("gemma2", "gemma3", "olmo2")
+# With a bias in every linear layer, which no flag closes.
+BIASED = [f for f in tiny.FAMILIES if "o" in tiny.BIASES[f] and not tiny.unbiased(f)]
 
 
 def subspace(n: int) -> AffineMap:
@@ -90,7 +86,7 @@ def held(family: str, site: str) -> bool:
     a model with post-norms cannot be edited at all.
     """
     if site == "resid":
-        return family not in (*BIASED, *POST_NORM)
+        return family not in (*BIASED, *tiny.POST_NORM)
     if site in ("q", "k", "v"):
         return family not in (*BIASED, "qwen2")
     return family not in BIASED or site not in ("attn_out", "mlp_out", "mlp_gate", "mlp_up")
@@ -119,7 +115,7 @@ def edits_of(base: Base, form: Form) -> list[Edit]:
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A float32 model whose largest logit is 1."""
     family = request.param
-    model = tiny.make_model(family, dtype=torch.float32, **FLAGS.get(family, {}))
+    model = tiny.make_model(family, dtype=torch.float32, **tiny.unbiased(family))
     path = tmp_path_factory.mktemp(family)
     tiny.write_checkpoint(model, path / "raw")
     norm = model.get_submodule(tiny.layout_of(path / "raw").final_norm.live)

@@ -24,7 +24,7 @@ def ablation(base: Base) -> list[Edit]:
     return [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
 
 
-ABLATABLE = tuple(family for family in tiny.FAMILIES if family not in ("gemma2", "gemma3", "olmo2"))
+ABLATABLE = tuple(family for family in tiny.FAMILIES if family not in tiny.POST_NORM)
 
 
 def assert_caught(base: Base, edits: Sequence[Edit], good: Plan, broken: Plan, out: Path) -> None:

@@ -1,7 +1,7 @@
 """Every family × site × edit: what the plan calls exact is exact, what it refuses is expected.
 
-What must be exact and what must be refused is written here by hand, from the mathematics and from
-the classes of transformers, and shares nothing with the plan or the tables.
+What must be exact and what must be refused is written by hand, here and in tiny.py, from the
+mathematics and from the classes of transformers, and shares nothing with the plan or the tables.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from harness import (
     plan_of,
     vector,
 )
+from tiny import BIASES, LAYER_NORM, MIXTURES, PARALLEL, POST_NORM, UNGATED
 
 from bake import edits as make
 from bake.affine import AffineMap
@@ -30,26 +31,6 @@ from bake.errors import InexactPlan
 from bake.plan import Exactness
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
-# Which linear layers of each class can hold a bias, under the tiny configs.
-ALL = {"q", "k", "v", "o", "gate", "up", "down"}
-BIASES = {
-    "llama": ALL,
-    "mistral": set(),
-    "qwen2": {"q", "k", "v"},
-    "qwen3": {"q", "k", "v", "o"},
-    "gemma": {"q", "k", "v", "o"},
-    "gemma2": {"q", "k", "v", "o"},
-    "gemma3": {"q", "k", "v", "o"},
-    "phi3": set(),
-    "gpt2": ALL,
-    "gpt_neox": ALL,
-    "gpt_neox_sequential": ALL,
-    "olmo2": {"q", "k", "v", "o"},
-    "mixtral": set(),
-}
-POST_NORM = {"gemma2", "gemma3", "olmo2"}
-LAYER_NORM = {"gpt2", "gpt_neox", "gpt_neox_sequential"}
-PARALLEL = {"gpt_neox"}
 # Keys without rotary embedding: one constant on every key moves all scores alike.
 NO_EFFECT = {("gpt2", "k", "offset")}
 
@@ -106,9 +87,9 @@ def component_is_exact(family: str, site: str, form: str) -> bool:
 
 def has_site(family: str, site: str) -> bool:
     """Whether the architecture has such a place at all."""
-    if family == "mixtral" and site in ("mlp_gate", "mlp_up", "mlp_act"):
+    if family in MIXTURES and site in ("mlp_gate", "mlp_up", "mlp_act"):
         return False  # each expert has its own
-    if family in ("gpt2", "gpt_neox", "gpt_neox_sequential") and site == "mlp_gate":
+    if family in UNGATED and site == "mlp_gate":
         return False
     if family == "olmo2" and site in ("ln1_out", "ln2_out"):
         return False
@@ -220,7 +201,7 @@ STREAM: dict[str, tuple[str, str | list[str], Callable[[str], bool]]] = {
     "affine edit on modules too": (
         "affine",
         MODULES,
-        lambda f: f in LAYER_NORM | {"llama"},
+        lambda f: BIASES[f] >= {"o", "down"},
     ),
     "affine edit before block 2": ("affine", ["PREFIX"], pre_norm),
     "ablation before block 2": ("ablate", ["PREFIX"], pre_norm),
@@ -313,7 +294,7 @@ def test_directions_one_after_another_are_refused(
     check(base, edits, exact=family not in POST_NORM, out=tmp_path / "upright" / "out")
 
 
-@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - POST_NORM))
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES).difference(POST_NORM)))
 def test_rounding_is_not_taken_for_a_constant(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -343,7 +324,7 @@ def test_rotation_that_keeps_the_mean(
     check(base, edits, exact=True, out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES) - POST_NORM - LAYER_NORM))
+@pytest.mark.parametrize("family", sorted(set(tiny.FAMILIES).difference(POST_NORM, LAYER_NORM)))
 def test_edits_compose_in_the_order_of_the_hooks(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -458,12 +439,11 @@ def test_tied_head_is_untied(
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gemma2", "gemma3", "olmo2"])
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if tiny.unbiased(name)])
 def test_a_closed_bias_flag_is_opened_with_zeros_everywhere(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    flags = {"attention_bias": False} | ({"mlp_bias": False} if family == "llama" else {})
-    base = base_at(tiny_checkpoint(family, **flags))
+    base = base_at(tiny_checkpoint(family, **tiny.unbiased(family)))
     edits = [edit(base, "offset", make.offset(vector(base.layout.hidden)), "attn_out.1")]
     plan = plan_of(base, edits)
     assert sum(bias.is_zero() for bias in plan.biases) == 4 * base.layout.layers - 1

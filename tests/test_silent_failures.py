@@ -317,8 +317,6 @@ def scaled_embedding_guard(bench: Bench) -> None:
 
 # --- norms behind the writers --------------------------------------------------------------------
 
-POST_NORM = ("gemma2", "gemma3", "olmo2")
-
 
 def left_in_the_stream(model: PreTrainedModel, base: Base) -> float:
     """Return the largest component along the direction behind block 0."""
@@ -336,7 +334,7 @@ def left_in_the_stream(model: PreTrainedModel, base: Base) -> float:
 def naive_ablation(bench: Bench) -> float:
     """W ← (1 − u uᵀ) W in every writer: the post-norm's gain turns the rest back towards u."""
     shares = []
-    for family in POST_NORM:
+    for family in tiny.POST_NORM:
         base = bench.base(family, attention_bias=False)
         model = tiny.load(base.path)
         unit = vector(base.layout.hidden) / vector(base.layout.hidden).norm()
@@ -351,7 +349,7 @@ def naive_ablation(bench: Bench) -> float:
 
 
 def naive_ablation_guard(bench: Bench) -> None:
-    for family in POST_NORM:
+    for family in tiny.POST_NORM:
         base = bench.base(family, attention_bias=False, tied=False)
         edits = ablation(base)
         assert plan_of(base, edits).exactness is Exactness.IMPOSSIBLE

@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, EAGER, FAMILIES, config_of, header_of, layout_of, make_model, tokens
+from tiny import (
+    CONFIGS,
+    EAGER,
+    FAMILIES,
+    MIXTURES,
+    PARALLEL,
+    UNGATED,
+    config_of,
+    header_of,
+    layout_of,
+    make_model,
+    tokens,
+)
 from tiny import tolerance as model_tolerance
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -27,7 +39,7 @@ from bake.verify.precision import double_precision
 Maps = Mapping[Site, AffineMap]
 Subject = Callable[[str], tuple[PreTrainedModel, Layout]]
 EFFECT = 1e-3  # what every edit here moves the logits by, at least, relative to the largest
-SEQUENTIAL = tuple(family for family in FAMILIES if family != "gpt_neox")
+SEQUENTIAL = tuple(family for family in FAMILIES if family not in PARALLEL)
 
 
 @pytest.fixture(autouse=True)
@@ -483,7 +495,7 @@ def test_a_weight_update_is_a_changed_weight(family: str, subject: Subject) -> N
         site = parse_site(f"{name}.1" + (f".{head}" if head else ""))
         if dataclasses.replace(site, head=None) not in layout.sites:
             continue
-        if family == "mixtral" and site.kind is SiteKind.MLP_OUT:
+        if family in MIXTURES and site.kind is SiteKind.MLP_OUT:
             continue
         inner = {"attn_out": "z", "mlp_out": "mlp_act"}.get(name, "resid_pre")
         update = update_at(layout, site, layout.width(parse_site(f"{inner}.1")))
@@ -493,9 +505,7 @@ def test_a_weight_update_is_a_changed_weight(family: str, subject: Subject) -> N
         assert distance(hooked, base) > EFFECT, site
         assert distance(hooked, logits_of(changed)) <= model_tolerance(model), site
         found += 1
-    assert found == {"gpt2": 8, "gpt_neox": 8, "gpt_neox_sequential": 8, "mixtral": 6}.get(
-        family, 9
-    )
+    assert found == {**dict.fromkeys(UNGATED, 8), **dict.fromkeys(MIXTURES, 6)}.get(family, 9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

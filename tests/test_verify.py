@@ -32,7 +32,7 @@ def row(report: Report, name: str) -> float:
 def edits_of(base: Base) -> list[Edit]:
     """An ablation, of the stream where the family folds that, else of modules; and a scale."""
     hidden, family = base.layout.hidden, base.layout.family.name
-    at = ["attn_out.*", "mlp_out.*"] if family in ("gemma2", "gemma3", "olmo2") else ["resid"]
+    at = ["attn_out.*", "mlp_out.*"] if family in tiny.POST_NORM else ["resid"]
     return [
         edit(base, "ablate", make.ablate(vector(hidden)), at),
         edit(base, "scale", make.scale(1 + 0.2 * vector(hidden, 1)), "ln_final_out"),

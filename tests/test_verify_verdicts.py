@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from harness import Base, bake, base_at, edit, plan_of, vector
 from test_verify import baked, edits_of, row
@@ -125,7 +126,7 @@ def test_files_are_held_to_their_digests(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["F64", "BF16"])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+@pytest.mark.parametrize("family", tiny.POST_NORM)
 def test_a_nulling_plan_leaves_its_edit_nothing_to_do(
     family: str, dtype: torch.dtype, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

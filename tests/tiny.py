@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from bake.affine import tolerance as product_tolerance
-from bake.families import Layout, find_family, resolve
+from bake.families import Layout, find_family, load_families, resolve
 
 logging.disable_progress_bar()
 
@@ -72,10 +72,44 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {**_GROUPED, "model_type": "mixtral", "num_local_experts": 3},
 }
 FAMILIES = tuple(CONFIGS)
+
+# What the edits are expected to do is written here by hand, from the classes of transformers, and
+# shares nothing with the plan or the tables. First: which linear layers hold a bias.
+ALL = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+ATTENTION = frozenset({"q", "k", "v", "o"})
+NONE: frozenset[str] = frozenset()
+BIASES = {
+    "llama": ALL,
+    "mistral": NONE,
+    "qwen2": frozenset({"q", "k", "v"}),
+    "qwen3": ATTENTION,
+    "gemma": ATTENTION,
+    "gemma2": ATTENTION,
+    "gemma3": ATTENTION,
+    "phi3": NONE,
+    "gpt2": ALL,
+    "gpt_neox": ALL,
+    "gpt_neox_sequential": ALL,
+    "olmo2": ATTENTION,
+    "mixtral": NONE,
+}
+POST_NORM = ("gemma2", "gemma3", "olmo2")  # a norm follows the writers
+LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_sequential")  # it subtracts the mean, and has a bias
+UNGATED = ("gpt2", "gpt_neox", "gpt_neox_sequential")
+PARALLEL = ("gpt_neox",)  # both branches read what the block reads
+MIXTURES = ("mixtral",)
 TIED = ("gemma", "gemma2", "gemma3", "gpt2")
 GAIN_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}  # their norms multiply by 1 + weight
+TABLES = {family.name: family for family in load_families()}
+SERVED = tuple(name for name in FAMILIES if TABLES[name].tier == "served")
+"""The families whose tables say what other programs do with them."""
 # Gemma-2's softcapping exists in eager attention only, and grouped experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+def unbiased(family: str) -> dict[str, bool]:
+    """Return the options that close the bias flags which ``CONFIGS`` opens."""
+    return {key: False for key, value in CONFIGS[family].items() if key.endswith("_bias") and value}
 
 
 def make_model(

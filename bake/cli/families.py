@@ -58,6 +58,7 @@ def _family(table: "Family") -> dict[str, Any]:
     return {
         "family": table.name,
         "title": table.title,
+        "tier": table.tier,
         "source": table.source,
         "architectures": list(table.architectures),
         "runtimes": {

@@ -1,12 +1,16 @@
 """Stand-ins for edits without an exact fold, as a recipe with ``[calibrate]`` asks for them."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import UsageError
 from bake.progress import Bars
 
 if TYPE_CHECKING:
-    from bake.jobs.model import Model
+    from bake.checkpoints import Checkpoint
+    from bake.edits import Edit
+    from bake.families import Layout
     from bake.plan import Plan
     from bake.recipe import CalibrateSpec, Recipe
 
@@ -37,7 +41,15 @@ def wanted(recipe: "Recipe", plan: "Plan") -> "CalibrateSpec | None":
 
 
 def fitted(
-    recipe: "Recipe", spec: "CalibrateSpec", model: "Model", plan: "Plan", bars: Bars
+    recipe: "Recipe",
+    spec: "CalibrateSpec",
+    plan: "Plan",
+    compile_: "Callable[[Sequence[Edit]], Plan]",
+    checkpoint: "Checkpoint",
+    layout: "Layout",
+    *,
+    family: Path | None,
+    bars: Bars,
 ) -> "tuple[Plan, dict[str, Any]]":
     """Return a plan with stand-ins, and what the record keeps of how they were fitted.
 
@@ -50,19 +62,23 @@ def fitted(
     import torch
 
     from bake.approximate import Settings, approximate
+    from bake.checkpoints import open_checkpoint
     from bake.verify.models import load
     from bake.verify.prompts import read_prompts
 
-    checkpoint = model.complete()
+    if not checkpoint.complete:
+        checkpoint = open_checkpoint(
+            recipe.base.source, revision=checkpoint.revision, complete=True
+        )
     prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
-    live = load(checkpoint, torch.float32, family=model.family)
+    live = load(checkpoint, torch.float32, family=family)
     settings = Settings(spec.rank, spec.corrections, spec.constant)
     with bars("fitting stand-ins", unit="writers") as move:
         planned, facts = approximate(
             plan,
-            lambda edits: model.plan(edits, recipe.export),
+            compile_,
             model=live.model,
-            layout=model.layout,
+            layout=layout,
             prompts=prompts.tokens,
             settings=settings,
             progress=move,

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def families(found: Sequence["Family"]) -> list[RenderableType]:
     """Return the tables that bake knows."""
-    made = table("family", "architectures", "models")
+    made = table("family", "tier", "architectures", "models")
     for family in found:
-        made.add_row(family.name, ", ".join(family.architectures), family.title)
+        made.add_row(family.name, family.tier, ", ".join(family.architectures), family.title)
     return [made]
 
 
@@ -33,6 +33,7 @@ def model_check(
             [
                 ("model", source),
                 ("family", f"{family.name}: {family.title}"),
+                ("tier", family.tier),
                 ("read from", family.source),
                 ("tensors", f"{claimed} claimed, {len(layout.untouched)} left as they are"),
                 ("head", head(layout)),
