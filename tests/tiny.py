@@ -70,6 +70,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox_sequential": {**_NEOX, "model_type": "gpt_neox", "use_parallel_residual": False},
     "olmo2": {**_GROUPED, "model_type": "olmo2", "attention_bias": True},
     "mixtral": {**_GROUPED, "model_type": "mixtral", "num_local_experts": 3},
+    "smollm3": {**_GROUPED, "model_type": "smollm3", "attention_bias": True, "mlp_bias": True},
 }
 FAMILIES = tuple(CONFIGS)
 
@@ -92,6 +93,7 @@ BIASES = {
     "gpt_neox_sequential": ALL,
     "olmo2": ATTENTION,
     "mixtral": NONE,
+    "smollm3": ALL,
 }
 POST_NORM = ("gemma2", "gemma3", "olmo2")  # a norm follows the writers
 LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_sequential")  # it subtracts the mean, and has a bias
