@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from bake.cli import COMMANDS
+from bake.cli import COMMANDS, main
 from bake.plan import Exactness
 
 ROOT = Path(__file__).parents[1]
@@ -19,8 +20,14 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     names = {"vector": torch.randn(128)}
     exec(code.replace("path/to/model", str(MODEL)), names)
-    assert names["plan"].exactness is Exactness.EXACT
-    assert (tmp_path / "out" / "bake.json").is_file()
+    assert names["request"].plan.exactness is Exactness.EXACT
+    for command, said in (
+        (["card", "out"], "written   yes"),
+        (["plan", "out"], "this is   the plan of the record"),
+        (["export", "out", "--out", "again"], "as recorded  11 of 11 files identical"),
+    ):
+        result = CliRunner().invoke(main, command)
+        assert (result.exit_code, said in result.output) == (0, True), result.output
 
 
 def test_every_command_is_listed() -> None:

@@ -72,7 +72,7 @@ def command(
     exit code is 1 when one of them differs.
     """
     from bake.cli import views
-    from bake.jobs.export import export, would_be
+    from bake.jobs.exporting import export, would_be
     from bake.outputs.carry import Options
     from bake.plan.record import plan_record
 

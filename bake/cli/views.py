@@ -7,7 +7,7 @@ from bake.cli import render
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from bake.jobs.export import Exported
+    from bake.jobs.exporting import Exported
     from bake.jobs.published import Reproduction
     from bake.jobs.recorded import Replanned
     from bake.jobs.reproduce import Reproduced
@@ -18,19 +18,20 @@ if TYPE_CHECKING:
 
 def plan(request: "Request", *, verbose: bool) -> list["RenderableType"]:
     """Return the plan of a request."""
+    model = request.model
     return render.plan(
-        request.plan, request.recipe, request.checkpoint, request.layout, verbose=verbose
+        request.plan, request.recipe, model.checkpoint, model.layout, verbose=verbose
     )
 
 
 def exported(found: "Exported", *, verbose: bool) -> list["RenderableType"]:
     """Return what was written, carrier by carrier."""
-    request = found.request
+    plan, checkpoint = found.request.plan, found.request.model.checkpoint
     return [
         part
         for written in found.artifacts
         for part in render.artifact(
-            written, request.plan, request.checkpoint, found.rounded(written), verbose=verbose
+            written, plan, checkpoint, found.rounded(written), verbose=verbose
         )
     ]
 

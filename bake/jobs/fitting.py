@@ -1,16 +1,12 @@
 """Stand-ins for edits without an exact fold, as a recipe with ``[calibrate]`` asks for them."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import UsageError
 from bake.progress import Bars
 
 if TYPE_CHECKING:
-    from bake.checkpoints import Checkpoint
-    from bake.edits import Edit
-    from bake.families import Layout
+    from bake.jobs.model import Model
     from bake.plan import Plan
     from bake.recipe import CalibrateSpec, Recipe
 
@@ -41,15 +37,7 @@ def wanted(recipe: "Recipe", plan: "Plan") -> "CalibrateSpec | None":
 
 
 def fitted(
-    recipe: "Recipe",
-    spec: "CalibrateSpec",
-    plan: "Plan",
-    compile_: "Callable[[Sequence[Edit]], Plan]",
-    checkpoint: "Checkpoint",
-    layout: "Layout",
-    *,
-    family: Path | None,
-    bars: Bars,
+    recipe: "Recipe", spec: "CalibrateSpec", model: "Model", plan: "Plan", bars: Bars
 ) -> "tuple[Plan, dict[str, Any]]":
     """Return a plan with stand-ins, and what the record keeps of how they were fitted.
 
@@ -62,23 +50,19 @@ def fitted(
     import torch
 
     from bake.approximate import Settings, approximate
-    from bake.checkpoints import open_checkpoint
     from bake.verify.models import load
     from bake.verify.prompts import read_prompts
 
-    if not checkpoint.complete:
-        checkpoint = open_checkpoint(
-            recipe.base.source, revision=checkpoint.revision, complete=True
-        )
+    checkpoint = model.complete()
     prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
-    live = load(checkpoint, torch.float32, family=family)
+    live = load(checkpoint, torch.float32, family=model.family)
     settings = Settings(spec.rank, spec.corrections, spec.constant)
     with bars("fitting stand-ins", unit="writers") as move:
         planned, facts = approximate(
             plan,
-            compile_,
+            lambda edits: model.plan(edits, recipe.export),
             model=live.model,
-            layout=layout,
+            layout=model.layout,
             prompts=prompts.tokens,
             settings=settings,
             progress=move,

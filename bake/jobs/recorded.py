@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError, InputError, UsageError, VerificationFailed
+from bake.jobs.model import Model
 from bake.jobs.request import Request
 
 if TYPE_CHECKING:
@@ -195,11 +196,8 @@ def replan(source: Source, *, base: str | None, family: Path | None) -> Replanne
     Raises:
         BakeError: whatever is wrong with the artifact, its base or their fit.
     """
-    import torch
-
     from bake.checkpoints import open_checkpoint
     from bake.families.fit import layout_of
-    from bake.plan.compile import compile_plan
     from bake.verify.artifact import open_baked
     from bake.verify.inputs import check_base
 
@@ -214,22 +212,16 @@ def replan(source: Source, *, base: str | None, family: Path | None) -> Replanne
     if checkpoint.revision is not None:  # which the name need not say again
         checkpoint = replace(checkpoint, source=checkpoint.source.partition("@")[0])
     layout = layout_of(checkpoint, artifact.family() if family is None else family)
+    model = Model(checkpoint, layout, family)
     recipe = _recipe(source, artifact, place, checkpoint)
-    plan = compile_plan(
-        artifact.edits if artifact.fitted is None else artifact.fitted,
-        layout,
-        gain=lambda name: checkpoint.read(name).to(torch.float64),
-        config=checkpoint.config,
-        allow=recipe.export.allow,
-        targets=recipe.export.target,
-    )
+    plan = model.plan(artifact.edits if artifact.fitted is None else artifact.fitted, recipe.export)
     facts = artifact.record.get("calibration")
     if artifact.fitted is not None and facts is not None:
         from bake.approximate import labelled
 
         plan = labelled(plan, artifact.edits, facts)
     recorded = {k: v for k, v in artifact.record.items() if k not in _COMPUTED}
-    request = Request(recipe, checkpoint, layout, {}, plan, family, facts, recorded)
+    request = Request(recipe, model, plan, calibration=facts, recorded=recorded)
     text_differs, notes = _against_recipe(artifact, request)
     plan_differs, more = _against_plan(artifact, plan)
     differences = tuple(map(_shown, (*_against_files(artifact), *text_differs, *plan_differs)))
@@ -269,8 +261,6 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
         digest=str(stated.get("digest") or ""),
         path=Path(source.name) / RECORD,
         base=Base(place, None, local),
-        directions={},
-        edits=(),
         export=ExportSpec((artifact.kind,), words["allow"], words["target"] or ("transformers",)),
     )
 
@@ -288,7 +278,7 @@ def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...
         return (f"the recipe's digest is {digest}, recorded is {recipe.digest}",), ()
     try:
         parsed = parse_recipe(data, Path(RECORD))
-        found = disagreement(parsed, artifact.edits, request.layout)
+        found = disagreement(parsed, artifact.edits, request.model.layout)
     except BakeError as error:
         return (f"the recipe is not one that this bake reads: {error.what}",), ()
     if found is None and parsed.verify.most_kl != artifact.most_kl:

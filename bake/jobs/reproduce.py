@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import InputError, UsageError, VerificationFailed
-from bake.jobs.export import CONVERTER, gguf_parts, sha256
+from bake.jobs.exporting import CONVERTER, gguf_parts, sha256
 from bake.jobs.recorded import RECORD, Replanned
 from bake.progress import Bars, no_bars
 
@@ -194,7 +194,7 @@ def reproduce(
         if failure is not None:
             raise failure
     # The plan needed headers only; the files are fetched once it is known to be the same.
-    checkpoint = request.complete()
+    checkpoint = request.model.complete()
     with bars(f"writing {out.name}") as move:
         written = write(
             replanned.artifact.kind,

@@ -2,19 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.jobs.model import Model, open_model
 from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
-    from bake.checkpoints import Checkpoint
     from bake.directions import Directions
+    from bake.edits import Edit
     from bake.errors import InexactPlan
-    from bake.families import Layout
     from bake.outputs.carry import Options
     from bake.plan import Plan
     from bake.recipe import Recipe
@@ -22,16 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """A recipe with the plan that it leads to."""
+    """Edits of a model with the plan that they lead to, and the recipe that asks for them."""
 
     recipe: "Recipe"
-    checkpoint: "Checkpoint"
-    layout: "Layout"
-    """Of the base: a recast changes the plan's."""
-    directions: "Mapping[str, Directions]"
+    """Without a text where no file was read."""
+    model: Model
     plan: "Plan"
-    family: Path | None = None
-    """The user's own table, which the record then carries."""
+    directions: "Mapping[str, Directions]" = field(default_factory=dict)
     calibration: Mapping[str, Any] | None = None
     """How stand-ins were fitted, where some were."""
     recorded: Mapping[str, Any] | None = None
@@ -55,15 +51,6 @@ class Request:
             return error
         return None
 
-    def complete(self) -> "Checkpoint":
-        """Return the base with its weights at hand, which are fetched where a plan needed none."""
-        if self.checkpoint.complete:
-            return self.checkpoint
-        from bake.checkpoints import open_checkpoint
-
-        source, revision = self.recipe.base.source, self.checkpoint.revision
-        return open_checkpoint(source, revision=revision, complete=True)
-
     def record(self, out: Path | None = None) -> dict[str, Any]:
         """Return what ``bake.json`` and ``--json`` keep of the request: recipe, base, directions.
 
@@ -75,24 +62,26 @@ class Request:
         from bake.cards.base import base_facts, direction_facts
         from bake.plan.sketch import sketch
 
-        recipe, base = self.recipe, self.recipe.base
+        recipe, base, checkpoint = self.recipe, self.recipe.base, self.model.checkpoint
         path = None
         if base.path is not None and out is not None:
             # Resolved, as the system walks "..": from behind a link it does not lead back.
-            path = os.path.relpath(self.checkpoint.path.resolve(), out.resolve())
+            path = os.path.relpath(checkpoint.path.resolve(), out.resolve())
+        asked = {
+            "title": recipe.title,
+            "file": recipe.path.name,
+            "digest": recipe.digest,
+            "text": recipe.text,
+        }
+        family = self.model.family
         return {
-            "recipe": {
-                "title": recipe.title,
-                "file": recipe.path.name,
-                "digest": recipe.digest,
-                "text": recipe.text,
-            },
+            **({"recipe": asked} if recipe.text else {}),
             "base": {
                 "model": base.model,
-                "revision": self.checkpoint.revision,
-                "digest": self.checkpoint.digest(),
+                "revision": checkpoint.revision,
+                "digest": checkpoint.digest(),
                 "path": path,
-                **base_facts(self.checkpoint),
+                **base_facts(checkpoint),
             },
             "directions": {
                 name: {
@@ -108,7 +97,7 @@ class Request:
             "allow": list(recipe.export.allow),
             "target": list(recipe.export.target),
             "sketch": sketch(self.plan),
-            **({} if self.family is None else {"family": table_of(self.family)}),
+            **({} if family is None else {"family": table_of(family)}),
             **({} if recipe.verify.most_kl is None else {"verify": asdict(recipe.verify)}),
             **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
         }
@@ -121,14 +110,45 @@ def table_of(path: Path) -> dict[str, str]:
     return {"file": path.name, "digest": digest, "text": data.decode("utf-8")}
 
 
+def plan_edits(
+    model: Model,
+    edits: "Sequence[Edit]",
+    *,
+    to: Sequence[str] = ("checkpoint",),
+    allow: Sequence[str] = (),
+    target: Sequence[str] = ("transformers",),
+) -> Request:
+    """Return the plan of edits that were made in Python, which no recipe asks for.
+
+    Args:
+        model: what is edited.
+        edits: in the order in which they apply.
+        to: the carriers to write.
+        allow: what a recipe may allow as well: recast, nulling.
+        target: the runtimes that must load the result.
+
+    Raises:
+        BakeError: an edit does not fit the model.
+    """
+    from bake.recipe import Base, ExportSpec, Recipe
+
+    found = model.checkpoint
+    # Of a folder the name alone: a record and a card travel, and the way to it is beside it.
+    base = Base(found.path.name, None, found.path)
+    if found.revision is not None:
+        base = Base(found.source.partition("@")[0], found.revision, None)
+    export = ExportSpec(tuple(to), tuple(allow), tuple(target))
+    return Request(Recipe("", Path(), base, export), model, model.plan(edits, export))
+
+
 def compile_request(
     recipe: Path,
     *,
-    model: str | None,
-    family: Path | None,
-    allow: tuple[str, ...],
-    target: tuple[str, ...],
-    to: tuple[str, ...] = (),
+    model: str | None = None,
+    family: Path | None = None,
+    allow: Sequence[str] = (),
+    target: Sequence[str] = (),
+    to: Sequence[str] = (),
     bars: Bars = no_bars,
 ) -> Request:
     """Return the plan of a recipe. Of the model only headers, config and norms are read.
@@ -138,29 +158,13 @@ def compile_request(
     Raises:
         BakeError: whatever is wrong with the recipe, the model, the directions or their fit.
     """
-    import torch
-
-    from bake.checkpoints import open_checkpoint
-    from bake.families.fit import layout_of
     from bake.jobs.fitting import fitted, wanted
-    from bake.plan.compile import compile_plan
     from bake.recipe import build_edits, load_recipe, override, read_artifacts
 
     loaded = override(load_recipe(recipe), model=model, to=to, allow=allow, target=target)
     directions = read_artifacts(loaded)
-    checkpoint = open_checkpoint(loaded.base.source, revision=loaded.base.revision)
-    layout = layout_of(checkpoint, family)
-    compile_ = partial(
-        compile_plan,
-        layout=layout,
-        gain=lambda name: checkpoint.read(name).to(torch.float64),
-        config=checkpoint.config,
-        allow=loaded.export.allow,
-        targets=loaded.export.target,
-    )
-    plan, facts = compile_(build_edits(loaded, layout, directions)), None
+    opened = open_model(loaded.base.source, revision=loaded.base.revision, family=family)
+    plan, facts = opened.plan(build_edits(loaded, opened.layout, directions), loaded.export), None
     if (spec := wanted(loaded, plan)) is not None:
-        plan, facts = fitted(
-            loaded, spec, plan, compile_, checkpoint, layout, family=family, bars=bars
-        )
-    return Request(loaded, checkpoint, layout, directions, plan, family, facts)
+        plan, facts = fitted(loaded, spec, opened, plan, bars)
+    return Request(loaded, opened, plan, directions, facts)

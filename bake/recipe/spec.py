@@ -1,7 +1,7 @@
 """``Recipe``: what a recipe says, as checked values with the defaults filled in."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.artifact import CARRIERS
@@ -121,15 +121,15 @@ class Recipe:
     """A recipe, read and checked."""
 
     title: str
-    text: str
-    """The whole text of the file, comments included: it travels inside every output."""
-    digest: str
-    """``sha256:…`` of the file."""
     path: Path
     base: Base
-    directions: Mapping[str, DirectionSpec]
-    edits: tuple[EditSpec, ...]
     export: ExportSpec
+    text: str = ""
+    """The whole text of the file, comments included: it travels inside every output."""
+    digest: str = ""
+    """``sha256:…`` of the file."""
+    directions: Mapping[str, DirectionSpec] = field(default_factory=dict)
+    edits: tuple[EditSpec, ...] = ()
     card: CardSpec = CardSpec()
     verify: VerifySpec = VerifySpec()
     calibrate: CalibrateSpec | None = None

@@ -77,18 +77,27 @@ class Exported:
         return found[0] if len(found) == 1 else {"artifacts": found}
 
 
-def export(request: Request, out: Path, options: "Options", bars: Bars = no_bars) -> Exported:
+def export(
+    request: Request, out: Path, options: "Options | None" = None, bars: Bars = no_bars
+) -> Exported:
     """Write every carrier of a request: one to ``out``, several to folders of their names in it.
+
+    Args:
+        request: what ``compile_request`` or ``plan_edits`` returns.
+        out: the folder to create.
+        options: what the export is told beyond its plan.
+        bars: where progress is shown.
 
     Raises:
         InexactPlan: a carrier does not hold the plan, or a wanted runtime refuses the result.
         BakeError: the base or the disk refuses; nothing is left behind.
     """
-    from bake.outputs.carry import write
+    from bake.outputs.carry import Options, write
     from bake.outputs.several import write_several
 
+    options = options or Options(allow=frozenset(request.recipe.export.allow))
     # The plan needed headers only; the files are fetched once it is known to be exact.
-    checkpoint, carriers = request.complete(), request.recipe.export.to
+    checkpoint, carriers = request.model.complete(), request.recipe.export.to
     if len(carriers) > 1:
         written = write_several(
             carriers,
@@ -123,10 +132,10 @@ def would_be(request: Request, out: Path, options: "Options") -> dict[str, Any]:
 
     carriers = request.recipe.export.to
     for carrier in carriers:
-        check(carrier, request.plan, request.checkpoint, options)
+        check(carrier, request.plan, request.model.checkpoint, options)
     found: dict[str, Any] = {"dry_run": True, "out": str(out), "carriers": list(carriers)}
     if "checkpoint" in carriers:
-        size = sum(info.nbytes for info in request.checkpoint.tensors.values())
+        size = sum(info.nbytes for info in request.model.checkpoint.tensors.values())
         found["weight_bytes"] = size + request.plan.created_bytes
     return found
 

@@ -1,0 +1,93 @@
+"""A model that is to be edited: what a plan needs of it, and how its weights are had at last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bake.affine import AffineMap
+    from bake.checkpoints import Checkpoint
+    from bake.edits import Edit, EditKind, WeightUpdate
+    from bake.families import Layout
+    from bake.plan import Plan
+    from bake.recipe import ExportSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A base that is to be edited: its checkpoint, and where the sites are in it."""
+
+    checkpoint: "Checkpoint"
+    layout: "Layout"
+    """Of the base: a recast changes the plan's."""
+    family: Path | None = None
+    """The user's own table, which the record then carries."""
+
+    def edit(
+        self,
+        kind: "EditKind",
+        concept: str,
+        edit_map: "AffineMap | WeightUpdate",
+        at: Sequence[str] = ("resid",),
+    ) -> "Edit":
+        """Return one edit of this model.
+
+        Args:
+            kind: what the edit is.
+            concept: what it is about, in a word.
+            edit_map: what one of the constructors of ``bake.edits`` returns for fitted vectors.
+            at: patterns of sites, as a recipe spells them; the whole residual stream by itself.
+
+        Raises:
+            UsageError: an unknown site, or a layer out of range.
+        """
+        from bake.edits import Edit
+        from bake.sites import expand
+
+        sites = expand(at, layers=self.layout.layers, stream=self.layout.stream)
+        return Edit(kind, concept, sites, edit_map)
+
+    def plan(self, edits: "Sequence[Edit]", export: "ExportSpec") -> "Plan":
+        """Return the plan of some edits. Of the weights only norms are read.
+
+        Raises:
+            BakeError: an edit does not fit the model.
+        """
+        import torch
+
+        from bake.plan.compile import compile_plan
+
+        return compile_plan(
+            edits,
+            self.layout,
+            gain=lambda name: self.checkpoint.read(name).to(torch.float64),
+            config=self.checkpoint.config,
+            allow=export.allow,
+            targets=export.target,
+        )
+
+    def complete(self) -> "Checkpoint":
+        """Return the base with its weights at hand, which are fetched where a plan needed none."""
+        from bake.checkpoints import open_checkpoint
+
+        found = self.checkpoint
+        if found.complete:
+            return found
+        repo = found.source.partition("@")[0]
+        return open_checkpoint(repo, revision=found.revision, complete=True)
+
+
+def open_model(
+    source: str | Path, *, revision: str | None = None, family: Path | None = None
+) -> Model:
+    """Open a base: a folder or a Hub id. Only headers and the config are read.
+
+    Raises:
+        BakeError: there is no such model, or no table fits it.
+    """
+    from bake.checkpoints import open_checkpoint
+    from bake.families.fit import layout_of
+
+    checkpoint = open_checkpoint(source, revision=revision)
+    return Model(checkpoint, layout_of(checkpoint, family), family)

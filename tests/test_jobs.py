@@ -1,0 +1,42 @@
+"""Jobs in Python: a request of edits is the request of the recipe that asks for the same."""
+
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from bake.directions import Role, read_directions
+from bake.edits import EditKind, ablate
+from bake.errors import InexactPlan, UsageError
+from bake.jobs import compile_request, export, open_model, plan_edits
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
+MOOD = read_directions(QUICKSTART / "mood.safetensors").at_layer(2).tensors[Role.VECTOR]
+RECIPE = f"""
+base = {{ model = "{QUICKSTART / "model"}" }}
+directions = {{ mood = {{ file = "{QUICKSTART / "mood.safetensors"}", layer = 2 }} }}
+edits = [{{ kind = "ablate", direction = "mood", at = "resid" }}]
+"""
+
+
+@pytest.mark.parametrize(("vector", "same"), [(MOOD, True), (MOOD + 1, False)])
+def test_edits_in_python_make_the_plan_of_the_recipe(
+    vector: Tensor, same: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    asked = compile_request(tmp_path / "recipe.toml")
+    model = open_model(QUICKSTART / "model")
+    made = plan_edits(model, [model.edit(EditKind.ABLATE, "mood", ablate(vector))])
+    assert (made.plan.digest == asked.plan.digest) is same
+    assert asked.record()["recipe"]["text"] == RECIPE
+    assert "recipe" not in made.record()
+
+
+def test_what_cannot_be_done_is_said_as_a_command_says_it(tmp_path: Path) -> None:
+    model = open_model(QUICKSTART / "model")
+    with pytest.raises(UsageError, match="99"):
+        model.edit(EditKind.ABLATE, "mood", ablate(MOOD), at=["resid_post.99"])
+    once = plan_edits(model, [model.edit(EditKind.ABLATE, "mood", ablate(MOOD), ["resid_post.1"])])
+    with pytest.raises(InexactPlan):
+        export(once, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
