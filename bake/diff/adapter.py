@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from typing_extensions import override
 
-from bake.diff.precision import half_step
 from bake.diff.sources import Model
 from bake.diff.weights import Stored, Weights
 from bake.errors import InputError, UsageError
@@ -19,7 +20,7 @@ _ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AdaptedWeights:
+class AdaptedWeights(Weights):
     """The tensors of a base that an adapter changes, as a runtime in float64 would have them.
 
     Attributes:
@@ -32,41 +33,28 @@ class AdaptedWeights:
     factors: Mapping[str, tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]]
     tensors: Mapping[str, Stored]
 
-    @property
-    def derived(self) -> bool:
-        """Whether values are made of the base's as they are stored, by exact arithmetic."""
-        return True
+    derived: ClassVar[bool] = True
 
+    @override
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield a tensor's bytes."""
         rows = self.tensors[name].matrix[0]
         for start in range(0, rows, _ROWS):
             yield self.rows(name, start, min(start + _ROWS, rows)).numpy().data
 
+    @override
     def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
-        """Return the bytes of some rows."""
         left, right = self.factors[name]
         raw = self.base.rows(name, start, stop)
         wide = self.base.values(name, raw).to(torch.float64) + left[start:stop] @ right
         return wide.contiguous().view(torch.uint8)
 
+    @override
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
-        """Return the numbers that rows hold, in float64."""
         return raw.view(torch.float64)
 
-    def steps(
-        self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
-    ) -> Float[Tensor, "rows n"]:
-        """Return how far the sum may be from exact."""
-        return half_step(values, "F64")
-
+    @override
     def keep(self, name: str) -> None:
-        """Keep what is read of the base at hand."""
         self.base.keep(name)
-
-    def drop(self, name: str) -> None:
-        """Undo ``keep``."""
-        self.base.drop(name)
 
 
 def is_adapter(source: str) -> bool:

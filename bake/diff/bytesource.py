@@ -1,7 +1,7 @@
 """Count what is read, and keep what came over the network for the passes that follow.
 
-A comparison reads a changed tensor several times. From a disk that is cheap; from the Hub every
-range comes once, into a temporary file that lives as long as the comparison.
+A comparison reads a changed tensor several times. From a disk that is cheap; from the Hub it
+comes once, into a temporary file that lives as long as the comparison.
 """
 
 import tempfile
@@ -10,6 +10,8 @@ from pathlib import Path
 
 from bake.checkpoints.header import TensorInfo
 from bake.checkpoints.source import ByteSource
+
+_CHUNK = 8 << 20
 
 
 @dataclass(slots=True)
@@ -30,40 +32,8 @@ class Counted:
 
 
 @dataclass(slots=True)
-class _Kept:
-    """The bytes of one tensor: a sparse file, and which stretches of it are there."""
-
-    path: Path
-    start: int
-    stop: int
-    present: list[tuple[int, int]] = field(default_factory=list)
-
-    def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Return the stretches between two offsets that are not there yet."""
-        gaps, position = [], start
-        for low, high in self.present:
-            if low > position:
-                gaps.append((position, min(low, stop)))
-            position = max(position, high)
-            if position >= stop:
-                break
-        if position < stop:
-            gaps.append((position, stop))
-        return [(low, high) for low, high in gaps if low < high]
-
-    def add(self, start: int, stop: int) -> None:
-        merged: list[tuple[int, int]] = []
-        for low, high in sorted([*self.present, (start, stop)]):
-            if merged and low <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-            else:
-                merged.append((low, high))
-        self.present = merged
-
-
-@dataclass(slots=True)
 class Spool:
-    """A source whose tensors, once ``keep`` has named them, are fetched once.
+    """A source whose tensors, once ``keep`` has named them, are read from the disk.
 
     Attributes:
         origin: where the bytes come from.
@@ -72,43 +42,35 @@ class Spool:
 
     origin: ByteSource
     folder: Path
-    _kept: dict[str, list[_Kept]] = field(default_factory=dict)
+    _kept: dict[tuple[str, int], tuple[int, Path]] = field(default_factory=dict)
+    """By file and first offset of a tensor: its end, and where its bytes are."""
 
     def size(self, file: str) -> int:
         """Return a file's length in bytes."""
         return self.origin.size(file)
 
     def keep(self, info: TensorInfo) -> None:
-        """Keep from now on what is read of a tensor."""
+        """Fetch a tensor and keep its bytes: whoever asks for it reads all of it, and again."""
+        if (info.shard, info.start) in self._kept:
+            return  # a head that was tied is compared with the embedding as well
+        buffer = bytearray(min(_CHUNK, info.nbytes))
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            file.truncate(info.nbytes)
-        kept = self._kept.setdefault(info.shard, [])
-        kept.append(_Kept(Path(file.name), info.start, info.stop))
+            for start in range(info.start, info.stop, _CHUNK):
+                piece = memoryview(buffer)[: info.stop - start]
+                self.origin.read_into(info.shard, start, piece)
+                file.write(piece)
+        self._kept[info.shard, info.start] = (info.stop, Path(file.name))
 
     def drop(self, info: TensorInfo) -> None:
         """Forget a tensor and free its space."""
-        for kept in self._kept.get(info.shard, []):
-            if kept.start == info.start:
-                kept.path.unlink()
-        self._kept[info.shard] = [k for k in self._kept[info.shard] if k.start != info.start]
+        self._kept.pop((info.shard, info.start))[1].unlink()
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from offset ``start`` on, from the disk where it was read before."""
-        stop = start + len(buffer)
-        for kept in self._kept.get(file, []):
-            if kept.start <= start and stop <= kept.stop:
-                self._read_kept(kept, file, start, buffer)
+        """Fill ``buffer`` from offset ``start`` on, from the disk where it was kept."""
+        for (name, first), (stop, path) in self._kept.items():
+            if name == file and first <= start and start + len(buffer) <= stop:
+                with path.open("rb") as handle:
+                    handle.seek(start - first)
+                    handle.readinto(buffer)
                 return
         self.origin.read_into(file, start, buffer)
-
-    def _read_kept(self, kept: _Kept, file: str, start: int, buffer: memoryview) -> None:
-        stop = start + len(buffer)
-        with kept.path.open("r+b") as handle:
-            for low, high in kept.missing(start, stop):
-                piece = buffer[low - start : high - start]
-                self.origin.read_into(file, low, piece)
-                handle.seek(low - kept.start)
-                handle.write(piece)
-                kept.add(low, high)
-            handle.seek(start - kept.start)
-            handle.readinto(buffer)

@@ -1,7 +1,7 @@
 """``Diff``: everything that a comparison found, and the same as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bake.diff.change import Change
@@ -137,18 +137,9 @@ class Diff:
             },
             "writers": {"total": self.writers, "untouched": list(self.untouched_writers)},
             "subspaces": [_subspace(found) for found in self.subspaces],
-            "config": [_key(change) for change in self.config],
-            "metadata": [_key(change) for change in self.metadata],
-            "files": [
-                {
-                    "name": file.name,
-                    "status": file.status,
-                    "role": file.role,
-                    "old": file.old,
-                    "new": file.new,
-                }
-                for file in self.files
-            ],
+            "config": [asdict(change) for change in self.config],
+            "metadata": [asdict(change) for change in self.metadata],
+            "files": [asdict(file) for file in self.files],
             "bytes_read": dict(self.read),
             "bytes_fetched": self.fetched,
             "plan": self.plan,
@@ -190,10 +181,6 @@ def _reshaped(row: Reshaped) -> dict[str, Any]:
     }
 
 
-def _key(change: KeyChange) -> dict[str, str]:
-    return {"key": change.key, "old": change.old, "new": change.new}
-
-
 def _subspace(found: Subspace) -> dict[str, Any]:
     return {
         "side": found.side,
@@ -205,9 +192,6 @@ def _subspace(found: Subspace) -> dict[str, Any]:
         "angle": found.angle,
         "tensors": dict(zip(found.tensors, found.shares, strict=True)),
         "cosines": dict(found.cosines),
-        "leaks": [
-            {"name": leak.name, "before": leak.before, "after": leak.after, "ratio": leak.ratio}
-            for leak in found.leaks
-        ],
+        "leaks": [{**asdict(leak), "ratio": leak.ratio} for leak in found.leaks],
         "directions": found.directions.tolist() if found.shared else None,
     }

@@ -27,9 +27,6 @@ class Vectors:
     """What one tensor's change does along the side that is compared."""
 
     name: str
-    tensor: str
-    base_name: str
-    axis: int
     total: float
     """The square sum of the change beyond rounding."""
     rank: int
@@ -132,7 +129,7 @@ def _vectors(change: Change, axis: int) -> Vectors | None:
     total = float(values.square().sum()) if spectrum.rank else change.norm**2
     rows = side.to(torch.float64) * values[:, None]
     rank = spectrum.rank or spectrum.most
-    return Vectors(change.name, change.tensor, change.base_name, axis, total, rank, rows)
+    return Vectors(change.name, total, rank, rows)
 
 
 def _joint(side: str, width: int, group: Sequence[Vectors], most: int) -> Subspace:

@@ -2,13 +2,15 @@
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from typing_extensions import override
 
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf.codec import FLOATS as GGUF_FLOATS
@@ -27,7 +29,6 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    file: str
     numeric: bool
     """Whether its values are numbers that can be read: no codes whose scale lies elsewhere."""
 
@@ -55,48 +56,40 @@ class Stored:
         return len(self.shape) == 3 and self.shape[1] > 1
 
 
-class Weights(Protocol):
+class Weights(ABC):
     """Tensors by name, whose bytes and values are read piece by piece."""
 
-    @property
-    def tensors(self) -> Mapping[str, Stored]:
-        """Every tensor, by name."""
-        ...
+    tensors: Mapping[str, Stored]
+    derived: ClassVar[bool] = False
+    """Whether values are made of the base's as they are stored, by exact arithmetic."""
 
-    @property
-    def derived(self) -> bool:
-        """Whether values are made of the base's as they are stored, by exact arithmetic."""
-        ...
-
+    @abstractmethod
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes; each chunk is valid until the next."""
-        ...
 
+    @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
         """Return the bytes of rows of the matrices that a tensor stacks, one below the other."""
-        ...
 
+    @abstractmethod
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
         """Return the numbers that rows hold, in float64 or narrower without loss."""
-        ...
 
     def steps(
         self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
     ) -> Float[Tensor, "rows n"] | None:
         """Return how far rounding may have moved each value, or None where that is unknown."""
-        ...
+        return half_step(values, self.tensors[name].dtype)
 
-    def keep(self, name: str) -> None:
-        """Keep what is read of a tensor at hand, because it is read again."""
-        ...
+    def keep(self, name: str) -> None:  # noqa: B027
+        """Keep what is read of a tensor at hand, because it is read again; nothing to do here."""
 
-    def drop(self, name: str) -> None:
+    def drop(self, name: str) -> None:  # noqa: B027
         """Undo ``keep``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CheckpointWeights:
+class CheckpointWeights(Weights):
     """A checkpoint's tensors."""
 
     checkpoint: Checkpoint
@@ -109,23 +102,18 @@ class CheckpointWeights:
         Types of eight bits and fewer are codes, whose scales lie in tensors of their own.
         """
         tensors = {
-            name: Stored(name, t.dtype, t.shape, t.nbytes, t.shard, t.dtype in FLOATS)
+            name: Stored(name, t.dtype, t.shape, t.nbytes, t.dtype in FLOATS)
             for name, t in checkpoint.tensors.items()
         }
         return CheckpointWeights(checkpoint, tensors)
 
-    @property
-    def derived(self) -> bool:
-        """Whether values are made of the base's as they are stored, by exact arithmetic."""
-        return False
-
+    @override
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield a tensor's bytes; each chunk is valid until the next."""
         info = self.checkpoint.tensors[name]
         yield from self.checkpoint.chunks(info.shard, info.start, info.stop)
 
+    @override
     def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
-        """Return the bytes of rows of the matrices that a tensor stacks, one below the other."""
         info, stored = self.checkpoint.tensors[name], self.tensors[name]
         width = info.nbytes // (stored.matrices * stored.matrix[0])
         flat = torch.empty((stop - start) * width, dtype=torch.uint8)
@@ -134,29 +122,23 @@ class CheckpointWeights:
             self.checkpoint.files.read_into(info.shard, offset, flat.numpy().data)
         return flat.reshape(stop - start, width)
 
+    @override
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
-        """Return the numbers that rows hold."""
         return raw.view(self.checkpoint.tensors[name].torch_dtype)
 
-    def steps(
-        self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
-    ) -> Float[Tensor, "rows n"]:
-        """Return how far rounding may have moved each value."""
-        return half_step(values, self.tensors[name].dtype)
-
+    @override
     def keep(self, name: str) -> None:
-        """Keep what comes over the network."""
         if isinstance(self.checkpoint.files, Spool):
             self.checkpoint.files.keep(self.checkpoint.tensors[name])
 
+    @override
     def drop(self, name: str) -> None:
-        """Undo ``keep``."""
         if isinstance(self.checkpoint.files, Spool):
             self.checkpoint.files.drop(self.checkpoint.tensors[name])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GgufWeights:
+class GgufWeights(Weights):
     """The tensors of a GGUF model, decoded as runtimes decode them."""
 
     model: Gguf
@@ -165,28 +147,19 @@ class GgufWeights:
     @staticmethod
     def of(model: Gguf) -> "GgufWeights":
         """Return the tensors of a GGUF model."""
-        return GgufWeights(
-            model,
-            {
-                name: Stored(
-                    name, t.kind.name, t.shape, t.nbytes, t.shard, _is_numeric(t.kind.name, t.shape)
-                )
-                for name, t in model.tensors.items()
-            },
-        )
+        found = {}
+        for name, t in model.tensors.items():
+            numeric = _is_numeric(t.kind.name, t.shape)
+            found[name] = Stored(name, t.kind.name, t.shape, t.nbytes, numeric)
+        return GgufWeights(model, found)
 
-    @property
-    def derived(self) -> bool:
-        """Whether values are made of the base's as they are stored, by exact arithmetic."""
-        return False
-
+    @override
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield a tensor's bytes; each chunk is valid until the next."""
         for chunk in self.model.chunks(name):
             yield chunk.numpy().data
 
+    @override
     def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
-        """Return the bytes of rows of the matrices that a tensor stacks, one below the other."""
         stored = self.tensors[name]
         if len(stored.shape) < 2:  # one row of a GGUF file, and a column here
             width = stored.nbytes // max(1, stored.matrix[0])
@@ -203,14 +176,15 @@ class GgufWeights:
             first += end - row
         return torch.cat(pieces).reshape(stop - start, -1)
 
+    @override
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
-        """Return the numbers that rows hold, in float64."""
         return decode(raw, self.model.tensors[name].kind, name)
 
+    @override
     def steps(
         self, name: str, raw: UInt8[Tensor, "rows bytes"], values: Float[Tensor, "rows n"]
     ) -> Float[Tensor, "rows n"] | None:
-        """Return how far rounding may have moved each value: a whole step, see ``gguf_codec``.
+        """Return how far rounding may have moved each value: a whole step of the grid.
 
         Rounding with error feedback may take the neighbour of the nearest code.
         """
@@ -220,12 +194,6 @@ class GgufWeights:
         if kind.name in PLANES:
             return read_grid(raw, kind, lambda some: decode(some, kind, name)).scale.abs()
         return None
-
-    def keep(self, name: str) -> None:
-        """Do nothing: the file is here."""
-
-    def drop(self, name: str) -> None:
-        """Do nothing."""
 
 
 def _is_numeric(kind: str, shape: tuple[int, ...]) -> bool:

@@ -1,5 +1,6 @@
 """Results as tables for a reader. What a table says is in the objects; nothing is computed here."""
 
+from bake.cli.render.comparison import comparison
 from bake.cli.render.models import families, model_check
 from bake.cli.render.pieces import facts, indented, section, site_list, size, table, word
 from bake.cli.render.plans import plan
@@ -12,6 +13,7 @@ __all__ = [
     "Named",
     "artifact",
     "changed_tensors",
+    "comparison",
     "console",
     "directions",
     "facts",
