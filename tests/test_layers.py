@@ -185,6 +185,15 @@ def test_the_command_line_starts_without_heavy_packages() -> None:
     assert loaded_by("import bake.affine") >= {"torch"}  # the question has a positive answer
 
 
+@pytest.mark.parametrize("arguments", [["families"], ["families", "--json"], ["directions", "-h"]])
+def test_a_list_and_a_help_load_no_heavy_package(arguments: list[str]) -> None:
+    """A list of tables is text: it starts in a third of a second, where torch alone takes one."""
+    invoke = "from click.testing import CliRunner; from bake.cli import main; "
+    invoke += f"assert CliRunner().invoke(main, {arguments}).exit_code == 0"
+    assert loaded_by(invoke) == set()
+    assert loaded_by(f"{invoke}; import bake.directions") >= {"torch"}  # which reads tensors
+
+
 def test_tensors_need_no_transformers() -> None:
     names = "bake.plan, bake.recipe, bake.steer, bake.edit_store, bake.directions"
     assert loaded_by(f"import {names}") & {"transformers", "matplotlib", "gguf", "peft"} == set()
