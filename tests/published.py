@@ -64,7 +64,16 @@ def make_artifact(
             **base_facts(base.checkpoint),
             "card": {"license": LICENCE},
         },
-        "directions": {"mood": {"file": "mood.npy", "digest": "sha256:" + "2" * 64}},
+        "directions": {
+            "mood": {
+                "file": "mood.npy",
+                "concept": "mood",
+                "format": "npy",
+                "digest": "sha256:" + "2" * 64,
+                "metadata": {},
+                "tensors": [],
+            }
+        },
         "allow": [],
         "target": ["transformers"],
     }

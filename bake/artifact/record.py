@@ -1,57 +1,36 @@
-"""What an artifact says of itself: ``bake.json``, and ``verify.json`` where it was verified."""
+"""``bake.json``: its one reader, with its limits, and its one writer. ``verify.json`` beside it.
 
+A record may be anybody's. It is read once, strictly, into ``Record``: a key that is not known, that
+stands twice or that holds another type than is meant is an error, whoever asks. A record of version
+1 has no number; what it could leave out and later ones write is filled in. One of a later version
+than this bake knows is refused as such.
+"""
+
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from bake import __version__
 from bake.artifact.carrier import KINDS
-from bake.artifact.names import regular
+from bake.artifact.names import printable, regular
+from bake.artifact.schema import VERSION, GgufRecord, PlanRecord, Provenance, Record
 from bake.checkpoints import strictjson
-from bake.errors import CheckpointError, InputError
+from bake.errors import InputError
 
 RECORD = "bake.json"
 VERIFICATION = "verify.json"
 _LIMIT = 64_000_000
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ABSENT_IN_1: Mapping[str, Any] = {"allow": (), "target": ()}
+_ABSENT_IN_BASE_1 = dict.fromkeys(("revision", "digest", "path", "card"))
 
-
-@dataclass(frozen=True, slots=True)
-class ArtifactRecord:
-    """The facts of ``bake.json`` that publishing depends on.
-
-    Attributes:
-        content: all of it.
-        kind: which output wrote the artifact.
-        plan_digest: of the plan that it executes.
-        base: the base model as the recipe names it.
-        revision: its commit on the Hub, or None for a folder.
-        changed: the tensors that the plan changes or adds.
-    """
-
-    content: Mapping[str, Any]
-    kind: str
-    plan_digest: str
-    base: str
-    revision: str | None
-    changed: frozenset[str]
-
-    @property
-    def base_on_hub(self) -> bool:
-        """Whether the base is a repository at a commit, and not somebody's folder."""
-        path = self.content["base"].get("path")
-        return path is None and re.fullmatch(r"[\w.-]+/[\w.-]+(@.+)?", self.base) is not None
-
-    @property
-    def base_repo(self) -> str:
-        """The base's id on the Hub, without the revision."""
-        return self.base.partition("@")[0]
-
-    @property
-    def pinned(self) -> bool:
-        """Whether the record names the commit that the base was read at."""
-        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+# msgspec's names of types, in the words of bake's messages.
+_TYPES = {"str": "text", "int": "number", "float": "number", "bool": "truth value", "array": "list"}
+_EXPECTED = re.compile(r"Expected `(.+?)`, got `(\w+)`")
+_FIELD = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.DOTALL)
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -67,67 +46,125 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return strictjson.parse_object(text, where=name, constants=True)
 
 
-def read_record(folder: Path) -> ArtifactRecord:
+def read_record(folder: Path) -> Record:
     """Return the record of an artifact.
 
     Raises:
-        InputError: the folder holds none, or a malformed one.
+        InputError: the folder holds none, a malformed one, or one of a newer bake.
     """
-    where = str(folder / RECORD)
+    if not folder.is_dir():
+        raise InputError("this is no artifact of bake: there is no such folder", where=str(folder))
     try:
         content = read_json(folder, RECORD)
-    except (CheckpointError, OSError) as error:
+    except (InputError, OSError) as error:
         raise InputError(
             f"this is no artifact of bake: {RECORD} cannot be read",
             where=str(folder),
             why=str(error),
             fix="name a folder that `bake export` wrote",
         ) from error
-    plan, base = _object(content, "plan", where), _object(content, "base", where)
-    kind = _text(content, "kind", where)
-    if kind not in KINDS:
+    return parse_record(content, str(folder / RECORD))
+
+
+def parse_record(content: Mapping[str, Any], where: str) -> Record:
+    """Return the record that JSON values describe.
+
+    Args:
+        content: as ``read_json`` returns them; of any version.
+        where: the file, for messages.
+
+    Raises:
+        InputError: they are malformed, or of a version that this bake does not know.
+    """
+    version = content.get("schema", 1)
+    if isinstance(version, int) and version > VERSION:
+        raise InputError(
+            f"the record is of version {version}, and this bake reads up to version {VERSION}",
+            where=where,
+            why="a newer bake wrote the artifact",
+            fix="update bake: pip install --upgrade bake-directions",
+        )
+    kind = content.get("kind")
+    if isinstance(kind, str) and kind not in KINDS:
         raise InputError(
             f"the kind {kind!r} is unknown", where=where, fix=f"known are {', '.join(KINDS)}"
         )
-    revision = base.get("revision")
-    if revision is not None and not isinstance(revision, str):
-        raise InputError("base.revision is no text", where=where)
-    return ArtifactRecord(
-        content=content,
+    try:
+        return Record.of(content if "schema" in content else _upgraded(content))
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"this is no artifact of bake: the record is malformed: {_reason(error)}",
+            where=where,
+            fix="export it again, or download it again",
+        ) from error
+
+
+def _upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record of version 1 as one of version 2, with the keys that it could leave out."""
+    base = content.get("base")
+    whole = {"base": _ABSENT_IN_BASE_1 | base} if isinstance(base, dict) else {}
+    return {**_ABSENT_IN_1, **content, **whole, "schema": VERSION}
+
+
+def _reason(error: msgspec.ValidationError) -> str:
+    """Return what is wrong with a record: ``plan.findings is no list``, ``base.model is missing``.
+
+    msgspec says the same as ``Expected `array`, got `null` - at `$.plan.findings```.
+    """
+    text, _, place = str(error).partition(" - at `$")
+    place = place.rstrip("`").removeprefix(".")
+    if match := _FIELD.fullmatch(text):
+        name = f"{place}.{match[2]}".removeprefix(".")
+        said = "is missing" if match[1].startswith("missing") else "is a key that nobody knows"
+        return f"{printable(name)} {said}"
+    if (match := _EXPECTED.match(text)) is None:
+        return f"{place}: {printable(text)}"
+    if match[2] == "null":
+        return f"{place} is missing"
+    wanted = [_TYPES.get(word, word) for word in match[1].split(" | ") if word != "null"]
+    outer, bracket, index = place.rpartition("[")
+    if not bracket or not place.endswith("]"):
+        return f"{place or 'it'} is no {' or '.join(wanted)}"
+    return f"{outer} is no {'object' if '.' in index else 'list'} of {'s or '.join(wanted)}s"
+
+
+def new_record(
+    provenance: Provenance,
+    kind: str,
+    plan: PlanRecord,
+    *,
+    files: Mapping[str, str] | None,
+    base_tensors: Mapping[str, str] | None = None,
+    gguf: GgufRecord | None = None,
+) -> Record:
+    """Return the record of an artifact that this bake writes.
+
+    Args:
+        provenance: what it is made from.
+        kind: the carrier.
+        plan: what it executes.
+        files: the sha256 of every other file, by name; None where nobody knows them yet.
+        base_tensors: the sha256 of the edited tensors in the base, by name.
+        gguf: of a GGUF file, where it comes from.
+    """
+    return Record(
+        **{name: getattr(provenance, name) for name in Provenance.__struct_fields__},
+        bake=__version__,
+        schema=VERSION,
         kind=kind,
-        plan_digest=_text(plan, "digest", where),
-        base=_text(base, "model", where),
-        revision=revision,
-        changed=frozenset(_names(plan, where)),
+        plan=plan,
+        base_tensors=dict(base_tensors or {}),
+        gguf=gguf,
+        files=None if files is None else dict(files),
     )
 
 
-def _names(plan: Mapping[str, Any], where: str) -> list[str]:
-    """Return the names of the tensors that a plan changes or adds."""
-    names = []
-    for key in ("tensors", "biases"):
-        rows = plan.get(key)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"plan.{key} is no list of objects", where=where)
-        names += [_text(row, "name", where) for row in rows]
-    return names
+def record_text(record: Record) -> str:
+    """Return the text of ``bake.json``."""
+    return json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _object(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    found = content.get(key)
-    if not isinstance(found, dict):
-        raise InputError(f"{key} is missing or no object", where=where)
-    return found
-
-
-def _text(content: Mapping[str, Any], key: str, where: str) -> str:
-    found = content.get(key)
-    if not isinstance(found, str) or not found:
-        raise InputError(f"{key} is missing or no text", where=where)
-    return found
-
-
-def unverified(folder: Path, record: ArtifactRecord) -> str | None:
+def unverified(folder: Path, record: Record) -> str | None:
     """Return why an artifact does not count as verified, or None when it does.
 
     Raises:
@@ -136,7 +173,7 @@ def unverified(folder: Path, record: ArtifactRecord) -> str | None:
     if not (folder / VERIFICATION).is_file():
         return "there is no verify.json"
     content = read_json(folder, VERIFICATION)
-    if content.get("plan_digest") != record.plan_digest:
+    if content.get("plan_digest") != record.plan.digest:
         return "verify.json is of another plan"
     rows = content.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -122,7 +122,7 @@ def _value(value: object) -> str:
 def weight_files(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return the files of weights with the digests that the export recorded."""
     suffix = KINDS[facts.record.kind].suffix
-    files = stored.mapping(facts.record.content, "files", RECORD)
+    files = stored.mapping(facts.content, "files", RECORD)
     return tuple(
         (name, str(digest).removeprefix("sha256:"))
         for name, digest in files.items()
@@ -133,7 +133,7 @@ def weight_files(facts: Facts) -> tuple[tuple[str, str], ...]:
 def gguf_types(facts: Facts) -> tuple[tuple[str, str, int], ...]:
     """Return type, rounding and number of the tensors that a GGUF file holds anew."""
     found: dict[tuple[str, str], int] = {}
-    gguf = stored.mapping(facts.record.content, "gguf", RECORD)
+    gguf = stored.mapping(facts.content, "gguf", RECORD)
     for tensor in stored.objects(gguf, "tensors", RECORD):
         rounding = stored.text(tensor, "rounding", RECORD) or "as it is"
         key = (stored.text(tensor, "type", RECORD), rounding)
@@ -143,9 +143,9 @@ def gguf_types(facts: Facts) -> tuple[tuple[str, str, int], ...]:
 
 def gguf_digests(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return the GGUF files that an edited one was made from, with their digests where recorded."""
-    options = stored.mapping(facts.record.content, "export", RECORD)
+    options = stored.mapping(facts.content, "export", RECORD)
     parts = stored.objects(options, "gguf", RECORD)
     known = {stored.text(p, "name", RECORD): stored.text(p, "sha256", RECORD) for p in parts}
-    gguf = stored.mapping(facts.record.content, "gguf", RECORD)
+    gguf = stored.mapping(facts.content, "gguf", RECORD)
     names = (stored.text(part, "name", RECORD) for part in stored.objects(gguf, "base", RECORD))
     return tuple((name, known.get(name, "")) for name in names)

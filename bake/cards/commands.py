@@ -73,10 +73,10 @@ def _checkpoint(facts: Facts, repo: str | None) -> tuple[Command, ...]:
 
 
 def _lora(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    here, base = repo or _HERE, facts.base_repo or printable(facts.record.base)
+    here, base = repo or _HERE, facts.base_repo or printable(facts.record.base.model)
     pinned = ""
-    if facts.base_repo is not None and facts.record.pinned:
-        pinned = f", revision={json.dumps(facts.record.revision)}"
+    if facts.base_repo is not None and facts.record.base.pinned:
+        pinned = f", revision={json.dumps(facts.record.base.revision)}"
     python = (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{pinned})\n"
@@ -85,7 +85,7 @@ def _lora(facts: Facts, repo: str | None) -> tuple[Command, ...]:
     rank = stored.whole(facts.adapter, "r", "adapter_config.json")
     most = next((size for size in _RANKS if rank is not None and size >= rank), None)
     ranks = "" if most is None else f" --max-lora-rank {most}"
-    at = f" --revision {facts.record.revision}" if pinned else ""
+    at = f" --revision {facts.record.base.revision}" if pinned else ""
     serve = (
         f"vllm serve {shlex.quote(base)}{at} --enable-lora{ranks} --lora-modules edited={here}\n"
     )
@@ -143,16 +143,16 @@ def _merge(facts: Facts) -> str:
     """Return the command that merges the same adapter into the same base."""
     name, revision = (stored.text(facts.merged, key, RECORD) for key in ("name", "revision"))
     adapter = f"{name}@{revision}" if revision else name
-    base = facts.record.base
-    if facts.base_repo is not None and facts.record.pinned:
-        base = f"{facts.base_repo}@{facts.record.revision}"
+    base = facts.record.base.model
+    if facts.base_repo is not None and facts.record.base.pinned:
+        base = f"{facts.base_repo}@{facts.record.base.revision}"
     words = (shlex.quote(printable(word)) for word in (adapter, base))
     return f"bake merge {' '.join(words)} --out again\n"
 
 
 def _options(facts: Facts) -> str:
     """Return the options of the export that decide the bytes, as the record has them."""
-    found = stored.mapping(facts.record.content, "export", RECORD)
+    found = stored.mapping(facts.content, "export", RECORD)
     parts = []
     for key, option, usual in (
         ("edited_type", "--edited-type", ""),
@@ -175,9 +175,11 @@ def undo(facts: Facts, repo: str | None) -> str:
 
 def download_base(facts: Facts) -> str:
     """Return the command that fetches the base at its commit; empty for a folder."""
-    if facts.base_repo is None or not facts.record.pinned:
+    if facts.base_repo is None or not facts.record.base.pinned:
         return ""
-    return f"hf download {facts.base_repo} --revision {facts.record.revision} --local-dir base\n"
+    return (
+        f"hf download {facts.base_repo} --revision {facts.record.base.revision} --local-dir base\n"
+    )
 
 
 def check(repo: str | None) -> str:
@@ -188,7 +190,7 @@ def check(repo: str | None) -> str:
 
 def converter(facts: Facts) -> str:
     """Return what of llama.cpp converted a baked checkpoint; empty where nothing did."""
-    gguf = stored.mapping(facts.record.content, "gguf", RECORD)
+    gguf = stored.mapping(facts.content, "gguf", RECORD)
     name, outtype = (stored.text(gguf, key, RECORD) for key in ("converter", "outtype"))
     return f"{name} --outtype {outtype}" if name and outtype else ""
 

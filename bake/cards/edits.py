@@ -188,7 +188,7 @@ def direction_rows(facts: Facts) -> tuple[DirectionRow, ...]:
     """
     specs = stored.mapping(facts.recipe, "directions", _RECIPE)
     rows = []
-    for name, found in stored.mapping(facts.record.content, "directions", RECORD).items():
+    for name, found in stored.mapping(facts.content, "directions", RECORD).items():
         spec = specs.get(name, {})
         if not isinstance(found, dict) or not isinstance(spec, dict):
             raise InputError(f"directions.{name} is no object", where=RECORD)

@@ -1,8 +1,10 @@
 """``Facts``: everything that a card may say, read from the folder of one artifact."""
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ from bake.artifact.names import walk
 from bake.artifact.record import (
     RECORD,
     VERIFICATION,
-    ArtifactRecord,
     read_json,
     read_record,
+    record_text,
     unverified,
 )
+from bake.artifact.schema import Record
 from bake.cards import licences, stored
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
@@ -24,7 +27,7 @@ ADAPTER = "adapter_config.json"
 _RECIPE = f"{RECORD}: recipe"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Facts:
     """What one artifact's files say.
 
@@ -40,7 +43,7 @@ class Facts:
     """
 
     folder: Path
-    record: ArtifactRecord
+    record: Record
     recipe: Mapping[str, Any]
     spec: CardSpec
     verification: Mapping[str, Any] | None
@@ -48,15 +51,21 @@ class Facts:
     adapter: Mapping[str, Any]
     names: tuple[str, ...]
 
+    @cached_property
+    def content(self) -> Mapping[str, Any]:
+        """The record as JSON values."""
+        found: dict[str, Any] = json.loads(record_text(self.record))
+        return found
+
     @property
     def plan(self) -> Mapping[str, Any]:
         """The plan, as the record has it."""
-        return stored.mapping(self.record.content, "plan", RECORD)
+        return stored.mapping(self.content, "plan", RECORD)
 
     @property
     def base(self) -> Mapping[str, Any]:
         """The base, as the record has it."""
-        return stored.mapping(self.record.content, "base", RECORD)
+        return stored.mapping(self.content, "base", RECORD)
 
     @property
     def base_card(self) -> Mapping[str, Any]:
@@ -66,13 +75,13 @@ class Facts:
     @property
     def base_repo(self) -> str | None:
         """The base's id on the Hub, or None for a folder."""
-        repo = self.record.base_repo
-        return repo if self.record.base_on_hub and is_repository(repo) else None
+        repo = self.record.base.repo
+        return repo if self.record.base.on_hub and is_repository(repo) else None
 
     @property
     def title(self) -> str:
         """What the recipe calls it, or what was done."""
-        found = stored.mapping(self.record.content, "recipe", RECORD)
+        found = stored.mapping(self.content, "recipe", RECORD)
         merged = stored.text(self.merged, "name", RECORD)
         return stored.text(found, "title", _RECIPE) or (
             f"A model with the adapter {merged}" if merged else "An edited model"
@@ -83,7 +92,7 @@ class Facts:
         """The adapter that a merge merged, as the record has it; empty for other kinds."""
         if self.record.kind != "merge":
             return {}
-        return stored.mapping(self.record.content, "adapter", RECORD)
+        return stored.mapping(self.content, "adapter", RECORD)
 
     @property
     def base_licence(self) -> licences.Stated:
@@ -105,8 +114,7 @@ def read_facts(folder: Path) -> Facts:
         InputError: the folder is no artifact, or one of its records is malformed.
     """
     record = read_record(folder)
-    recipe = stored.mapping(record.content, "recipe", RECORD)
-    text = stored.text(recipe, "text", _RECIPE)
+    text = "" if record.recipe is None else record.recipe.text
     try:
         spec = card_of(text, where=_RECIPE)
         values = tomllib.loads(text)
@@ -127,9 +135,9 @@ def read_facts(folder: Path) -> Facts:
     )
 
 
-def _verification(folder: Path, record: ArtifactRecord) -> Mapping[str, Any] | None:
+def _verification(folder: Path, record: Record) -> Mapping[str, Any] | None:
     """Return the verification; one of another plan says nothing of this artifact."""
     if not (folder / VERIFICATION).is_file():
         return None
     content = read_json(folder, VERIFICATION)
-    return content if content.get("plan_digest") == record.plan_digest else None
+    return content if content.get("plan_digest") == record.plan.digest else None

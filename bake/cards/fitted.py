@@ -77,7 +77,7 @@ def stand_ins_from(facts: Facts) -> int | None:
     Raises:
         InputError: the record is malformed.
     """
-    found = stored.mapping(facts.record.content, "calibration", RECORD)
+    found = stored.mapping(facts.content, "calibration", RECORD)
     return stored.whole(found, "kept", _WHERE) if found else None
 
 
@@ -87,7 +87,7 @@ def fitted(facts: Facts) -> Fitted | None:
     Raises:
         InputError: the record is malformed.
     """
-    found = stored.mapping(facts.record.content, "calibration", RECORD)
+    found = stored.mapping(facts.content, "calibration", RECORD)
     if not found:
         return None
     share = _demanded(found, "share")

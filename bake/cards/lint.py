@@ -78,7 +78,7 @@ def _first_line(body: str, facts: Facts) -> Iterator[Problem]:
 
 
 def _placeholders(text: str, facts: Facts) -> Iterator[Problem]:
-    recipe = stored.text(stored.mapping(facts.record.content, "recipe", RECORD), "text", RECORD)
+    recipe = stored.text(stored.mapping(facts.content, "recipe", RECORD), "text", RECORD)
     # The recipe is shown as it was run, comments and all.
     shown = text.replace(recipe.rstrip("\n"), "") if recipe.strip() else text
     for match in _PLACEHOLDERS.finditer(shown):
@@ -156,7 +156,7 @@ def _head(head: tuple[str, ...]) -> str:
 
 def _digests(body: str, facts: Facts) -> Iterator[Problem]:
     """Require that every sha256 in the card is one of the records."""
-    known = set(_DIGEST.findall(json.dumps(facts.record.content)))
+    known = set(_DIGEST.findall(json.dumps(facts.content)))
     known |= set(_DIGEST.findall(json.dumps(facts.verification or {})))
     for digest in _DIGEST.findall(body):
         if digest not in known:
@@ -165,15 +165,15 @@ def _digests(body: str, facts: Facts) -> Iterator[Problem]:
 
 def _said(body: str, facts: Facts) -> Iterator[Problem]:
     """Require what no edit of the prose may take away."""
-    if facts.record.plan_digest not in body:
+    if facts.record.plan.digest not in body:
         yield Problem(CARD, "does not name the plan's digest", AGAIN)
-    if facts.base_repo is not None and facts.record.pinned:
-        page = f"huggingface.co/{facts.base_repo}/tree/{facts.record.revision}"
+    if facts.base_repo is not None and facts.record.base.pinned:
+        page = f"huggingface.co/{facts.base_repo}/tree/{facts.record.base.revision}"
         if page not in body:
             yield Problem(CARD, "does not link the base at its commit", AGAIN)
     if concerns_safety(facts) and "concerns refusals or safety" not in body:
         yield Problem(CARD, "lacks the notice that the edit concerns refusals or safety", AGAIN)
-    words = facts.record.content.get("bake")
+    words = facts.content.get("bake")
     if isinstance(words, str) and escape(words) not in body:
         yield Problem(CARD, "does not name the version of bake that wrote the artifact", AGAIN)
 

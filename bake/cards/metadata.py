@@ -72,7 +72,7 @@ def tags(facts: Facts) -> tuple[str, ...]:
     found += KINDS[facts.record.kind].tags
     if "ablate" in kinds and any(word.startswith("refus") for word in safety_words(facts)):
         found.append("abliterated")
-    if facts.base_repo is not None and facts.record.pinned:
+    if facts.base_repo is not None and facts.record.base.pinned:
         found.append("reproducible")
     return tuple(dict.fromkeys(found))
 

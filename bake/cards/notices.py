@@ -69,7 +69,7 @@ def concerns_safety(facts: Facts) -> bool:
 def _texts(facts: Facts) -> Iterable[str]:
     """Yield every text of the record that says what the edit is about."""
     yield facts.title
-    content = facts.record.content
+    content = facts.content
     recipe = stored.mapping(content, "recipe", RECORD)
     yield stored.text(recipe, "file", RECORD)
     for name, found in stored.mapping(content, "directions", RECORD).items():

@@ -84,16 +84,16 @@ def _edited(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
         "readers": Markdown(READERS),
         "directions": direction_rows(facts),
         "base": base_link(facts),
-        "base_name": printable(facts.record.base),
+        "base_name": printable(facts.record.base.model),
         "base_repo": facts.base_repo or "",
         "base_digest": stored.text(facts.base, "digest", RECORD),
-        "base_tensors": len(stored.mapping(facts.record.content, BASE_TENSORS, RECORD)),
+        "base_tensors": len(stored.mapping(facts.content, BASE_TENSORS, RECORD)),
         "base_dtypes": ", ".join(stored.mapping(facts.base, "dtypes", RECORD)),
         "changes": changes(facts),
         "merged": merged_name(facts) if facts.merged else Markdown(""),
         "merged_digest": stored.text(facts.merged, "sha256", RECORD),
         "notes": () if over else stored.words(facts.plan, "notes", RECORD),
-        "plan_digest": facts.record.plan_digest,
+        "plan_digest": facts.record.plan.digest,
         "adapter": _adapter(facts),
         "gguf_types": gguf_types(facts),
         "gguf_base": gguf_digests(facts),
@@ -114,7 +114,7 @@ def _measured(facts: Facts) -> dict[str, Any]:
 
 
 def _use(facts: Facts, repo: str | None) -> dict[str, Any]:
-    recipe = stored.mapping(facts.record.content, "recipe", RECORD)
+    recipe = stored.mapping(facts.content, "recipe", RECORD)
     text = stored.text(recipe, "text", _RECIPE)
     return {
         "repo": repo or "",
@@ -172,11 +172,11 @@ def base_link(facts: Facts) -> Markdown:
     """Return the base: a link to its commit, or its name where it is a folder."""
     repo, record = facts.base_repo, facts.record
     if repo is None:
-        return code(record.base)
-    if not record.pinned or record.revision is None:
+        return code(record.base.model)
+    if not record.base.pinned or record.base.revision is None:
         return Markdown(f"[{escape(repo)}](https://huggingface.co/{repo})")
-    page = f"https://huggingface.co/{repo}/tree/{record.revision}"
-    return Markdown(f"[{escape(repo)} at commit {record.revision[:12]}]({page})")
+    page = f"https://huggingface.co/{repo}/tree/{record.base.revision}"
+    return Markdown(f"[{escape(repo)} at commit {record.base.revision[:12]}]({page})")
 
 
 def headline(facts: Facts, edits: tuple[EditRow, ...]) -> Markdown:
@@ -236,7 +236,7 @@ def _adapter(facts: Facts) -> dict[str, int | float]:
 def _versions(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return every version that the records name, and what it is of."""
     found: dict[tuple[str, str], None] = {}
-    made = stored.text(facts.record.content, "bake", RECORD)
+    made = stored.text(facts.content, "bake", RECORD)
     if made:
         found["bake, which wrote the artifact", made] = None
     verification = facts.verification or {}

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 
 from bake import __version__
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
-from bake.artifact.record import RECORD, VERIFICATION, ArtifactRecord, read_record
+from bake.artifact.record import RECORD, VERIFICATION, read_record
+from bake.artifact.schema import Record
 from bake.checkpoints.hub import download
 from bake.checkpoints.hub_errors import translated
 from bake.edit_store import EDITS, FITTED
@@ -44,7 +45,7 @@ class Fetched:
     repo: str
     commit: str
     folder: Path
-    record: ArtifactRecord
+    record: Record
     notes: tuple[str, ...]
 
     @property
@@ -143,19 +144,19 @@ def what_it_is(names: Iterable[str]) -> str:
     return "no model" if found else "empty"
 
 
-def _listed(record: ArtifactRecord, where: str) -> dict[str, str]:
+def _listed(record: Record, where: str) -> dict[str, str]:
     """Return the digests of the export's files by name, once the names may be fetched.
 
     Raises:
         InputError: the record lists none, or a name that no artifact has.
     """
-    files = record.content.get("files")
-    if not isinstance(files, dict) or not files:
+    files = record.files
+    if not files:
         raise InputError("lists no files", where=where)
     if EDITS not in files and record.kind != MERGE:
         raise InputError(f"lists no {EDITS}", where=where)
     for name, digest in files.items():
-        if not isinstance(digest, str) or _DIGEST.fullmatch(digest) is None:
+        if _DIGEST.fullmatch(digest) is None:
             raise InputError(f"the digest of {printable(name)} is no sha256", where=where)
     _check(files, record.kind, where)
     return {name: digest.removeprefix("sha256:") for name, digest in files.items()}

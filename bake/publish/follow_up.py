@@ -14,7 +14,8 @@ from pathlib import Path
 
 from bake.artifact.destination import Pushed
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, walk
-from bake.artifact.record import RECORD, VERIFICATION, ArtifactRecord, read_json, read_record
+from bake.artifact.record import RECORD, VERIFICATION, read_json, read_record
+from bake.artifact.schema import Record
 from bake.cards.card import write_card
 from bake.cards.stamp import is_bakes
 from bake.checkpoints.hub_names import is_commit
@@ -76,7 +77,7 @@ def push_record(
             notes=(*notes, *found.notes),
         )
         # A path in a record from elsewhere means nothing here.
-        hub_base = found.record.base_on_hub
+        hub_base = found.record.base.on_hub
         terms = check_base(hub, ready, options.terms) if hub_base else BaseTerms()
         check_head(head, hub.to)
         pushed = complete(ready, hub, head, terms, download=options.download)
@@ -193,17 +194,17 @@ def _check_sums(folder: Path, away: list[FileEntry], repo: str) -> None:
         )
 
 
-def _check_report(report: Path, record: ArtifactRecord, hub: Hub, head: Head) -> list[str]:
+def _check_report(report: Path, record: Record, hub: Hub, head: Head) -> list[str]:
     """Require a verification of the same plan and, where it names its commit, the same files.
 
     Raises:
         InputError: it is of something else.
     """
     content = read_json(report, VERIFICATION)
-    if content.get("plan_digest") != record.plan_digest:
+    if content.get("plan_digest") != record.plan.digest:
         raise InputError(
             f"verifies the plan {content.get('plan_digest')}, and {hub.to.repo} executes "
-            f"{record.plan_digest}",
+            f"{record.plan.digest}",
             where=str(report / VERIFICATION),
             fix=f"run `bake verify hf://{hub.to.repo}`",
         )
@@ -242,7 +243,7 @@ def _put_report(report: Path, names: list[str], folder: Path, options: PushOptio
     return [edited] if card.exists() else []
 
 
-def _seal(folder: Path, record: ArtifactRecord, away: list[FileEntry], where: str) -> Manifest:
+def _seal(folder: Path, record: Record, away: list[FileEntry], where: str) -> Manifest:
     """Seal the files that are here together with those that stay on the Hub."""
     for name in (SUMS, STATEMENT):
         (folder / name).unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as theirs
 
 from bake.artifact.destination import Destination
-from bake.artifact.record import RECORD, ArtifactRecord
+from bake.artifact.record import RECORD
+from bake.artifact.schema import BaseRef
 from bake.errors import HubError
 from bake.publish.failures import RAISED, Account, explained, status_of
 from bake.publish.remote import RemoteFile, read_tree
@@ -159,24 +160,24 @@ def create_branch(hub: Hub, commit: str) -> None:
         )
 
 
-def read_base(hub: Hub, record: ArtifactRecord) -> Any:
+def read_base(hub: Hub, base: BaseRef) -> Any:
     """Return what the Hub says of the base at its commit.
 
     Raises:
         HubError: it may not be read, or the Hub fails.
     """
-    asking = Account(record.base_repo, hub.account.name, hub.account.namespaces)
+    asking = Account(base.repo, hub.account.name, hub.account.namespaces)
     with explained(asking, "reading the base's licence"):
-        return patiently(lambda: hub.api.model_info(record.base_repo, revision=record.revision))
+        return patiently(lambda: hub.api.model_info(base.repo, revision=base.revision))
 
 
-def base_tree(hub: Hub, record: ArtifactRecord) -> dict[str, RemoteFile]:
+def base_tree(hub: Hub, base: BaseRef) -> dict[str, RemoteFile]:
     """Return the base's files on the Hub, for copying; none where they cannot be read."""
-    if not record.base_on_hub or not record.pinned:
+    if not base.on_hub or not base.pinned:
         return {}
     with explained(hub.account, "reading the base"):
         try:
-            return patiently(lambda: read_tree(hub.api, record.base_repo, str(record.revision)))
+            return patiently(lambda: read_tree(hub.api, base.repo, str(base.revision)))
         except RAISED as error:
             if status_of(error) in (401, 403, 404):
                 return {}  # nothing to copy from then: every file is uploaded

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.artifact.names import CARD, Problem, check_links, check_names, problem_of, walk
-from bake.artifact.record import RECORD, ArtifactRecord, read_json, read_record, unverified
+from bake.artifact.record import RECORD, read_json, read_record, unverified
+from bake.artifact.schema import Record
 from bake.cards import licences
 from bake.cards.frontmatter import card_metadata, first_line_of, read_card
 from bake.errors import InputError, UsageError
@@ -59,7 +60,7 @@ class Preflight:
     """
 
     folder: Path
-    record: ArtifactRecord
+    record: Record
     names: tuple[str, ...]
     card: str | None = field(repr=False)
     notes: tuple[str, ...]
@@ -101,7 +102,7 @@ def preflight(
     card, more = _check_card(folder, record, terms, reason, card)
     problems += more
     problems += _gather(lambda: _check_code(folder, terms), "config.json")
-    if record.base_on_hub and not record.pinned:
+    if record.base.on_hub and not record.base.pinned:
         problems.append(
             Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
         )
@@ -118,7 +119,7 @@ def _gather(check: Callable[[], list[Problem]], name: str) -> list[Problem]:
 
 
 def _check_card(
-    folder: Path, record: ArtifactRecord, terms: Terms, reason: str | None, card: str | None
+    folder: Path, record: Record, terms: Terms, reason: str | None, card: str | None
 ) -> tuple[str | None, list[Problem]]:
     try:
         card = read_card(folder) if card is None else card
@@ -129,8 +130,8 @@ def _check_card(
     except InputError as error:
         return None, [problem_of(error, CARD)]
     named = base if isinstance(base, list) else [base]
-    if record.base_on_hub and base is not None and record.base_repo not in named:
-        what = f"names the base_model {base}, the record names {record.base_repo}"
+    if record.base.on_hub and base is not None and record.base.repo not in named:
+        what = f"names the base_model {base}, the record names {record.base.repo}"
         return card, [Problem(CARD, what, "run `bake card` again")]
     if reason is not None and terms.unverified and not _ADMITTED.search(first_line_of(card)):
         what = "does not say in its first line that the artifact is not verified"
@@ -151,7 +152,7 @@ def _check_code(folder: Path, terms: Terms) -> list[Problem]:
 
 
 def _check_verification(
-    folder: Path, record: ArtifactRecord, terms: Terms
+    folder: Path, record: Record, terms: Terms
 ) -> tuple[str | None, list[Problem]]:
     """Return why the artifact does not count as verified, or None, and whether that stops it."""
     try:
@@ -164,12 +165,14 @@ def _check_verification(
     return reason, [Problem("verify.json", f"is no proof of this plan: {reason}", fix)]
 
 
-def _notes(record: ArtifactRecord, terms: Terms, reason: str | None) -> list[str]:
+def _notes(record: Record, terms: Terms, reason: str | None) -> list[str]:
     notes = []
     if terms.unverified and reason is not None:
         notes.append("the artifact is published without a verification that passed")
-    if not record.base_on_hub:
-        notes.append(f"the base {record.base} is a folder: nobody else can reproduce this model")
+    if not record.base.on_hub:
+        notes.append(
+            f"the base {record.base.model} is a folder: nobody else can reproduce this model"
+        )
     notes += [f"allowed: {word}" for word in sorted(terms.allow)]
     return notes
 

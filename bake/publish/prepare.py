@@ -7,7 +7,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from bake.artifact.carrier import KINDS
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS
-from bake.artifact.record import ArtifactRecord
+from bake.artifact.schema import Record
 from bake.cards.card import lint_card, render_card
 from bake.cards.stamp import is_bakes
 from bake.checkpoints import open_checkpoint
@@ -49,7 +49,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
     @property
-    def record(self) -> ArtifactRecord:
+    def record(self) -> Record:
         """What the artifact says of itself."""
         return self.found.record
 
@@ -97,9 +97,9 @@ def prepare_push(folder: Path, options: PushOptions, progress: Progress | None =
     )
 
 
-def short_digest(record: ArtifactRecord) -> str:
+def short_digest(record: Record) -> str:
     """Return the beginning of the plan's digest, for titles."""
-    return record.plan_digest.removeprefix("sha256:")[:12]
+    return record.plan.digest.removeprefix("sha256:")[:12]
 
 
 def _card_for(folder: Path, options: PushOptions) -> str | None:
@@ -131,7 +131,7 @@ def _sealed(folder: Path, found: Preflight, card: str | None, progress: Progress
     return sealed
 
 
-def _compare_with_base(folder: Path, record: ArtifactRecord) -> list[str]:
+def _compare_with_base(folder: Path, record: Record) -> list[str]:
     """Compare every tensor that the plan leaves alone with the base's, where the base is at hand.
 
     Returns:
@@ -149,12 +149,12 @@ def _compare_with_base(folder: Path, record: ArtifactRecord) -> list[str]:
     return []
 
 
-def _base_at_hand(folder: Path, record: ArtifactRecord) -> Path | None:
+def _base_at_hand(folder: Path, record: Record) -> Path | None:
     """Return the folder of the base, its own or that of the Hub's cache, when it is whole."""
-    path = record.content["base"].get("path")
-    base = folder / path if isinstance(path, str) else None
-    if record.base_on_hub and record.pinned:
-        config = try_to_load_from_cache(record.base_repo, CONFIG, revision=record.revision)
+    path = record.base.path
+    base = folder / path if path is not None else None
+    if record.base.on_hub and record.base.pinned:
+        config = try_to_load_from_cache(record.base.repo, CONFIG, revision=record.base.revision)
         base = Path(config).parent if isinstance(config, str) else None
     if base is None:
         return None

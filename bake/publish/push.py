@@ -107,13 +107,13 @@ def check_base(hub: Hub, ready: Prepared, terms: Terms) -> BaseTerms:
         HubError: the Hub refuses or fails.
     """
     gated = ""
-    if ready.record.base_on_hub:
-        info = read_base(hub, ready.record)
+    if ready.record.base.on_hub:
+        info = read_base(hub, ready.record.base)
         card = {} if info.card_data is None else dict(vars(info.card_data))
         gated = info.gated if isinstance(info.gated, str) else ""
     else:
-        path = ready.record.content["base"].get("path")
-        text = read_card(ready.folder / path) if isinstance(path, str) else None
+        path = ready.record.base.path
+        text = read_card(ready.folder / path) if path is not None else None
         card = {} if text is None else card_metadata(text)
     base = licences.stated(card)
     raise_problems(check_terms(ready.found, terms, base=base, repo=hub.to.repo), str(ready.folder))
@@ -173,7 +173,7 @@ def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[s
         tag="",
         pull_request=None,
         digest=ready.manifest.digest,
-        plan_digest=ready.record.plan_digest,
+        plan_digest=ready.record.plan.digest,
         endpoint=constants.ENDPOINT,
         account=account,
         public=to.public,
@@ -190,7 +190,7 @@ def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[s
 
 def _rehearsed(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms) -> Pushed:
     """Return what would be done; nothing is written, here or there."""
-    parts = parts_of(ready.manifest, head.tree, base_tree(hub, ready.record))
+    parts = parts_of(ready.manifest, head.tree, base_tree(hub, ready.record.base))
     new = () if head.commit is not None else (f"{hub.to.repo} would be created, private",)
     return _would(ready, hub.to, parts, account=hub.account.name, notes=(*terms.notes, *new))
 
@@ -213,7 +213,7 @@ def _commit(ready: Prepared, hub: Hub, head: Head) -> Committed:
     """Upload and commit, on the head that was read; or return the pull request that is there."""
     assert head.commit is not None
     record = ready.record
-    parts = parts_of(ready.manifest, head.tree, base_tree(hub, record))
+    parts = parts_of(ready.manifest, head.tree, base_tree(hub, record.base))
     if hub.to.pull_request:
         with explained(hub.account, "looking for the pull request"):
             there = find_pull_request(hub, ready.manifest)
@@ -224,12 +224,12 @@ def _commit(ready: Prepared, hub: Hub, head: Head) -> Committed:
     hub.remark(f"uploading {len(parts.add)} files with {size:,} bytes")
     if ready.found.card is not None:
         _validate_card(hub, ready.found.card)
-    text = f"Artifact {ready.manifest.digest}, made by bake {record.content.get('bake')}."
+    text = f"Artifact {ready.manifest.digest}, made by bake {record.bake}."
     return GuardedCommit(
         hub,
         ready.folder,
         ready.manifest,
-        base=(record.base_repo, record.revision),
+        base=(record.base.repo, record.base.revision),
         parent=head.commit,
         message=(ready.title, text),
     ).make(parts)

@@ -6,11 +6,13 @@ that the same export gives the same bytes.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bake.artifact.names import CARD, OUTSIDE, STATEMENT
-from bake.artifact.record import VERIFICATION, ArtifactRecord, read_json
+from bake.artifact.record import VERIFICATION, read_json
+from bake.artifact.schema import AdapterRecord, BaseRef, DirectionRecord, Record
 from bake.errors import InputError
 from bake.seal.manifest import Manifest
 
@@ -27,10 +29,8 @@ def made_by_export(name: str) -> bool:
     return name not in OUTSIDE and name not in _LATER and not name.startswith(_LATER_FOLDERS)
 
 
-def statement(record: ArtifactRecord, manifest: Manifest) -> str:
+def statement(record: Record, manifest: Manifest) -> str:
     """Return the text of the statement: the export's files, and what they were made from."""
-    content, base = record.content, record.content["base"]
-    recipe = content.get("recipe", {})
     subjects = [
         {"name": file.name, "digest": {"sha256": file.sha256}}
         for file in manifest.files
@@ -41,21 +41,21 @@ def statement(record: ArtifactRecord, manifest: Manifest) -> str:
             "buildType": BUILD_TYPE,
             "externalParameters": {
                 "kind": record.kind,
-                "plan": record.plan_digest,
-                "recipe": recipe.get("digest"),
-                "allow": content.get("allow", []),
-                "target": content.get("target", []),
+                "plan": record.plan.digest,
+                "recipe": None if record.recipe is None else record.recipe.digest,
+                "allow": list(record.allow),
+                "target": list(record.target),
             },
             "resolvedDependencies": [
-                _base(record, base),
-                *_directions(content.get("directions", {})),
-                *_adapter(content.get("adapter")),
+                _base(record.base),
+                *_directions(record.directions),
+                *_adapter(record.adapter),
             ],
         },
         "runDetails": {
             "builder": {
                 "id": "urn:bake-directions",
-                "version": {"bake-directions": content.get("bake")},
+                "version": {"bake-directions": record.bake},
             }
         },
     }
@@ -68,36 +68,36 @@ def statement(record: ArtifactRecord, manifest: Manifest) -> str:
     return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
 
 
-def _base(record: ArtifactRecord, base: dict[str, Any]) -> dict[str, Any]:
+def _base(base: BaseRef) -> dict[str, Any]:
     """Return the base as a dependency, by its commit where it is on the Hub."""
     found: dict[str, Any] = {"name": "base"}
-    if record.base_on_hub:
-        found["uri"] = f"pkg:huggingface/{record.base_repo}@{record.revision}"
-        if record.pinned:
-            found["digest"] = {"gitCommit": record.revision}
-    if base.get("digest") is not None:
-        found["annotations"] = {"layoutSha256": base["digest"]}
+    if base.on_hub:
+        found["uri"] = f"pkg:huggingface/{base.repo}@{base.revision}"
+        if base.pinned:
+            found["digest"] = {"gitCommit": base.revision}
+    if base.digest is not None:
+        found["annotations"] = {"layoutSha256": base.digest}
     return found
 
 
-def _directions(directions: dict[str, Any]) -> list[dict[str, Any]]:
+def _directions(directions: Mapping[str, DirectionRecord]) -> list[dict[str, Any]]:
     return [
         {
             "name": f"direction {name}",
-            "digest": {"sha256": str(found.get("digest", "")).removeprefix("sha256:")},
+            "digest": {"sha256": found.digest.removeprefix("sha256:")},
         }
         for name, found in sorted(directions.items())
     ]
 
 
-def _adapter(adapter: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _adapter(adapter: AdapterRecord | None) -> list[dict[str, Any]]:
     """Return the adapter of a merge as a dependency; its digest is over its two files'."""
     if adapter is None:
         return []
-    return [{"name": f"adapter {adapter.get('name')}", "digest": {"sha256": adapter.get("sha256")}}]
+    return [{"name": f"adapter {adapter.name}", "digest": {"sha256": adapter.sha256}}]
 
 
-def check_statement(folder: Path, record: ArtifactRecord, manifest: Manifest) -> str | None:
+def check_statement(folder: Path, record: Record, manifest: Manifest) -> str | None:
     """Return what is wrong with the statement of an artifact, or None.
 
     Raises:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.artifact.names import CARD, STATEMENT, SUMS, Problem, printable, problem_of
-from bake.artifact.record import RECORD, ArtifactRecord, read_record, unverified
+from bake.artifact.record import RECORD, read_record, unverified
+from bake.artifact.schema import Record
 from bake.errors import InputError
 from bake.progress import Progress
 from bake.seal.manifest import (
@@ -130,7 +131,7 @@ def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
     return seal_of(record, manifest, str(folder))
 
 
-def seal_of(record: ArtifactRecord, manifest: Manifest, where: str) -> Sealed:
+def seal_of(record: Record, manifest: Manifest, where: str) -> Sealed:
     """Return the seal of files that need not lie in one folder.
 
     Raises:
@@ -175,7 +176,7 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
     return Check(
         folder=str(folder),
         kind=record.kind,
-        plan_digest=record.plan_digest,
+        plan_digest=record.plan.digest,
         digest=manifest.digest,
         files=len(manifest.files),
         size=manifest.size,
@@ -185,17 +186,14 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
     )
 
 
-def _unlike_record(record: ArtifactRecord, manifest: Manifest) -> list[Problem]:
+def _unlike_record(record: Record, manifest: Manifest) -> list[Problem]:
     """Return the files that are not what the record lists, where the output lists any."""
-    recorded = record.content.get("files", {})
-    if not isinstance(recorded, dict):
-        return [Problem(RECORD, "files is no object")]
     found = manifest.by_name()
     problems = []
-    for name, digest in recorded.items():
+    for name, digest in (record.files or {}).items():
         if name not in found:
             problems.append(Problem(printable(name), f"is missing, and {RECORD} lists it"))
-        elif f"sha256:{found[name].sha256}" != f"sha256:{str(digest).removeprefix('sha256:')}":
+        elif f"sha256:{found[name].sha256}" != f"sha256:{digest.removeprefix('sha256:')}":
             problems.append(Problem(name, f"is not what {RECORD} lists", "export again"))
     return problems
 
@@ -207,7 +205,7 @@ def _problem(name: str, state: str) -> Problem:
     return Problem(name, _MEANING[state].what, fix)
 
 
-def _statement_problems(folder: Path, record: ArtifactRecord, manifest: Manifest) -> list[Problem]:
+def _statement_problems(folder: Path, record: Record, manifest: Manifest) -> list[Problem]:
     try:
         wrong = check_statement(folder, record, manifest)
     except (InputError, OSError) as error:

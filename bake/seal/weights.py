@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from bake.artifact.base_digests import recorded_digests
 from bake.artifact.carrier import KINDS
 from bake.artifact.names import Problem, problem_of, regular, walk
-from bake.artifact.record import RECORD, ArtifactRecord
+from bake.artifact.record import RECORD
+from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
@@ -23,7 +23,7 @@ _ROWS = 1 << 24  # elements looked at in one step
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def check_weights(folder: Path, record: ArtifactRecord) -> list[Problem]:
+def check_weights(folder: Path, record: Record) -> list[Problem]:
     """Return what is wrong with headers, index and format of the weights."""
     folder = folder.resolve()
     suffix = KINDS[record.kind].suffix
@@ -93,7 +93,7 @@ def metadata(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_checkpoint(folder: Path, record: ArtifactRecord) -> list[Problem]:
+def _check_checkpoint(folder: Path, record: Record) -> list[Problem]:
     try:
         checkpoint = open_checkpoint(folder)
     except InputError as error:
@@ -104,8 +104,8 @@ def _check_checkpoint(folder: Path, record: ArtifactRecord) -> list[Problem]:
         if name.endswith((".safetensors", ".bin", ".pt", ".gguf"))
     ]
     problems += [
-        Problem("bake.json", f"the plan names {name}, which the checkpoint does not hold")
-        for name in sorted(record.changed - checkpoint.tensors.keys())
+        Problem(RECORD, f"the plan names {name}, which the checkpoint does not hold")
+        for name in sorted(record.plan.changed - checkpoint.tensors.keys())
     ]
     return problems + _check_total(checkpoint)
 
@@ -121,14 +121,14 @@ def _check_total(checkpoint: Checkpoint) -> list[Problem]:
     return []
 
 
-def check_finite(folder: Path, record: ArtifactRecord) -> list[Problem]:
+def check_finite(folder: Path, record: Record) -> list[Problem]:
     """Return the edited tensors that hold NaN or an infinity."""
     if not KINDS[record.kind].checkpoint:
         return []
     checkpoint = open_checkpoint(folder.resolve())
     return [
         Problem(checkpoint.tensors[name].shard, f"{name} holds NaN or an infinity", "export again")
-        for name in sorted(record.changed & checkpoint.tensors.keys())
+        for name in sorted(record.plan.changed & checkpoint.tensors.keys())
         if not all(_finite(checkpoint, name))
     ]
 
@@ -146,19 +146,7 @@ def _finite(checkpoint: Checkpoint, name: str) -> Iterator[bool]:
         yield bool(torch.isfinite(rows).all())
 
 
-def base_tensors(record: ArtifactRecord) -> dict[str, str]:
-    """Return the sha256 of every edited tensor in the base, where the record has them.
-
-    Raises:
-        InputError: they are malformed.
-    """
-    try:
-        return recorded_digests(record.content)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the record is malformed: {error}", where=RECORD) from error
-
-
-def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Problem]:
+def check_unchanged(folder: Path, record: Record, base: Path) -> list[Problem]:
     """Return the tensors that differ from the base's although the plan leaves them alone.
 
     Those that the plan changes are compared with what the record says they were in the base.
@@ -167,11 +155,11 @@ def check_unchanged(folder: Path, record: ArtifactRecord, base: Path) -> list[Pr
         return []
     ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
     problems = []
-    before = base_tensors(record)
+    before = record.base_tensors
     for name, info in theirs.tensors.items():
-        if name in record.changed:
+        if name in record.plan.changed:
             if name in before and before[name] != f"sha256:{theirs.tensor_digest(name)}":
-                what = f"{name} of this base is not the one that bake.json says was edited"
+                what = f"{name} of this base is not the one that {RECORD} says was edited"
                 problems.append(Problem(info.shard, what, "name the base that it names"))
             continue
         found = ours.tensors.get(name)
