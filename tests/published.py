@@ -20,7 +20,7 @@ from harness import base_at, edit, plan_of, vector
 from hub_server import HubServer
 
 from bake import edits as make
-from bake.cards.base import base_facts
+from bake.artifact.base import base_ref
 from bake.outputs.checkpoint import export_checkpoint
 
 TOKEN = "hf_" + "T" * 34
@@ -57,11 +57,9 @@ def make_artifact(
     record = {
         "recipe": {"title": "Test", "file": "r.toml", "digest": "sha256:" + "1" * 64, "text": ""},
         "base": {
+            **base_ref(base.checkpoint).to_json(),
             "model": model,
             "revision": commit_of(base_path, model),
-            "digest": base.checkpoint.digest(),
-            "path": None,
-            **base_facts(base.checkpoint),
             "card": {"license": LICENCE},
         },
         "directions": {

@@ -22,9 +22,9 @@ from cards import (
 from huggingface_hub import ModelCard
 
 import bake
+from bake.artifact.frontmatter import card_metadata
 from bake.cards import notices, templates
 from bake.cards.card import card_notes, lint_card, render_card, save_card, write_card
-from bake.cards.frontmatter import card_metadata
 from bake.cards.methods import METHODS
 from bake.cards.stamp import is_stamped
 from bake.errors import InputError, UsageError

@@ -8,10 +8,13 @@ import pytest
 from cards import COMMIT, EXAMPLES, artifact, on_hub
 from click.testing import CliRunner, Result
 
-from bake.cards.base import base_card, base_facts, direction_facts
+from bake.artifact.base import base_card, base_ref
+from bake.artifact.record import read_record
+from bake.artifact.schema import BaseCard
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
 from bake.directions import read_directions
+from bake.directions.describe import direction_record
 from bake.errors import UsageError
 from bake.recipe import card_of, load_recipe
 
@@ -124,14 +127,15 @@ def test_any_file_may_be_there(content: bytes, tmp_path: Path) -> None:
 
 
 def test_an_export_records_what_the_card_needs(tmp_path: Path) -> None:
-    base = open_checkpoint(QUICKSTART / "model")
-    found = base_facts(base)
-    assert found == {"tensors": 56, "dtypes": {"F32": 56}, "card": None}
-    rows = direction_facts(read_directions(QUICKSTART / "mood.safetensors"))
-    recorded = json.loads((EXAMPLES / "checkpoint" / "bake.json").read_text(encoding="utf-8"))
-    assert recorded["directions"]["mood"]["tensors"] == rows
-    assert {key: recorded["base"][key] for key in found} == found
-    assert len(rows) == 12 and all(row["norm"] > 0 for row in rows)
+    found = base_ref(open_checkpoint(QUICKSTART / "model"))
+    assert (found.tensors, found.dtypes, found.card) == (56, {"F32": 56}, None)
+    made = direction_record(
+        read_directions(QUICKSTART / "mood.safetensors"), "quickstart/mood.safetensors"
+    )
+    recorded = read_record(EXAMPLES / "checkpoint")
+    assert recorded.directions == {"mood": made}
+    assert (recorded.base.digest, recorded.base.tensors) == (found.digest, found.tensors)
+    assert len(made.tensors) == 12 and all(row.norm > 0 for row in made.tensors)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +156,9 @@ def test_what_the_bases_card_states(
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     found = base_card(tmp_path)
     if stated is None:
-        assert found is not None and list(found) == ["unreadable"]
+        assert found is not None and list(found.to_json()) == ["unreadable"]
     else:
-        assert found == stated
+        assert found == BaseCard.of(stated)
 
 
 CARD = """

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from cards import artifact, on_hub
 
+from bake.artifact.frontmatter import card_metadata
 from bake.cards.card import lint_card, render_card
-from bake.cards.frontmatter import card_metadata
 from bake.errors import InputError
 
 REASON = "stands in for affine 'mood' at resid_post.2"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from bake.artifact.frontmatter import card_metadata
 from bake.cards import edits, markdown
 from bake.cards.card import render_card
-from bake.cards.frontmatter import card_metadata
 from bake.cards.templates import _printed
 from bake.cards.text import Markdown, code, escape, fenced, merged, printable
 

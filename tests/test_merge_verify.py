@@ -146,8 +146,8 @@ def test_a_base_on_the_hub_is_recorded_by_id_and_commit(
     out = merge_adapter(adapter, fetched, tmp_path / "out", layout=base.layout).path
     told = json.loads((out / "bake.json").read_text())["base"]
     assert (told["model"], told["revision"], told["path"]) == ("owner/name", commit, None)
-    record = read_record(out)
-    assert record.base_on_hub and record.pinned and record.base_repo == "owner/name"
+    found = read_record(out).base
+    assert found.on_hub and found.pinned and found.repo == "owner/name"
 
 
 def spoiled(out: Path, name: str, factor: float) -> None:
@@ -233,7 +233,7 @@ def test_checked_and_published_like_an_export(tiny_checkpoint: Checkpoints, tmp_
     base = base_at(tiny_checkpoint("llama"))
     out = merged(base, tmp_path)
     record = read_record(out)
-    assert (record.kind, len(record.changed)) == ("merge", 6)
+    assert (record.kind, len(record.plan.changed)) == ("merge", 6)
     terms = Terms(no_card=True)
     problems = preflight(out, terms).problems
     assert [problem.where for problem in problems] == ["verify.json"]

@@ -16,8 +16,8 @@ import torch
 from published import CARD, copy_of, make_artifact, record_again, rewrite, write_verification
 from safetensors.torch import load_file, save_file
 
+from bake.artifact.frontmatter import card_metadata
 from bake.cards import licences
-from bake.cards.frontmatter import card_metadata
 from bake.cards.licences import LICENCES, Stated, check_licence
 from bake.errors import InputError, UsageError
 from bake.publish.preflight import Terms, check_terms, preflight

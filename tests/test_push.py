@@ -35,7 +35,7 @@ from published import (
 )
 from safetensors.torch import load_file, save_file
 
-from bake.cards.frontmatter import first_line_of
+from bake.artifact.frontmatter import first_line_of
 from bake.checkpoints import open_checkpoint
 
 STRANGER = "hf_" + "S" * 34

@@ -13,7 +13,7 @@ import torch
 from hub_server import HubServer, running_hub
 from published import BASE, CLIENTS, TOKEN, Worker, base_files, client_of, copy_of, make_artifact
 
-from bake.cards.frontmatter import first_line_of
+from bake.artifact.frontmatter import first_line_of
 
 QUICKSTART = Path(__file__).parents[1] / "recipes"
 

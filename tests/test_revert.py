@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cards import EXAMPLES
 from click.testing import CliRunner
 from harness import base_at, edit, plan_of, vector
 from hub_server import running_hub
@@ -361,7 +362,8 @@ def test_force_replaces_a_checkpoint_and_a_dry_run_writes_nothing(
 def test_an_adapter_has_nothing_to_revert(tmp_path: Path, kind: str, said: str) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "bake.json").write_text(json.dumps({"kind": kind}))
+    example = json.loads((EXAMPLES / "adapter" / "bake.json").read_text())
+    (folder / "bake.json").write_text(json.dumps({**example, "kind": kind}))
     assert said in refused(folder, tmp_path / "back", code=2)
 
 
@@ -370,9 +372,10 @@ def test_an_adapter_has_nothing_to_revert(tmp_path: Path, kind: str, said: str) 
     [
         (None, "this is no artifact of bake"),
         ("{", "this is no artifact of bake"),
-        ('{"kind": "other"}', "an artifact of kind 'other' cannot be reverted"),
-        ('{"kind": "merge"}', "the record is malformed: KeyError('plan')"),
-        ('{"kind": "checkpoint"}', "the record is malformed: KeyError('plan')"),
+        ('{"kind": "other"}', "the kind 'other' is unknown"),
+        ('{"kind": "merge"}', "the record is malformed: base is missing"),
+        ('{"kind": "merge", "base": {"model": "x"}}', "the record is malformed: plan is missing"),
+        ('{"kind": "checkpoint"}', "the record is malformed"),
         ('{"kind": "checkpoint", "plan": [], "base": 1}', "the record is malformed"),
     ],
 )

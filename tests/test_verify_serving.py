@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import EXAMPLES
 from click.testing import CliRunner
 from harness import Base, bake, base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
 from test_verify import baked, edits_of
 
 from bake import edits as make
+from bake.artifact.record import read_record
 from bake.cli import main
 from bake.errors import UsageError, VerificationFailed
 from bake.outputs.lora import export_lora
@@ -335,7 +337,7 @@ def test_the_types_of_a_gguf_file_decide_what_it_is_held_to(tmp_path: Path) -> N
         folder = tmp_path / "-".join(sorted(kinds))
         folder.mkdir()
         write_gguf(folder / "m.gguf", kinds)
-        artifact = Baked(folder, {"kind": "gguf"}, ())
+        artifact = Baked(folder, read_record(EXAMPLES / "gguf"), ())
         assert set(stored_dtypes(artifact)) == wanted
         assert quantised(artifact) is ("Q8_0" in kinds)
 

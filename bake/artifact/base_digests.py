@@ -6,7 +6,6 @@ hashes of what was there before, an artifact names its base to the last bit.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ BASE_TENSORS = "base_tensors"
 """The key of ``bake.json`` under which they are kept."""
 
 _PREFIX = "sha256:"
-_DIGITS = frozenset("0123456789abcdef")
 
 ReadRows = Callable[[int, int], Tensor]
 
@@ -62,22 +60,6 @@ class BaseDigests:
         for name in sorted(names):
             self.add(name)
         return {name: self._found[name] for name in sorted(names)}
-
-
-def recorded_digests(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a record says of the base's edited tensors; empty where it is an earlier one.
-
-    Raises:
-        TypeError, ValueError: it is malformed.
-    """
-    found = content.get(BASE_TENSORS, {})
-    if not isinstance(found, dict):
-        raise TypeError(f"{BASE_TENSORS} is no object")
-    for name, digest in found.items():
-        plain = digest.removeprefix(_PREFIX) if isinstance(digest, str) else ""
-        if len(plain) != 64 or not set(plain) <= _DIGITS:
-            raise ValueError(f"{BASE_TENSORS} of {name} is no sha256")
-    return found
 
 
 def refuse_other_base(

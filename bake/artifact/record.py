@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -24,8 +24,9 @@ from bake.errors import InputError
 RECORD = "bake.json"
 VERIFICATION = "verify.json"
 _LIMIT = 64_000_000
-_ABSENT_IN_1: Mapping[str, Any] = {"allow": (), "target": ()}
-_ABSENT_IN_BASE_1 = dict.fromkeys(("revision", "digest", "path", "card"))
+# What version 1 could leave out, and version 2 always says.
+_ABSENT: Mapping[str, Any] = {"allow": (), "target": ()}
+_NULLS = {"base": ("revision", "digest", "path", "card"), "adapter": ("path",)}
 
 # msgspec's names of types, in the words of bake's messages.
 _TYPES = {"str": "text", "int": "number", "float": "number", "bool": "truth value", "array": "list"}
@@ -39,7 +40,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: it is missing, too long or malformed.
     """
-    path = regular(folder.resolve(), name)
+    return _read(regular(folder.resolve(), name), name)
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
     if path.stat().st_size > _LIMIT:
         raise InputError(f"is {path.stat().st_size} bytes long; the limit is {_LIMIT}", where=name)
     text = strictjson.decode(path.read_bytes(), where=name)
@@ -55,15 +59,36 @@ def read_record(folder: Path) -> Record:
     if not folder.is_dir():
         raise InputError("this is no artifact of bake: there is no such folder", where=str(folder))
     try:
-        content = read_json(folder, RECORD)
+        path = regular(folder.resolve(), RECORD)
     except (InputError, OSError) as error:
-        raise InputError(
-            f"this is no artifact of bake: {RECORD} cannot be read",
-            where=str(folder),
-            why=str(error),
-            fix="name a folder that `bake export` wrote",
-        ) from error
-    return parse_record(content, str(folder / RECORD))
+        raise _unreadable(error, str(folder)) from error
+    return record_at(path, str(folder))
+
+
+def record_at(path: Path, where: str) -> Record:
+    """Return the record that a file holds.
+
+    Args:
+        path: the file, wherever it was fetched to.
+        where: what messages name: the artifact.
+
+    Raises:
+        InputError: it cannot be read, is malformed, or of a newer bake.
+    """
+    try:
+        content = _read(path, RECORD)
+    except (InputError, OSError) as error:
+        raise _unreadable(error, where) from error
+    return parse_record(content, f"{where}/{RECORD}")
+
+
+def _unreadable(error: InputError | OSError, where: str) -> InputError:
+    return InputError(
+        f"this is no artifact of bake: {RECORD} cannot be read",
+        where=where,
+        why=str(error),
+        fix="name a folder that `bake export` wrote",
+    )
 
 
 def parse_record(content: Mapping[str, Any], where: str) -> Record:
@@ -101,9 +126,13 @@ def parse_record(content: Mapping[str, Any], where: str) -> Record:
 
 def _upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a record of version 1 as one of version 2, with the keys that it could leave out."""
-    base = content.get("base")
-    whole = {"base": _ABSENT_IN_BASE_1 | base} if isinstance(base, dict) else {}
-    return {**_ABSENT_IN_1, **content, **whole, "schema": VERSION}
+    parts = ((key, content.get(key), absent) for key, absent in _NULLS.items())
+    whole = {key: dict.fromkeys(absent) | part for key, part, absent in parts if _is_object(part)}
+    return {**_ABSENT, **content, **whole, "schema": VERSION}
+
+
+def _is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
 
 
 def _reason(error: msgspec.ValidationError) -> str:
@@ -162,6 +191,12 @@ def new_record(
 def record_text(record: Record) -> str:
     """Return the text of ``bake.json``."""
     return json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n"
+
+
+def has_text(record: Record, text: str) -> bool:
+    """Tell whether a text is what bake writes for a record; in version 1 it had no number."""
+    own = record_text(record)
+    return text in (own, own.replace(f'  "schema": {VERSION},\n', "", 1))
 
 
 def unverified(folder: Path, record: Record) -> str | None:

@@ -201,7 +201,7 @@ class AdapterRecord(RecordPart, frozen=True, kw_only=True):
 
     name: str
     """Its id on the Hub, or the last part of its folder."""
-    path: str | None = None
+    path: str | None
     """Its folder, as seen from the artifact; None for one on the Hub."""
     sha256: str
     config: dict[str, Any]
@@ -314,7 +314,7 @@ class GgufTensor(RecordPart, frozen=True, kw_only=True):
     rounding: str | None = None
     change: float | None = None
     """How much of the edit is left, 1 for all of it."""
-    leak: float | UnsetType | None = UNSET
+    leak: float | None = None
     """How much of what the edit removes is back; None for an edit that removes nothing."""
     error: float | None = None
     """Of the rounding, relative to the tensor's norm."""
@@ -325,8 +325,8 @@ class GgufRecord(RecordPart, frozen=True, kw_only=True):
 
     base: tuple[GgufPart, ...] = ()
     architecture: str | None = None
-    file_type: int | UnsetType | None = UNSET
-    tensors: tuple[GgufTensor, ...] | UnsetType = UNSET
+    file_type: int | None = None
+    tensors: tuple[GgufTensor, ...] = ()
     converter: str | None = None
     outtype: str | None = None
 

@@ -7,10 +7,10 @@ measured, so that no gap has to be filled by hand.
 from pathlib import Path
 
 from bake.artifact.destination import Destination
+from bake.artifact.frontmatter import read_card
 from bake.artifact.names import CARD, Problem
 from bake.cards import lint, stamp, templates
 from bake.cards.facts import read_facts
-from bake.cards.frontmatter import read_card
 from bake.cards.view import view
 from bake.errors import InputError, UsageError
 from bake.seal.manifest import write_text

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from bake.artifact.frontmatter import card_metadata
 from bake.artifact.names import CARD, Problem
 from bake.cards import figures, licences, metadata
 from bake.cards.facts import Facts
-from bake.cards.frontmatter import card_metadata
 from bake.cards.text import printable
 from bake.checkpoints.hub_names import is_repository
 

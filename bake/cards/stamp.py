@@ -4,7 +4,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from bake.cards.frontmatter import LIMIT
+from bake.artifact.frontmatter import LIMIT
 
 _LINE = r"<!-- bake card, sha256:([0-9a-f]{64}) -->\n"
 _STAMP = re.compile(rf"\n{_LINE}\Z")

@@ -1,7 +1,6 @@
 """``bake merge``: fold a PEFT LoRA adapter into a checkpoint."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -35,7 +34,6 @@ def command(
     their order and their files. Rank and alpha patterns, rank-stabilised scaling, biases and
     embedding factors are merged; what is no sum of base and factors (DoRA) is refused.
     """
-    from bake.cards.base import base_facts
     from bake.checkpoints import open_checkpoint
     from bake.checkpoints.adapter import find_adapter
     from bake.cli import render
@@ -54,14 +52,16 @@ def command(
         output.remark(f"merging without a family table: {error.what}")
         layout = None
     output.keeps(out)
-    record: dict[str, Any] = {"base": base_facts(checkpoint)}
-    if found.repo is not None:
-        record["adapter"] = {"name": found.repo, "revision": found.commit, "path": None}
-    if family is not None:
-        record["family"] = table_of(family)
     with output.bar(f"writing {out.name}") as move:
         made = merge_adapter(
-            found.folder, checkpoint, out, layout=layout, record=record, force=force, progress=move
+            found.folder,
+            checkpoint,
+            out,
+            layout=layout,
+            published=found,
+            family=None if family is None else table_of(family),
+            force=force,
+            progress=move,
         )
     notes = merge_notes(made)
     output.present(

@@ -12,7 +12,7 @@ from bake.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from bake.revert.checkpoint import Reverted
-    from bake.revert.record import RevertRecord
+    from bake.revert.record import Revertible
 
 
 @bake_command("revert")
@@ -50,23 +50,24 @@ def command(
     source = find(artifact, weights=True)
     for note in source.notes:
         output.remark(note)
-    record = read_revertible(source.folder)
+    baked = read_revertible(source.folder)
     if source.published and base is None:
-        _refuse_folder(record, source.name)
+        _refuse_folder(baked, source.name)
     output.keeps(out)
-    if record.kind == "gguf":
+    if baked.record.kind == "gguf":
         if revision is not None:
             raise UsageError("a GGUF file has no revision", fix="leave --revision out")
-        _restore_gguf(output, record, base, out, force=force, dry_run=dry_run)
+        _restore_gguf(output, baked, base, out, force=force, dry_run=dry_run)
     else:
-        _restore(output, record, base, revision, out, force=force, dry_run=dry_run)
+        _restore(output, baked, base, revision, out, force=force, dry_run=dry_run)
 
 
-def _refuse_folder(record: "RevertRecord", name: str) -> None:
+def _refuse_folder(baked: "Revertible", name: str) -> None:
     """Refuse to look for the base of a stranger's artifact in a folder: it means nothing here."""
-    if record.base_path is not None:
+    if baked.base_path is not None:
         raise InputError(
-            f"the base {record.model} is a folder of the machine that the model was made on",
+            f"the base {baked.record.base.model} is a folder of the machine that the model was "
+            "made on",
             where=name,
             fix="name it with --base MODEL",
         )
@@ -74,7 +75,7 @@ def _refuse_folder(record: "RevertRecord", name: str) -> None:
 
 def _restore(
     output: Output,
-    record: "RevertRecord",
+    baked: "Revertible",
     named: str | None,
     revision: str | None,
     out: Path,
@@ -85,10 +86,10 @@ def _restore(
     from bake.revert.base import open_base
     from bake.revert.checkpoint import base_hashes, prepare_revert, revert_checkpoint
 
-    base = open_base(record, named, revision)
+    base = open_base(baked, named, revision)
     output.remark(f"the base is {base.checkpoint.source}")
     with output.bar("checking the base") as move:
-        plan = prepare_revert(record, base, move)
+        plan = prepare_revert(baked, base, move)
     if dry_run:
         _present_dry(output, out, plan.edited_bytes, base.checkpoint.source)
         return
@@ -101,7 +102,7 @@ def _restore(
 
 def _restore_gguf(
     output: Output,
-    record: "RevertRecord",
+    baked: "Revertible",
     named: str | None,
     out: Path,
     *,
@@ -115,7 +116,7 @@ def _restore_gguf(
             "a GGUF is reverted to the file that it was made of, which its record does not locate",
             fix="name it with --base FILE.gguf",
         )
-    plan = prepare_gguf_revert(record, Path(named))
+    plan = prepare_gguf_revert(baked, Path(named))
     if dry_run:
         _present_dry(output, out, plan.edited_bytes, named)
         return

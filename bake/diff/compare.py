@@ -8,13 +8,14 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from bake.artifact.record import RECORD
 from bake.diff.adapter import adapted, base_of_adapter, is_adapter
 from bake.diff.change import Change, measure, same_bytes
 from bake.diff.files import KeyChange, config_changes, file_changes, metadata_changes
 from bake.diff.record import Claims, edit_directions, read_claims
 from bake.diff.report import Diff, Reshaped
 from bake.diff.roles import Roles, gguf_roles, natural, roles_of
-from bake.diff.sources import RECORD, Model, base_of, open_model
+from bake.diff.sources import Model, base_of, open_model
 from bake.diff.subspace import Subspace, given_cosines, subspaces, with_leaks
 from bake.diff.verdict import violations
 from bake.diff.weights import GgufWeights, Weights, file_digest

@@ -6,18 +6,18 @@ bytes, and not against the program that wrote both.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bake.affine import LowRankMap
-from bake.artifact.base_digests import recorded_digests
-from bake.diff.sources import RECORD, Model, read_json
+from bake.artifact.carrier import KINDS
+from bake.artifact.record import RECORD, record_at
+from bake.artifact.schema import KeyChange, Record, TensorChange
+from bake.diff.sources import Model
 from bake.edit_store import EDITS, load_edits
 from bake.edits import Edit, EditKind, WeightUpdate
-from bake.errors import InputError
 from bake.sites import STREAM_KINDS, SiteKind
 
 # Kinds of edit whose maps change a weight by no more than their own rank, and the sites at which
@@ -59,7 +59,7 @@ class Claims:
         kind: which output wrote the artifact.
         digest: the plan's.
         tensors: by name.
-        config: key, old and new value; new None for a key that is removed.
+        config: the keys of ``config.json`` that are changed.
         files: the files that the export wrote.
         edits: the edits, where the artifact carries them.
         before: the sha256 of the base's edited tensors; empty in records that lack it.
@@ -68,7 +68,7 @@ class Claims:
     kind: str
     digest: str
     tensors: Mapping[str, Claim]
-    config: tuple[tuple[str, Any, Any], ...]
+    config: tuple[KeyChange, ...]
     files: frozenset[str]
     edits: tuple[Edit, ...]
     before: Mapping[str, str]
@@ -83,61 +83,53 @@ def read_claims(out: Model) -> tuple[Claims | None, str | None]:
     path = out.small_file(RECORD)
     if path is None:
         return None, None
-    content = read_json(path)
-    kind = content.get("kind")
-    if "plan" not in content:
-        return None, f"its {RECORD} (kind {kind!r}) has no plan to hold the bytes against"
-    if kind not in (("checkpoint", "merge") if out.checkpoint is not None else ("gguf",)):
+    record = record_at(path, out.label)
+    kind = record.kind
+    if not (KINDS[kind].checkpoint if out.checkpoint is not None else kind == "gguf"):
         return None, f"its {RECORD} is of the kind {kind!r}, and these are other files"
-    if out.gguf is not None and out.gguf.path.name not in content.get("files", {}):
+    if out.gguf is not None and out.gguf.path.name not in (record.files or {}):
         return None, f"the {RECORD} beside it does not list {out.gguf.path.name}"
     edits_path = out.small_file(EDITS)
     edits = () if edits_path is None else load_edits(edits_path)
-    try:
-        return _claims(content, edits, out), None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"the record is malformed: {error!r}", where=f"{out.label}: {RECORD}"
-        ) from error
-
-
-def _claims(content: Mapping[str, Any], edits: tuple[Edit, ...], out: Model) -> Claims:
-    plan = content["plan"]
-    rows = plan["tensors"] if out.checkpoint is not None else []
-    found = {str(row["name"]): _tensor(row, edits) for row in rows}
-    if out.checkpoint is not None:
-        for row in plan["biases"]:
-            name, created = str(row["name"]), bool(row["created"])
-            source = None if created else name
-            size = (int(row["size"]),)
-            found[name] = Claim(name, source, created, zero=bool(row["zero"]), shape=size)
-    else:
-        for row in content["gguf"]["tensors"]:
-            name, created = str(row["name"]), row["base_type"] is None
-            found[name] = Claim(name, None if created else name, created, dtype=str(row["type"]))
-    config = tuple((str(c["key"]), c["old"], c["new"]) for c in plan["config"])
+    claims = _of_checkpoint(record, edits) if out.checkpoint is not None else _of_gguf(record)
     return Claims(
-        kind=str(content["kind"]),
-        digest=str(plan["digest"]),
-        tensors=found,
-        config=config if out.checkpoint is not None else (),
-        files=frozenset(map(str, content.get("files", {}))),
+        kind=kind,
+        digest=record.plan.digest,
+        tensors={claim.name: claim for claim in claims},
+        config=() if out.checkpoint is None else record.plan.config,
+        files=frozenset(record.files or {}),
         edits=edits,
-        before=recorded_digests(content) if out.checkpoint is not None else {},
-    )
+        before={} if out.checkpoint is None else record.base_tensors,
+    ), None
 
 
-def _tensor(row: Mapping[str, Any], edits: Sequence[Edit]) -> Claim:
-    name, source, sides = str(row["name"]), str(row["source"]), [str(s) for s in row["sides"]]
+def _of_checkpoint(record: Record, edits: tuple[Edit, ...]) -> list[Claim]:
+    claims = [_tensor(row, edits) for row in record.plan.tensors]
+    for row in record.plan.biases:
+        source = None if row.created else row.name
+        claims.append(Claim(row.name, source, row.created, zero=row.zero, shape=(row.size,)))
+    return claims
+
+
+def _of_gguf(record: Record) -> list[Claim]:
+    rows = () if record.gguf is None else record.gguf.tensors
+    return [
+        Claim(row.name, None if new else row.name, new, dtype=row.type)
+        for row in rows
+        for new in [row.base_type is None]
+    ]
+
+
+def _tensor(row: TensorChange, edits: Sequence[Edit]) -> Claim:
     # The record of a merge has no axes, and no edit whose rank would be derived.
-    table = bool(edits) and int(row["output_axis"]) == 1 and sides == ["output"]
+    table = bool(edits) and row.output_axis == 1 and row.sides == ("output",)
     return Claim(
-        name=name,
-        source=source,
-        created=name != source,
-        same=sides == ["copied"],
-        rank=_most(edits, sides, table=table),
-        shape=tuple(int(size) for size in row["shape"]),
+        name=row.name,
+        source=row.source,
+        created=row.name != row.source,
+        same=row.sides == ("copied",),
+        rank=_most(edits, row.sides, table=table),
+        shape=row.shape,
     )
 
 

@@ -3,21 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
+from bake.artifact.record import RECORD, read_record, record_at
+from bake.artifact.schema import Record
+from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf.file import Gguf, open_gguf
 from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.source import LocalFiles
 from bake.diff.bytesource import Counted, Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights
-from bake.errors import CheckpointError, InputError, UsageError
+from bake.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from bake.diff.hub import Repository
 
-RECORD = "bake.json"
 _ADAPTER = "adapter_config.json"
 _SCHEME = "hf://"
 _LIMIT = 64_000_000
@@ -170,32 +171,30 @@ def base_of(out: str) -> str:
         HubError: the Hub refuses or cannot be reached.
     """
     record, folder = _record_of(out)
-    base = {} if record is None else record.get("base")
-    if not isinstance(base, dict) or not isinstance(base.get("model"), str):
+    if record is None:
         raise UsageError(
             f"{out} does not say what it was made from",
-            why=f"it has no {RECORD} that names a base" if record is None else None,
+            why=f"it has no {RECORD} that names a base",
             fix="name both: bake diff BASE OUT",
         )
-    path = base.get("path")
-    if isinstance(path, str) and folder is not None:
+    path = record.base.path
+    if path is not None and folder is not None:
         found = (folder / path).resolve()
         if found.exists():
             return str(found)
         raise UsageError(
             f"the base of {out} is not at {found} any more", fix="name it: bake diff BASE OUT"
         )
-    revision = base.get("revision")
-    return f"{base['model']}@{revision}" if revision else str(base["model"])
+    return record.base.address
 
 
-def _record_of(out: str) -> tuple[dict[str, Any] | None, Path | None]:
+def _record_of(out: str) -> tuple[Record | None, Path | None]:
     text = _hub_id(out) if out.startswith(_SCHEME) else out
     path = Path(text).expanduser()
     if path.exists():
         folder = path if path.is_dir() else path.parent
         found = folder / RECORD
-        return (read_json(found) if found.is_file() else None), folder.resolve()
+        return (read_record(folder) if found.is_file() else None), folder.resolve()
     if path.suffix.lower() == ".gguf":
         raise CheckpointError("does not exist; a GGUF model is a file", where=out)
     from bake.checkpoints import hub
@@ -206,23 +205,10 @@ def _record_of(out: str) -> tuple[dict[str, Any] | None, Path | None]:
     repository = read_repository(repo, located.commit)
     if repository is None:
         found = located.folder / RECORD
-        return (read_json(found) if found.is_file() else None), None
+        return (read_record(located.folder) if found.is_file() else None), None
     if RECORD not in repository.tree:
         return None, None
-    return read_json(repository.fetch(RECORD)), None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file, read strictly.
-
-    Raises:
-        InputError: it is too long or malformed.
-    """
-    size = path.stat().st_size
-    if size > _LIMIT:
-        raise InputError(f"is {size} bytes long; the limit is {_LIMIT}", where=str(path))
-    text = strictjson.decode(path.read_bytes(), where=str(path))
-    return strictjson.parse_object(text, where=str(path), constants=True)
+    return record_at(repository.fetch(RECORD), out), None
 
 
 def listed(model: Model) -> Mapping[str, str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bake.artifact.record import RECORD
 from bake.diff.change import Change
 from bake.diff.files import ABSENT, FileChange, KeyChange, config_changes, plain
 from bake.diff.record import Claim, Claims
@@ -13,7 +14,7 @@ from bake.diff.sources import Model
 
 # What may be added to a model without changing what it computes: texts about it and proofs of it.
 _DOCUMENTS = ("readme.md", "license", "licence", "notice", "use_policy", "copying")
-_PROOFS = ("bake.json", "verify.json", "verify.md", "verify.html", "sha256sums", "model.sig")
+_PROOFS = (RECORD, "verify.json", "verify.md", "verify.html", "sha256sums", "model.sig")
 _FOLDERS = ("bake/", "plots/", "verify/", "reproduce/")
 _METADATA = ("bake.", "split.tensors.count")
 
@@ -63,7 +64,7 @@ def _another_base(claims: Claims, base: Model) -> Iterator[str]:
         more = f" and {len(others) - 1} more edited tensors are" if len(others) > 1 else " is"
         yield (
             f"this is not the base that the artifact was made of: {others[0]}{more} not what "
-            "bake.json says was edited"
+            f"{RECORD} says was edited"
         )
 
 
@@ -158,23 +159,23 @@ def _config(claims: Claims, base: Model, out: Model) -> Iterator[str]:
     if base.checkpoint is None or out.checkpoint is None:
         return
     expected = dict(base.checkpoint.config)
-    for key, _, new in claims.config:
-        if new is None:
-            expected.pop(key, None)
+    for planned in claims.config:
+        if planned.new is None:
+            expected.pop(planned.key, None)
         else:
-            expected[key] = new
-    planned = {key for key, _, _ in claims.config}
+            expected[planned.key] = planned.new
+    keys = {planned.key for planned in claims.config}
     for change in config_changes(expected, out.checkpoint.config):
         name = change.key.partition(".")[0]
-        if change.key in planned or name in planned:
+        if change.key in keys or name in keys:
             yield f"config.json {change.key} is {change.new}; the plan sets it to {change.old}"
         else:
             old = "was absent" if change.old == ABSENT else f"was {change.old}"
             yield f"config.json {change.key} is {change.new} and {old}; the plan leaves it alone"
-    for key, old, _ in claims.config:
-        if base.checkpoint.config.get(key) != old:
-            found = json.dumps(base.checkpoint.config.get(key))
-            made_for = json.dumps(old)
+    for planned in claims.config:
+        if base.checkpoint.config.get(planned.key) != planned.old:
+            found = json.dumps(base.checkpoint.config.get(planned.key))
+            made_for, key = json.dumps(planned.old), planned.key
             yield f"config.json {key} of this base is {found}; the plan was made for {made_for}"
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bake.artifact.schema import DirectionRecord, FittedTensor
 from bake.directions.direction import Direction, Directions, Role
 
 
@@ -48,6 +49,33 @@ def describe(directions: Directions) -> tuple[Row, ...]:
         rows += [_row(directions.concept, item, role, before) for role in item.tensors]
         before = item
     return tuple(rows)
+
+
+def direction_record(directions: Directions, file: str) -> DirectionRecord:
+    """Return what a record keeps of an artifact: what it is, and each tensor's size and norm.
+
+    Args:
+        directions: the artifact.
+        file: where the recipe says that it is.
+    """
+    return DirectionRecord(
+        file=file,
+        concept=directions.concept,
+        format=directions.format,
+        digest=directions.digest,
+        metadata=dict(sorted(directions.metadata.items())),
+        tensors=tuple(
+            FittedTensor(
+                layer=row.layer,
+                site=row.site,
+                role=str(row.role),
+                shape=row.shape,
+                dtype=row.dtype,
+                norm=row.norm,
+            )
+            for row in describe(directions)
+        ),
+    )
 
 
 def _row(concept: str, item: Direction, role: Role, before: Direction | None) -> Row:

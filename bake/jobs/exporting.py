@@ -1,8 +1,7 @@
 """Write what a request plans: one carrier, or several in one run."""
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,33 +11,37 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
+    from bake.artifact.schema import ExportOptions, GgufFile, GgufTensor
     from bake.outputs.carry import Options
 
 CONVERTER = "convert_hf_to_gguf.py"
 
 
-def export_record(carrier: str, options: "Options", out: Path) -> dict[str, Any]:
-    """Return what ``bake.json`` keeps of an export's options: those that decide this carrier."""
+def export_options(carrier: str, options: "Options", out: Path) -> "ExportOptions | None":
+    """Return what a record keeps of an export's options: those that decide this carrier."""
+    from bake.artifact.schema import ExportOptions
+
     if carrier not in ("gguf", "gguf-lora"):
-        return {}
+        return None
     if options.gguf is not None:
-        found: dict[str, Any] = {"gguf": gguf_parts(options.gguf)}
-        if carrier == "gguf":
-            found |= {"edited_type": options.edited_type, "rounding": options.rounding}
-        return {"export": found}
+        parts = gguf_parts(options.gguf)
+        if carrier == "gguf-lora":
+            return ExportOptions(gguf=parts)
+        return ExportOptions(gguf=parts, edited_type=options.edited_type, rounding=options.rounds)
     if options.llama_cpp is None or carrier == "gguf-lora":
-        return {}
+        return None
     script = options.llama_cpp / CONVERTER
-    digest = sha256(script) if script.is_file() else None
-    return {"export": {"converter": digest, "outtype": options.outtype, "name": out.name}}
+    facts = {"outtype": options.outtype, "name": out.name}
+    return ExportOptions.of(facts | {"converter": sha256(script)} if script.is_file() else facts)
 
 
-def gguf_parts(path: Path) -> list[dict[str, str]]:
+def gguf_parts(path: Path) -> "tuple[GgufFile, ...]":
     """Return the names and digests of the files of a GGUF model."""
+    from bake.artifact.schema import GgufFile
     from bake.checkpoints.gguf.file import open_gguf
 
     parts = [part.path for part in open_gguf(path).parts]
-    return [{"name": part.name, "sha256": sha256(part)} for part in parts]
+    return tuple(GgufFile(name=part.name, sha256=sha256(part)) for part in parts)
 
 
 _KNOWN: dict[tuple[str, int, int], str] = {}
@@ -61,12 +64,14 @@ class Exported:
     request: Request
     artifacts: tuple["Artifact", ...]
 
-    def rounded(self, written: "Artifact") -> Sequence[Mapping[str, Any]]:
+    def rounded(self, written: "Artifact") -> "Sequence[GgufTensor]":
         """Return what rounding did to the tensors of a GGUF that was edited in place."""
         if written.kind != "gguf":
             return ()
-        record = json.loads((written.path / "bake.json").read_text(encoding="utf-8"))
-        return [tensor for tensor in record["gguf"].get("tensors", ()) if "error" in tensor]
+        from bake.artifact.record import read_record
+
+        gguf = read_record(written.path).gguf
+        return [] if gguf is None else [t for t in gguf.tensors if t.error is not None]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values: one artifact by itself, several as a list."""
@@ -142,4 +147,7 @@ def would_be(request: Request, out: Path, options: "Options") -> dict[str, Any]:
 
 def _record(request: Request, carrier: str, options: "Options", out: Path) -> dict[str, Any]:
     """Return what the record keeps of the request, and of the options that decide this carrier."""
-    return {**request.record(out), **export_record(carrier, options, out)}
+    from msgspec import structs
+
+    stated = export_options(carrier, options, out)
+    return structs.replace(request.provenance(out), export=stated).to_json()

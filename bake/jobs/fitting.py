@@ -1,11 +1,12 @@
 """Stand-ins for edits without an exact fold, as a recipe with ``[calibrate]`` asks for them."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bake.errors import UsageError
 from bake.progress import Bars
 
 if TYPE_CHECKING:
+    from bake.artifact.schema import CalibrationRecord
     from bake.jobs.model import Model
     from bake.plan import Plan
     from bake.recipe import CalibrateSpec, Recipe
@@ -38,7 +39,7 @@ def wanted(recipe: "Recipe", plan: "Plan") -> "CalibrateSpec | None":
 
 def fitted(
     recipe: "Recipe", spec: "CalibrateSpec", model: "Model", plan: "Plan", bars: Bars
-) -> "tuple[Plan, dict[str, Any]]":
+) -> "tuple[Plan, CalibrationRecord]":
     """Return a plan with stand-ins, and what the record keeps of how they were fitted.
 
     The whole model is loaded in float32, as a verification loads it, and run on the texts.
@@ -50,6 +51,7 @@ def fitted(
     import torch
 
     from bake.approximate import Settings, approximate
+    from bake.artifact.schema import CalibrationRecord
     from bake.verify.models import load
     from bake.verify.prompts import read_prompts
 
@@ -67,4 +69,4 @@ def fitted(
             settings=settings,
             progress=move,
         )
-    return planned, {**facts, "prompts": prompts.to_json()}
+    return planned, CalibrationRecord.of({**facts, "prompts": prompts.to_json()})

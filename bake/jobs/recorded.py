@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.artifact.record import RECORD
 from bake.errors import BakeError, InputError, UsageError, VerificationFailed
 from bake.jobs.model import Model
 from bake.jobs.request import Request
@@ -22,10 +23,7 @@ if TYPE_CHECKING:
     from bake.verify.artifact import Baked
 
 HUB_PREFIX = "hf://"
-RECORD = "bake.json"
 ADDRESS = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
-_COMPUTED = ("bake", "kind", "plan", "base_tensors", "gguf", "files")
-"""What an output writes into the record by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,23 +109,22 @@ def base_of(source: Source, artifact: "Baked", given: str | None) -> str:
         return given
     from bake.verify.inputs import place_of_base
 
-    base = artifact.record["base"]
+    base = artifact.record.base
     if not source.published:
         return place_of_base(artifact)
-    model, revision = str(base["model"]), base.get("revision")
-    if base.get("path") is not None or not _is_address(model):
+    if base.path is not None or not _is_address(base.model):
         raise InputError(
-            f"the base {model} is a folder of the machine that the model was made on",
+            f"the base {base.model} is a folder of the machine that the model was made on",
             where=source.name,
             fix="name it with --base, if you have it",
         )
-    if revision is None or re.fullmatch(r"[0-9a-f]{40}", revision) is None:
+    if not base.pinned:
         raise InputError(
-            f"the record names no commit of the base {model}",
+            f"the record names no commit of the base {base.model}",
             where=source.name,
             fix="name the base with its commit, as --base owner/name@commit",
         )
-    return f"{model.partition('@')[0]}@{revision}"
+    return f"{base.repo}@{base.revision}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,7 +166,7 @@ class Replanned:
             f"the plan of {self.source.name} is not the recorded one",
             why="\n".join(self.differences),
             fix="compare with the version of bake that made it, "
-            f"{self.artifact.record.get('bake', 'which it does not name')}",
+            f"{self.artifact.record.bake or 'which it does not name'}",
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -215,13 +212,14 @@ def replan(source: Source, *, base: str | None, family: Path | None) -> Replanne
     model = Model(checkpoint, layout, family)
     recipe = _recipe(source, artifact, place, checkpoint)
     plan = model.plan(artifact.edits if artifact.fitted is None else artifact.fitted, recipe.export)
-    facts = artifact.record.get("calibration")
-    if artifact.fitted is not None and facts is not None:
+    record = artifact.record
+    if artifact.fitted is not None and record.calibration is not None:
         from bake.approximate import labelled
 
-        plan = labelled(plan, artifact.edits, facts)
-    recorded = {k: v for k, v in artifact.record.items() if k not in _COMPUTED}
-    request = Request(recipe, model, plan, calibration=facts, recorded=recorded)
+        plan = labelled(plan, artifact.edits, record.calibration.to_json())
+    request = Request(
+        recipe, model, plan, calibration=record.calibration, recorded=record.provenance
+    )
     text_differs, notes = _against_recipe(artifact, request)
     plan_differs, more = _against_plan(artifact, plan)
     differences = tuple(map(_shown, (*_against_files(artifact), *text_differs, *plan_differs)))
@@ -242,7 +240,7 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
     from bake.recipe import ALLOWANCES, OUTPUTS, RUNTIMES, Base, ExportSpec, Recipe
 
     record = artifact.record
-    words = {"allow": tuple(record.get("allow") or ()), "target": tuple(record.get("target") or ())}
+    words = {"allow": record.allow, "target": record.target}
     known = {"allow": ALLOWANCES, "target": RUNTIMES}
     for key, found in (*words.items(), ("kind", (artifact.kind,))):
         for word in found:
@@ -250,15 +248,15 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
                 raise InputError(
                     f"{key} holds {word!r}, which this bake does not know",
                     where=f"{source.name}: {RECORD}",
-                    fix=f"use the bake that made it, {record.get('bake', 'of another version')}",
+                    fix=f"use the bake that made it, {record.bake or 'of another version'}",
                 )
-    stated = record.get("recipe") or {}
+    stated = record.recipe
     # A folder has no revision; a Hub id is spelled with its own.
     local = None if checkpoint.revision is not None else checkpoint.path
     return Recipe(
-        title=str(stated.get("title") or source.short),
-        text=str(stated.get("text") or ""),
-        digest=str(stated.get("digest") or ""),
+        title=source.short if stated is None else stated.title or source.short,
+        text="" if stated is None else stated.text,
+        digest="" if stated is None else stated.digest,
         path=Path(source.name) / RECORD,
         base=Base(place, None, local),
         export=ExportSpec((artifact.kind,), words["allow"], words["target"] or ("transformers",)),
@@ -291,12 +289,7 @@ def _against_files(artifact: "Baked") -> tuple[str, ...]:
     from bake.edit_store import EDITS, FITTED
     from bake.verify.artifact import changed_files
 
-    files = artifact.record.get("files") or {}
-    listed = {name: files[name] for name in (EDITS, FITTED) if name in files}
-    if not listed:
-        return ()
-    only = replace(artifact, record={**artifact.record, "files": listed})
-    changed = changed_files(only) or ()
+    changed = changed_files(artifact, only=(EDITS, FITTED)) or ()
     return tuple(f"{name} is not the file that {RECORD} lists" for name in changed)
 
 
@@ -308,15 +301,20 @@ def _against_plan(artifact: "Baked", plan: "Plan") -> tuple[tuple[str, ...], tup
     """
     if plan.digest == artifact.plan_digest:
         return (), ()
+    from bake.artifact.schema import PlanRecord
     from bake.plan.record import plan_record
     from bake.plan.sketch import differing
 
-    recorded, here = artifact.record["plan"], plan_record(plan)
+    recorded, here = artifact.record.plan, PlanRecord.of(plan_record(plan))
     digests = f"its digest is {plan.digest}, recorded is {artifact.plan_digest}"
-    parts = [key for key in ("tensors", "biases", "config") if recorded.get(key) != here[key]]
+    parts = [
+        key
+        for key in ("tensors", "biases", "config")
+        if getattr(recorded, key) != getattr(here, key)
+    ]
     if parts:
         return (f"{digests}: other {' and '.join(parts)}",), ()
-    values = artifact.record.get("sketch")
+    values = artifact.record.sketch
     if values is None:
         why = "from other edits or by the rounding of another processor or torch; the record does "
         return (f"{digests}: the same tensors with other values, {why}not say which",), ()

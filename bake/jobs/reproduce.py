@@ -4,22 +4,21 @@ What the record does not hold is asked for again and checked by its digest: the 
 that an edited GGUF was made from.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.artifact.record import RECORD, has_text, read_record
+from bake.artifact.schema import ExportOptions, GgufFile, Record
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.jobs.exporting import CONVERTER, gguf_parts, sha256
-from bake.jobs.recorded import RECORD, Replanned
+from bake.jobs.recorded import Replanned
 from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
     from bake.outputs.carry import Options
-
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def recorded_options(
@@ -34,7 +33,8 @@ def recorded_options(
     """
     from bake.outputs.carry import Options
 
-    kind, stated = replanned.artifact.kind, replanned.artifact.record.get("export") or {}
+    record, kind = replanned.artifact.record, replanned.artifact.kind
+    stated = record.export or ExportOptions()
     allow = frozenset(replanned.request.recipe.export.allow)
     needed = needs(replanned)
     for name, given in (("gguf", gguf), ("llama-cpp", llama_cpp)):
@@ -47,30 +47,25 @@ def recorded_options(
         if given is not None and needed != name:
             raise UsageError(f"this {kind} was not made with --{name}", fix="leave it out")
     if gguf is not None:
-        _check_parts(gguf, stated.get("gguf"), replanned)
+        _check_parts(gguf, stated.gguf, replanned)
     if llama_cpp is not None:
         _check_converter(stated, out, llama_cpp)
-    edited, rounding = stated.get("edited_type"), stated.get("rounding", "feedback")
-    converted = replanned.artifact.record.get("gguf") or {}
-    outtype = stated.get("outtype") or converted.get("outtype", "f16")
-    known = (edited is None or isinstance(edited, str)) and rounding in ("nearest", "feedback")
-    if not known or outtype not in OUTTYPES:
-        raise InputError("the options of the export are malformed", where=f"{RECORD}: export")
-    return Options(allow, force, gguf, llama_cpp, edited, str(outtype), str(rounding))
+    outtype = stated.outtype or (record.gguf and record.gguf.outtype) or "f16"
+    rounding = stated.rounding or "feedback"
+    return Options(allow, force, gguf, llama_cpp, stated.edited_type or None, outtype, rounding)
 
 
 def needs(replanned: Replanned) -> str | None:
     """Return which option names what the artifact was made with beside its base, or None."""
     record, kind = replanned.artifact.record, replanned.artifact.kind
-    stated = record.get("export") or {}
     if kind == "gguf":
-        made = record.get("gguf")
-        return "llama-cpp" if isinstance(made, dict) and "converter" in made else "gguf"
-    return "gguf" if kind == "gguf-lora" and "gguf" in stated else None
+        return "llama-cpp" if record.gguf is not None and record.gguf.converter else "gguf"
+    has_base = record.export is not None and bool(record.export.gguf)
+    return "gguf" if kind == "gguf-lora" and has_base else None
 
 
-def _check_parts(gguf: Path, recorded: Any, replanned: Replanned) -> None:
-    if recorded is None:  # an earlier bake, which kept no digest: the result's digests decide
+def _check_parts(gguf: Path, recorded: Sequence[GgufFile], replanned: Replanned) -> None:
+    if not recorded:  # an earlier bake, which kept no digest: the result's digests decide
         return
     found = gguf_parts(gguf)
     if found != recorded:
@@ -81,15 +76,12 @@ def _check_parts(gguf: Path, recorded: Any, replanned: Replanned) -> None:
         )
 
 
-def _parts(parts: Any) -> str:
-    rows = parts if isinstance(parts, list) else []
-    known = [row for row in rows if isinstance(row, dict)]
-    shown = [f"{row.get('name')!r} {str(row.get('sha256'))[:12]!r}" for row in known]
-    return ", ".join(shown) or "malformed"
+def _parts(parts: Sequence[GgufFile]) -> str:
+    return ", ".join(f"{part.name!r} {part.sha256[:12]!r}" for part in parts)
 
 
-def _check_converter(stated: Mapping[str, Any], out: Path, llama_cpp: Path) -> None:
-    name, digest = stated.get("name"), stated.get("converter")
+def _check_converter(stated: ExportOptions, out: Path, llama_cpp: Path) -> None:
+    name, digest = stated.name, stated.converter
     if name is not None and out.name != name:
         raise UsageError(
             f"the output is called {out.name!r}, and that of the record {name!r}",
@@ -205,20 +197,23 @@ def reproduce(
             options=options,
             progress=move,
         )
-    versions = (str(replanned.artifact.record.get("bake")), __version__)
-    ours = json.loads((written.path / RECORD).read_text(encoding="utf-8"))
-    theirs = replanned.artifact.record
-    return Reproduced(written, recorded, versions, _where(theirs, ours), _other_base(theirs, ours))
+    theirs, ours = replanned.artifact.record, read_record(written.path)
+    text = (replanned.source.folder / RECORD).read_text(encoding="utf-8")
+    if theirs == ours and has_text(theirs, text):  # the number of its form is no difference
+        recorded[RECORD] = written.files[RECORD]
+    versions = (str(theirs.bake), __version__)
+    return Reproduced(
+        written,
+        recorded,
+        versions,
+        _where(theirs.to_json(), ours.to_json()),
+        _other_base(theirs, ours),
+    )
 
 
-def _other_base(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, ...]:
+def _other_base(theirs: Record, ours: Record) -> tuple[str, ...]:
     """Return the tensors of the base that both records have hashes of, and not the same."""
-    from bake.artifact.base_digests import recorded_digests
-
-    try:
-        before, here = recorded_digests(theirs), recorded_digests(ours)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the record is malformed: {error}", where=RECORD) from error
+    before, here = theirs.base_tensors, ours.base_tensors
     return tuple(name for name in before if name in here and here[name] != before[name])
 
 
@@ -241,11 +236,11 @@ def recorded_files(replanned: Replanned) -> dict[str, str]:
     Raises:
         InputError: it lists none.
     """
-    files = replanned.artifact.record.get("files")
-    if not files:
+    record = replanned.artifact.record
+    if not record.files:
         raise InputError(
             "lists no files, so that nothing can be compared",
             where=f"{replanned.source.name}: {RECORD}",
         )
-    found = {name: str(digest).removeprefix("sha256:") for name, digest in files.items()}
+    found = {name: digest.removeprefix("sha256:") for name, digest in record.files.items()}
     return {**found, RECORD: sha256(replanned.source.folder / RECORD)}

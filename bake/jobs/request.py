@@ -1,9 +1,8 @@
 """From a recipe and what overrides it to a plan: what ``plan`` and ``export`` share."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from bake.jobs.model import Model, open_model
 from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
+    from bake.artifact.schema import CalibrationRecord, FamilyRecord, Provenance
     from bake.directions import Directions
     from bake.edits import Edit
     from bake.errors import InexactPlan
@@ -28,9 +28,9 @@ class Request:
     model: Model
     plan: "Plan"
     directions: "Mapping[str, Directions]" = field(default_factory=dict)
-    calibration: Mapping[str, Any] | None = None
+    calibration: "CalibrationRecord | None" = None
     """How stand-ins were fitted, where some were."""
-    recorded: Mapping[str, Any] | None = None
+    recorded: "Provenance | None" = None
     """What an artifact's record says of the request, where the plan was made anew from it."""
 
     def refusal(self, options: "Options | None" = None) -> "InexactPlan | None":
@@ -51,63 +51,50 @@ class Request:
             return error
         return None
 
-    def record(self, out: Path | None = None) -> dict[str, Any]:
-        """Return what ``bake.json`` and ``--json`` keep of the request: recipe, base, directions.
+    def provenance(self, out: Path | None = None) -> "Provenance":
+        """Return what a record keeps of the request: recipe, base, directions.
 
         Args:
             out: the output, from which the path of a local base is told.
         """
         if self.recorded is not None:
-            return dict(self.recorded)
-        from bake.cards.base import base_facts, direction_facts
+            return self.recorded
+        from bake.artifact.base import base_ref
+        from bake.artifact.schema import Limits, Provenance, RecipeRecord
+        from bake.directions.describe import direction_record
         from bake.plan.sketch import sketch
 
-        recipe, base, checkpoint = self.recipe, self.recipe.base, self.model.checkpoint
-        path = None
-        if base.path is not None and out is not None:
-            # Resolved, as the system walks "..": from behind a link it does not lead back.
-            path = os.path.relpath(checkpoint.path.resolve(), out.resolve())
-        asked = {
-            "title": recipe.title,
-            "file": recipe.path.name,
-            "digest": recipe.digest,
-            "text": recipe.text,
-        }
-        family = self.model.family
-        return {
-            **({"recipe": asked} if recipe.text else {}),
-            "base": {
-                "model": base.model,
-                "revision": checkpoint.revision,
-                "digest": checkpoint.digest(),
-                "path": path,
-                **base_facts(checkpoint),
-            },
-            "directions": {
-                name: {
-                    "file": recipe.directions[name].file,
-                    "concept": found.concept,
-                    "format": found.format,
-                    "digest": found.digest,
-                    "metadata": dict(sorted(found.metadata.items())),
-                    "tensors": direction_facts(found),
-                }
+        recipe, limit, family = self.recipe, self.recipe.verify.most_kl, self.model.family
+        asked = RecipeRecord(
+            title=recipe.title, file=recipe.path.name, digest=recipe.digest, text=recipe.text
+        )
+        return Provenance(
+            recipe=asked if recipe.text else None,
+            base=base_ref(self.model.checkpoint, out=out, model=recipe.base.model),
+            directions={
+                name: direction_record(found, recipe.directions[name].file)
                 for name, found in self.directions.items()
             },
-            "allow": list(recipe.export.allow),
-            "target": list(recipe.export.target),
-            "sketch": sketch(self.plan),
-            **({} if family is None else {"family": table_of(family)}),
-            **({} if recipe.verify.most_kl is None else {"verify": asdict(recipe.verify)}),
-            **({} if self.calibration is None else {"calibration": dict(self.calibration)}),
-        }
+            allow=recipe.export.allow,
+            target=recipe.export.target,
+            sketch={name: tuple(seen) for name, seen in sketch(self.plan).items()},
+            family=None if family is None else table_of(family),
+            verify=None if limit is None else Limits(most_kl=limit),
+            calibration=self.calibration,
+        )
+
+    def record(self, out: Path | None = None) -> dict[str, Any]:
+        """Return the same as JSON values."""
+        return self.provenance(out).to_json()
 
 
-def table_of(path: Path) -> dict[str, str]:
+def table_of(path: Path) -> "FamilyRecord":
     """Return what the record keeps of the user's own table: all of it, to make the plan again."""
+    from bake.artifact.schema import FamilyRecord
+
     data = path.read_bytes()
     digest = "sha256:" + hashlib.sha256(data).hexdigest()
-    return {"file": path.name, "digest": digest, "text": data.decode("utf-8")}
+    return FamilyRecord(file=path.name, digest=digest, text=data.decode("utf-8"))
 
 
 def plan_edits(

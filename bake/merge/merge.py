@@ -5,7 +5,6 @@ in tiles. A head that is tied to the embedding is untied where the adapter chang
 because that is what PEFT computes with the adapter at work (``merge_and_unload`` edits both).
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bake import __version__
 from bake.artifact.artifact import Artifact
-from bake.artifact.base_digests import BASE_TENSORS, BaseDigests
+from bake.artifact.base_digests import BaseDigests
+from bake.artifact.record import RECORD, new_record, read_record, record_text
+from bake.artifact.schema import FamilyRecord
 from bake.checkpoints import Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
+from bake.checkpoints.adapter import FoundAdapter
 from bake.checkpoints.config import Key
 from bake.errors import CheckpointError, InputError, UsageError
 from bake.families import Layout, Linear
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
-from bake.merge.record import merge_record
+from bake.merge.record import merge_plan, merge_provenance
 from bake.progress import Progress
 from bake.rounding import to_storage
 
-RECORD = "bake.json"
 KIND = "merge"
 TILE_VALUES = 1 << 20  # 8 MB in float64: no map needs a second pass, and caches like it
 
@@ -49,7 +49,8 @@ def merge_adapter(
     out: Path,
     *,
     layout: Layout | None = None,
-    record: Mapping[str, Any] | None = None,
+    published: FoundAdapter | None = None,
+    family: FamilyRecord | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -61,8 +62,8 @@ def merge_adapter(
         out: a folder that does not exist, unless ``force``.
         layout: the base's family resolved. It says which tensor a module of a loaded model is,
             how it is stored, and what a tied head is; without it names and storage must be plain.
-        record: what ``bake.json`` keeps besides base, adapter and what changes; of these two it
-            may say more, or otherwise.
+        published: where on the Hub the adapter is from, for the record; None for a folder.
+        family: the user's own table, for the record.
         force: replace a checkpoint at ``out``.
         progress: called with the bytes of weights that are done and their total.
 
@@ -78,18 +79,13 @@ def merge_adapter(
     digests = BaseDigests(base)
     work = _Merger(opened, base, layout, digests).work()
     changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
-    changed = merge_record(
-        opened, base, layout, out, sides=work.sides, names=(*work.replace, *work.new)
-    )
-    content = {"bake": __version__, "kind": KIND, **changed}
-    for key, told in (record or {}).items():
-        own = content.get(key)
-        content[key] = {**own, **told} if isinstance(own, dict) else told
+    provenance = merge_provenance(opened, base, out, published=published, family=family)
+    plan = merge_plan(opened, base, layout, names=(*work.replace, *work.new), sides=work.sides)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        last = {BASE_TENSORS: digests.record(work.replace), "files": dict(files)}
-        text = json.dumps({**content, **last}, indent=2, ensure_ascii=False) + "\n"
-        return {RECORD: text.encode()}
+        before = digests.record(work.replace)
+        record = new_record(provenance, KIND, plan, files=files, base_tensors=before)
+        return {RECORD: record_text(record).encode()}
 
     written = write_checkpoint(
         base,
@@ -108,8 +104,7 @@ def merge_adapter(
 
 def merge_notes(artifact: Artifact) -> tuple[str, ...]:
     """Return what the record of a merge notes."""
-    content = json.loads((artifact.path / RECORD).read_text(encoding="utf-8"))
-    return tuple(content["plan"]["notes"])
+    return read_record(artifact.path).plan.notes
 
 
 class _Merger:

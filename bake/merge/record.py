@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bake.artifact.base import base_name, base_ref
+from bake.artifact.schema import (
+    AdapterRecord,
+    FamilyRecord,
+    KeyChange,
+    PlanRecord,
+    Provenance,
+    TensorChange,
+)
 from bake.checkpoints import Checkpoint
+from bake.checkpoints.adapter import FoundAdapter
 from bake.families import Layout
 from bake.merge.peft_adapter import PeftAdapter
 
@@ -18,16 +28,49 @@ _BASE = "base_model_name_or_path"
 _TIED = "tie_word_embeddings"
 
 
-def merge_record(
+def merge_provenance(
+    adapter: PeftAdapter,
+    base: Checkpoint,
+    out: Path,
+    *,
+    published: FoundAdapter | None = None,
+    family: FamilyRecord | None = None,
+) -> Provenance:
+    """Return what a merge is made from, as its record says it.
+
+    Args:
+        adapter: what is merged.
+        base: into what.
+        out: the output folder, from which places are told.
+        published: where on the Hub the adapter is from; None for a folder.
+        family: the user's own table.
+    """
+    here = adapter.path.resolve()
+    on_hub = None if published is None else published.repo
+    return Provenance(
+        base=base_ref(base, out=out),
+        adapter=AdapterRecord(
+            name=on_hub or here.name,
+            path=None if on_hub else os.path.relpath(here, out.resolve()),
+            sha256=adapter.digest(),
+            config={**adapter.config, _BASE: _named(adapter)},
+            revision=None if published is None else published.commit,
+        ),
+        allow=(),
+        target=(),
+        family=family,
+    )
+
+
+def merge_plan(
     adapter: PeftAdapter,
     base: Checkpoint,
     layout: Layout | None,
-    out: Path,
     *,
     names: Sequence[str],
     sides: Mapping[str, str],
-) -> dict[str, Any]:
-    """Return the record's base, adapter and plan.
+) -> PlanRecord:
+    """Return what a merge changes.
 
     A merge is exact: base and adapter compute (W + s B A) x, and so does what is merged, in real
     arithmetic. What is stored is rounded once.
@@ -36,49 +79,32 @@ def merge_record(
         adapter: what is merged.
         base: into what.
         layout: the base's family resolved, where there is a table.
-        out: the output folder, from which places are told.
         names: the tensors that are written anew.
         sides: whether the adapter adds to a tensor (``update``) or replaces it; a copy is not
             named.
     """
-    changed = [_changed(name, base, layout, sides) for name in names]
-    untied = any(row["created"] for row in changed)
-    config = [{"key": _TIED, "old": base.config.get(_TIED), "new": False}] if untied else []
-    digest, place = adapter.digest(), out.resolve()
-    facts = [digest, list(names), config]
-    plan = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    local = base.revision is None
-    return {
-        "base": {
-            "model": _label(base),
-            "revision": base.revision,
-            "digest": base.digest(),
-            "path": os.path.relpath(base.path, place) if local else None,
-        },
-        "adapter": {
-            "name": adapter.path.resolve().name,
-            "path": os.path.relpath(adapter.path.resolve(), place),
-            "sha256": digest,
-            "config": {**adapter.config, _BASE: _named(adapter)},
-        },
-        "plan": {
-            "digest": f"sha256:{plan}",
-            "exactness": "exact",
-            "family": None if layout is None else layout.family.name,
-            "findings": [],
-            "tensors": changed,
-            "biases": [],
-            "config": config,
-            "runtimes": [],
-            "notes": _notes(adapter, base, untied=untied),
-            "created_bytes": sum(row["bytes"] for row in changed if row["created"]),
-        },
-    }
+    changed = tuple(_changed(name, base, layout, sides) for name in names)
+    untied = any(row.created for row in changed)
+    keys = (KeyChange(key=_TIED, old=base.config.get(_TIED), new=False),) if untied else ()
+    facts = [adapter.digest(), list(names), [key.to_json() for key in keys]]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return PlanRecord(
+        digest=f"sha256:{digest}",
+        exactness="exact",
+        family=None if layout is None else layout.family.name,
+        findings=(),
+        tensors=changed,
+        biases=(),
+        config=keys,
+        runtimes=(),
+        notes=tuple(_notes(adapter, base, untied=untied)),
+        created_bytes=sum(row.bytes for row in changed if row.created),
+    )
 
 
 def _changed(
     name: str, base: Checkpoint, layout: Layout | None, sides: Mapping[str, str]
-) -> dict[str, Any]:
+) -> TensorChange:
     """Return what the record says of one tensor; a head of its own is made from the embedding."""
     created = name not in base.tensors
     source = name
@@ -86,14 +112,14 @@ def _changed(
         assert layout is not None
         source = layout.embed
     info = base.tensors[source]
-    return {
-        "name": name,
-        "source": source,
-        "shape": list(info.shape),
-        "created": created,
-        "sides": [sides.get(name, "copied")],
-        "bytes": info.nbytes,
-    }
+    return TensorChange(
+        name=name,
+        source=source,
+        shape=info.shape,
+        created=created,
+        sides=(sides.get(name, "copied"),),
+        bytes=info.nbytes,
+    )
 
 
 def _notes(adapter: PeftAdapter, base: Checkpoint, *, untied: bool) -> list[str]:
@@ -101,8 +127,9 @@ def _notes(adapter: PeftAdapter, base: Checkpoint, *, untied: bool) -> list[str]
     notes = ["the output head is untied from the embedding"] if untied else []
     named = adapter.config.get(_BASE)
     if isinstance(named, str) and named and not _is_same(named, base):
-        told = _named(adapter)
-        notes.append(f"the adapter names {told} as its base, and is merged into {_label(base)}")
+        notes.append(
+            f"the adapter names {_named(adapter)} as its base, and is merged into {base_name(base)}"
+        )
     return notes
 
 
@@ -116,10 +143,3 @@ def _named(adapter: PeftAdapter) -> Any:
     """Return the base that an adapter names; of a place on one machine its last part."""
     named = adapter.config.get(_BASE)
     return Path(named).name if isinstance(named, str) and Path(named).is_absolute() else named
-
-
-def _label(base: Checkpoint) -> str:
-    """Return the base's name for the record: no place on this machine, which others read."""
-    if base.revision is not None:
-        return base.source.partition("@")[0]  # the commit is recorded beside it
-    return base.path.name if Path(base.source).is_absolute() else base.source

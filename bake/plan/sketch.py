@@ -6,8 +6,7 @@ along another: equal within rounding for the same plan, and different for any ot
 coincidence of measure zero.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,7 @@ def sketch(plan: Plan) -> dict[str, list[float]]:
     return {name: [_short(value) for value, _ in rows] for name, rows in _seen(plan).items()}
 
 
-def differing(recorded: Mapping[str, Any], plan: Plan) -> tuple[str, ...]:
+def differing(recorded: Mapping[str, Sequence[float]], plan: Plan) -> tuple[str, ...]:
     """Return the names of the tensors whose values are not those of a recorded sketch.
 
     Args:
@@ -43,11 +42,11 @@ def differing(recorded: Mapping[str, Any], plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _equal(recorded: Any, seen: list[tuple[float, float]] | None) -> bool:
-    if seen is None or not isinstance(recorded, list) or len(recorded) != len(seen):
+def _equal(recorded: Sequence[float] | None, seen: list[tuple[float, float]] | None) -> bool:
+    if seen is None or recorded is None or len(recorded) != len(seen):
         return False
     return all(
-        isinstance(value, float | int) and abs(value - here) <= TOLERANCE * size
+        abs(value - here) <= TOLERANCE * size
         for value, (here, size) in zip(recorded, seen, strict=True)
     )
 

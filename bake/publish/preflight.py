@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bake.artifact.frontmatter import card_metadata, first_line_of, read_card
 from bake.artifact.names import CARD, Problem, check_links, check_names, problem_of, walk
 from bake.artifact.record import RECORD, read_json, read_record, unverified
 from bake.artifact.schema import Record
 from bake.cards import licences
-from bake.cards.frontmatter import card_metadata, first_line_of, read_card
 from bake.errors import InputError, UsageError
 from bake.seal.scan import scan
 from bake.seal.weights import check_finite, check_headers, check_weights

@@ -17,8 +17,8 @@ from huggingface_hub import constants
 
 from bake import __version__
 from bake.artifact.destination import UNVERIFIED, VERIFIED, Destination, Pushed
+from bake.artifact.frontmatter import card_metadata, read_card
 from bake.cards import licences
-from bake.cards.frontmatter import card_metadata, read_card
 from bake.errors import HubError
 from bake.progress import Progress
 from bake.publish.commit import Committed, GuardedCommit, Parts, find_pull_request, parts_of

@@ -10,7 +10,7 @@ from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.source import ByteSource
 from bake.errors import BakeError, InputError
 from bake.progress import Progress
-from bake.revert.record import RevertRecord
+from bake.revert.record import Revertible
 
 _CHUNK = 8 << 20
 
@@ -143,7 +143,7 @@ def _offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def open_base(record: RevertRecord, named: str | None, revision: str | None) -> RevertBase:
+def open_base(baked: Revertible, named: str | None, revision: str | None) -> RevertBase:
     """Open the base of an artifact: the one that is named, or the one that the record names.
 
     Raises:
@@ -151,7 +151,7 @@ def open_base(record: RevertRecord, named: str | None, revision: str | None) -> 
         HubError: the Hub refuses or cannot be reached.
     """
     try:
-        opened = _open(record, named, revision)
+        opened = _open(baked, named, revision)
     except BakeError as error:
         if named is not None:
             raise
@@ -161,35 +161,35 @@ def open_base(record: RevertRecord, named: str | None, revision: str | None) -> 
             why=error.why,
             fix="name it with --base MODEL",
         ) from error
-    _check_recorded(record, opened)
+    _check_recorded(baked, opened)
     counted = Counted(opened.files)
     # Offline the bytes are those of the cache, which nobody has compared with the Hub's hashes.
-    same = opened.revision is not None and opened.revision == record.revision
+    same = opened.revision is not None and opened.revision == baked.record.base.revision
     pinned = same and not _offline()
     return RevertBase(replace(opened, files=counted), counted, pinned)
 
 
-def _open(record: RevertRecord, named: str | None, revision: str | None) -> Checkpoint:
+def _open(baked: Revertible, named: str | None, revision: str | None) -> Checkpoint:
     if named is not None:
         return open_checkpoint(named, revision=revision)
-    if record.base_path is not None:
-        return open_checkpoint(Path(os.path.normpath(record.base_path)))
-    model = record.model
-    return open_checkpoint(model, revision=None if "@" in model else record.revision)
+    if baked.base_path is not None:
+        return open_checkpoint(Path(os.path.normpath(baked.base_path)))
+    model = baked.record.base.model
+    return open_checkpoint(model, revision=None if "@" in model else baked.record.base.revision)
 
 
-def _check_recorded(record: RevertRecord, base: Checkpoint) -> None:
+def _check_recorded(baked: Revertible, base: Checkpoint) -> None:
     """Refuse a base whose config, index or headers are not those that the artifact was made of."""
-    known = f"{record.model}@{record.revision}" if record.revision else record.model
-    if record.base_digest is not None and base.digest() != record.base_digest:
+    known = baked.record.base.address
+    if base.digest() != (baked.record.base.digest or base.digest()):
         raise InputError(
             "this is not the base that the artifact was made of",
             where=base.source,
             why="its config.json, its index or the headers of its weights are others",
             fix=f"name the base that the record names: {known}",
         )
-    missing = sorted(record.edited - base.tensors.keys())
-    surplus = sorted(record.created & base.tensors.keys())
+    missing = sorted(baked.edited - base.tensors.keys())
+    surplus = sorted(baked.created & base.tensors.keys())
     if missing or surplus:
         what = f"has no {missing[0]}" if missing else f"has {surplus[0]}, which the edit created"
         raise InputError(

@@ -25,7 +25,7 @@ from bake.errors import CheckpointError, InputError
 from bake.progress import Progress
 from bake.revert.base import RevertBase, Stated
 from bake.revert.proof import prove_base
-from bake.revert.record import RevertRecord
+from bake.revert.record import Revertible
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +67,14 @@ class Restoration:
     """Everything that a revert of a checkpoint has decided before it writes.
 
     Attributes:
-        record: of the artifact.
+        baked: the artifact.
         artifact: its checkpoint.
         base: the base.
         shards: the artifact's shard by the base's name of it.
         notes: what there is to say of the base.
     """
 
-    record: RevertRecord
+    baked: Revertible
     artifact: Checkpoint
     base: RevertBase
     shards: Mapping[str, str]
@@ -84,11 +84,11 @@ class Restoration:
     def edited_bytes(self) -> int:
         """How many bytes of tensors come from the base."""
         tensors = self.base.checkpoint.tensors
-        return sum(tensors[name].nbytes for name in self.record.edited)
+        return sum(tensors[name].nbytes for name in self.baked.edited)
 
 
 def prepare_revert(
-    record: RevertRecord, base: RevertBase, progress: Progress | None = None
+    baked: Revertible, base: RevertBase, progress: Progress | None = None
 ) -> Restoration:
     """Check that the base is the artifact's, and decide which bytes come from which.
 
@@ -96,30 +96,30 @@ def prepare_revert(
     artifact, which reads its edited tensors once more.
 
     Args:
-        record: of the artifact.
+        baked: the artifact.
         base: as ``open_base`` returns it.
         progress: called with the bytes of tensors that are compared and their total.
 
     Raises:
         InputError: the base or the artifact is not the recorded one.
     """
-    artifact = open_checkpoint(record.folder)
-    shards = _matched(record, artifact, base.checkpoint)
+    artifact = open_checkpoint(baked.folder)
+    shards = _matched(baked, artifact, base.checkpoint)
     notes: tuple[str, ...] = ()
     if not base.pinned:
-        proof = prove_base(record, base.checkpoint, artifact, progress)
+        proof = prove_base(baked, base.checkpoint, artifact, progress)
         notes = () if proof.note is None else (proof.note,)
     base.counted.count = 0  # from here on it counts what the restoration itself takes
-    return Restoration(record, artifact, base, shards, notes)
+    return Restoration(baked, artifact, base, shards, notes)
 
 
-def _matched(record: RevertRecord, artifact: Checkpoint, base: Checkpoint) -> dict[str, str]:
+def _matched(baked: Revertible, artifact: Checkpoint, base: Checkpoint) -> dict[str, str]:
     """Return the artifact's shard by the base's name, each with the very header of the base's."""
     lost = sorted(base.tensors.keys() - artifact.tensors.keys())
-    surplus = sorted(artifact.tensors.keys() - base.tensors.keys() - record.created)
+    surplus = sorted(artifact.tensors.keys() - base.tensors.keys() - baked.created)
     if lost or surplus:
         what = f"lacks {lost[0]}" if lost else f"holds {surplus[0]}, which nothing accounts for"
-        raise InputError(f"is not what the record says: it {what}", where=str(record.folder))
+        raise InputError(f"is not what the record says: it {what}", where=str(baked.folder))
     found: dict[str, str] = {}
     for info in base.tensors.values():
         found.setdefault(info.shard, artifact.tensors[info.name].shard)
@@ -127,7 +127,7 @@ def _matched(record: RevertRecord, artifact: Checkpoint, base: Checkpoint) -> di
         if base.header_digests[ours] != artifact.header_digests[theirs]:
             raise InputError(
                 f"the header of {theirs} is not that of the base's {ours}",
-                where=str(record.folder),
+                where=str(baked.folder),
                 fix="name the base that the record names, or download the artifact again",
             )
     return found
@@ -193,8 +193,8 @@ def revert_checkpoint(
         path=written.path,
         files=written.files,
         equal=tuple(name for name in written.files if name in stated),
-        edited=tuple(sorted(plan.record.edited)),
-        removed=tuple(sorted(plan.record.created)),
+        edited=tuple(sorted(plan.baked.edited)),
+        removed=tuple(sorted(plan.baked.created)),
         bytes_written=written.bytes_written,
         bytes_from_base=plan.base.counted.count,
         left=tuple(sorted(own)),
@@ -210,7 +210,7 @@ def _shard(plan: Restoration, name: str) -> File:
     pieces: list[Piece] = []
     position = 0
     for info in base.tensors.values():
-        if info.shard == name and info.name in plan.record.edited and info.nbytes:
+        if info.shard == name and info.name in plan.baked.edited and info.nbytes:
             flat = TensorInfo(info.name, "U8", (info.nbytes,), name, info.start, info.stop)
             produce = partial(_bytes, base, info)
             pieces += [Copy(position, info.start), Fill(flat, produce)]
@@ -258,7 +258,7 @@ def _check(
         raise InputError(
             f"{len(wrong)} of {len(hashes)} files would not be the base's, first {wrong[0]}"
             + _culprit(plan, wrong[0]),
-            where=str(plan.record.folder),
+            where=str(plan.baked.folder),
             why="the artifact differs from this base in more than what its record names",
             fix="see `bake diff BASE OUT`; download the artifact again, or name its own base",
         )
@@ -273,7 +273,7 @@ def _culprit(plan: Restoration, name: str) -> str:
     if plan.base.on_hub or name not in base.shards:
         return ""
     for info in base.tensors.values():
-        untouched = info.shard == name and info.name not in plan.record.edited
+        untouched = info.shard == name and info.name not in plan.baked.edited
         if untouched and base.tensor_digest(info.name) != plan.artifact.tensor_digest(info.name):
             return f": {info.name} differs, which the plan leaves alone"
     return ""
@@ -286,5 +286,5 @@ def _identity(plan: Restoration) -> str:
     times = [artifact.file(name).stat().st_mtime_ns for name in artifact.shards]
     if not plan.base.on_hub:
         times += [base.file(name).stat().st_mtime_ns for name in base.shards]
-    facts = ["revert", places, base.digest(), artifact.digest(), times, sorted(plan.record.edited)]
+    facts = ["revert", places, base.digest(), artifact.digest(), times, sorted(plan.baked.edited)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

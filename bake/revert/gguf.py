@@ -11,6 +11,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+from bake.artifact.record import RECORD
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.file import Gguf, GgufPart, open_gguf
 from bake.checkpoints.stream import Copy, Fill, Piece, write_file
@@ -19,7 +20,7 @@ from bake.errors import InputError, UsageError
 from bake.outputs.folder import new_folder, sync
 from bake.progress import Progress, Tally
 from bake.revert.checkpoint import Reverted
-from bake.revert.record import RevertRecord
+from bake.revert.record import Revertible
 
 _CHUNK = 8 << 20
 _NOTE = "the record has no hash of the base's file: the edited tensors are those of the named one"
@@ -30,7 +31,7 @@ class GgufRestoration:
     """Everything that a revert of a GGUF has decided before it writes.
 
     Attributes:
-        record: of the artifact.
+        baked: the artifact.
         artifact: its model.
         base: the model that it was made of.
         edited: the tensors of the base that the artifact has otherwise.
@@ -38,7 +39,7 @@ class GgufRestoration:
         proven: whether the base's files have the sha256 that the record names.
     """
 
-    record: RevertRecord
+    baked: Revertible
     artifact: Gguf
     base: Gguf
     edited: frozenset[str]
@@ -51,13 +52,13 @@ class GgufRestoration:
         return sum(self.base.tensors[name].nbytes for name in self.edited)
 
 
-def prepare_gguf_revert(record: RevertRecord, file: Path) -> GgufRestoration:
+def prepare_gguf_revert(baked: Revertible, file: Path) -> GgufRestoration:
     """Check that a file is the one that the artifact was made of.
 
     Raises:
         InputError: it is another, or the artifact is not what its record says.
     """
-    rows, parts = _recorded(record)
+    rows, parts = _recorded(baked)
     base = open_gguf(file)
     for part, (name, size) in zip(base.parts, parts, strict=False):
         if part.size != size:
@@ -72,26 +73,23 @@ def prepare_gguf_revert(record: RevertRecord, file: Path) -> GgufRestoration:
             f"and that one had {len(parts)}",
             where=str(file),
         )
-    artifact = open_gguf(record.folder / parts[0][0])
+    artifact = open_gguf(baked.folder / parts[0][0])
     created = frozenset(name for name, before in rows.items() if before is None)
     edited = frozenset(rows) - created
-    _compare_tables(record, artifact, base, edited, created)
-    return GgufRestoration(record, artifact, base, edited, created, _proven(record, base))
+    _compare_tables(baked, artifact, base, edited, created)
+    return GgufRestoration(baked, artifact, base, edited, created, _proven(baked, base))
 
 
-def _proven(record: RevertRecord, base: Gguf) -> bool:
+def _proven(baked: Revertible, base: Gguf) -> bool:
     """Whether the base's files are the recorded ones; False where the record has no hashes.
 
     Raises:
-        InputError: a file has another sha256, or the record is malformed.
+        InputError: a file has another sha256.
     """
-    try:
-        rows = (record.content.get("export") or {}).get("gguf") or []
-        recorded = [str(row["sha256"]) for row in rows]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the record is malformed: {error!r}", where=str(record.folder)) from error
-    if not recorded:
+    options = baked.record.export
+    if options is None or not options.gguf:
         return False
+    recorded = [part.sha256 for part in options.gguf]
     for part, digest in zip_longest(base.parts, recorded):
         if part is None or digest is None or _sha256(part.path) != digest:
             raise InputError(
@@ -107,35 +105,32 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _recorded(record: RevertRecord) -> tuple[dict[str, str | None], list[tuple[str, int]]]:
+def _recorded(baked: Revertible) -> tuple[dict[str, str | None], list[tuple[str, int]]]:
     """Return the changed tensors with the type that the base had, and the base's files."""
-    found = record.content.get("gguf")
-    if not isinstance(found, dict) or "base" not in found or "tensors" not in found:
+    found = baked.record.gguf
+    if found is None or found.converter is not None:
         raise InputError(
             "the record does not say which file the artifact was made of",
-            where=str(record.folder),
+            where=str(baked.folder),
             why="llama.cpp's converter made it of a baked checkpoint: no base in GGUF was edited",
             fix="convert the base checkpoint with the same converter",
         )
-    try:
-        rows = {str(row["name"]): row["base_type"] for row in found["tensors"]}
-        parts = [(str(part["name"]), int(part["bytes"])) for part in found["base"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the record is malformed: {error!r}", where=str(record.folder)) from error
+    rows = {row.name: row.base_type for row in found.tensors}
+    parts = [(part.name, part.bytes) for part in found.base]
     if not parts or any("/" in name or name in ("", ".", "..") for name, _ in parts):
-        raise InputError("the record is malformed: it names no base file", where=str(record.folder))
+        raise InputError("the record is malformed: it names no base file", where=str(baked.folder))
     return rows, parts
 
 
 def _compare_tables(
-    record: RevertRecord,
+    baked: Revertible,
     artifact: Gguf,
     base: Gguf,
     edited: frozenset[str],
     created: frozenset[str],
 ) -> None:
     """Require that the two files hold the same tensors but for those that the record names."""
-    where = str(record.folder)
+    where = str(baked.folder)
     for name, info in base.tensors.items():
         found = artifact.tensors.get(name)
         alike = found is not None and (
@@ -179,7 +174,7 @@ def revert_gguf(
         InputError: a file of the result is not the base's; nothing is left behind.
         UsageError: ``out`` is in the way, or holds the artifact or the base.
     """
-    resolved = clear_of(out, plan.record.folder)
+    resolved = clear_of(out, plan.baked.folder)
     if resolved in plan.base.path.resolve().parents:
         raise UsageError(
             f"the output {out} holds the base {plan.base.path}", fix="name another output"
@@ -194,7 +189,7 @@ def revert_gguf(
             files[name] = write_file(target, pieces, origin=part.path, advance=tally.advance)
             _check(part, files[name], tally)
         sync(folder)
-    recorded = {*plan.record.exported, "bake.json"} - files.keys()
+    recorded = {*(plan.baked.record.files or {}), RECORD} - files.keys()
     return Reverted(
         path=out,
         files=files,

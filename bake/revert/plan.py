@@ -2,6 +2,7 @@
 
 import torch
 
+from bake.artifact.schema import PlanRecord
 from bake.checkpoints import Checkpoint
 from bake.edit_store import EDITS, FITTED, load_edits
 from bake.edits import Edit
@@ -10,29 +11,29 @@ from bake.families.layout import Layout
 from bake.families.table import parse_family
 from bake.plan import Plan, compile_plan
 from bake.plan.record import plan_record
-from bake.revert.record import RevertRecord
+from bake.revert.record import Revertible
 
 _SAME = ("tensors", "biases", "config")
 
 
-def _edits(record: RevertRecord) -> tuple[Edit, ...]:
+def _edits(baked: Revertible) -> tuple[Edit, ...]:
     """Return the edits that an artifact's weights hold: fitted stand-ins, where there are some."""
-    fitted = record.folder / FITTED
-    return load_edits(fitted if fitted.is_file() else record.folder / EDITS)
+    fitted = baked.folder / FITTED
+    return load_edits(fitted if fitted.is_file() else baked.folder / EDITS)
 
 
-def _layout(record: RevertRecord, base: Checkpoint) -> Layout:
+def _layout(baked: Revertible, base: Checkpoint) -> Layout:
     """Return the base's layout, by the user's own table where the record holds one."""
-    own = record.content.get("family")
-    table = None if own is None else parse_family(str(own["text"]), str(own["file"]))
+    own = baked.record.family
+    table = None if own is None else parse_family(own.text, own.file)
     return layout_of(base, table)
 
 
-def recompiled(record: RevertRecord, base: Checkpoint) -> Plan:
+def recompiled(baked: Revertible, base: Checkpoint) -> Plan:
     """Return the plan that the recorded edits lead to on a base.
 
     Args:
-        record: of the artifact.
+        baked: the artifact.
         base: config and tensors of the base; its weights are read for norms only.
 
     Raises:
@@ -44,19 +45,19 @@ def recompiled(record: RevertRecord, base: Checkpoint) -> Plan:
         return base.read(name).to(torch.float64)
 
     return compile_plan(
-        _edits(record),
-        _layout(record, base),
+        _edits(baked),
+        _layout(baked, base),
         gain=read,
         config=base.config,
-        allow=tuple(record.content.get("allow", ())),
-        targets=tuple(record.content.get("target", ("transformers",))),
+        allow=baked.record.allow,
+        targets=baked.record.target or ("transformers",),
     )
 
 
-def same_updates(record: RevertRecord, plan: Plan) -> bool:
+def same_updates(baked: Revertible, plan: Plan) -> bool:
     """Tell whether a plan changes what the record says: the same tensors in the same ways.
 
     The digests are no measure: the last bits of a decomposition differ between machines.
     """
-    found = plan_record(plan)
-    return all(found[key] == record.plan.get(key) for key in _SAME)
+    here, recorded = PlanRecord.of(plan_record(plan)), baked.record.plan
+    return all(getattr(here, key) == getattr(recorded, key) for key in _SAME)

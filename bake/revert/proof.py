@@ -12,12 +12,13 @@ from torch import Tensor
 
 from bake.affine import EPSILON
 from bake.artifact.base_digests import refuse_other_base
+from bake.artifact.carrier import KINDS
 from bake.checkpoints import Checkpoint, Producer
 from bake.errors import InputError
 from bake.outputs.checkpoint import planned_tensors
 from bake.progress import Progress
 from bake.revert.plan import recompiled, same_updates
-from bake.revert.record import RevertRecord
+from bake.revert.record import Revertible
 
 _FACTOR = 8  # two sums and their roundings, and a margin of two
 
@@ -36,7 +37,7 @@ class Proof:
 
 
 def prove_base(
-    record: RevertRecord,
+    baked: Revertible,
     base: Checkpoint,
     artifact: Checkpoint,
     progress: Progress | None = None,
@@ -44,7 +45,7 @@ def prove_base(
     """Compare a base's tensors with the recorded hashes, or fold the recorded edits into it.
 
     Args:
-        record: of the artifact.
+        baked: the artifact.
         base: the base that may be the recorded one.
         artifact: its checkpoint.
         progress: called with the bytes of tensors that are compared and their total.
@@ -52,14 +53,14 @@ def prove_base(
     Raises:
         InputError: a tensor is another one, or leads to another than the artifact's.
     """
-    if record.base_tensors:
-        refuse_other_base(record.base_tensors, base, progress)
+    if baked.record.base_tensors:
+        refuse_other_base(baked.record.base_tensors, base, progress)
         return Proof(True)
-    if (reason := _unprovable(record)) is not None:
+    if (reason := _unprovable(baked)) is not None:
         return Proof(False, reason)
-    plan = recompiled(record, base)
-    if not same_updates(record, plan):
-        made, here = record.content.get("bake"), _version()
+    plan = recompiled(baked, base)
+    if not same_updates(baked, plan):
+        made, here = baked.record.bake, _version()
         return Proof(
             False,
             f"not proven to be the recorded base: bake {here} compiles another plan than the "
@@ -83,9 +84,9 @@ def prove_base(
     return Proof(True)
 
 
-def _unprovable(record: RevertRecord) -> str | None:
+def _unprovable(baked: Revertible) -> str | None:
     """Return why the edit cannot be folded again, or None."""
-    if record.kind != "merge":
+    if KINDS[baked.record.kind].exported:
         return None
     return (
         "not proven to be the recorded base, since a merge keeps no copy of its adapter: the "

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bake.artifact.record import RECORD
 from bake.checkpoints.adapter import FILES, find_adapter
 from bake.errors import InputError
 from bake.verify.artifact import Baked
@@ -28,15 +29,17 @@ def adapter_of(artifact: Baked, named: Path | None) -> Path:
         InputError: it is not there, or another one.
         HubError: it is on the Hub, which refuses or cannot be reached.
     """
-    match artifact.record.get("adapter"):
-        case {"path": str(beside), "sha256": str(recorded)}:
-            folder = named or artifact.path / beside
-        case {"path": None, "name": str(repo), "revision": str(commit), "sha256": str(recorded)}:
-            folder = named or find_adapter(f"{repo}@{commit}").folder
-        case _:
-            raise InputError(
-                "the record says nothing of an adapter", where=str(artifact.path / "bake.json")
-            )
+    adapter = artifact.record.adapter
+    if adapter is None or (adapter.path is None and adapter.revision is None):
+        raise InputError(
+            "the record does not say which adapter was merged", where=str(artifact.path / RECORD)
+        )
+    if named is not None:
+        folder = named
+    elif adapter.path is not None:
+        folder = artifact.path / adapter.path
+    else:
+        folder = find_adapter(f"{adapter.name}@{adapter.revision}").folder
     fix = "name the adapter's folder with --adapter"
     files = [folder / name for name in FILES]
     if not all(file.is_file() for file in files):
@@ -45,11 +48,11 @@ def adapter_of(artifact: Baked, named: Path | None) -> Path:
     for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
-    if digest.hexdigest() != recorded:
+    if digest.hexdigest() != adapter.sha256:
         raise InputError(
             "this is not the adapter that was merged",
             where=str(folder),
-            why=f"its digest is {digest.hexdigest()}, the record has {recorded}",
+            why=f"its digest is {digest.hexdigest()}, the record has {adapter.sha256}",
             fix=fix,
         )
     return folder

@@ -1,49 +1,21 @@
 """What ``bake export`` wrote: its record, its edits, and whether its files are still the same."""
 
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import NoneType
-from typing import Any
 
 from bake.artifact.carrier import KINDS, Carrier
-from bake.checkpoints import strictjson
+from bake.artifact.record import RECORD, read_record
+from bake.artifact.schema import Record
 from bake.checkpoints.folder import regular_file
 from bake.edit_store import EDITS, FITTED, load_edits
 from bake.edits import Edit
-from bake.errors import BakeError, FamilyError, InputError
+from bake.errors import InputError
 from bake.families import Family
 from bake.families.table import parse_family
 
-RECORD = "bake.json"
 _CHUNK = 8 << 20
-_LIMIT = 64_000_000
-# What a record has to hold, and of which type; NoneType where it may be absent.
-_TYPES: Mapping[tuple[str, ...], tuple[type, ...]] = {
-    ("kind",): (str,),
-    ("bake",): (str, NoneType),
-    ("plan",): (dict,),
-    ("plan", "digest"): (str,),
-    ("plan", "exactness"): (str,),
-    ("base",): (dict,),
-    ("base", "model"): (str,),
-    ("base", "revision"): (str, NoneType),
-    ("base", "digest"): (str, NoneType),
-    ("base", "path"): (str, NoneType),
-    ("recipe",): (dict, NoneType),
-    ("recipe", "title"): (str, NoneType),
-    ("recipe", "digest"): (str, NoneType),
-    ("family",): (dict, NoneType),
-    ("family", "text"): (str, NoneType),
-    ("verify",): (dict, NoneType),
-    ("export",): (dict, NoneType),
-    ("sketch",): (dict, NoneType),
-    ("allow",): (list, NoneType),
-    ("target",): (list, NoneType),
-    ("files",): (dict, NoneType),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +23,7 @@ class Baked:
     """An artifact with the record that it carries."""
 
     path: Path
-    record: Mapping[str, Any]
+    record: Record
     edits: tuple[Edit, ...]
     """What the hooks apply."""
     fitted: tuple[Edit, ...] | None = None
@@ -60,7 +32,7 @@ class Baked:
     @property
     def kind(self) -> str:
         """Which output wrote it: ``checkpoint``, ``lora``, ``gguf``, …"""
-        return str(self.record["kind"])
+        return self.record.kind
 
     @property
     def carrier(self) -> Carrier:
@@ -75,18 +47,17 @@ class Baked:
     @property
     def exactness(self) -> str:
         """What the plan says of the artifact."""
-        return str(self.record["plan"]["exactness"])
+        return self.record.plan.exactness
 
     @property
     def plan_digest(self) -> str:
         """The digest of the plan that the artifact executes."""
-        return str(self.record["plan"]["digest"])
+        return self.record.plan.digest
 
     @property
     def most_kl(self) -> float | None:
         """The share of the effect's KL that the recipe allows, where it names one."""
-        found = (self.record.get("verify") or {}).get("most_kl")
-        return None if found is None else float(found)
+        return None if self.record.verify is None else self.record.verify.most_kl
 
     def family(self) -> Family | None:
         """Return the table of the user's own that the artifact was made with, or None.
@@ -94,22 +65,14 @@ class Baked:
         Raises:
             FamilyError: it is malformed.
         """
-        table = self.record.get("family")
-        if table is None:
-            return None
-        return parse_family(str(table.get("text")), f"{RECORD}: family")
+        table = self.record.family
+        return None if table is None else parse_family(table.text, f"{RECORD}: family")
 
     @property
     def base(self) -> str:
         """Where the base model is: a folder, or a Hub id with its commit."""
-        path = self.record["base"].get("path")
-        return self.base_name if path is None else str((self.path / path).resolve())
-
-    @property
-    def base_name(self) -> str:
-        """The base model as the record names it, with its commit."""
-        base = self.record["base"]
-        return f"{base['model']}@{base['revision']}" if base.get("revision") else str(base["model"])
+        base = self.record.base
+        return base.address if base.path is None else str((self.path / base.path).resolve())
 
 
 def open_baked(path: Path) -> Baked:
@@ -118,21 +81,11 @@ def open_baked(path: Path) -> Baked:
     Raises:
         InputError: the folder holds no record of bake, or a malformed one.
     """
+    record = read_record(path)
     where = str(path / RECORD)
-    try:
-        file = _own_file(path, RECORD)
-        if file.stat().st_size > _LIMIT:
-            raise InputError(f"is {file.stat().st_size} bytes long; the limit is {_LIMIT}")
-        text = strictjson.decode(file.read_bytes(), where=RECORD)
-        record = strictjson.parse_object(text, where=RECORD, constants=True)
-        _check_record(record)
-    except (OSError, InputError, FamilyError) as error:
-        reason = error.what if isinstance(error, BakeError) else error.strerror or str(error)
-        raise InputError(
-            f"this is no artifact of bake: {RECORD} cannot be read ({reason})",
-            where=str(path),
-            fix="name a folder that `bake export` wrote",
-        ) from error
+    for text in _shown(record):
+        if not text.isprintable():
+            raise InputError(f"the record holds {text!r:.80}, which cannot be shown", where=where)
     if Baked(path, record, ()).merged:
         return Baked(path, record, ())
     if not (path / EDITS).is_file():
@@ -141,52 +94,37 @@ def open_baked(path: Path) -> Baked:
     for edit in edits:
         if not edit.concept.isprintable():
             raise InputError(f"the concept {edit.concept!r} cannot be shown", where=where)
-    fitted = load_edits(_own_file(path, FITTED)) if "calibration" in record else None
+    fitted = None if record.calibration is None else load_edits(_own_file(path, FITTED))
     return Baked(path, record, edits, fitted)
 
 
-def _check_record(record: Mapping[str, Any]) -> None:
-    """Require the types of everything that is read from a record later.
-
-    Raises:
-        InputError: naming the key.
-    """
-    for names, kinds in _TYPES.items():
-        value: Any = record
-        for key in names[:-1]:
-            value = value.get(key, {}) if isinstance(value, Mapping) else {}
-        found = value.get(names[-1]) if isinstance(value, Mapping) else None
-        shown = names[-1] == "text" or not isinstance(found, str) or found.isprintable()
-        if not isinstance(found, kinds) or not shown:
-            raise InputError(f"{'.'.join(names)} is missing or not what is meant there")
-    if record["kind"] not in KINDS:
-        raise InputError(f"its kind {record['kind']!r} is none of {', '.join(KINDS)}")
-    for key in ("allow", "target"):
-        if not all(isinstance(word, str) for word in record.get(key) or ()):
-            raise InputError(f"{key} is no list of texts")
-    for name, digest in (record.get("files") or {}).items():
-        if not isinstance(digest, str) or not name.isprintable():
-            raise InputError("files is no object of names and digests")
-    limit = (record.get("verify") or {}).get("most_kl")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float)):
-        raise InputError("verify.most_kl is no number")
-    if limit is not None and not 0 < limit < math.inf:
-        raise InputError(f"verify.most_kl is {limit}")
+def _shown(record: Record) -> Iterator[str]:
+    """Yield what of a record a terminal shows as it is."""
+    base, recipe = record.base, record.recipe
+    yield from (record.plan.digest, record.bake or "", *(record.files or {}))
+    yield from (base.model, base.revision or "", base.digest or "", base.path or "")
+    yield from () if recipe is None else (recipe.title, recipe.digest)
 
 
-def changed_files(baked: Baked) -> tuple[str, ...] | None:
+def changed_files(baked: Baked, only: Container[str] | None = None) -> tuple[str, ...] | None:
     """Return the names of recorded files that are missing or have other bytes than recorded.
 
     None where the record has no digests, so that nothing can be said.
 
+    Args:
+        baked: the artifact.
+        only: the names that are looked at; all of them when None.
+
     Raises:
         InputError: the record names a file outside the artifact.
     """
-    files: Mapping[str, str] | None = baked.record.get("files")
+    files = baked.record.files
     if files is None:
         return None
     changed = []
     for name, digest in files.items():
+        if only is not None and name not in only:
+            continue
         if not is_inside(name):
             raise InputError(f"{RECORD} names the file {name}, outside the artifact")
         if not (baked.path / name).is_file():

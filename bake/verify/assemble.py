@@ -90,7 +90,7 @@ def _report(
     metrics = dict(compared) if effect is None else {**compared, "effect": effect}
     return Report(
         artifact=str(artifact.path),
-        base=artifact.base_name,
+        base=artifact.record.base.address,
         plan_digest=artifact.plan_digest,
         exactness=artifact.exactness,
         dtype=inputs.layout.dtype,

@@ -52,9 +52,9 @@ def groups_of(
     A kind that the plan gives no occasion for (no bias, no head that was tied) is left out.
     """
     chance = random.Random(artifact.plan_digest)
-    plan = artifact.record["plan"]
-    weights = [t["name"] for t in plan["tensors"] if _same_shape(t["name"], base, baked)]
-    biases = [b["name"] for b in plan["biases"] if b["name"] in baked.tensors]
+    plan = artifact.record.plan
+    weights = [t.name for t in plan.tensors if _same_shape(t.name, base, baked)]
+    biases = [b.name for b in plan.biases if b.name in baked.tensors]
     head = layout.unembed.weight
     untied = head in baked.tensors and head not in base.tensors
     groups = (

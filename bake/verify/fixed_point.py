@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from bake.affine import AffineMap
+from bake.artifact.schema import FindingRecord
 from bake.edits import Edit
 from bake.sites import STREAM_KINDS, Site
 
 
-def nulled(edits: Sequence[Edit], findings: Sequence[Mapping[str, object]]) -> tuple[Edit, ...]:
+def nulled(edits: Sequence[Edit], findings: Sequence[FindingRecord]) -> tuple[Edit, ...]:
     """Return the edits that the record says are nulling."""
     concepts = {
-        (finding["kind"], finding["concept"])
-        for finding in findings
-        if finding["exactness"] == "nulling"
+        (finding.kind, finding.concept) for finding in findings if finding.exactness == "nulling"
     }
     return tuple(edit for edit in edits if (str(edit.kind), edit.concept) in concepts)
 

@@ -80,7 +80,7 @@ class Inputs:
     @property
     def nulled(self) -> tuple[Edit, ...]:
         """The edits that the record says are nulling."""
-        return nulled(self.artifact.edits, self.artifact.record["plan"].get("findings", ()))
+        return nulled(self.artifact.edits, self.artifact.record.plan.findings)
 
 
 @contextmanager
@@ -128,12 +128,13 @@ def _check(inputs: Inputs) -> None:
 @contextmanager
 def _table(artifact: Baked, family: Path | None) -> Iterator[Path | None]:
     """Yield the file of the user's own table: the one that is named, or the one of the record."""
-    if family is not None or artifact.family() is None:
+    table = artifact.record.family
+    if family is not None or table is None:
         yield family
         return
     with tempfile.TemporaryDirectory(prefix="bake-") as folder:
         path = Path(folder) / "family.toml"
-        path.write_text(artifact.record["family"]["text"], encoding="utf-8")
+        path.write_text(table.text, encoding="utf-8")
         yield path
 
 
@@ -161,10 +162,10 @@ def place_of_base(artifact: Baked) -> str:
     Raises:
         InputError: a folder that is not there any more.
     """
-    named = artifact.record["base"]
-    if named.get("path") is not None and not Path(artifact.base).is_dir():
+    named = artifact.record.base
+    if named.path is not None and not Path(artifact.base).is_dir():
         raise InputError(
-            f"the base {named['model']} is not where it was: there is no {artifact.base}",
+            f"the base {named.model} is not where it was: there is no {artifact.base}",
             where=str(artifact.path),
             fix="name it with --base",
         )
@@ -177,7 +178,7 @@ def check_base(artifact: Baked, checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         InputError: it is another one than the artifact was made from.
     """
-    recorded = artifact.record["base"].get("digest")
+    recorded = artifact.record.base.digest
     if recorded is not None and checkpoint.digest() != recorded:
         raise InputError(
             f"{checkpoint.source} is not the base that the artifact was made from",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bake import __version__
+from bake.artifact.record import RECORD
 from bake.checkpoints import Checkpoint
 from bake.edits import Edit
 from bake.sites import Site
@@ -180,7 +181,7 @@ def _saying(remark: Remark, text: str) -> Callable[[torch.nn.Module, Any], None]
 def _question(inputs: Inputs) -> dict[str, Any]:
     """Return what decides the result of every run."""
     folder, suffix = inputs.artifact.path, inputs.artifact.carrier.suffix
-    files = (*sorted(folder.glob(f"*{suffix}")), folder / "bake.json")
+    files = (*sorted(folder.glob(f"*{suffix}")), folder / RECORD)
     return question(
         artifact=inputs.artifact.plan_digest,
         base=inputs.base.digest(),

@@ -8,11 +8,12 @@ from rich.table import Table
 from rich.text import Text
 
 from bake.cli.render.pieces import facts, section, table
-from bake.cli.render.rounding import Measured, rounding
+from bake.cli.render.rounding import rounding
 from bake.cli.render.tensors import changed_tensors
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
+    from bake.artifact.schema import GgufTensor
     from bake.checkpoints import Checkpoint
     from bake.directions import Directions
     from bake.directions.describe import Row
@@ -24,7 +25,7 @@ def artifact(
     written: "Artifact",
     made: "Plan",
     checkpoint: "Checkpoint",
-    measured: Sequence[Measured],
+    measured: "Sequence[GgufTensor]",
     *,
     verbose: bool,
 ) -> list[RenderableType]:

@@ -1,16 +1,17 @@
 """What rounding left of an edit in a GGUF file, tensor by tensor, as its record has it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
 from bake.cli.render.pieces import section, table
 
-Measured = Mapping[str, Any]
+if TYPE_CHECKING:
+    from bake.artifact.schema import GgufTensor
 
 
-def rounding(found: Sequence[Measured], *, verbose: bool) -> list[RenderableType]:
+def rounding(found: "Sequence[GgufTensor]", *, verbose: bool) -> list[RenderableType]:
     """Return the table of what rounding did; unless ``verbose`` tensors of one type share a row.
 
     Of several tensors the worst counts: the least of the edit, the largest leak and error.
@@ -23,26 +24,26 @@ def rounding(found: Sequence[Measured], *, verbose: bool) -> list[RenderableType
         right=("edit kept", "leak", "error"),
     )  # fmt: skip
     for group in [[one] for one in found] if verbose else _grouped(found):
-        leaks = [tensor["leak"] for tensor in group if tensor["leak"] is not None]
-        least = min(group, key=lambda tensor: -abs(1 - tensor["change"]))
+        leaks = [tensor.leak for tensor in group if tensor.leak is not None]
+        kept = [tensor.change for tensor in group if tensor.change is not None]
         rows.add_row(
-            group[0]["name"] if verbose else str(len(group)),
+            group[0].name if verbose else str(len(group)),
             _type(group[0]),
-            group[0]["rounding"],
-            f"{least['change']:.1%}",
+            group[0].rounding,
+            f"{max(kept, key=lambda change: abs(1 - change)):.1%}",
             f"{max(leaks):.1e}" if leaks else "",
-            f"{max(tensor['error'] for tensor in group):.1e}",
+            f"{max(tensor.error or 0.0 for tensor in group):.1e}",
         )
     return [section(title, rows)]
 
 
-def _type(tensor: Measured) -> str:
-    base, kind = tensor["base_type"], tensor["type"]
+def _type(tensor: "GgufTensor") -> str:
+    base, kind = tensor.base_type, tensor.type
     return kind if base in (kind, None) else f"{base} → {kind}"
 
 
-def _grouped(found: Sequence[Measured]) -> list[list[Measured]]:
-    groups: dict[tuple[str, str], list[Measured]] = {}
+def _grouped(found: "Sequence[GgufTensor]") -> list["list[GgufTensor]"]:
+    groups: dict[tuple[str, str], list[GgufTensor]] = {}
     for tensor in found:
-        groups.setdefault((_type(tensor), tensor["rounding"]), []).append(tensor)
+        groups.setdefault((_type(tensor), tensor.rounding or ""), []).append(tensor)
     return list(groups.values())
