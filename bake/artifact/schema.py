@@ -374,3 +374,9 @@ class Record(Provenance, frozen=True, kw_only=True):
         found = super().to_json()
         first = [key for key in ("bake", "schema", "kind") if key in found]
         return {key: found[key] for key in (*first, *found)}
+
+
+def json_schema(of: type) -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of values of a type, such as ``Record``."""
+    found = msgspec.json.schema(of)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
