@@ -1,5 +1,6 @@
 """Jobs in Python: a request of edits is the request of the recipe that asks for the same."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from bake.edits import EditKind, ablate
 from bake.errors import InexactPlan, UsageError
 from bake.jobs import compile_request, export, open_model, plan_edits
 
-QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart"
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart"
 MOOD = read_directions(QUICKSTART / "mood.safetensors").at_layer(2).tensors[Role.VECTOR]
 RECIPE = f"""
 base = {{ model = "{QUICKSTART / "model"}" }}
@@ -30,6 +32,15 @@ def test_edits_in_python_make_the_plan_of_the_recipe(
     assert (made.plan.digest == asked.plan.digest) is same
     assert asked.record()["recipe"]["text"] == RECIPE
     assert "recipe" not in made.record()
+
+
+def test_the_example_of_the_recipes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"## In Python\n\n```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(RECIPE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("path/to/model", str(QUICKSTART / "model")))
+    assert (tmp_path / "out" / "bake.json").is_file()
 
 
 def test_what_cannot_be_done_is_said_as_a_command_says_it(tmp_path: Path) -> None:

@@ -24,76 +24,76 @@ def plan(request: "Request", *, verbose: bool) -> list["RenderableType"]:
     )
 
 
-def exported(found: "Exported", *, verbose: bool) -> list["RenderableType"]:
+def exported(result: "Exported", *, verbose: bool) -> list["RenderableType"]:
     """Return what was written, carrier by carrier."""
-    plan, checkpoint = found.request.plan, found.request.model.checkpoint
+    plan, checkpoint = result.request.plan, result.request.model.checkpoint
     return [
         part
-        for written in found.artifacts
+        for written in result.artifacts
         for part in render.artifact(
-            written, plan, checkpoint, found.rounded(written), verbose=verbose
+            written, plan, checkpoint, result.rounded(written), verbose=verbose
         )
     ]
 
 
-def replanned(found: "Replanned", *, verbose: bool) -> list["RenderableType"]:
+def replanned(result: "Replanned", *, verbose: bool) -> list["RenderableType"]:
     """Return the plan, and whether it is that of the record."""
-    artifact = f"{found.source.name} ({found.artifact.kind})"
-    rows = [("artifact", artifact), ("this is", found.summary)]
-    parts = [*plan(found.request, verbose=verbose), render.facts(rows)]
-    if found.notes:
-        parts.append(render.section("Notes on the artifact", render.indented(found.notes)))
+    artifact = f"{result.source.name} ({result.artifact.kind})"
+    rows = [("artifact", artifact), ("this is", result.summary)]
+    parts = [*plan(result.request, verbose=verbose), render.facts(rows)]
+    if result.notes:
+        parts.append(render.section("Notes on the artifact", render.indented(result.notes)))
     return parts
 
 
-def reproduced(found: "Reproduced") -> list["RenderableType"]:
+def reproduced(result: "Reproduced") -> list["RenderableType"]:
     """Return how many of the files are the recorded ones, and those that are not."""
-    rows = [("written", str(found.written.path)), ("as recorded", found.summary)]
+    rows = [("written", str(result.written.path)), ("as recorded", result.summary)]
     parts: list[RenderableType] = [render.facts(rows)]
-    if found.differing:
+    if result.differing:
         files = render.table("file", "recorded", "here")
-        for name in found.differing:
-            sides = (found.recorded, found.written.files)
+        for name in result.differing:
+            sides = (result.recorded, result.written.files)
             files.add_row(name, *(side.get(name, "absent")[:16] for side in sides))
         parts.append(render.section("Files that differ", files))
     return parts
 
 
-def reproduction(found: "Reproduction") -> list["RenderableType"]:
+def reproduction(result: "Reproduction") -> list["RenderableType"]:
     """Return the published numbers beside those that were measured here."""
     from bake.verify.agreement import outcome, shown
 
-    rows = [("artifact", found.source.name)]
-    if found.replanned is not None:
-        rows.append(("plan", found.replanned.summary))
-    if found.rebaked is not None:
-        rows.append(("exported again", found.rebaked.summary))
+    rows = [("artifact", result.source.name)]
+    if result.replanned is not None:
+        rows.append(("plan", result.replanned.summary))
+    if result.rebaked is not None:
+        rows.append(("exported again", result.rebaked.summary))
     parts: list[RenderableType] = []
-    if found.agreement is not None:
-        rows.append(("verification", outcome(found.agreement)))
+    if result.agreement is not None:
+        rows.append(("verification", outcome(result.agreement)))
         sides = ("published", "measured here")
         pairs = render.table("comparison", *sides, "", right=sides)
-        for pair in found.agreement.pairs:
+        for pair in result.agreement.pairs:
             pairs.add_row(pair.name, shown(pair.published), shown(pair.here), pair.problem or "")
         parts.append(render.section("Published, and measured here", pairs))
     parts.append(render.section("Made again", render.facts(rows)))
-    if found.notes:
-        parts.append(render.section("Notes", render.indented(found.notes)))
+    if result.notes:
+        parts.append(render.section("Notes", render.indented(result.notes)))
     return parts
 
 
-def verified(found: "Verified") -> list["RenderableType"]:
+def verified(result: "Verified") -> list["RenderableType"]:
     """Return the report, its files and, of a published artifact, how far it was reproduced."""
     from rich.text import Text
 
-    again = [] if found.reproduction is None else reproduction(found.reproduction)
+    again = [] if result.reproduction is None else reproduction(result.reproduction)
     files = render.facts(
-        ("written", str(path)) for path in found.written if path.parent.name != "plots"
+        ("written", str(path)) for path in result.written if path.parent.name != "plots"
     )
-    return [*render.report(found.report), *_beside(found.report), Text(), files, *again]
+    return [*render.report(result.report), *_side_tables(result.report), Text(), files, *again]
 
 
-def _beside(report: "Report") -> list["RenderableType"]:
+def _side_tables(report: "Report") -> list["RenderableType"]:
     """Return what the table of comparisons leaves out: runtimes and side effects."""
     parts: list[RenderableType] = []
     if report.runtimes:

@@ -26,7 +26,7 @@ from bake.progress import Progress
 
 
 @dataclass(slots=True)
-class _Found:
+class _Walk:
     """What the walk over the tensors has found so far."""
 
     by_hash: list[str]
@@ -110,7 +110,7 @@ def _diff_adapter(
     """Return what an adapter adds to its base: nothing is stored, so nothing is compared."""
     roles, layout = _roles(base, family)
     weights = adapted(out, base, layout)
-    found = _Found([], [], {}, [], [], [], {})
+    found = _Walk([], [], {}, [], [], [], {})
     for name in weights.tensors:
         weights.keep(name)
         # Of the sum nothing is rounded but in float64, and its storage type is nobody's.
@@ -165,8 +165,8 @@ def _walk(
     origins: Mapping[str, str],
     most: int | None,
     progress: Progress | None,
-) -> _Found:
-    found = _Found([], [], {}, [], [], [], {})
+) -> _Walk:
+    found = _Walk([], [], {}, [], [], [], {})
     equal = _equal_shards(base, out)
     total = sum(stored.nbytes for stored in out.weights.tensors.values())
     done = 0
@@ -191,7 +191,7 @@ def _walk(
     return found
 
 
-def _pair(base: Model, out: Model, source: str, name: str, most: int | None, found: _Found) -> None:
+def _pair(base: Model, out: Model, source: str, name: str, most: int | None, found: _Walk) -> None:
     old, new = base.weights.tensors[source], out.weights.tensors[name]
     if old.shape != new.shape or (old.dtype != new.dtype and not (old.numeric and new.numeric)):
         forms = ((old.dtype, old.shape), (new.dtype, new.shape))
@@ -264,7 +264,7 @@ def _assemble(
     claims: Claims | None,
     reason: str | None,
     roles: Roles,
-    found: _Found,
+    found: _Walk,
 ) -> Diff:
     config, metadata = _keys(base, out)
     files = () if out is base else file_changes(base, out)

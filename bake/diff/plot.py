@@ -24,11 +24,11 @@ COLOURS = ("#2f6db5", "#d9772b", "#4f9d69", "#8c5fb0", "#b8453f", "#3d9ba8", "#b
 _MOST_ROWS = 28
 
 
-def draw(found: Diff, form: str = "png") -> bytes:
+def draw(compared: Diff, form: str = "png") -> bytes:
     """Return the picture of a comparison as the bytes of an image.
 
     Args:
-        found: what differs; at least one tensor whose norm is known.
+        compared: what differs; at least one tensor whose norm is known.
         form: ``png`` or ``svg``.
 
     Raises:
@@ -43,16 +43,16 @@ def draw(found: Diff, form: str = "png") -> bytes:
             "the plot needs matplotlib, which is not installed",
             fix="install bake-directions[plots], or leave --plot out",
         ) from error
-    if not found.drawable:
+    if not compared.drawable:
         raise UsageError("there is nothing to draw: no tensor has changed", fix="leave --plot out")
-    kinds = _kinds(found)
+    kinds = _kinds(compared)
     height = max(4.6, 1.9 + 0.3 * len(kinds))
     figure = Figure(figsize=(12.0, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.45, 1.0))
-    _heat(found, kinds, left, figure)
-    _spectra(found, right)
-    figure.suptitle(_title(found), fontsize=11.5, color=INK, ha="left", x=0.012)
+    _heat(compared, kinds, left, figure)
+    _spectra(compared, right)
+    figure.suptitle(_title(compared), fontsize=11.5, color=INK, ha="left", x=0.012)
     buffer = io.BytesIO()
     # Without a date and with fixed identifiers, one comparison gives one picture.
     with matplotlib.rc_context({"svg.hashsalt": "bake", "svg.fonttype": "none"}):
@@ -61,15 +61,15 @@ def draw(found: Diff, form: str = "png") -> bytes:
     return buffer.getvalue()
 
 
-def _title(found: Diff) -> str:
-    shared = next((space for space in found.subspaces if space.shared), None)
-    count = len({change.tensor for change in found.changes})
-    text = f"{count} of {found.tensors} tensors changed"
+def _title(compared: Diff) -> str:
+    shared = next((space for space in compared.subspaces if space.shared), None)
+    count = len({change.tensor for change in compared.changes})
+    text = f"{count} of {compared.tensors} tensors changed"
     if shared is None:
         return text
     several = f"{shared.dimension} directions hold"
     what = "one direction holds" if shared.dimension == 1 else several
-    all_of_them = len(shared.tensors) == len(found.changes)
+    all_of_them = len(shared.tensors) == len(compared.changes)
     whose = "their change" if all_of_them else f"the change of {len(shared.tensors)}"
     return f"{text}; {what} {_percent(shared.share)} of {whose}"
 
@@ -79,21 +79,21 @@ def _percent(share: float) -> str:
     return "100 %" if share >= 1 - 1e-9 else f"{math.floor(share * 10000) / 100:.2f} %"
 
 
-def _kinds(found: Diff) -> list[str]:
+def _kinds(compared: Diff) -> list[str]:
     """Return the kinds of tensor, those of the blocks first in the order of their names."""
-    names = [*found.by_hash, *found.by_bytes, *(change.tensor for change in found.changes)]
-    changed = {kind_of(change.tensor) for change in found.changes}
+    names = [*compared.by_hash, *compared.by_bytes, *(change.tensor for change in compared.changes)]
+    changed = {kind_of(change.tensor) for change in compared.changes}
     kinds = sorted({kind_of(name) for name in names}, key=lambda k: ("#" not in k, k))
     # Of many kinds the unchanged ones are left out: a picture has room for some.
     return kinds if len(kinds) <= _MOST_ROWS else [k for k in kinds if k in changed][:_MOST_ROWS]
 
 
-def _heat(found: Diff, kinds: Sequence[str], axes: "Axes", figure: "Figure") -> None:
+def _heat(compared: Diff, kinds: Sequence[str], axes: "Axes", figure: "Figure") -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    names = [*found.by_hash, *found.by_bytes, *(change.tensor for change in found.changes)]
+    names = [*compared.by_hash, *compared.by_bytes, *(change.tensor for change in compared.changes)]
     layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
     column = {layer: place for place, layer in enumerate(layers)}
     outside = len(layers)  # one column more for what belongs to no layer
@@ -109,7 +109,7 @@ def _heat(found: Diff, kinds: Sequence[str], axes: "Axes", figure: "Figure") -> 
     for name in names:
         if (place := cell(name)) is not None:
             there[place] = True
-    for change in found.changes:
+    for change in compared.changes:
         place = cell(change.tensor)
         if place is not None and change.relative:
             # Experts share a cell: the one that changed most is shown.
@@ -158,8 +158,8 @@ def _short(kind: str) -> str:
     return kind.rpartition("#.")[2].removeprefix("model.").removesuffix(".weight")
 
 
-def _spectra(found: Diff, axes: "Axes") -> None:
-    shown = [c for c in found.changes if c.spectrum is not None and c.matrix[1] > 1]
+def _spectra(compared: Diff, axes: "Axes") -> None:
+    shown = [c for c in compared.changes if c.spectrum is not None and c.matrix[1] > 1]
     kinds = list(dict.fromkeys(kind_of(change.tensor) for change in shown))
     for change in shown:
         place = kinds.index(kind_of(change.tensor))

@@ -189,9 +189,9 @@ class _Work:
         left = basis.to(torch.float64) @ u
         return Factors(left.to(kind), values, right.to(kind)), total
 
-    def explained(self, found: Factors, rank: int, threshold: float) -> bool:
+    def explained(self, factors: Factors, rank: int, threshold: float) -> bool:
         """Tell whether a matrix of that rank lies in the box around Δ, up to τ."""
-        terms, last = found.first(rank), math.inf
+        terms, last = factors.first(rank), math.inf
         m, n = int(self.rows.sum()), int(self.columns.sum())
         for _ in range(_REFINEMENTS):
             width = min(_PROBES, *self.change.shape)

@@ -195,24 +195,24 @@ def cosine(subspace: Float[Tensor, "k d"], given: Float[Tensor, "n d"]) -> float
 
 
 def with_leaks(
-    found: Subspace, changes: Sequence[Change], roles: Roles, base: Weights, out: Weights
+    subspace: Subspace, changes: Sequence[Change], roles: Roles, base: Weights, out: Weights
 ) -> Subspace:
     """Return a subspace with what the changed writers still write of it: ‖R W'‖ and ‖R W‖.
 
     Of an embedding it is what differs between its rows: an affine edit gives all of them the same
     component. Reads every changed writer once more. Writers that are as they were leak as they did.
     """
-    if found.side != "written":
-        return found
+    if subspace.side != "written":
+        return subspace
     leaks = []
     for change in changes:
         role = roles.of(change.tensor, change.base_name)
-        if role is None or change.name not in found.tensors or len(change.shape) < 2:
+        if role is None or change.name not in subspace.tensors or len(change.shape) < 2:
             continue
         number = int(change.name[:-1].rpartition("[")[2]) if change.name != change.tensor else 0
         pair = Difference(base, out, change.base_name, change.tensor, number)
-        leaks.append(Leak(change.name, *_along(pair, found.directions, role)))
-    return replace(found, leaks=tuple(leaks))
+        leaks.append(Leak(change.name, *_along(pair, subspace.directions, role)))
+    return replace(subspace, leaks=tuple(leaks))
 
 
 def _along(pair: Difference, directions: Float[Tensor, "k d"], role: Role) -> tuple[float, float]:
@@ -234,11 +234,11 @@ def _along(pair: Difference, directions: Float[Tensor, "k d"], role: Role) -> tu
 
 
 def given_cosines(
-    found: Subspace, given: Mapping[str, Float[Tensor, "n d"]]
+    subspace: Subspace, given: Mapping[str, Float[Tensor, "n d"]]
 ) -> tuple[tuple[str, float], ...]:
     """Return the cosine of every given direction of the right width with a subspace."""
     return tuple(
-        (label, cosine(found.directions, rows))
+        (label, cosine(subspace.directions, rows))
         for label, rows in given.items()
-        if rows.shape[1] == found.width and bool(rows.any())
+        if rows.shape[1] == subspace.width and bool(rows.any())
     )

@@ -18,77 +18,77 @@ if TYPE_CHECKING:
     from bake.diff.subspace import Subspace
 
 
-def comparison(found: "Diff", plot: Path | None, *, verbose: bool) -> Iterator[RenderableType]:
+def comparison(diff: "Diff", plot: Path | None, *, verbose: bool) -> Iterator[RenderableType]:
     """Yield what differs: counts, changes, names, subspaces, keys, files, and the verdict."""
     from bake.diff.files import plain
 
-    yield facts(_facts(found))
-    if found.changes:
-        yield section("Changes", _changes(found, verbose=verbose))
+    yield facts(_facts(diff))
+    if diff.changes:
+        yield section("Changes", _changes(diff, verbose=verbose))
     for title, names in (
-        ("New tensors", [_new(name, found) for name in found.created]),
-        ("Tensors that only the base has", found.missing),
-        ("Tensors of another name", [f"{new}, once {old}" for new, old in found.renamed.items()]),
-        ("Tensors of another storage type", found.retyped),
-        ("Writers of the residual stream that are as they were", _untouched(found)),
-        ("Tensors that cannot be compared", [_unlike(row) for row in found.reshaped]),
+        ("New tensors", [_new(name, diff) for name in diff.created]),
+        ("Tensors that only the base has", diff.missing),
+        ("Tensors of another name", [f"{new}, once {old}" for new, old in diff.renamed.items()]),
+        ("Tensors of another storage type", diff.retyped),
+        ("Writers of the residual stream that are as they were", _untouched(diff)),
+        ("Tensors that cannot be compared", [_unlike(row) for row in diff.reshaped]),
     ):
         if names:
             yield section(title, indented(_folded(names, verbose=verbose)))
-    if found.subspaces:
-        lines = [line for space in found.subspaces for line in _shares(space, found)]
+    if diff.subspaces:
+        lines = [line for space in diff.subspaces for line in _shares(space, diff)]
         yield section("What the changes share", indented(lines))
-    for title, keys in (("config.json", found.config), ("Metadata", found.metadata)):
+    for title, keys in (("config.json", diff.config), ("Metadata", diff.metadata)):
         if keys:
             rows = table("key", "base", "model")
             for key in keys:
                 rows.add_row(key.key, key.old, key.new)
             yield section(title, rows)
-    if found.files:
+    if diff.files:
         rows = table("file", "", "base", "model")
-        for file in found.files:
+        for file in diff.files:
             rows.add_row(plain(file.name), file.status, _brief(file.old), _brief(file.new))
         yield section("Other files", rows)
     yield Text()
-    yield facts(_verdict(found, plot))
+    yield facts(_verdict(diff, plot))
 
 
-def _facts(found: "Diff") -> Iterator[tuple[str, str]]:
-    yield "base", found.base
-    yield "adapter" if found.adapter else "model", found.out
-    changed = len({change.tensor for change in found.changes} - set(found.created))
+def _facts(diff: "Diff") -> Iterator[tuple[str, str]]:
+    yield "base", diff.base
+    yield "adapter" if diff.adapter else "model", diff.out
+    changed = len({change.tensor for change in diff.changes} - set(diff.created))
     counts = [
-        (len(set(found.by_bytes) - set(found.created)), "the same to the last byte"),
-        (len(found.by_hash), "the same by the hash of their file"),
+        (len(set(diff.by_bytes) - set(diff.created)), "the same to the last byte"),
+        (len(diff.by_hash), "the same by the hash of their file"),
         (changed, "changed"),
-        (len(set(found.retyped) - {change.tensor for change in found.changes}), "stored otherwise"),
-        (len(found.reshaped), "not comparable"),
-        (len(found.created), "new"),
-        (len(found.missing), "missing"),
+        (len(set(diff.retyped) - {change.tensor for change in diff.changes}), "stored otherwise"),
+        (len(diff.reshaped), "not comparable"),
+        (len(diff.created), "new"),
+        (len(diff.missing), "missing"),
     ]
     tensors = ", ".join(f"{count} {what}" for count, what in counts if count)
-    if found.adapter:
+    if diff.adapter:
         tensors = f"the adapter adds to {changed} and leaves the others"
-    yield "tensors", f"{found.tensors} with {size(found.nbytes)}: {tensors}"
-    if found.fetched:
-        yield "fetched", f"{found.fetched:,} bytes of weights from the Hub"
-    yield "family", found.family or f"none: {found.no_family}"
+    yield "tensors", f"{diff.tensors} with {size(diff.nbytes)}: {tensors}"
+    if diff.fetched:
+        yield "fetched", f"{diff.fetched:,} bytes of weights from the Hub"
+    yield "family", diff.family or f"none: {diff.no_family}"
 
 
-def _changes(found: "Diff", *, verbose: bool) -> Table:
+def _changes(diff: "Diff", *, verbose: bool) -> Table:
     from bake.diff.roles import kind_of
 
     columns = ["n", "values", "‖ΔW‖/‖W‖", *["largest"] * verbose, "rank", "shared", "left"]
     rows = table("tensor", *columns, "stream", right=columns)
     shares = {
         name: share
-        for space in reversed(found.subspaces)
+        for space in reversed(diff.subspaces)
         if space.shared
         for name, share in zip(space.tensors, space.shares, strict=True)
     }
-    leaks = {leak.name: leak.ratio for space in found.subspaces for leak in space.leaks}
+    leaks = {leak.name: leak.ratio for space in diff.subspaces for leak in space.leaks}
     groups: dict[Any, list[Change]] = {}
-    for change in found.changes:
+    for change in diff.changes:
         kind = change.name if verbose else kind_of(change.tensor)
         groups.setdefault((kind, change.dtypes, change.shape, change.note), []).append(change)
     for (kind, dtypes, _, note), group in groups.items():
@@ -107,7 +107,7 @@ def _changes(found: "Diff", *, verbose: bool) -> Table:
             _ranks(group),
             _percents([shares.get(change.name) for change in group]),
             _range([leaks.get(change.name) for change in group], _small),
-            found.sides.get(group[0].tensor, ""),
+            diff.sides.get(group[0].tensor, ""),
         )
     return rows
 
@@ -153,15 +153,15 @@ def _ranks(group: "Sequence[Change]") -> str:
     return order[0] if len(order) == 1 else f"{order[0]}–{order[-1]}" if order else ""
 
 
-def _untouched(found: "Diff") -> tuple[str, ...]:
+def _untouched(diff: "Diff") -> tuple[str, ...]:
     """Return the writers that are as they were, where others of them share a direction."""
-    shared = any(space.shared and space.side == "written" for space in found.subspaces)
-    return found.untouched_writers if shared else ()
+    shared = any(space.shared and space.side == "written" for space in diff.subspaces)
+    return diff.untouched_writers if shared else ()
 
 
-def _new(name: str, found: "Diff") -> str:
+def _new(name: str, diff: "Diff") -> str:
     """Return a new tensor's name, and whether it is a copy: a head that was untied is one."""
-    return f"{name}, a copy of the base's embedding" if name in found.by_bytes else name
+    return f"{name}, a copy of the base's embedding" if name in diff.by_bytes else name
 
 
 def _unlike(row: Any) -> str:
@@ -192,7 +192,7 @@ _SIDES = {
 }
 
 
-def _shares(space: "Subspace", found: "Diff") -> Iterator[str]:
+def _shares(space: "Subspace", diff: "Diff") -> Iterator[str]:
     where = f"{_SIDES[space.side]} (width {space.width})"
     count = "1 direction" if space.dimension == 1 else f"{space.dimension} directions"
     verb = "holds" if space.dimension == 1 else "hold"
@@ -211,7 +211,7 @@ def _shares(space: "Subspace", found: "Diff") -> Iterator[str]:
     ratios = sorted(leak.ratio for leak in space.leaks if leak.ratio is not None)
     if ratios:
         middle = ratios[len(ratios) // 2]
-        part = f"{found.writers - len(found.untouched_writers)} of {found.writers}"
+        part = f"{diff.writers - len(diff.untouched_writers)} of {diff.writers}"
         sense = "taken out of" if ratios[-1] < 0.1 else "not, or not wholly, taken out of"
         yield (
             f"it is {sense} what {part} writers add: |Rᵀ W′| / |Rᵀ W| is {middle:.1e} in the "
@@ -228,19 +228,19 @@ def _brief(digest: str | None) -> str:
     return f"{kind}:{value[:12]}…"
 
 
-def _verdict(found: "Diff", plot: Path | None) -> Iterator[tuple[str, str | Text]]:
-    if found.adapter:
+def _verdict(diff: "Diff", plot: Path | None) -> Iterator[tuple[str, str | Text]]:
+    if diff.adapter:
         yield "record", "an adapter stores no weights: what it adds was measured, not compared"
-    elif found.violations is None:
-        why = found.no_plan or "it has no record of bake"
+    elif diff.violations is None:
+        why = diff.no_plan or "it has no record of bake"
         yield "record", f"none to hold the bytes against: {why}"
     else:
-        yield "plan", str(found.plan)
+        yield "plan", str(diff.plan)
         good = Text("yes: nothing differs but what the plan names", "green")
-        count = len(found.violations)
+        count = len(diff.violations)
         bad = Text(f"NO: {count} difference{'s' * (count != 1)} from the record", "bold red")
-        yield "as recorded", bad if found.violations else good
-    if found.identical:
+        yield "as recorded", bad if diff.violations else good
+    if diff.identical:
         yield "identical", "every tensor, and the config"
     if plot is not None:
         yield "plot", str(plot)

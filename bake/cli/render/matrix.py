@@ -20,7 +20,7 @@ UNREAD = "–"
 LOST = "cannot hold the edit: see Carriers"
 
 
-def runtimes(made: "Plan", carriers: Sequence[str]) -> list[RenderableType]:
+def runtimes(planned: "Plan", carriers: Sequence[str]) -> list[RenderableType]:
     """Return the verdicts of every runtime on some carriers.
 
     One carrier leaves room for the reasons beside the verdicts. Of several, the reasons of what is
@@ -29,8 +29,8 @@ def runtimes(made: "Plan", carriers: Sequence[str]) -> list[RenderableType]:
     """
     from bake.plan.carriers import carrier_runtimes
 
-    verdicts = {carrier: carrier_runtimes(made, carrier) for carrier in carriers}
-    lost = {carrier for carrier in carriers if _obstacle(made, carrier) is not None}
+    verdicts = {carrier: carrier_runtimes(planned, carrier) for carrier in carriers}
+    lost = {carrier for carrier in carriers if _obstacle(planned, carrier) is not None}
     shown = {carrier: [_shown(v) for v in row] for carrier, row in verdicts.items()}
     if len(carriers) == 1:
         return [_one(carriers[0], shown[carriers[0]], lost=bool(lost))]
@@ -40,12 +40,12 @@ def runtimes(made: "Plan", carriers: Sequence[str]) -> list[RenderableType]:
     return [rows, indented(_reasons(shown, lost))]
 
 
-def _obstacle(made: "Plan", carrier: str) -> str | None:
+def _obstacle(planned: "Plan", carrier: str) -> str | None:
     """Return why a carrier cannot hold the edit, or None."""
     from bake.plan.carriers import carrier_findings
     from bake.plan.types import Exactness
 
-    findings = carrier_findings(made, carrier)
+    findings = carrier_findings(planned, carrier)
     hard = (f.reason for f in findings if f.exactness is Exactness.IMPOSSIBLE)
     return next(hard, None)
 
@@ -60,7 +60,7 @@ def _shown(verdict: "RuntimeVerdict") -> Shown:
     return UNREAD if foreign else verdict.status, verdict
 
 
-def carriers(made: "Plan") -> Table:
+def carriers(planned: "Plan") -> Table:
     """Return which carriers hold the plan, and what the runtimes make of each."""
     from bake.artifact import CARRIERS
     from bake.plan.carriers import carrier_findings, carrier_runtimes
@@ -69,10 +69,10 @@ def carriers(made: "Plan") -> Table:
     rows = table("carrier", "holds the edit", "runtimes, or why not")
     first: dict[str, str] = {}
     for carrier in CARRIERS:
-        found = [finding.exactness for finding in carrier_findings(made, carrier)]
-        why = _obstacle(made, carrier)
+        found = [finding.exactness for finding in carrier_findings(planned, carrier)]
+        why = _obstacle(planned, carrier)
         if why is None:
-            why = _summary([v for v in carrier_runtimes(made, carrier) if v.reads])
+            why = _summary([v for v in carrier_runtimes(planned, carrier) if v.reads])
         elif first.setdefault(why, carrier) != carrier:
             why = f"as {first[why]}"
         rows.add_row(carrier, word(str(max(found, key=list(Exactness).index))), why)

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from bake.sites import Site
 
 
-def families(found: Sequence["Family"]) -> list[RenderableType]:
+def families(tables: Sequence["Family"]) -> list[RenderableType]:
     """Return the tables that bake knows."""
     made = table("family", "tier", "architectures", "models")
-    for family in found:
+    for family in tables:
         made.add_row(family.name, family.tier, ", ".join(family.architectures), family.title)
     return [made]
 

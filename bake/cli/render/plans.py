@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bake.cli.render import matrix
 from bake.cli.render.models import head
 from bake.cli.render.pieces import facts, indented, section, site_list, size, table, word
 from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
@@ -20,35 +21,34 @@ if TYPE_CHECKING:
 
 
 def plan(
-    made: "Plan", recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout", *, verbose: bool
+    planned: "Plan", recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout", *, verbose: bool
 ) -> list[RenderableType]:
     """Return a plan: model, findings, changes, runtimes, notes and digest.
 
     Args:
-        made: the plan.
+        planned: the plan.
         recipe: where it comes from, and what it is to be written as.
         checkpoint: the base.
         layout: the base's own, where the plan's declares it as another family.
         verbose: a row for every tensor.
     """
-    from bake.cli.render import matrix
-
     parts: list[RenderableType] = [facts(_header(recipe, checkpoint, layout))]
-    parts.append(section("Findings", _findings(made)))
-    rows = changed_tensors(made, checkpoint)
+    parts.append(section("Findings", _findings(planned)))
+    rows = changed_tensors(planned, checkpoint)
     if rows:
         parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
-    if made.config:
-        parts.append(section("config.json", _config(made)))
+    if planned.config:
+        parts.append(section("config.json", _config(planned)))
     chosen = recipe.export.to
-    parts.append(section(f"Runtimes: {', '.join(chosen)}", Group(*matrix.runtimes(made, chosen))))
-    parts.append(section("Carriers", matrix.carriers(made)))
-    if made.notes:
-        parts.append(section("Notes", indented(made.notes)))
+    verdicts = Group(*matrix.runtimes(planned, chosen))
+    parts.append(section(f"Runtimes: {', '.join(chosen)}", verdicts))
+    parts.append(section("Carriers", matrix.carriers(planned)))
+    if planned.notes:
+        parts.append(section("Notes", indented(planned.notes)))
     if checkpoint.left_out and verbose:
         parts.append(section("Files of the base that do not travel", indented(checkpoint.left_out)))
     parts.append(Text())
-    parts.append(facts([("plan", word(str(made.exactness))), ("digest", made.digest)]))
+    parts.append(facts([("plan", word(str(planned.exactness))), ("digest", planned.digest)]))
     return parts
 
 
@@ -69,11 +69,11 @@ def _header(
     ]
 
 
-def _findings(made: "Plan") -> Table:
+def _findings(planned: "Plan") -> Table:
     """Return the findings; those that differ only in their layers share a row."""
     rows = table("exactness", "edit, where, and why")
     groups: dict[tuple[str, str, str], list[tuple[Finding, str]]] = {}
-    for finding in made.findings:
+    for finding in planned.findings:
         why = finding.reason + ("" if finding.remedy is None else f"\nfix: {finding.remedy}")
         edit, exactness = f"{finding.kind} {finding.concept}", str(finding.exactness)
         group = groups.setdefault((edit, exactness, NUMBER.sub("#", why)), [])
@@ -82,7 +82,7 @@ def _findings(made: "Plan") -> Table:
         one = merged([why for _, why in group])
         for part in [group] if one is not None else [[pair] for pair in group]:
             sites = [site for finding, _ in part for site in finding.sites]
-            title = f"{edit} at {site_list(sites, made.layout)}"
+            title = f"{edit} at {site_list(sites, planned.layout)}"
             why = part[0][1] if one is None else one
             rows.add_row(word(exactness), Text(title, "bold").append(f"\n{why}", "not bold"))
     return rows
@@ -98,9 +98,9 @@ def _changes_title(rows: Sequence[Named]) -> str:
     return f"Changes: {', '.join(counts)}"
 
 
-def _config(made: "Plan") -> Table:
+def _config(planned: "Plan") -> Table:
     rows = table("key", "old", "new")
-    for change in made.config:
+    for change in planned.config:
         old = "(absent)" if change.old is None else json.dumps(change.old)
         rows.add_row(change.key, old, "(removed)" if change.new is None else json.dumps(change.new))
     return rows

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def artifact(
     written: "Artifact",
-    made: "Plan",
+    planned: "Plan",
     checkpoint: "Checkpoint",
     measured: "Sequence[GgufTensor]",
     *,
@@ -33,7 +33,7 @@ def artifact(
 
     Args:
         written: the artifact.
-        made: its plan.
+        planned: its plan.
         checkpoint: the base.
         measured: what rounding did to tensors of a GGUF, where it did.
         verbose: a row for every tensor and file.
@@ -44,7 +44,7 @@ def artifact(
         ("size", f"{written.bytes_written:,} bytes in {len(written.files)} files"),
     ]
     if written.kind == "checkpoint":
-        rows = changed_tensors(made, checkpoint)
+        rows = changed_tensors(planned, checkpoint)
         edited = sum(row.nbytes for row in rows if not row.new)
         new = sum(row.nbytes for row in rows if row.new)
         total = sum(info.nbytes for info in checkpoint.tensors.values())
@@ -65,21 +65,21 @@ def artifact(
     return parts
 
 
-def directions(found: "Directions", rows: Sequence["Row"]) -> list[RenderableType]:
+def directions(artifact: "Directions", rows: Sequence["Row"]) -> list[RenderableType]:
     """Return what an artifact holds, one row per tensor."""
     head = [
-        ("concept", found.concept),
-        ("format", found.format),
-        ("file", found.source),
-        ("digest", found.digest),
-        ("width", str(found.width)),
+        ("concept", artifact.concept),
+        ("format", artifact.format),
+        ("file", artifact.source),
+        ("digest", artifact.digest),
+        ("width", str(artifact.width)),
     ]
     parts: list[RenderableType] = [facts(head)]
     parts.append(section("Directions (cosine: to the one before)", _tensors(rows)))
     if any(row.singular_values for row in rows):
         parts.append(section("Subspaces", _spectra(rows)))
-    if found.metadata:
-        said = ((str(key), str(value)) for key, value in found.metadata.items())
+    if artifact.metadata:
+        said = ((str(key), str(value)) for key, value in artifact.metadata.items())
         parts.append(section("Metadata", facts(said)))
     return parts
 
@@ -115,21 +115,21 @@ def _layer(row: "Row") -> str:
     return "" if row.layer is None else str(row.layer)
 
 
-def report(found: "Report") -> list[RenderableType]:
+def report(measured: "Report") -> list[RenderableType]:
     """Return what a verification measured."""
     made = table("comparison", "measured", "limit", "", "", right=("measured", "limit"))
     verdicts = {True: Text("pass", "green"), False: Text("FAIL", "bold red"), None: Text("")}
-    for row in found.rows:
+    for row in measured.rows:
         limit = "" if row.limit is None else f"{row.limit:.2e}"
         made.add_row(row.name, f"{row.value:.4g}", limit, verdicts[row.passed], row.note)
-    outcome = Text("passed", "bold green") if found.passed else Text("failed", "bold red")
+    outcome = Text("passed", "bold green") if measured.passed else Text("failed", "bold red")
     return [
         facts(
             [
-                ("artifact", found.artifact),
-                ("base", found.base),
-                ("plan", f"{found.exactness}, {found.plan_digest}"),
-                ("stored in", found.dtype),
+                ("artifact", measured.artifact),
+                ("base", measured.base),
+                ("plan", f"{measured.exactness}, {measured.plan_digest}"),
+                ("stored in", measured.dtype),
             ]
         ),
         section("Comparisons", made),
@@ -137,7 +137,7 @@ def report(found: "Report") -> list[RenderableType]:
         facts(
             [
                 ("verification", outcome),
-                ("run with", ", ".join(f"{k} {v}" for k, v in found.environment.items())),
+                ("run with", ", ".join(f"{k} {v}" for k, v in measured.environment.items())),
             ]
         ),
     ]

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from bake.artifact.schema import GgufTensor
 
 
-def rounding(found: "Sequence[GgufTensor]", *, verbose: bool) -> list[RenderableType]:
+def rounding(tensors: "Sequence[GgufTensor]", *, verbose: bool) -> list[RenderableType]:
     """Return the table of what rounding did; unless ``verbose`` tensors of one type share a row.
 
     Of several tensors the worst counts: the least of the edit, the largest leak and error.
     """
-    if not found:
+    if not tensors:
         return []
     title = "Rounding of the edited tensors" + ("" if verbose else " (of each type the worst)")
     rows = table(
         "tensor" if verbose else "tensors", "type", "rounding", "edit kept", "leak", "error",
         right=("edit kept", "leak", "error"),
     )  # fmt: skip
-    for group in [[one] for one in found] if verbose else _grouped(found):
+    for group in [[one] for one in tensors] if verbose else _grouped(tensors):
         leaks = [tensor.leak for tensor in group if tensor.leak is not None]
         kept = [tensor.change for tensor in group if tensor.change is not None]
         rows.add_row(

@@ -64,15 +64,15 @@ def tensor_table(rows: Sequence[Named], *, verbose: bool) -> Table:
     return made
 
 
-def changed_tensors(made: "Plan", checkpoint: "Checkpoint") -> list[Named]:
+def changed_tensors(planned: "Plan", checkpoint: "Checkpoint") -> list[Named]:
     """Return every tensor that the plan edits or creates, in the order of the plan."""
-    tensors, embedding = checkpoint.tensors, checkpoint.tensors[made.layout.embed]
+    tensors, embedding = checkpoint.tensors, checkpoint.tensors[planned.layout.embed]
     per_item = embedding.nbytes // prod(embedding.shape)
     rows = []
-    for update in made.tensors:
+    for update in planned.tensors:
         note = "new" if update.create else "edited"
         rows.append(Named(update.name, update.shape, tensors[update.source].nbytes, note))
-    for bias in made.biases:
+    for bias in planned.biases:
         known = tensors.get(bias.name)
         size = bias.size * per_item if known is None else known.nbytes
         note = ("new, zeros" if bias.is_zero() else "new") if bias.create else "edited"
