@@ -1,11 +1,16 @@
 """Artifacts for the tests of cards: the records of ``model_cards/examples``, changed at will."""
 
+import ast
 import copy
 import json
 import shutil
+import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bake.cards.markdown import Block
 
 EXAMPLES = Path(__file__).parents[1] / "model_cards" / "examples"
 KINDS = ("checkpoint", "adapter", "gguf")
@@ -62,3 +67,22 @@ def with_licence(**stated: Any) -> Change:
         content["base"]["card"] = stated
 
     return change
+
+
+def not_of_its_language(block: Block) -> str | None:
+    """Return why a block of code does not parse, or None; nothing in it is run."""
+    read = {"json": json.loads, "toml": tomllib.loads, "python": ast.parse, "sh": _parse_shell}
+    if block.language not in read:
+        return f"{block.language!r} is no language of a card"
+    try:
+        read[block.language](block.text)
+    except (ValueError, SyntaxError) as error:
+        return str(error)
+    return None
+
+
+def _parse_shell(text: str) -> None:
+    shell = ["bash", "--norc", "--noprofile", "-n"]
+    done = subprocess.run(shell, input=text, capture_output=True, text=True, timeout=10, env={})
+    if done.returncode != 0:
+        raise ValueError(done.stderr)

@@ -1,6 +1,7 @@
 """The model card: what it says, that its numbers are the records', and what the Hub reads of it."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,8 @@ from cards import (
 from huggingface_hub import ModelCard
 
 import bake
+from bake.artifact import KINDS as CARRIER_FACTS
+from bake.artifact import Carrier
 from bake.artifact.frontmatter import card_metadata
 from bake.cards import notices, templates
 from bake.cards.card import card_notes, lint_card, render_card, save_card, write_card
@@ -565,3 +568,24 @@ def test_a_merged_adapter_is_named(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     assert "with the adapter `some/one/lora` merged" in render_card(out)
+
+
+def documented(code: str) -> bool:
+    """Tell whether README or docs have a command, whatever its files and names are called there."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    line = code.strip().splitlines()[-1].replace("{download}", "").replace("{max_rank}", "#")
+    line = re.sub(r"\{\w+\}|\bedited\b(?!=)|\w+\.gguf|(?:\{folder\}/)?Modelfile", "@", line)
+    pattern = re.escape(line).replace("\\#", r"( --max-lora-rank \d+)?").replace("@", r"\S+")
+    return re.search(pattern, text) is not None
+
+
+@pytest.mark.parametrize("carrier", CARRIER_FACTS.values(), ids=lambda carrier: carrier.name)
+def test_the_docs_show_the_commands_that_cards_print(carrier: Carrier) -> None:
+    assert carrier.loading
+    assert {way.runtime for way in carrier.loading} <= set(carrier.readers)
+    for way in carrier.loading:
+        assert way.language in ("python", "sh")
+        if way.language == "sh":
+            assert documented(way.code), way.code
+    assert not documented("llama-server -m {weights} --no-such-option {weights}")  # the control

@@ -439,7 +439,7 @@ def test_the_passphrase_is_asked_for(
     secret = command.passphrase_of(keys["encrypted"])
     assert secret == SECRET and asked[0][1] == {"hide_input": True, "err": True}
     assert command.passphrase_of(keys["ours"]) is None and len(asked) == 1
-    assert sign.sign(out, keys["encrypted"], passphrase=secret).made
+    assert sign.sign(out, keys["encrypted"], passphrase=secret).files
 
 
 @pytest.mark.parametrize("name", ["model_signing.signing", "OpenSSL"])

@@ -1,6 +1,7 @@
 """An artifact: what it is made of, its record, and where it goes. Nothing here knows a plan.
 
-Reading order: ``carrier``; ``names``, ``record``, ``base_digests``; ``destination``; ``artifact``.
+Reading order: ``loading``, ``carrier``; ``names``, ``record``, ``base_digests``;
+``destination``; ``artifact``.
 """
 
 from bake.artifact.artifact import Artifact

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 
+from bake.artifact import loading
+from bake.artifact.loading import Loading
 from bake.errors import UsageError
 
 
@@ -44,6 +46,8 @@ class Carrier:
     """The Hub's ``base_model_relation``: finetune, adapter, quantized or merge."""
     template: str
     """Of the card, in ``model_cards/``."""
+    loading: tuple[Loading, ...]
+    """How its readers are told to load it, those that a card names."""
     tags: tuple[str, ...] = ()
     exported: bool = True
     """Whether ``bake export`` writes it."""
@@ -71,6 +75,7 @@ _ALL = (
         library="transformers",
         relation="finetune",
         template="checkpoint.md.jinja",
+        loading=loading.CHECKPOINT,
         checkpoint=True,
         unread_otherwise=_PEFT_ADDS,
     ),
@@ -83,6 +88,7 @@ _ALL = (
         library="peft",
         relation="adapter",
         template="adapter.md.jinja",
+        loading=loading.LORA,
         tags=("lora",),
         without="leave the adapter away when you load the base",
         unread=MappingProxyType(
@@ -104,6 +110,7 @@ _ALL = (
         library="gguf",
         relation="adapter",
         template="adapter.md.jinja",
+        loading=loading.GGUF_LORA,
         tags=("gguf", "lora"),
         without="start the base's GGUF without --lora",
         unread_otherwise="it reads no adapters in GGUF",
@@ -117,6 +124,7 @@ _ALL = (
         library="gguf",
         relation="adapter",
         template="adapter.md.jinja",
+        loading=loading.CONTROL_VECTOR,
         tags=("gguf", "control-vector"),
         without="start the base's GGUF without --control-vector",
         unread=MappingProxyType({"ollama": "it has no option for a control vector"}),
@@ -132,6 +140,7 @@ _ALL = (
         library="gguf",
         relation="quantized",
         template="gguf.md.jinja",
+        loading=loading.GGUF,
         tags=("gguf",),
         unread=MappingProxyType(
             {
@@ -150,6 +159,7 @@ _ALL = (
         library="transformers",
         relation="finetune",
         template="checkpoint.md.jinja",
+        loading=loading.CHECKPOINT,
         tags=("merged-lora",),
         exported=False,
         checkpoint=True,

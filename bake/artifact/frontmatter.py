@@ -49,8 +49,12 @@ def card_metadata(text: str) -> dict[str, Any]:
     return found
 
 
+def body_of(text: str) -> str:
+    """Return a card without its metadata."""
+    return _BLOCK.sub("", text)
+
+
 def first_line_of(text: str) -> str:
     """Return the first line of a card that its reader sees: below the metadata, not blank."""
-    match = _BLOCK.match(text)
-    shown = _COMMENT.sub("", text if match is None else text[match.end() :])
+    shown = _COMMENT.sub("", body_of(text))
     return next((line.strip() for line in shown.splitlines() if line.strip()), "")

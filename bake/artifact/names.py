@@ -152,10 +152,15 @@ def _objection(name: str, kind: str, *, code: bool) -> str | None:
     return _by_suffix(file, folder, kind, code=code)
 
 
+def is_legal(name: str) -> bool:
+    """Tell whether a file at the top of an artifact is a licence or a notice."""
+    path = PurePosixPath(name)
+    return name.upper().startswith(_LEGAL) and path.suffix.lower() in ("", ".txt", ".md", ".pdf")
+
+
 def _by_suffix(file: str, folder: str, kind: str, *, code: bool) -> str | None:
     suffix = PurePosixPath(file).suffix.lower()
-    legal = file.upper().startswith(_LEGAL) and suffix in ("", ".txt", ".md", ".pdf")
-    if file in OUTSIDE or legal or suffix in TEXT | IMAGES | _BINARY:
+    if file in OUTSIDE or is_legal(file) or suffix in TEXT | IMAGES | _BINARY:
         return None
     weights = KINDS[kind].suffix if kind in KINDS else None
     if file == _OLLAMA and folder == "" and weights == ".gguf":

@@ -88,7 +88,7 @@ def lint_card(text: str, out: Path) -> tuple[Problem, ...]:
     Raises:
         InputError: the folder is no artifact, or a record in it is malformed.
     """
-    return lint.lint_folder(text, _folder(out))
+    return lint.lint(text, read_facts(_folder(out)))
 
 
 def check_card(out: Path) -> tuple[Problem, ...]:

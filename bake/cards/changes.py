@@ -1,12 +1,11 @@
 """What of the base an artifact changes: tensors in groups, counts, the files that hold weights."""
 
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-from bake.artifact.carrier import KINDS
-from bake.artifact.record import RECORD
-from bake.cards import stored
+from msgspec import UNSET
+
+from bake.artifact.schema import KeyChange
 from bake.cards.facts import Facts
 from bake.cards.text import merged
 
@@ -31,7 +30,7 @@ class Changes:
         edited: how many of the base's have other values.
         new: how many the base does not have.
         unchanged: how many keep the base's bytes; None where the record does not count the base's.
-        config: changed keys of ``config.json`` with their old and new values.
+        config: changed keys of ``config.json``.
         reads: whether a weight that reads an edited site is among them.
     """
 
@@ -40,54 +39,30 @@ class Changes:
     edited: int
     new: int
     unchanged: int | None
-    config: tuple[tuple[str, str, str], ...]
+    config: tuple[KeyChange, ...]
     reads: bool
 
 
 _ROWS = 100
-_HOW = {
-    "output": "edited at its output",
-    "input": "edited at its input",
-    "update": "updated",
-    "replaced": "replaced",
-    "copied": "copied",
-}
+_HOW = {"output": "edited at its output", "input": "edited at its input", "update": "updated"}
 
 
 def changes(facts: Facts) -> Changes:
-    """Return the changes that a plan makes.
-
-    Raises:
-        InputError: the record is malformed.
-    """
-    tensors = stored.objects(facts.plan, "tensors", RECORD)
-    if not KINDS[facts.record.kind].whole:
-        # What the plan copies, a head that is untied, stays the base's own.
-        tensors = tuple(t for t in tensors if stored.words(t, "sides", RECORD) != ("copied",))
-    biases = stored.objects(facts.plan, "biases", RECORD)
+    """Return the changes that a plan makes."""
+    plan, whole = facts.record.plan, facts.carrier.whole
+    # What the plan copies, a head that is untied, stays the base's own in an adapter.
+    tensors = [row for row in plan.tensors if whole or row.sides != ("copied",)]
     groups: dict[tuple[str, str], list[str]] = {}
-    edited = new = 0
-    for tensor in tensors:
-        name, source = (stored.text(tensor, key, RECORD) for key in ("name", "source"))
-        created = stored.flag(tensor, "created", RECORD)
-        fresh = source not in ("", name) if created is None else created
-        new, edited = new + fresh, edited + (not fresh)
-        how = _sides(tensor) + (f", from {source}" if source not in ("", name) else "")
-        shape = stored.size(tensor, "shape", RECORD)
-        groups.setdefault((shape, f"new: {how}" if fresh else how), []).append(name)
-    for bias in biases:
-        fresh = bool(stored.flag(bias, "created", RECORD))
-        new, edited = new + fresh, edited + (not fresh)
-        zero = ", zeros" if stored.flag(bias, "zero", RECORD) else ""
-        how = f"new bias{zero}" if fresh else "edited bias"
-        size = stored.whole(bias, "size", RECORD)
-        groups.setdefault(("" if size is None else str(size), how), []).append(
-            stored.text(bias, "name", RECORD)
-        )
-    total = stored.whole(facts.base, "tensors", RECORD)
-    config = (
-        () if not KINDS[facts.record.kind].whole else stored.objects(facts.plan, "config", RECORD)
-    )
+    for row in tensors:
+        how = " and ".join(_HOW.get(side, side) for side in row.sides)
+        how += f", from {row.source}" if row.source not in ("", row.name) else ""
+        shape = "×".join(map(str, row.shape))
+        groups.setdefault((shape, f"new: {how}" if row.is_new else how), []).append(row.name)
+    for bias in plan.biases:
+        how = f"new bias{', zeros' if bias.zero else ''}" if bias.created else "edited bias"
+        groups.setdefault((str(bias.size), how), []).append(bias.name)
+    fresh = [row.is_new for row in tensors] + [bias.created for bias in plan.biases]
+    edited, total = len(fresh) - sum(fresh), facts.record.base.tensors
     rows = [
         ChangeRow(name, number, shape, how)
         for (shape, how), names in groups.items()
@@ -97,55 +72,35 @@ def changes(facts: Facts) -> Changes:
         rows=tuple(rows[:_ROWS]),
         more=sum(row.count for row in rows[_ROWS:]),
         edited=edited,
-        new=new,
+        new=sum(fresh),
         unchanged=None if total is None else total - edited,
-        config=tuple(
-            (stored.text(c, "key", RECORD), _value(c.get("old")), _value(c.get("new")))
-            for c in config
-        ),
-        reads=any("input" in stored.words(t, "sides", RECORD) for t in tensors),
+        config=plan.config if whole else (),
+        reads=any("input" in row.sides for row in tensors),
     )
-
-
-def _sides(tensor: Mapping[str, Any]) -> str:
-    sides = stored.words(tensor, "sides", RECORD)
-    return " and ".join(_HOW.get(side, side) for side in sides)
-
-
-def _value(value: object) -> str:
-    """Return a value of ``config.json`` as it is written there."""
-    if value is None:
-        return "absent"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def weight_files(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return the files of weights with the digests that the export recorded."""
-    suffix = KINDS[facts.record.kind].suffix
-    files = stored.mapping(facts.content, "files", RECORD)
     return tuple(
-        (name, str(digest).removeprefix("sha256:"))
-        for name, digest in files.items()
-        if name.endswith(suffix) and "/" not in name
+        (name, digest.removeprefix("sha256:"))
+        for name, digest in (facts.record.files or {}).items()
+        if name.endswith(facts.carrier.suffix) and "/" not in name
     )
 
 
 def gguf_types(facts: Facts) -> tuple[tuple[str, str, int], ...]:
     """Return type, rounding and number of the tensors that a GGUF file holds anew."""
-    found: dict[tuple[str, str], int] = {}
-    gguf = stored.mapping(facts.content, "gguf", RECORD)
-    for tensor in stored.objects(gguf, "tensors", RECORD):
-        rounding = stored.text(tensor, "rounding", RECORD) or "as it is"
-        key = (stored.text(tensor, "type", RECORD), rounding)
-        found[key] = found.get(key, 0) + 1
-    return tuple((kind, rounding, n) for (kind, rounding), n in found.items())
+    gguf = facts.record.gguf
+    if gguf is None or gguf.tensors is UNSET:
+        return ()
+    found = Counter((row.type, row.rounding or "as it is") for row in gguf.tensors)
+    return tuple((kind, rounding, number) for (kind, rounding), number in found.items())
 
 
 def gguf_digests(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return the GGUF files that an edited one was made from, with their digests where recorded."""
-    options = stored.mapping(facts.content, "export", RECORD)
-    parts = stored.objects(options, "gguf", RECORD)
-    known = {stored.text(p, "name", RECORD): stored.text(p, "sha256", RECORD) for p in parts}
-    gguf = stored.mapping(facts.content, "gguf", RECORD)
-    names = (stored.text(part, "name", RECORD) for part in stored.objects(gguf, "base", RECORD))
-    return tuple((name, known.get(name, "")) for name in names)
+    if facts.record.gguf is None:
+        return ()
+    parts = () if facts.record.export is None else facts.record.export.gguf
+    known = {part.name: part.sha256 for part in parts}
+    return tuple((part.name, known.get(part.name, "")) for part in facts.record.gguf.base)

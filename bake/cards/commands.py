@@ -1,18 +1,17 @@
-"""How to load each kind of artifact in each runtime, and whether that was tried."""
+"""The commands of a card: to load an artifact, to make it again, to undo it and to check it."""
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bake.artifact.record import RECORD, VERIFICATION
-from bake.cards import stored
 from bake.cards.changes import gguf_digests, weight_files
 from bake.cards.facts import Facts
 from bake.cards.figures import DTYPES, NOT_MEASURED
 from bake.cards.text import Markdown, escape, number, printable
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
-_HERE = "."
+_SAID = {"passed": "Tested", "measured": "Measured", "failed": "**Failed**"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,135 +32,74 @@ class Command:
 
 
 def commands(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    """Return the commands of an artifact's kind.
+    """Return the commands that load an artifact.
 
     Args:
         facts: of the artifact.
         repo: its id on the Hub; its own folder where it has none yet.
     """
-    makers = {
-        "checkpoint": _checkpoint,
-        "merge": _checkpoint,
-        "lora": _lora,
-        "gguf": _gguf,
-        "gguf-lora": _gguf_lora,
-        "control-vector": _control_vector,
-    }
-    return makers[facts.record.kind](facts, repo)
-
-
-def _checkpoint(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    here = repo or _HERE
-    folder = _folder(repo)
-    python = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(here)})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(here)})\n"
-    )
-    convert = (
-        f"{_download(repo)}python convert_hf_to_gguf.py {folder} --outfile model.gguf\n"
-        "llama-server -m model.gguf\n"
-    )
-    ollama = "printf 'FROM ./model.gguf\\n' > Modelfile\nollama create edited -f Modelfile\n"
-    after = " (converted to F32 by llama.cpp's own converter)"
-    return (
-        Command("transformers", "python", python, tried(facts, "transformers")),
-        Command("vLLM", "sh", f"vllm serve {here}\n", tried(facts, "vllm")),
-        Command("llama.cpp", "sh", convert, tried(facts, "llama.cpp", after)),
-        Command("Ollama, after the conversion", "sh", ollama, tried(facts, "ollama")),
+    words = _words(facts, repo)
+    return tuple(
+        Command(
+            way.title,
+            way.language,
+            way.code.format_map(words),
+            tried(facts, way.runtime, way.how),
+        )
+        for way in facts.carrier.loading
+        if way.needs is None or way.needs in facts.names
     )
 
 
-def _lora(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    here, base = repo or _HERE, facts.base_repo or printable(facts.record.base.model)
-    pinned = ""
-    if facts.base_repo is not None and facts.record.base.pinned:
-        pinned = f", revision={json.dumps(facts.record.base.revision)}"
-    python = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}{pinned})\n"
-        f"model = PeftModel.from_pretrained(base, {json.dumps(here)})\n"
-    )
-    rank = stored.whole(facts.adapter, "r", "adapter_config.json")
+def _words(facts: Facts, repo: str | None) -> Mapping[str, str]:
+    """Return what stands for the words in braces of ``bake.artifact.loading``, quoted."""
+    here, folder, file = repo or ".", _folder(repo), _file(facts)
+    base = facts.base_repo or printable(facts.record.base.model)
+    python = json.dumps(base) + (f", revision={json.dumps(facts.commit)}" if facts.commit else "")
+    rank = None if facts.adapter is None else facts.adapter.r
     most = next((size for size in _RANKS if rank is not None and size >= rank), None)
-    ranks = "" if most is None else f" --max-lora-rank {most}"
-    at = f" --revision {facts.record.base.revision}" if pinned else ""
-    serve = (
-        f"vllm serve {shlex.quote(base)}{at} --enable-lora{ranks} --lora-modules edited={here}\n"
-    )
-    return (
-        Command("PEFT", "python", python, tried(facts, "peft")),
-        Command("vLLM", "sh", serve, tried(facts, "vllm")),
-    )
-
-
-def _gguf(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    file = _file(facts)
-    folder = _folder(repo)
-    serve = f"{_download(repo)}llama-server -m {shlex.quote(f'{folder}/{file}')}\n"
-    found = [Command("llama.cpp", "sh", serve, tried(facts, "llama.cpp"))]
-    if "Modelfile" in facts.names:
-        create = f"{_download(repo)}ollama create edited -f {folder}/Modelfile\n"
-        found.append(Command("Ollama", "sh", create, tried(facts, "ollama")))
-    return tuple(found)
-
-
-def _gguf_lora(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    folder = _folder(repo)
-    adapter = shlex.quote(f"{folder}/{_file(facts)}")
-    serve = f"{_download(repo)}llama-server -m base.gguf --lora {adapter}\n"
-    lines = f"FROM ./base.gguf\\nADAPTER ./{folder}/{_file(facts)}\\n"
-    ollama = f"printf {shlex.quote(lines)} > Modelfile\nollama create edited -f Modelfile\n"
-    return (
-        Command("llama.cpp, over the base in GGUF", "sh", serve, tried(facts, "llama.cpp")),
-        Command("Ollama", "sh", ollama, tried(facts, "ollama")),
-    )
-
-
-def _control_vector(facts: Facts, repo: str | None) -> tuple[Command, ...]:
-    vector = shlex.quote(f"{_folder(repo)}/{_file(facts)}")
-    serve = f"{_download(repo)}llama-server -m base.gguf --control-vector {vector}\n"
-    return (Command("llama.cpp, over the base in GGUF", "sh", serve, tried(facts, "llama.cpp")),)
+    return {
+        "here": here,
+        "here_text": json.dumps(here),
+        "folder": folder,
+        "download": _download(repo),
+        "weights": shlex.quote(f"{folder}/{file}"),
+        "modelfile": shlex.quote(f"FROM ./base.gguf\\nADAPTER ./{folder}/{file}\\n"),
+        "base": shlex.quote(base) + (f" --revision {facts.commit}" if facts.commit else ""),
+        "base_text": python,
+        "max_rank": "" if most is None else f" --max-lora-rank {most}",
+    }
 
 
 def reproduce(facts: Facts, repo: str | None) -> str:
     """Return the command that makes the artifact again."""
-    if facts.merged:
-        return _merge(facts)
+    if (adapter := facts.record.adapter) is not None:
+        name = f"{adapter.name}@{adapter.revision}" if adapter.revision else adapter.name
+        base = f"{facts.base_repo}@{facts.commit}" if facts.commit else facts.record.base.model
+        words = (shlex.quote(printable(word)) for word in (name, base))
+        return f"bake merge {' '.join(words)} --out again\n"
     needs = ""
-    if base := gguf_digests(facts):
-        needs = f" --gguf {shlex.quote(printable(base[0][0]))}"
+    if base_files := gguf_digests(facts):
+        needs = f" --gguf {shlex.quote(printable(base_files[0][0]))}"
     elif converter(facts):
         needs = " --llama-cpp llama.cpp"
     if repo is not None and facts.base_repo is not None:
         return f"bake export hf://{repo} --out again{needs}\n"
-    to = "" if facts.record.kind == "checkpoint" else f" --to {facts.record.kind}"
+    to = "" if facts.carrier.checkpoint else f" --to {facts.record.kind}"
     return f"bake export recipe.toml{to} --out again{needs}{_options(facts)}\n"
-
-
-def _merge(facts: Facts) -> str:
-    """Return the command that merges the same adapter into the same base."""
-    name, revision = (stored.text(facts.merged, key, RECORD) for key in ("name", "revision"))
-    adapter = f"{name}@{revision}" if revision else name
-    base = facts.record.base.model
-    if facts.base_repo is not None and facts.record.base.pinned:
-        base = f"{facts.base_repo}@{facts.record.base.revision}"
-    words = (shlex.quote(printable(word)) for word in (adapter, base))
-    return f"bake merge {' '.join(words)} --out again\n"
 
 
 def _options(facts: Facts) -> str:
     """Return the options of the export that decide the bytes, as the record has them."""
-    found = stored.mapping(facts.content, "export", RECORD)
+    found = {} if facts.record.export is None else facts.record.export.to_json()
     parts = []
     for key, option, usual in (
-        ("edited_type", "--edited-type", ""),
+        ("edited_type", "--edited-type", None),
         ("rounding", "--rounding", "feedback"),
         ("outtype", "--outtype", "f16"),
     ):
-        value = stored.text(found, key, RECORD)
-        if value not in ("", usual):
-            parts.append(f" {option} {shlex.quote(printable(value))}")
+        if found.get(key) not in (None, "", usual):
+            parts.append(f" {option} {shlex.quote(printable(found[key]))}")
     return "".join(parts)
 
 
@@ -175,11 +113,9 @@ def undo(facts: Facts, repo: str | None) -> str:
 
 def download_base(facts: Facts) -> str:
     """Return the command that fetches the base at its commit; empty for a folder."""
-    if facts.base_repo is None or not facts.record.base.pinned:
+    if facts.commit is None:
         return ""
-    return (
-        f"hf download {facts.base_repo} --revision {facts.record.base.revision} --local-dir base\n"
-    )
+    return f"hf download {facts.base_repo} --revision {facts.commit} --local-dir base\n"
 
 
 def check(repo: str | None) -> str:
@@ -190,9 +126,10 @@ def check(repo: str | None) -> str:
 
 def converter(facts: Facts) -> str:
     """Return what of llama.cpp converted a baked checkpoint; empty where nothing did."""
-    gguf = stored.mapping(facts.content, "gguf", RECORD)
-    name, outtype = (stored.text(gguf, key, RECORD) for key in ("converter", "outtype"))
-    return f"{name} --outtype {outtype}" if name and outtype else ""
+    gguf = facts.record.gguf
+    if gguf is None or not gguf.converter or not gguf.outtype:
+        return ""
+    return f"{gguf.converter} --outtype {gguf.outtype}"
 
 
 def _file(facts: Facts) -> str:
@@ -204,7 +141,7 @@ def _file(facts: Facts) -> str:
 
 
 def _folder(repo: str | None) -> str:
-    return _HERE if repo is None else repo.rpartition("/")[2]
+    return "." if repo is None else repo.rpartition("/")[2]
 
 
 def _download(repo: str | None) -> str:
@@ -219,26 +156,14 @@ def tried(facts: Facts, runtime: str, how: str = "") -> Markdown:
         runtime: as ``verify.json`` names it.
         how: what was done to the files before they were loaded, as Markdown.
     """
-    records = (
-        ()
-        if facts.verification is None
-        else stored.objects(facts.verification, "runtimes", VERIFICATION)
-    )
-    for record in records:
-        if stored.text(record, "runtime", VERIFICATION) != runtime:
-            continue
-        status = stored.text(record, "status", VERIFICATION)
-        if status not in ("passed", "measured", "failed"):
-            continue
-        numbers = stored.mapping(record, "numbers", VERIFICATION)
-        value = stored.number(numbers, f"{runtime}: max |Δlog p|, served − hooked", VERIFICATION)
-        largest = NOT_MEASURED if value is None else f"{number(float(value))} nats"
-        version = escape(stored.text(record, "version", VERIFICATION))
-        said = {"passed": "Tested", "measured": "Measured", "failed": "**Failed**"}[status]
-        return Markdown(
-            f"{said} with {escape(runtime)} {version}{how}: log-probabilities differ from the "
-            f"hooked base by {largest} at most."
-        )
+    for served in () if facts.report is None else facts.report.runtimes:
+        if served.runtime == runtime and served.status in _SAID:
+            value = served.largest
+            largest = NOT_MEASURED if value is None else f"{number(float(value))} nats"
+            return Markdown(
+                f"{_SAID[served.status]} with {escape(runtime)} {escape(served.version)}{how}: "
+                f"log-probabilities differ from the hooked base by {largest} at most."
+            )
     if runtime == "transformers" and _compared(facts):
         return Markdown(
             "Loaded by `bake verify`, which compared it with the hooks: see "
@@ -249,38 +174,17 @@ def tried(facts: Facts, runtime: str, how: str = "") -> Markdown:
 
 def _compared(facts: Facts) -> bool:
     """Whether these files were run in transformers, in the storage type, beside the hooks."""
-    found = facts.verification
-    if found is None or facts.record.kind not in ("checkpoint", "merge"):
+    if facts.report is None or not facts.carrier.checkpoint:
         return False
-    dtype = DTYPES.get(stored.text(found, "dtype", VERIFICATION), "")
-    return dtype in stored.mapping(found, "metrics", VERIFICATION)
+    return DTYPES.get(facts.report.dtype, "") in facts.report.metrics
 
 
 def _expected(facts: Facts, runtime: str) -> str:
     """Return what the plan says of a runtime that nobody tried."""
-    for found in verdicts(facts):
+    for found in facts.record.plan.runtimes:
         if found.runtime == runtime:
             if found.status == "exact":
                 return " The plan says that it serves the edit exactly."
-            if found.status == "loads":
-                return " The plan says that it loads."
             status = "" if found.status == "not tested" else f"{escape(found.status)}, "
             return f" The plan says: {status}{escape(found.reason)}."
     return ""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the plan says of a runtime, as the record has it."""
-
-    runtime: str
-    status: str
-    reason: str
-
-
-def verdicts(facts: Facts) -> tuple[Verdict, ...]:
-    """Return what the plan says of each runtime."""
-    return tuple(
-        Verdict(*(stored.text(found, key, RECORD) for key in ("runtime", "status", "reason")))
-        for found in stored.objects(facts.plan, "runtimes", RECORD)
-    )

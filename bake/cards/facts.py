@@ -1,103 +1,86 @@
 """``Facts``: everything that a card may say, read from the folder of one artifact."""
 
-import json
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from bake.artifact.carrier import KINDS, Carrier
 from bake.artifact.names import walk
-from bake.artifact.record import (
-    RECORD,
-    VERIFICATION,
-    read_json,
-    read_record,
-    record_text,
-    unverified,
-)
+from bake.artifact.record import RECORD, read_json, read_record, unverified
 from bake.artifact.schema import Record
-from bake.cards import licences, stored
+from bake.cards import licences
+from bake.cards.report import Report, read_report, typed
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
-from bake.recipe import CardSpec, card_of
+from bake.recipe import CardSpec, Recipe, parse_recipe
 
 ADAPTER = "adapter_config.json"
-_RECIPE = f"{RECORD}: recipe"
 
 
-@dataclass(frozen=True, eq=False)
+class Adapter(msgspec.Struct, frozen=True):
+    """What a card says of the configuration of a LoRA."""
+
+    r: int
+    lora_alpha: int | float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Facts:
     """What one artifact's files say.
 
     Attributes:
         folder: the artifact.
         record: its ``bake.json``.
-        recipe: the recipe in it, parsed; empty where the record holds none.
-        spec: what the recipe's ``[card]`` adds.
-        verification: its ``verify.json``, or None where there is none of this plan.
+        recipe: the recipe in it; None where the record holds none.
+        report: its ``verify.json``, or None where there is none of this plan.
         reason: why it does not count as verified, or None when it does.
-        adapter: ``adapter_config.json``; empty for other kinds.
+        adapter: rank and alpha of a LoRA, or of the one that was merged.
         names: its files.
     """
 
     folder: Path
     record: Record
-    recipe: Mapping[str, Any]
-    spec: CardSpec
-    verification: Mapping[str, Any] | None
+    recipe: Recipe | None
+    report: Report | None
     reason: str | None
-    adapter: Mapping[str, Any]
+    adapter: Adapter | None
     names: tuple[str, ...]
 
-    @cached_property
-    def content(self) -> Mapping[str, Any]:
-        """The record as JSON values."""
-        found: dict[str, Any] = json.loads(record_text(self.record))
-        return found
+    @property
+    def carrier(self) -> Carrier:
+        """The facts of the artifact's kind."""
+        return KINDS[self.record.kind]
 
     @property
-    def plan(self) -> Mapping[str, Any]:
-        """The plan, as the record has it."""
-        return stored.mapping(self.content, "plan", RECORD)
-
-    @property
-    def base(self) -> Mapping[str, Any]:
-        """The base, as the record has it."""
-        return stored.mapping(self.content, "base", RECORD)
-
-    @property
-    def base_card(self) -> Mapping[str, Any]:
-        """What the base's own card states."""
-        return stored.mapping(self.base, "card", RECORD)
+    def spec(self) -> CardSpec:
+        """What the recipe's ``[card]`` adds."""
+        return CardSpec() if self.recipe is None else self.recipe.card
 
     @property
     def base_repo(self) -> str | None:
         """The base's id on the Hub, or None for a folder."""
-        repo = self.record.base.repo
-        return repo if self.record.base.on_hub and is_repository(repo) else None
+        base = self.record.base
+        return base.repo if base.on_hub and is_repository(base.repo) else None
+
+    @property
+    def commit(self) -> str | None:
+        """The base's commit on the Hub, or None where the record names none."""
+        return self.record.base.revision if self.base_repo and self.record.base.pinned else None
 
     @property
     def title(self) -> str:
         """What the recipe calls it, or what was done."""
-        found = stored.mapping(self.content, "recipe", RECORD)
-        merged = stored.text(self.merged, "name", RECORD)
-        return stored.text(found, "title", _RECIPE) or (
-            f"A model with the adapter {merged}" if merged else "An edited model"
-        )
-
-    @property
-    def merged(self) -> Mapping[str, Any]:
-        """The adapter that a merge merged, as the record has it; empty for other kinds."""
-        if self.record.kind != "merge":
-            return {}
-        return stored.mapping(self.content, "adapter", RECORD)
+        recipe, merged = self.record.recipe, self.record.adapter
+        if recipe is not None and recipe.title:
+            return recipe.title
+        return f"A model with the adapter {merged.name}" if merged else "An edited model"
 
     @property
     def base_licence(self) -> licences.Stated:
         """The licence that the base's card stated when it was exported."""
-        return licences.stated(self.base_card)
+        card = self.record.base.card
+        return licences.stated({} if card is None else card.to_json())
 
     @property
     def licence(self) -> licences.Stated:
@@ -114,30 +97,36 @@ def read_facts(folder: Path) -> Facts:
         InputError: the folder is no artifact, or one of its records is malformed.
     """
     record = read_record(folder)
-    text = "" if record.recipe is None else record.recipe.text
-    try:
-        spec = card_of(text, where=_RECIPE)
-        values = tomllib.loads(text)
-    except UsageError as error:
-        raise InputError(error.what, where=error.where, fix=error.fix) from error
     found, problems = walk(folder)
     if problems:
         raise InputError(str(problems[0]), where=str(folder))
     return Facts(
         folder=folder,
         record=record,
-        recipe=values,
-        spec=spec,
-        verification=_verification(folder, record),
+        recipe=_recipe(folder, record),
+        report=read_report(folder, record),
         reason=unverified(folder, record),
-        adapter=read_json(folder, ADAPTER) if record.kind == "lora" and ADAPTER in found else {},
+        adapter=_adapter(folder, record, found),
         names=tuple(found),
     )
 
 
-def _verification(folder: Path, record: Record) -> Mapping[str, Any] | None:
-    """Return the verification; one of another plan says nothing of this artifact."""
-    if not (folder / VERIFICATION).is_file():
+def _recipe(folder: Path, record: Record) -> Recipe | None:
+    if record.recipe is None or not record.recipe.text:
         return None
-    content = read_json(folder, VERIFICATION)
-    return content if content.get("plan_digest") == record.plan.digest else None
+    try:
+        return parse_recipe(record.recipe.text.encode(), folder / RECORD)
+    except UsageError as error:
+        raise InputError(error.what, where=error.where, fix=error.fix) from error
+
+
+def _adapter(folder: Path, record: Record, names: list[str]) -> Adapter | None:
+    if record.adapter is not None:
+        config = record.adapter.config
+    elif KINDS[record.kind].library == "peft" and ADAPTER in names:
+        config = read_json(folder, ADAPTER)
+    else:
+        return None
+    if config.get("r") is None or config.get("lora_alpha") is None:
+        return None
+    return typed(config, Adapter, ADAPTER)

@@ -1,4 +1,4 @@
-"""What is wrong with a card, told without the network: metadata, gaps, links, code, numbers.
+"""What is wrong with a card, told without the network: metadata, links, places, numbers.
 
 It holds for a card that somebody has edited since, too: prose is free, facts are those of the
 record.
@@ -8,14 +8,12 @@ import ipaddress
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bake.artifact.names import CARD, Problem, problem_of, walk
-from bake.artifact.record import RECORD
-from bake.cards import figures, markdown, stored
-from bake.cards.facts import Facts, read_facts
-from bake.cards.lint_blocks import lint_blocks
+from bake.artifact.names import CARD, Problem, problem_of
+from bake.cards import figures, markdown
+from bake.cards.facts import Facts
+from bake.cards.frontmatter import body_of
 from bake.cards.lint_metadata import AGAIN, lint_metadata, short
 from bake.cards.notices import concerns_safety
 from bake.cards.stamp import without
@@ -24,13 +22,6 @@ from bake.cards.view import UNVERIFIED
 from bake.errors import InputError
 from bake.seal.scan import findings
 
-_FRONT = re.compile(r"\A\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
-_PLACEHOLDERS = re.compile(
-    r"\[?more information needed\]?|\{\{|\}\}|\{%|%\}|\b(?-i:TODO|TBD|FIXME|XXX)\b|lorem ipsum"
-    r"|\b(?-i:OWNER/NAME)\b|<(?:your|insert|placeholder|model|repo|path|name)[^<>\n]{0,40}>"
-    r"|\byour[-_](?:user)?name\b|\b(?:model|repo)[-_]id[-_]here\b",
-    re.IGNORECASE,
-)
 _PLACES = re.compile(
     r"(?<![\w/:.\\-])/(?:home|Users|root|tmp|var|mnt|media|data|scratch|work|workspace|srv|opt|usr|"
     r"private|content|kaggle)/[\w.-]+|\bfile://|\b[A-Za-z]:\\{1,2}\w|(?<![\w/])~/\w"
@@ -47,15 +38,13 @@ def lint(text: str, facts: Facts) -> tuple[Problem, ...]:
         text: of the card.
         facts: of the artifact.
     """
-    body = without(_FRONT.sub("", text))
-    prose, blocks = markdown.split(body)
+    body = without(body_of(text))
+    prose, _ = markdown.split(body)
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
         lambda: lint_metadata(text, facts),
         lambda: _first_line(body, facts),
-        lambda: _placeholders(text, facts),
         lambda: _private(text),
         lambda: _links(prose, facts),
-        lambda: lint_blocks(blocks),
         lambda: _tables(prose, facts),
         lambda: _digests(body, facts),
         lambda: _said(body, facts),
@@ -75,14 +64,6 @@ def _first_line(body: str, facts: Facts) -> Iterator[Problem]:
         yield Problem(
             CARD, f"does not say in its first line that it is unverified: {facts.reason}", AGAIN
         )
-
-
-def _placeholders(text: str, facts: Facts) -> Iterator[Problem]:
-    recipe = stored.text(stored.mapping(facts.content, "recipe", RECORD), "text", RECORD)
-    # The recipe is shown as it was run, comments and all.
-    shown = text.replace(recipe.rstrip("\n"), "") if recipe.strip() else text
-    for match in _PLACEHOLDERS.finditer(shown):
-        yield Problem(CARD, f"has a placeholder: {short(match[0])}", "fill it, or remove it")
 
 
 def _private(text: str) -> Iterator[Problem]:
@@ -105,39 +86,32 @@ def _public(authority: str) -> bool:
 
 
 def _links(prose: str, facts: Facts) -> Iterator[Problem]:
-    present = set(walk(facts.folder)[0]) | {CARD}
-    headings = {_anchor(line) for line in prose.splitlines() if line.startswith("#")}
     for target in markdown.targets(prose):
         parts = urlsplit(target)
         if parts.scheme in ("http", "https", "mailto"):
             continue
         if parts.scheme or parts.netloc:
             yield Problem(CARD, f"links to {short(target)}, which is no page and no file")
-        elif not parts.path:
-            if parts.fragment not in headings:
-                yield Problem(CARD, f"links to a heading that it lacks: {short(target)}")
-        elif unquote(parts.path).removeprefix("./") not in present:
+        elif parts.path and unquote(parts.path).removeprefix("./") not in (*facts.names, CARD):
             yield Problem(CARD, f"links to {short(target)}, which is not in the folder", AGAIN)
-
-
-def _anchor(heading: str) -> str:
-    words = re.sub(r"[^\w\s-]", "", heading.lstrip("#").strip().casefold())
-    return re.sub(r"\s+", "-", words)
 
 
 def _tables(prose: str, facts: Facts) -> Iterator[Problem]:
     """Compare the verification's tables with those that verify.json gives, cell by cell."""
     shown = {table[0]: table[1:] for table in markdown.tables(prose) if table}
-    for wanted in figures.all_tables(facts):
+    for wanted in figures.tables(facts.report).values():
+        if wanted is None:
+            continue
         head = tuple(cell.strip() for cell in wanted.head)
+        named = next((repr(cell) for cell in head if cell), "without a head")
         if head not in shown:
-            yield Problem(CARD, f"lacks the table {_head(head)}", AGAIN)
+            yield Problem(CARD, f"lacks the table {named}", AGAIN)
             continue
         rows = shown[head]
         for row, right in zip(rows, wanted.rows, strict=False):
             yield from _row(row, tuple(cell.strip() for cell in right))
         if len(rows) != len(wanted.rows):
-            what = f"has {len(rows)} rows in the table {_head(head)}"
+            what = f"has {len(rows)} rows in the table {named}"
             yield Problem(CARD, f"{what} where verify.json gives {len(wanted.rows)}", AGAIN)
 
 
@@ -150,14 +124,10 @@ def _row(row: tuple[str, ...], right: tuple[str, ...]) -> Iterator[Problem]:
         yield Problem(CARD, f"has another number of cells in the row {short(row[0])}", AGAIN)
 
 
-def _head(head: tuple[str, ...]) -> str:
-    return next((repr(cell) for cell in head if cell), "without a head")
-
-
 def _digests(body: str, facts: Facts) -> Iterator[Problem]:
     """Require that every sha256 in the card is one of the records."""
-    known = set(_DIGEST.findall(json.dumps(facts.content)))
-    known |= set(_DIGEST.findall(json.dumps(facts.verification or {})))
+    prompts = None if facts.report is None else facts.report.prompts.digest
+    known = set(_DIGEST.findall(json.dumps(facts.record.to_json()) + str(prompts)))
     for digest in _DIGEST.findall(body):
         if digest not in known:
             yield Problem(CARD, f"has a sha256 that no record has: {digest[:12]}…", AGAIN)
@@ -167,21 +137,10 @@ def _said(body: str, facts: Facts) -> Iterator[Problem]:
     """Require what no edit of the prose may take away."""
     if facts.record.plan.digest not in body:
         yield Problem(CARD, "does not name the plan's digest", AGAIN)
-    if facts.base_repo is not None and facts.record.base.pinned:
-        page = f"huggingface.co/{facts.base_repo}/tree/{facts.record.base.revision}"
-        if page not in body:
+    if facts.commit is not None:
+        if f"huggingface.co/{facts.base_repo}/tree/{facts.commit}" not in body:
             yield Problem(CARD, "does not link the base at its commit", AGAIN)
     if concerns_safety(facts) and "concerns refusals or safety" not in body:
         yield Problem(CARD, "lacks the notice that the edit concerns refusals or safety", AGAIN)
-    words = facts.content.get("bake")
-    if isinstance(words, str) and escape(words) not in body:
+    if facts.record.bake is not None and escape(facts.record.bake) not in body:
         yield Problem(CARD, "does not name the version of bake that wrote the artifact", AGAIN)
-
-
-def lint_folder(text: str, folder: Path) -> tuple[Problem, ...]:
-    """Return everything that is wrong with a card, the artifact's own records included.
-
-    Raises:
-        InputError: the folder is no artifact.
-    """
-    return lint(text, read_facts(folder))

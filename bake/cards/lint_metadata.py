@@ -59,7 +59,7 @@ def _licence(found: Mapping[str, Any], text: str, facts: Facts) -> Iterator[Prob
 
 def _model_index(found: Mapping[str, Any], facts: Facts) -> Iterator[Problem]:
     index = found.get("model-index")
-    wanted = {metric.name: metric.value for metric in figures.metrics(facts)}
+    wanted = {metric.name: metric.value for metric in figures.metrics(facts.report)}
     if index is None:
         return
     results = _within([{"model-index": index}], "model-index", "results")

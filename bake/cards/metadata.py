@@ -3,9 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bake.artifact.carrier import KINDS
-from bake.artifact.record import RECORD, VERIFICATION
-from bake.cards import stored
 from bake.cards.edits import edit_rows
 from bake.cards.facts import Facts
 from bake.cards.figures import metrics
@@ -21,7 +18,7 @@ def metadata(facts: Facts, repo: str | None) -> str:
     """Return the metadata as YAML, without the lines of dashes.
 
     Raises:
-        InputError: the record is malformed.
+        InputError: the record names a kind of edit or a site that is none.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -30,49 +27,44 @@ def metadata(facts: Facts, repo: str | None) -> str:
             task_type=PIPELINE,
             task_name="Text Generation",
             dataset_type="bake-verification-prompts",
-            dataset_name=dataset_name(facts),
+            dataset_name=_dataset_name(facts),
             metric_type=metric.type,
             metric_name=metric.name,
             metric_value=metric.value,
         )
-        for metric in metrics(facts)
+        for metric in metrics(facts.report)
     ]
-    found = {**_base(facts), **_licence(facts), **_inherited(facts)}
+    name = printable(facts.title) if repo is None else repo.rpartition("/")[2]
     data = ModelCardData(
-        library_name=KINDS[facts.record.kind].library,
-        tags=list(tags(facts)),
-        model_name=model_name(facts, repo) if results else None,
+        library_name=facts.carrier.library,
+        tags=list(_tags(facts)),
+        model_name=name if results else None,
         eval_results=results or None,
-        **found,
+        **_base(facts),
+        **_licence(facts),
+        **_inherited(facts),
     )
     return str(data.to_yaml()).rstrip("\n")
 
 
-def model_name(facts: Facts, repo: str | None) -> str:
-    """Return what the model is called."""
-    return printable(facts.title) if repo is None else repo.rpartition("/")[2]
-
-
-def dataset_name(facts: Facts) -> str:
+def _dataset_name(facts: Facts) -> str:
     """Return what the metrics were measured on, in words."""
-    prompts = stored.mapping(facts.verification or {}, "prompts", VERIFICATION)
-    digest = printable(stored.text(prompts, "digest", VERIFICATION))
-    number = stored.whole(prompts, "prompts", VERIFICATION)
-    return (
-        f"{number} prompts, token ids {digest}" if number and digest else "prompts of bake verify"
-    )
+    prompts = None if facts.report is None else facts.report.prompts
+    if prompts is None or not prompts.prompts or not prompts.digest:
+        return "prompts of bake verify"
+    return f"{prompts.prompts} prompts, token ids {printable(prompts.digest)}"
 
 
-def tags(facts: Facts) -> tuple[str, ...]:
+def _tags(facts: Facts) -> tuple[str, ...]:
     """Return the tags, without repeats."""
     kinds = [row.kind for row in edit_rows(facts) if not row.stand_in]
     calibrated = fitted(facts)
     kinds += [] if calibrated is None else [edit.kind for edit in calibrated.asked]
     found = ["bake", *(["steering"] if kinds else []), *(METHODS[kind].tag for kind in kinds)]
-    found += KINDS[facts.record.kind].tags
+    found += facts.carrier.tags
     if "ablate" in kinds and any(word.startswith("refus") for word in safety_words(facts)):
         found.append("abliterated")
-    if facts.base_repo is not None and facts.record.base.pinned:
+    if facts.commit is not None:
         found.append("reproducible")
     return tuple(dict.fromkeys(found))
 
@@ -81,21 +73,18 @@ def _base(facts: Facts) -> Mapping[str, Any]:
     """Return the base, by its id on the Hub; a folder has none, and no relation either."""
     if facts.base_repo is None:
         return {}
-    return {
-        "base_model": facts.base_repo,
-        "base_model_relation": KINDS[facts.record.kind].relation,
-    }
+    return {"base_model": facts.base_repo, "base_model_relation": facts.carrier.relation}
 
 
 def _licence(facts: Facts) -> Mapping[str, Any]:
-    found = facts.licence
+    found, card = facts.licence, facts.record.base.card
     if found.id is None:
         return {}
     if found.id != "other":
         return {"license": found.id}
     link = "LICENSE" if "LICENSE" in facts.names else None
-    if facts.spec.licence is None and link is None:
-        stated = stored.text(facts.base_card, "license_link", RECORD)
+    if facts.spec.licence is None and link is None and card is not None:
+        stated = card.license_link if isinstance(card.license_link, str) else ""
         link = stated if stated.startswith("https://") and stated.isprintable() else None
     named = {"license_name": found.name} if found.name is not None else {}
     return {"license": "other", **named, **({"license_link": link} if link else {})}
@@ -103,11 +92,15 @@ def _licence(facts: Facts) -> Mapping[str, Any]:
 
 def _inherited(facts: Facts) -> Mapping[str, Any]:
     """Return what comes from the base's card, where the recipe says nothing else."""
-    language = list(facts.spec.language or stored.words(facts.base_card, "language", RECORD))
-    pipeline = stored.text(facts.base_card, "pipeline_tag", RECORD) or PIPELINE
-    found: dict[str, Any] = {"pipeline_tag": pipeline}
+    card = facts.record.base.card
+    stated = None if card is None else card.language
+    language = facts.spec.language or ((stated,) if isinstance(stated, str) else stated)
+    pipeline = card.pipeline_tag if card is not None else None
+    found: dict[str, Any] = {
+        "pipeline_tag": pipeline if isinstance(pipeline, str) and pipeline else PIPELINE
+    }
     if language:
-        found["language"] = language
+        found["language"] = list(language)
     if facts.spec.datasets:
         found["datasets"] = list(facts.spec.datasets)
     return found

@@ -6,46 +6,14 @@ The list is closed and documented in ``docs/cards.md``. It errs to the side of a
 import re
 from collections.abc import Iterable
 
-from bake.artifact.record import RECORD
-from bake.cards import stored
 from bake.cards.facts import Facts
-from bake.errors import InputError
 
-STEMS = (
-    "abliterat",
-    "alignment",
-    "censor",
-    "uncensor",
-    "compli",
-    "decepti",
-    "guardrail",
-    "hate",
-    "illegal",
-    "jailbr",
-    "malicious",
-    "misalign",
-    "nsfw",
-    "refus",
-    "reject",
-    "safe",
-    "suicid",
-    "toxic",
-    "unsafe",
-    "unaligned",
-    "violen",
-    "weapon",
+STEMS = tuple(
+    "abliterat alignment censor uncensor compli decepti guardrail hate illegal jailbr malicious "
+    "misalign nsfw refus reject safe suicid toxic unsafe unaligned violen weapon".split()
 )
 """Words that begin like this."""
-WORDS = (
-    "harm",
-    "harms",
-    "harmed",
-    "harmful",
-    "harmfulness",
-    "harmless",
-    "harmlessness",
-    "unharmful",
-)
+WORDS = tuple("harm harms harmed harmful harmfulness harmless harmlessness unharmful".split())
 """Words that have to be whole: ``harmony`` is none of them."""
 
 
@@ -69,18 +37,13 @@ def concerns_safety(facts: Facts) -> bool:
 def _texts(facts: Facts) -> Iterable[str]:
     """Yield every text of the record that says what the edit is about."""
     yield facts.title
-    content = facts.content
-    recipe = stored.mapping(content, "recipe", RECORD)
-    yield stored.text(recipe, "file", RECORD)
-    for name, found in stored.mapping(content, "directions", RECORD).items():
+    if facts.record.recipe is not None:
+        yield facts.record.recipe.file
+    for name, found in facts.record.directions.items():
         yield name
-        if not isinstance(found, dict):
-            raise InputError(f"directions.{name} is no object", where=RECORD)
-        yield stored.text(found, "concept", RECORD)
-        yield stored.text(found, "file", RECORD).replace(".safetensors", "")
-        notes = stored.mapping(found, "metadata", RECORD)
-        yield from (value for value in notes.values() if isinstance(value, str))
-    for finding in stored.objects(facts.plan, "findings", RECORD):
-        yield stored.text(finding, "concept", RECORD)
+        yield found.concept
+        yield found.file.replace(".safetensors", "")
+        yield from found.metadata.values()
+    yield from (finding.concept for finding in facts.record.plan.findings)
     yield from (text for text in (facts.spec.summary, facts.spec.intended) if text)
     yield from facts.spec.datasets

@@ -10,7 +10,7 @@ from typing import Any
 
 import bake
 from bake.artifact.carrier import KINDS
-from bake.cards.text import Markdown, code, count, escape, fenced, number, paragraphs
+from bake.cards.text import Markdown, code, count, escape, fenced, json_word, number, paragraphs
 from bake.errors import BakeError
 
 
@@ -50,7 +50,7 @@ def render(kind: str, values: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # finalize escapes, for Markdown; HTML's escaping would do it twice
     )
-    environment.filters |= {"code": code, "paragraphs": paragraphs, "number": number}
+    environment.filters |= {"code": code, "paragraphs": paragraphs, "json_word": json_word}
     # raw is for what was checked to be an id, a commit or a formula, inside links and code.
     environment.filters |= {"count": count, "fenced": fenced, "raw": Markdown}
     return environment.get_template(KINDS[kind].template).render(**values)

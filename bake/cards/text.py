@@ -84,6 +84,13 @@ def number(value: float | int) -> Markdown:
     return Markdown(f"{value:.4g}")
 
 
+def json_word(value: object) -> str:
+    """Return a value of ``config.json`` as it is written there."""
+    if value is None:
+        return "absent"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def count(number_of: int, thing: str) -> Markdown:
     """Return how many there are of something: ``1 tensor``, ``13 tensors``."""
     return Markdown(f"{number_of:,} {thing}" + ("" if number_of == 1 else "s"))

@@ -3,38 +3,21 @@
 from pathlib import PurePosixPath
 from typing import Any
 
-from bake.artifact.base_digests import BASE_TENSORS
-from bake.artifact.carrier import KINDS
-from bake.artifact.names import IMAGES
-from bake.artifact.record import RECORD, VERIFICATION
-from bake.cards import commands, figures, metadata, stored, terms
+from bake.artifact.names import IMAGES, is_legal
+from bake.artifact.record import VERIFICATION
+from bake.cards import commands, figures, licences, metadata
 from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
-from bake.cards.edits import (
-    EditRow,
-    asked_amounts,
-    direction_rows,
-    edit_rows,
-    exactness_rank,
-)
+from bake.cards.edits import LEVELS, EditRow, amounts, direction_rows, edit_rows
 from bake.cards.facts import Facts
 from bake.cards.fitted import Fitted, fitted
+from bake.cards.licences import LICENCES
 from bake.cards.methods import METHODS, READERS
 from bake.cards.notices import concerns_safety, safety_words
-from bake.cards.text import (
-    Markdown,
-    code,
-    count,
-    escape,
-    fenced,
-    linkable,
-    printable,
-    showable,
-)
+from bake.cards.text import Markdown, code, count, escape, fenced, linkable, showable
 from bake.checkpoints.hub_names import is_commit, is_repository
 
 UNVERIFIED = "**Unverified.**"
 """How the first line of a card begins whose artifact has no verification that passed."""
-_RECIPE = f"{RECORD}: recipe"
 
 
 def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
@@ -45,112 +28,72 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         repo: its id on the Hub, or None.
         unverified: it is published without relying on its verification.
     """
-    edits = edit_rows(facts)
+    edits, calibrated = edit_rows(facts), fitted(facts)
+    asked = () if calibrated is None else tuple(dict.fromkeys(e.kind for e in calibrated.asked))
+    kinds = tuple(dict.fromkeys(row.kind for row in edits))
+    cited = dict.fromkeys((*asked, *(row.kind for row in edits if not row.stand_in)))
     return {
-        **_head(facts, repo, edits, unverified=unverified),
-        **_edited(facts, edits),
-        **_measured(facts),
-        **_use(facts, repo),
-        **_terms(facts, edits),
-        "exactness": exactness(facts, edits),
-        "versions": _versions(facts),
-    }
-
-
-def _head(
-    facts: Facts, repo: str | None, edits: tuple[EditRow, ...], *, unverified: bool
-) -> dict[str, Any]:
-    words = (f"*{word}*" for word in safety_words(facts))
-    return {
+        "record": facts.record,
+        "carrier": facts.carrier,
+        "spec": facts.spec,
+        "title": facts.title,
+        "base_repo": facts.base_repo or "",
+        "adapter": facts.adapter,
         "metadata": Markdown(metadata.metadata(facts, repo)),
         "warning": warning(facts, unverified=unverified),
-        "title": facts.title,
-        "kind": facts.record.kind,
-        "headline": headline(facts, edits),
-        "spec": facts.spec,
+        "headline": _headline(facts, edits, calibrated),
         "safety": concerns_safety(facts),
-        "safety_words": Markdown(", ".join(words)),
-    }
-
-
-def _edited(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
-    over = not KINDS[facts.record.kind].whole
-    found = fitted(facts)
-    return {
+        "safety_words": Markdown(", ".join(f"*{word}*" for word in safety_words(facts))),
         "edits": edits,
-        "methods": [METHODS[kind] for kind in _kinds(edits)],
-        "fitted": found,
-        "asked": [METHODS[kind] for kind in _asked_kinds(found)],
+        "methods": [METHODS[kind] for kind in kinds],
+        "fitted": calibrated,
+        "asked": [METHODS[kind] for kind in asked],
         "readers": Markdown(READERS),
         "directions": direction_rows(facts),
         "base": base_link(facts),
-        "base_name": printable(facts.record.base.model),
-        "base_repo": facts.base_repo or "",
-        "base_digest": stored.text(facts.base, "digest", RECORD),
-        "base_tensors": len(stored.mapping(facts.content, BASE_TENSORS, RECORD)),
-        "base_dtypes": ", ".join(stored.mapping(facts.base, "dtypes", RECORD)),
+        "merged": _merged_name(facts),
         "changes": changes(facts),
-        "merged": merged_name(facts) if facts.merged else Markdown(""),
-        "merged_digest": stored.text(facts.merged, "sha256", RECORD),
-        "notes": () if over else stored.words(facts.plan, "notes", RECORD),
-        "plan_digest": facts.record.plan.digest,
-        "adapter": _adapter(facts),
         "gguf_types": gguf_types(facts),
         "gguf_base": gguf_digests(facts),
-        "converter": commands.converter(facts),
-    }
-
-
-def _measured(facts: Facts) -> dict[str, Any]:
-    return {
-        "conditions": figures.conditions(facts),
-        "distances": figures.distances(facts),
-        "judged": figures.judged(facts),
-        "runtimes": figures.runtimes(facts),
-        "behaviour": figures.behaviour(facts),
-        "plots": plots(facts),
+        "exactness": _exactness(facts, edits),
+        "plots": _plots(facts),
         "reports": [name for name in (VERIFICATION, "verify.md") if name in facts.names],
+        "papers": tuple(dict.fromkeys(p for kind in cited for p in METHODS[kind].papers)),
+        "versions": _versions(facts),
+        **figures.tables(facts.report),
+        **_commands(facts, repo),
+        **_terms(facts),
     }
 
 
-def _use(facts: Facts, repo: str | None) -> dict[str, Any]:
-    recipe = stored.mapping(facts.content, "recipe", RECORD)
-    text = stored.text(recipe, "text", _RECIPE)
+def _commands(facts: Facts, repo: str | None) -> dict[str, Any]:
+    text = "" if facts.record.recipe is None else facts.record.recipe.text
     return {
         "repo": repo or "",
         "commands": commands.commands(facts, repo),
-        "verdicts": commands.verdicts(facts),
         "reproduce": commands.reproduce(facts, repo),
         "undo": commands.undo(facts, repo),
         "download_base": commands.download_base(facts),
+        "converter": commands.converter(facts),
         "check": commands.check(repo),
         "weights": weight_files(facts),
         "recipe": fenced(text, "toml") if text and showable(text) else Markdown(""),
-        "recipe_digest": stored.text(recipe, "digest", _RECIPE),
     }
 
 
-def _terms(facts: Facts, edits: tuple[EditRow, ...]) -> dict[str, Any]:
-    kinds = (*_asked_kinds(fitted(facts)), *(k for k in _kinds(edits, fits=False)))
-    papers = dict.fromkeys(p for kind in kinds for p in METHODS[kind].papers)
+def _terms(facts: Facts) -> dict[str, Any]:
+    """Return what the licences have a card say; the base's governs, where the record names it."""
+    base, ours = facts.base_licence, facts.licence
+    governing = ours if base.id is None else base
+    found = LICENCES.get(governing.id or "")
     return {
-        "licence": "" if facts.licence.id is None else str(facts.licence),
-        "base_licence": "" if facts.base_licence.id is None else str(facts.base_licence),
-        "legal_files": terms.legal_files(facts),
-        "shown_words": terms.shown_words(facts) or "",
-        "attribution": terms.attribution(facts) or "",
-        "licence_remark": terms.remark(facts) or "",
-        "papers": tuple(papers),
+        "licence": "" if ours.id is None else str(ours),
+        "base_licence": "" if base.id is None else str(base),
+        "legal_files": [name for name in facts.names if is_legal(name) and linkable(name)],
+        "shown_words": "" if found is None else found.shown or "",
+        "attribution": "" if found is None else found.notice or "",
+        "licence_remark": licences.remark(governing) or "",
     }
-
-
-def _kinds(edits: tuple[EditRow, ...], *, fits: bool = True) -> tuple[str, ...]:
-    """Return the kinds of edit, without those of stand-ins alone if so wanted."""
-    return tuple(dict.fromkeys(row.kind for row in edits if fits or not row.stand_in))
-
-
-def _asked_kinds(found: Fitted | None) -> tuple[str, ...]:
-    return () if found is None else tuple(dict.fromkeys(edit.kind for edit in found.asked))
 
 
 def warning(facts: Facts, *, unverified: bool) -> Markdown:
@@ -170,51 +113,52 @@ def warning(facts: Facts, *, unverified: bool) -> Markdown:
 
 def base_link(facts: Facts) -> Markdown:
     """Return the base: a link to its commit, or its name where it is a folder."""
-    repo, record = facts.base_repo, facts.record
+    repo = facts.base_repo
     if repo is None:
-        return code(record.base.model)
-    if not record.base.pinned or record.base.revision is None:
+        return code(facts.record.base.model)
+    if facts.commit is None:
         return Markdown(f"[{escape(repo)}](https://huggingface.co/{repo})")
-    page = f"https://huggingface.co/{repo}/tree/{record.base.revision}"
-    return Markdown(f"[{escape(repo)} at commit {record.base.revision[:12]}]({page})")
+    return _commit_link(repo, facts.commit)
 
 
-def headline(facts: Facts, edits: tuple[EditRow, ...]) -> Markdown:
+def _commit_link(repo: str, commit: str) -> Markdown:
+    page = f"https://huggingface.co/{repo}/tree/{commit}"
+    return Markdown(f"[{escape(repo)} at commit {commit[:12]}]({page})")
+
+
+def _headline(facts: Facts, edits: tuple[EditRow, ...], calibrated: Fitted | None) -> Markdown:
     """Return what was done, in one sentence."""
-    if facts.merged:
-        return Markdown(f"{base_link(facts)} with {merged_name(facts)} merged into its weights.")
+    if facts.record.adapter is not None:
+        return Markdown(f"{base_link(facts)} with {_merged_name(facts)} merged into its weights.")
     done = []
     for row in edits:
-        if row.stand_in:
-            continue
-        amounts = f" ({'; '.join(row.amounts)})" if any(row.amounts) else ""
-        concept = escape(row.concept)
-        did = f"*{concept}* {row.method.did}{amounts}"
-        done.append(f"{did} at {count(len(row.sites), 'site')}, {row.places}")
-    if (found := fitted(facts)) is not None:
-        for asked in found.asked:
-            amounts = "; ".join(asked_amounts(facts, asked.kind, asked.concept))
-            done.append(f"{asked.words}{amounts and f' ({amounts})'}, **approximately**")
+        if not row.stand_in:
+            values = f" ({'; '.join(row.amounts)})" if any(row.amounts) else ""
+            did = f"*{escape(row.concept)}* {row.method.did}{values}"
+            done.append(f"{did} at {count(len(row.sites), 'site')}, {row.places}")
+    for asked in () if calibrated is None else calibrated.asked:
+        values = "; ".join(amounts(facts, asked.kind, asked.concept))
+        done.append(f"{asked.words}{values and f' ({values})'}, **approximately**")
     return Markdown(f"{base_link(facts)} with " + "; ".join(done) + ".")
 
 
-def merged_name(facts: Facts) -> Markdown:
-    """Return the adapter of a merge: a link to its commit, or its name."""
-    name, revision = (stored.text(facts.merged, key, RECORD) for key in ("name", "revision"))
-    if is_repository(name) and is_commit(revision):
-        page = f"https://huggingface.co/{name}/tree/{revision}"
-        return Markdown(f"[{escape(name)} at commit {revision[:12]}]({page})")
-    return Markdown(f"the adapter {code(name)}")
+def _merged_name(facts: Facts) -> Markdown:
+    """Return the adapter of a merge, a link to its commit or its name; empty for other kinds."""
+    adapter = facts.record.adapter
+    if adapter is None:
+        return Markdown("")
+    if adapter.revision is not None and is_commit(adapter.revision) and is_repository(adapter.name):
+        return _commit_link(adapter.name, adapter.revision)
+    return Markdown(f"the adapter {code(adapter.name)}")
 
 
-def exactness(facts: Facts, edits: tuple[EditRow, ...]) -> str:
-    """Return the class of exactness of the whole: that of the plan, as the record has it."""
-    stated = stored.text(facts.plan, "exactness", RECORD)
-    classes = [row.exactness for row in edits] + ([stated] if stated else [])
-    return max(classes, key=exactness_rank, default="")
+def _exactness(facts: Facts, edits: tuple[EditRow, ...]) -> str:
+    """Return the class of exactness of the whole: that of the plan, or of the worst edit."""
+    classes = [facts.record.plan.exactness, *(row.exactness for row in edits)]
+    return max(classes, key=LEVELS.index)
 
 
-def plots(facts: Facts) -> tuple[tuple[str, str], ...]:
+def _plots(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return the plots of the verification: file and title."""
     found = (name for name in facts.names if name.startswith("plots/"))
     return tuple(
@@ -224,27 +168,16 @@ def plots(facts: Facts) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _adapter(facts: Facts) -> dict[str, int | float]:
-    """Return rank and alpha of a LoRA, or of the one that was merged; empty for other kinds."""
-    where = "adapter_config.json"
-    config = facts.adapter or stored.mapping(facts.merged, "config", RECORD)
-    rank = stored.whole(config, "r", where)
-    alpha = stored.number(config, "lora_alpha", where)
-    return {} if rank is None or alpha is None else {"rank": rank, "alpha": alpha}
-
-
 def _versions(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return every version that the records name, and what it is of."""
     found: dict[tuple[str, str], None] = {}
-    made = stored.text(facts.content, "bake", RECORD)
-    if made:
-        found["bake, which wrote the artifact", made] = None
-    verification = facts.verification or {}
-    for name, version in stored.mapping(verification, "environment", VERIFICATION).items():
-        if isinstance(version, str):
-            found[f"{name}, in the verification", version] = None
-    for record in stored.objects(verification, "runtimes", VERIFICATION):
-        runtime = stored.text(record, "runtime", VERIFICATION)
-        if version := stored.text(record, "version", VERIFICATION):
-            found[f"{runtime}, as a runtime", version] = None
+    if facts.record.bake:
+        found["bake, which wrote the artifact", facts.record.bake] = None
+    if facts.report is not None:
+        for name, version in facts.report.environment.items():
+            if isinstance(version, str):
+                found[f"{name}, in the verification", version] = None
+        for served in facts.report.runtimes:
+            if served.version:
+                found[f"{served.runtime}, as a runtime", served.version] = None
     return tuple(found)

@@ -31,8 +31,8 @@ def command(
     """Write the model card of OUT from bake.json and verify.json.
 
     Every number in it is one of theirs; what they do not hold is left out, or said to be not
-    measured. The card is then checked: metadata, links, code, private paths, placeholders, and
-    each number against the records. --check does this alone, to a card that was edited since.
+    measured. The card is then checked: metadata, links, private paths, and each number against the
+    records. --check does this alone, to a card that was edited since.
     """
     from bake.artifact.names import CARD
     from bake.cards.card import check_card, lint_card, render_card, save_card

@@ -13,6 +13,9 @@ from bake.cli.output import command as bake_command
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from bake.seal.seal import Check
     from bake.seal.sign import Signed
 
 PASSPHRASE = "BAKE_SIGNING_PASSPHRASE"
@@ -42,7 +45,6 @@ def command(
     Keys are elliptic curves in PEM; the passphrase of an encrypted one is asked for, or read from
     the environment variable BAKE_SIGNING_PASSPHRASE.
     """
-    from bake.cli import render
     from bake.seal import seal as sealing
     from bake.seal.sign import check_signed
     from bake.seal.sign import sign as sign_it
@@ -50,43 +52,51 @@ def command(
     _refuse_remote(out)
     passphrase = passphrase_of(sign)
     with output.bar(f"reading {out.name}") as move:
-        made = None
+        new = None
         if sign is not None:
-            made = sign_it(out, sign, passphrase=passphrase, progress=move)
+            new = sign_it(out, sign, passphrase=passphrase, progress=move)
         elif seal:
             sealing.seal(out, move)
         found = sealing.check(out, base=base, progress=move)
         signed, found = check_signed(out, found, key)
     failure = found.failure()
     # A signature that was made just now has been verified with the other half of its key.
-    signed = signed if key is not None or failure is not None else made
+    signed = signed if key is not None or failure is not None else new
     signature = _signature(signed, found.manifest.by_name(), named=key is not None)
     output.present(
-        data=lambda: {
-            "folder": found.folder,
-            "kind": found.kind,
-            "plan_digest": found.plan_digest,
-            "digest": found.digest,
-            "files": found.files,
-            "bytes": found.size,
-            "verified": found.unverified is None,
-            "signature": signature,
-            "problems": [str(problem) for problem in found.problems],
-        },
-        view=lambda: [
-            render.facts(
-                [
-                    ("artifact", f"{found.folder} ({found.kind})"),
-                    ("files", f"{found.files} with {found.size:,} bytes"),
-                    ("digest", found.digest),
-                    ("plan", found.plan_digest),
-                    ("verified", "yes" if found.unverified is None else f"no: {found.unverified}"),
-                    ("signed", _words(signature)),
-                    ("intact", "yes" if failure is None else "no"),
-                ]
-            )
-        ],
+        data=lambda: _data(found, signature),
+        view=lambda: [_facts(found, signature)],
         error=failure,
+    )
+
+
+def _data(found: "Check", signature: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "folder": found.folder,
+        "kind": found.kind,
+        "plan_digest": found.plan_digest,
+        "digest": found.digest,
+        "files": found.files,
+        "bytes": found.size,
+        "verified": found.unverified is None,
+        "signature": signature,
+        "problems": [str(problem) for problem in found.problems],
+    }
+
+
+def _facts(found: "Check", signature: dict[str, Any]) -> "RenderableType":
+    from bake.cli import render
+
+    return render.facts(
+        [
+            ("artifact", f"{found.folder} ({found.kind})"),
+            ("files", f"{found.files} with {found.size:,} bytes"),
+            ("digest", found.digest),
+            ("plan", found.plan_digest),
+            ("verified", "yes" if found.unverified is None else f"no: {found.unverified}"),
+            ("signed", _words(signature)),
+            ("intact", "no" if found.problems else "yes"),
+        ]
     )
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-from bake import __version__
+from bake.artifact.carrier import KINDS
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
 from bake.artifact.record import RECORD, VERIFICATION, read_record
 from bake.artifact.schema import Record
@@ -21,11 +21,10 @@ from bake.checkpoints.hub_errors import translated
 from bake.edit_store import EDITS, FITTED
 from bake.errors import HubError, InputError, VerificationFailed
 from bake.publish.remote import RemoteFile, read_tree
+from bake.publish.session import client
 from bake.seal.manifest import FileEntry, entry_of, read_sums
 from bake.seal.provenance import made_by_export
 
-MERGE = "merge"
-"""The kind that folds in an adapter and no edits."""
 _LIMIT = 64_000_000
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 
@@ -93,7 +92,7 @@ def _there(name: str, folder: Path, tree: Mapping[str, RemoteFile] | None) -> bo
 
 def _online(repo: str, revision: str | None) -> tuple[Path, dict[str, RemoteFile]]:
     """Return the snapshot with the record in it, and what the Hub states of the commit."""
-    api = HfApi(library_name="bake", library_version=__version__)
+    api = client()
     with translated(repo, revision):
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         commit = str(info.sha)
@@ -153,7 +152,7 @@ def _listed(record: Record, where: str) -> dict[str, str]:
     files = record.files
     if not files:
         raise InputError("lists no files", where=where)
-    if EDITS not in files and record.kind != MERGE:
+    if EDITS not in files and KINDS[record.kind].exported:
         raise InputError(f"lists no {EDITS}", where=where)
     for name, digest in files.items():
         if _DIGEST.fullmatch(digest) is None:
@@ -162,8 +161,8 @@ def _listed(record: Record, where: str) -> dict[str, str]:
     return {name: digest.removeprefix("sha256:") for name, digest in files.items()}
 
 
-def _check(names: Iterable[str], kind: str | None, where: str) -> None:
-    problems = check_names(list(names), kind or "checkpoint", code=True)
+def _check(names: Iterable[str], kind: str, where: str) -> None:
+    problems = check_names(list(names), kind, code=True)
     if problems:
         first = problems[0]
         raise InputError(f"names the file {first.where}, which {first.what}", where=where)

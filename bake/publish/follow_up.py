@@ -27,7 +27,15 @@ from bake.publish.preflight import preflight
 from bake.publish.prepare import Prepared, short_digest
 from bake.publish.push import BaseTerms, check_base, complete
 from bake.publish.session import listening, refuse_offline
-from bake.seal.manifest import FileEntry, Manifest, entry_of, manifest_of, read_manifest, read_sums
+from bake.seal.manifest import (
+    FileEntry,
+    Manifest,
+    compare_hashes,
+    entry_of,
+    manifest_of,
+    read_manifest,
+    read_sums,
+)
 from bake.seal.provenance import made_by_export
 from bake.seal.seal import raise_problems, seal_of
 
@@ -179,16 +187,11 @@ def _download(hub: Hub, head: Head, name: str, folder: Path) -> None:
 def _check_sums(folder: Path, away: list[FileEntry], repo: str) -> None:
     """Require that the published sums list what the Hub holds, the card apart."""
     listed = read_sums(folder)
-    files = [*read_manifest(folder).files, *away]
-    found = {file.name: file.sha256 for file in files if file.name != SUMS}
-    wrong = [
-        name
-        for name in sorted(listed.keys() | found.keys())
-        if listed.get(name) != found.get(name) and name != CARD
-    ]
+    there = manifest_of([*read_manifest(folder).files, *away]).covered
+    wrong = [name for name, _ in compare_hashes(listed, there) if name != CARD]
     if wrong:
         raise HubError(
-            f"{repo} does not hold what was sealed: {printable(wrong[0])}",
+            f"{repo} does not hold what was sealed: {wrong[0]}",
             why=f"{len(wrong)} files are not what {SUMS} lists",
             fix="push the artifact again",
         )

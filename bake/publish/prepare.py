@@ -35,7 +35,7 @@ class Prepared:
     Attributes:
         folder: where its files are; weights that stay on the Hub are in none.
         manifest: every file that the repository is to hold.
-        found: what the preflight found.
+        checked: what the preflight found.
         receipt: the file that says afterwards what was done.
         title: of the commit.
         notes: what the user should know.
@@ -43,7 +43,7 @@ class Prepared:
 
     folder: Path
     manifest: Manifest
-    found: Preflight
+    checked: Preflight
     receipt: Path
     title: str
     notes: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Prepared:
     @property
     def record(self) -> Record:
         """What the artifact says of itself."""
-        return self.found.record
+        return self.checked.record
 
     @property
     def tag(self) -> str:

@@ -116,7 +116,9 @@ def check_base(hub: Hub, ready: Prepared, terms: Terms) -> BaseTerms:
         text = read_card(ready.folder / path) if path is not None else None
         card = {} if text is None else card_metadata(text)
     base = licences.stated(card)
-    raise_problems(check_terms(ready.found, terms, base=base, repo=hub.to.repo), str(ready.folder))
+    raise_problems(
+        check_terms(ready.checked, terms, base=base, repo=hub.to.repo), str(ready.folder)
+    )
     said = licences.remark(base)
     notes = ([said] if said is not None else []) + (
         [f"the base is gated ({gated}): keep to its terms"] if gated else []
@@ -178,7 +180,7 @@ def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[s
         account=account,
         public=to.public,
         outcome="",
-        unverified=ready.found.unverified,
+        unverified=ready.checked.unverified,
         uploaded=(),
         copied=(),
         deleted=(),
@@ -222,8 +224,8 @@ def _commit(ready: Prepared, hub: Hub, head: Head) -> Committed:
     create_branch(hub, head.commit)
     size = sum(file.size for file in parts.add)
     hub.remark(f"uploading {len(parts.add)} files with {size:,} bytes")
-    if ready.found.card is not None:
-        _validate_card(hub, ready.found.card)
+    if ready.checked.card is not None:
+        _validate_card(hub, ready.checked.card)
     text = f"Artifact {ready.manifest.digest}, made by bake {record.bake}."
     return GuardedCommit(
         hub,

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,6 @@ _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _LIMIT = 1 << 16
 _MAKE = "make one with `openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem`"
 _PUBLIC = "write it with `openssl ec -in KEY.pem -pubout -out PUB.pem`"
-
-
-@dataclass(frozen=True, slots=True)
-class PrivateKey:
-    """A private key that can be used.
-
-    Attributes:
-        public: its public half.
-        passphrase: what it was opened with, or None.
-    """
-
-    public: Any = field(repr=False)
-    passphrase: bytes | None = field(repr=False)
 
 
 def module(name: str) -> Any:
@@ -42,8 +28,8 @@ def module(name: str) -> Any:
         ) from error
 
 
-def load_private(path: Path, passphrase: bytes | None) -> PrivateKey:
-    """Return a private key.
+def load_private(path: Path, passphrase: bytes | None) -> tuple[Any, bytes | None]:
+    """Return the public half of a private key, and what the private one is opened with.
 
     Args:
         path: a file in PEM.
@@ -55,30 +41,26 @@ def load_private(path: Path, passphrase: bytes | None) -> PrivateKey:
             missing or wrong.
     """
     serialization = module("cryptography.hazmat.primitives.serialization")
+    unsupported = module("cryptography.exceptions").UnsupportedAlgorithm
     _ = module("model_signing.signing")
     data = _read(path)
-    if b"ENCRYPTED" not in data:
-        return PrivateKey(_private(serialization, data, None, path).public_key(), None)
-    if not passphrase:
+    encrypted = b"ENCRYPTED" in data
+    secret = passphrase if encrypted else None
+    if encrypted and not secret:
         raise InputError(
             "the key is encrypted, and there is no passphrase for it",
             where=str(path),
             fix="set BAKE_SIGNING_PASSPHRASE, or run where bake can ask for it",
         )
-    return PrivateKey(_private(serialization, data, passphrase, path).public_key(), passphrase)
-
-
-def _private(serialization: Any, data: bytes, secret: bytes | None, path: Path) -> Any:
-    unsupported = module("cryptography.exceptions").UnsupportedAlgorithm
     try:
-        found = serialization.load_pem_private_key(data, secret)
+        key = serialization.load_pem_private_key(data, secret)
     except (ValueError, TypeError, unsupported) as error:
         if secret is not None:
             what = "the key cannot be opened: the passphrase is wrong, or the file is damaged"
             raise InputError(what, where=str(path)) from error
         raise InputError("is no private key in PEM", where=str(path), fix=_MAKE) from error
-    _check_curve(found, path)
-    return found
+    _check_curve(key, path)
+    return key.public_key(), secret
 
 
 def load_public(path: Path) -> Any:

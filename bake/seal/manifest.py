@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,14 @@ class Manifest:
     @property
     def sums(self) -> str:
         """The text of ``SHA256SUMS``, as ``sha256sum`` writes it, without what it cannot cover."""
-        return sums_text({f.name: f.sha256 for f in self.files if f.name not in OUTSIDE})
+        covered = self.covered
+        names = sorted(covered, key=os.fsencode)
+        return "".join(f"{covered[name]}  {name}\n" for name in names)
+
+    @property
+    def covered(self) -> dict[str, str]:
+        """The sha256 of every file that ``SHA256SUMS`` lists, by name."""
+        return {file.name: file.sha256 for file in self.files if file.name not in OUTSIDE}
 
     @property
     def size(self) -> int:
@@ -80,12 +87,6 @@ def entry_of_text(name: str, text: str) -> FileEntry:
 def entry_of(path: Path, name: str) -> FileEntry:
     """Return the entry of a file, wherever it lies, under the name that it is published as."""
     return _entry(name, path, Tally(0, None))
-
-
-def sums_text(hashes: dict[str, str]) -> str:
-    """Return the text that lists hashes by name."""
-    names = sorted(hashes, key=os.fsencode)
-    return "".join(f"{hashes[name]}  {name}\n" for name in names)
 
 
 def read_manifest(folder: Path, progress: Progress | None = None) -> Manifest:
@@ -172,9 +173,15 @@ def _parse(lines: list[str], where: str) -> dict[str, str]:
     return hashes
 
 
-def compare_sums(listed: dict[str, str], manifest: Manifest) -> Iterable[tuple[str, str]]:
-    """Yield each name that differs with what is wrong: missing, extra or changed."""
-    found = {f.name: f.sha256 for f in manifest.files if f.name not in OUTSIDE}
+def compare_hashes(
+    listed: Mapping[str, str], found: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Yield each name whose hash differs with what is wrong: missing, extra or changed.
+
+    Args:
+        listed: the hashes that there should be, by name.
+        found: those that there are.
+    """
     for name in sorted(listed.keys() | found.keys(), key=os.fsencode):
         if name not in found:
             yield printable(name), "missing"

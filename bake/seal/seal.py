@@ -10,7 +10,7 @@ from bake.errors import InputError
 from bake.progress import Progress
 from bake.seal.manifest import (
     Manifest,
-    compare_sums,
+    compare_hashes,
     entry_of_text,
     manifest_of,
     read_manifest,
@@ -124,7 +124,7 @@ def prepare(folder: Path, progress: Progress | None = None) -> Sealed:
         listed = read_sums(folder)
         problems = tuple(
             _problem(name, state)
-            for name, state in compare_sums(listed, manifest)
+            for name, state in compare_hashes(listed, manifest.covered)
             if state != "extra" and made_by_export(name)
         )
         raise_problems(problems, str(folder))
@@ -160,7 +160,7 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
     record = read_record(folder)
     listed = read_sums(folder)
     manifest = read_manifest(folder, progress)
-    problems = [_problem(name, state) for name, state in compare_sums(listed, manifest)]
+    problems = [_problem(name, state) for name, state in compare_hashes(listed, manifest.covered)]
     if not problems:
         problems += _unlike_record(record, manifest)
     if not problems:  # it states the same sums: another line for each would say nothing new

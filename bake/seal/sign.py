@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem, printable, regular
+from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem, regular
 from bake.checkpoints import strictjson
 from bake.errors import CheckpointError, InputError
 from bake.progress import Progress
 from bake.seal.keys import load_private, load_public, module, public_pem
-from bake.seal.manifest import Manifest, read_manifest, write_text
+from bake.seal.manifest import Manifest, compare_hashes, read_manifest, write_text
 from bake.seal.seal import Check, seal
 
 UNSIGNED = frozenset({CARD, SUMS, SIGNATURE, *HUBS_OWN})
@@ -28,6 +28,11 @@ UNSIGNED = frozenset({CARD, SUMS, SIGNATURE, *HUBS_OWN})
 _IGNORED = (CARD, SUMS, SIGNATURE, ".cache", *sorted(HUBS_OWN))
 _PREDICATE = "https://model_signing/signature/v1.0"
 _LIMIT = 64_000_000
+_MEANING = {
+    "missing": (f"is missing, and {SIGNATURE} covers it", ""),
+    "extra": (f"is not covered by {SIGNATURE}", "remove it, or sign"),
+    "changed": ("is not what was signed", "sign again"),
+}
 _REFUSED = (ValueError, LookupError, TypeError, AttributeError)  # what the library raises
 
 
@@ -38,12 +43,10 @@ class Signed:
     Attributes:
         key: the sha256 of the public key, by which its owner can be asked for it.
         files: how many files it covers.
-        made: whether it is new; a valid one by the same key is kept.
     """
 
     key: str
     files: int
-    made: bool = False
 
 
 def sign(
@@ -70,10 +73,10 @@ def sign(
     """
     folder = folder.resolve()
     _refuse_inside(folder, key, "would be published with it")
-    private = load_private(key, passphrase)
+    public_key, secret = load_private(key, passphrase)
     seal(folder, progress)
     manifest = read_manifest(folder)
-    fingerprint, pem = public_pem(private.public)
+    fingerprint, pem = public_pem(public_key)
     with tempfile.TemporaryDirectory(prefix="bake-sign-") as scratch:
         public = Path(scratch) / "public.pem"
         public.write_bytes(pem)
@@ -81,7 +84,7 @@ def sign(
             return Signed(fingerprint, len(_covered(manifest)))
         target = Path(scratch) / SIGNATURE
         config = module("model_signing.signing").Config()
-        config.use_elliptic_key_signer(private_key=key, password=private.passphrase)
+        config.use_elliptic_key_signer(private_key=key, password=secret)
         config.set_hashing_config(_hashing())
         config.sign(folder, target)
         write_text(folder, SIGNATURE, target.read_text(encoding="utf-8"))
@@ -91,7 +94,7 @@ def sign(
         raise InputError(
             f"changed while it was being signed: {wrong[0]}", where=str(folder), fix="run again"
         )
-    return Signed(fingerprint, len(_covered(manifest)), made=True)
+    return Signed(fingerprint, len(_covered(manifest)))
 
 
 def verify(folder: Path, key: Path, manifest: Manifest) -> tuple[Signed | None, list[Problem]]:
@@ -180,18 +183,10 @@ def out_of_date(folder: Path, manifest: Manifest) -> list[Problem]:
         stated = _stated(folder)
     except InputError as error:
         return [_problem(error.what, error.fix or "sign again")]
-    found = _covered(manifest)
-    problems = []
-    for name in sorted(stated.keys() | found.keys()):
-        if name not in found:
-            problems.append(Problem(printable(name), f"is missing, and {SIGNATURE} covers it"))
-        elif name not in stated:
-            problems.append(
-                Problem(printable(name), f"is not covered by {SIGNATURE}", "remove it, or sign")
-            )
-        elif stated[name] != found[name]:
-            problems.append(Problem(printable(name), "is not what was signed", "sign again"))
-    return problems
+    return [
+        Problem(name, *_MEANING[state])
+        for name, state in compare_hashes(stated, _covered(manifest))
+    ]
 
 
 def _covered(manifest: Manifest) -> dict[str, str]:

@@ -1,0 +1,118 @@
+"""``Report``: what a card reads of ``verify.json``, as frozen values.
+
+Keys that a card does not show are not looked at. A number that is null or not finite is one that
+nobody measured.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from bake.artifact.record import VERIFICATION, read_json
+from bake.artifact.schema import Count, Record
+from bake.errors import InputError
+
+T = TypeVar("T")
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One line of the report."""
+
+    name: str = ""
+    value: float | None = None
+    limit: float | None = None
+    passed: bool | None = None
+    """None for a number that nothing is demanded of."""
+    note: str = ""
+
+
+class Prompts(msgspec.Struct, frozen=True):
+    """The texts that everything was measured on."""
+
+    prompts: Count | None = None
+    tokens: Count | None = None
+    source: str | None = None
+    digest: str | None = None
+
+
+class Interval(msgspec.Struct, frozen=True):
+    """A score with its 95 % confidence interval."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    count: Count | None = None
+
+
+class Served(msgspec.Struct, frozen=True):
+    """What one runtime gave that served the files."""
+
+    runtime: str = ""
+    version: str = ""
+    status: str = ""
+    numbers: dict[str, float | None] = {}
+    limit: float | None = None
+    prompts: Count | None = None
+    tokens: Count | None = None
+    greedy_tokens: Count | None = None
+    environment: dict[str, Any] = {}
+
+    @property
+    def largest(self) -> float | None:
+        """The largest difference of a log-probability from the hooked model's, in nats."""
+        return finite(self.numbers.get(f"{self.runtime}: max |Δlog p|, served − hooked"))
+
+    @property
+    def parted(self) -> float | None:
+        """How many texts part from the hooked model's."""
+        return finite(self.numbers.get(f"{self.runtime}: texts that part from the hooked model's"))
+
+
+class Report(msgspec.Struct, frozen=True):
+    """A verification."""
+
+    plan_digest: str | None = None
+    dtype: str = ""
+    """Of the base's weights, as safetensors spells it."""
+    prompts: Prompts = Prompts()
+    environment: dict[str, Any] = {}
+    metrics: dict[str, dict[str, float | None]] = {}
+    """By what was compared, then by the name of the distance."""
+    rows: tuple[Row, ...] = ()
+    runtimes: tuple[Served, ...] = ()
+    effects: dict[str, dict[str, Interval]] = {}
+    """By score, then by model: base, hooked and baked."""
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number, or None where it is none that was measured."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def typed(content: Mapping[str, Any], kind: type[T], where: str) -> T:
+    """Return JSON values as what they are meant to be.
+
+    Raises:
+        InputError: they are something else.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise InputError(f"is malformed: {error}", where=where) from error
+
+
+def read_report(folder: Path, record: Record) -> Report | None:
+    """Return the verification of an artifact; one of another plan says nothing of this artifact.
+
+    Raises:
+        InputError: it is there and malformed.
+    """
+    if not (folder / VERIFICATION).is_file():
+        return None
+    content = read_json(folder, VERIFICATION)
+    if content.get("plan_digest") != record.plan.digest:
+        return None
+    return typed(content, Report, VERIFICATION)
