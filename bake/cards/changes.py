@@ -3,8 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from msgspec import UNSET
-
 from bake.artifact.schema import KeyChange
 from bake.cards.facts import Facts
 from bake.cards.text import merged
@@ -91,7 +89,7 @@ def weight_files(facts: Facts) -> tuple[tuple[str, str], ...]:
 def gguf_types(facts: Facts) -> tuple[tuple[str, str, int], ...]:
     """Return type, rounding and number of the tensors that a GGUF file holds anew."""
     gguf = facts.record.gguf
-    if gguf is None or gguf.tensors is UNSET:
+    if gguf is None:
         return ()
     found = Counter((row.type, row.rounding or "as it is") for row in gguf.tensors)
     return tuple((kind, rounding, number) for (kind, rounding), number in found.items())

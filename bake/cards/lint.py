@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
+from bake.artifact.frontmatter import body_of
 from bake.artifact.names import CARD, Problem, problem_of
 from bake.cards import figures, markdown
 from bake.cards.facts import Facts
-from bake.cards.frontmatter import body_of
 from bake.cards.lint_metadata import AGAIN, lint_metadata, short
 from bake.cards.notices import concerns_safety
 from bake.cards.stamp import without

@@ -5,13 +5,13 @@ plan can be made again from the base alone. Its digest has to be the recorded on
 """
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.artifact.record import RECORD
+from bake.checkpoints.hub_names import parse_hub_id, split_hub_id
 from bake.errors import BakeError, InputError, UsageError, VerificationFailed
 from bake.jobs.model import Model
 from bake.jobs.request import Request
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from bake.verify.artifact import Baked
 
 HUB_PREFIX = "hf://"
-ADDRESS = re.compile(r"[\w.-]+/[\w.-]+(@.+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,7 @@ def is_artifact(text: str) -> bool:
 
 
 def _is_address(text: str) -> bool:
-    local = text.startswith(("/", "./", "../", "~")) or text.endswith(".toml")
-    return not local and ADDRESS.fullmatch(text) is not None
+    return not text.endswith(".toml") and split_hub_id(text) is not None
 
 
 def find(text: str, *, weights: bool) -> Source:
@@ -78,7 +76,6 @@ def find(text: str, *, weights: bool) -> Source:
     named = text.startswith(HUB_PREFIX)
     if not named and (Path(text).exists() or not _is_address(text)):
         return Source(_with_record(Path(text)), text, published=False)
-    from bake.checkpoints.hub_names import parse_hub_id
     from bake.publish.fetch import fetch
 
     repo, revision = parse_hub_id(text.removeprefix(HUB_PREFIX), None)
