@@ -19,10 +19,9 @@ from bake import edits as make
 from bake.artifact import CARRIERS, KINDS
 from bake.errors import InexactPlan, UsageError
 from bake.families import ADAPTABLE, DESCRIBED, RUNTIMES, load_families
-from bake.outputs.folder import refuse_unfit
 from bake.outputs.lora import export_lora
-from bake.plan import Exactness, Plan, compile_plan
-from bake.plan.carriers import carrier_findings, carrier_runtimes
+from bake.plan import ConfigChange, Exactness, Plan, compile_plan
+from bake.plan.carriers import carrier_findings, carrier_runtimes, refuse
 from bake.verify.runtimes.registry import RUNTIMES as ASKED
 
 TESTS = Path(__file__).parent
@@ -61,6 +60,7 @@ TABLE = [
     ("gemma2", {"attention_bias": False}, "ablate", "mlp_out.1", ALL_BUT_VECTOR),
     ("gemma2", {}, "offset", "resid_post.2", {"control-vector"}),
     ("gemma", {"attention_bias": False}, "ablate", "resid", {"checkpoint", "lora"}),
+    ("gemma", {"attention_bias": False}, "ablate", "ln_final_out", {"checkpoint", "lora"}),
     ("gpt2", {}, "ablate", "ln2_out.1", ALL_BUT_VECTOR),
     ("gpt2", {}, "ablate", "resid", {"checkpoint", "gguf"}),
     ("mixtral", {}, "ablate", "resid", ALL_BUT_VECTOR),
@@ -138,12 +138,138 @@ def test_edits_that_cannot_be_told_apart(tiny_checkpoint: Checkpoints) -> None:
         assert [f.exactness for f in found] == [IMPOSSIBLE, IMPOSSIBLE]
 
 
+OVERLAPPING = [
+    (["resid_post.0", "resid_post.1"], 0.5, "2.5e-01"),
+    (["resid_post.1"], 0.2, "1.6e-01"),
+]
+
+
+@pytest.mark.parametrize("rows", [OVERLAPPING, OVERLAPPING[::-1]], ids=["wide first", "last"])
+def test_edits_of_one_concept_at_overlapping_sites_have_their_own_findings(
+    rows: list[tuple[list[str], float, str]], tiny_checkpoint: Checkpoints
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    of = plan_of(
+        base, [edit(base, "ablate", make.ablate(vector(24), strength=s), at) for at, s, _ in rows]
+    )
+    assert [f.edit for f in of.findings] == [0, 1]
+    for carrier in CARRIERS:
+        found = carrier_findings(of, carrier)
+        assert [f.edit for f in found] == [0, 1]
+        assert [[str(site) for site in f.sites] for f in found] == [at for at, _, _ in rows]
+        if carrier != "control-vector":  # which holds no ablation, wherever it is
+            assert [
+                f"A² − A = {error})" in f.reason for f, (*_, error) in zip(found, rows, strict=True)
+            ] == [True, True]
+            assert all("more such reasons" not in f.reason for f in found)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_possible_and_an_impossible_edit_of_one_concept(
+    order: int, tiny_checkpoint: Checkpoints
+) -> None:
+    """At one site, of one kind and concept: only the direction and the strength differ."""
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    whole = edit(base, "ablate", make.ablate(vector(24)), "resid")
+    half = edit(base, "ablate", make.ablate(vector(24, 1), strength=0.5), "resid_post.1")
+    of = plan_of(base, [whole, half][::order])
+    for carrier in ("checkpoint", "lora", "gguf-lora", "gguf"):
+        found = carrier_findings(of, carrier)
+        assert [f.exactness for f in found] == [EXACT, IMPOSSIBLE][::order]
+        assert [f.sites for f in found] == [whole.sites, half.sites][::order]
+
+
+def test_what_blocks_one_edit_leaves_its_neighbours_alone(tiny_checkpoint: Checkpoints) -> None:
+    """Edits that meet at one layer: the carrier lacks what one of them needs, and no other does."""
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    ablation = edit(base, "ablate", make.ablate(vector(24)), "mlp_out.1")
+    push = edit(base, "offset", make.offset(vector(24, 1)), "resid_post.1")
+    turn = edit(base, "rotate", make.reflect(vector(24, 2)), "resid_post.1")
+    for edits, reason in (
+        ([ablation, push], "creates model.layers.1.mlp"),
+        ([turn, ablation], "norm"),
+    ):
+        found = carrier_findings(plan_of(base, edits), "lora")
+        blocked = edits.index(ablation) ^ 1
+        assert [f.exactness is IMPOSSIBLE for f in found] == [i == blocked for i in (0, 1)]
+        assert reason in found[blocked].reason
+        assert "--to lora" not in str(found[blocked].remedy)
+    # The control: an ablation after the offset moves the constant, and is as fine without it.
+    late = edit(base, "ablate", make.ablate(vector(24)), "resid")
+    assert [f.exactness for f in carrier_findings(plan_of(base, [push, late]), "lora")] == [
+        IMPOSSIBLE,
+        EXACT,
+    ]
+
+
+def test_updates_know_their_edits(tiny_checkpoint: Checkpoints) -> None:
+    base = base_at(tiny_checkpoint("llama", tied=True, **NO_BIAS))
+    of = plan_of(
+        base,
+        [
+            edit(base, "ablate", make.ablate(vector(24)), "embed"),
+            edit(base, "ablate", make.ablate(vector(24, 1)), ["mlp_out.1", "resid_post.2"][:1]),
+            edit(base, "offset", make.offset(vector(24, 2)), "resid_post.1"),
+            edit(base, "scale", make.scale(vector(24, 3)), "ln1_out.1"),
+        ],
+    )
+    changed = {update.name: update.edits for update in of.tensors}
+    assert changed == {
+        "model.embed_tokens.weight": (0,),
+        "lm_head.weight": (0,),  # a copy of the base's embedding, for the sake of the edited one
+        "model.layers.1.mlp.down_proj.weight": (1,),
+        "model.layers.1.input_layernorm.weight": (3,),
+    }
+    assert {bias.name: bias.edits for bias in of.biases if not bias.is_zero()} == {
+        "model.layers.1.mlp.down_proj.bias": (2,)
+    }
+    turned = plan_of(base, [edit(base, "rotate", make.reflect(vector(24)), "resid_post.1")])
+    assert {update.edits for update in turned.tensors} == {(0,)}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*((name, {}) for name in tiny.FAMILIES), ("gpt_neox", {"attention_bias": False})],
+)
+def test_every_update_has_an_edit(
+    family: str, options: dict[str, bool], tiny_checkpoint: Checkpoints
+) -> None:
+    """What has none would block no edit: an obstacle in it would be passed over in silence."""
+    base = base_at(tiny_checkpoint(family, **options))
+    n = base.layout.hidden
+    direction = vector(n) - vector(n).mean()
+    maps = {
+        "ablate": make.ablate(direction),
+        "affine": make.affine(direction, mean=vector(n, 1)),
+        "offset": make.offset(direction),
+        "rotate": make.reflect(direction),
+        "linear": make.linear(torch.diag(vector(n)) + 1),
+    }
+    for kind, map_ in maps.items():
+        for at in ("resid", "resid_post.1", "embed", "ln1_out.1", "ln_final_out", "attn_out.1"):
+            if at == "ln1_out.1" and family == "olmo2":  # no norm before a branch
+                continue
+            of = plan_of(base, [edit(base, kind, map_, at)], allow=["recast", "nulling"])
+            assert all(update.edits == (0,) for update in of.tensors), (kind, at)
+            assert all(bias.edits == (0,) for bias in of.biases if not bias.is_zero()), (kind, at)
+
+
 def test_recast_is_no_adapter(tiny_checkpoint: Checkpoints) -> None:
     base = base_at(tiny_checkpoint("mistral"))
     of = plan(base, "offset", "resid_post.1", allow=["recast"])
     # A GGUF of it is made by llama.cpp's converter, from the checkpoint.
     assert fits(of) == {"checkpoint", "control-vector", "gguf"}
     assert "down_proj.bias" in carrier_findings(of, "lora")[0].reason
+
+
+def test_a_change_of_the_declaration_alone_is_no_adapter(tiny_checkpoint: Checkpoints) -> None:
+    of = plan(base_at(tiny_checkpoint("llama", **NO_BIAS)), "ablate", "resid")
+    assert fits(of) == ALL_BUT_VECTOR
+    for key, carriers in (
+        ("hidden_act", {"checkpoint", "gguf"}),
+        ("tie_word_embeddings", ALL_BUT_VECTOR),
+    ):
+        assert fits(replace(of, config=(ConfigChange(key, None, 1),))) == carriers
 
 
 def verdicts(of: Plan, carrier: str) -> dict[str, str]:
@@ -249,8 +375,8 @@ def test_a_base_that_a_runtime_does_not_serve_whole(tiny_checkpoint: Checkpoints
     assert verdicts(of, "control-vector")["llama.cpp"] == "refused"
     assert verdicts(of, "lora")["peft"] == "exact"
     with pytest.raises(InexactPlan, match="the target vllm would not serve this lora"):
-        refuse_unfit(of, "lora")
-    refuse_unfit(plan(base, "ablate", "mlp_out.1"), "lora")
+        refuse(of, "lora")
+    refuse(plan(base, "ablate", "mlp_out.1"), "lora")
 
 
 def test_scaled_embedding_under_vllm(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -264,8 +390,8 @@ def test_scaled_embedding_under_vllm(tiny_checkpoint: Checkpoints, tmp_path: Pat
     assert "leaves the embedding's multiplier off" in str(error.value.why)
     assert not (tmp_path / "out").exists()
     # The control: without the target, and without the embedding, the adapter is fine.
-    refuse_unfit(plan(base, "ablate", "resid"), "lora")
-    refuse_unfit(plan(base, "ablate", "attn_out.*", targets=["vllm"]), "lora")
+    refuse(plan(base, "ablate", "resid"), "lora")
+    refuse(plan(base, "ablate", "attn_out.*", targets=["vllm"]), "lora")
 
 
 def test_adapters_of_a_rank_that_vllm_does_not_take(
@@ -275,7 +401,7 @@ def test_adapters_of_a_rank_that_vllm_does_not_take(
     two = make.ablate(torch.stack([vector(24), vector(24, 1)]))
     of = plan_of(base, [edit(base, "ablate", two, "attn_out.1")])
     assert verdicts(of, "lora")["vllm"] == "exact"
-    monkeypatch.setattr("bake.plan.carriers._RANK_LIMIT", 1)
+    monkeypatch.setattr("bake.plan.carriers.VLLM_RANKS", (1,))
     assert verdicts(of, "lora")["vllm"] == "refused"
     assert "rank up to 1, and this one has 2" in why(of, "lora", "vllm")
     assert verdicts(of, "lora")["peft"] == "exact"
@@ -294,7 +420,7 @@ def test_a_table_that_says_nothing(tiny_checkpoint: Checkpoints) -> None:
     """Not tested, and for a target an error: nobody knows what would be lost."""
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     of = plan(base, "ablate", "attn_out.1", targets=["vllm"])
-    refuse_unfit(of, "lora")
+    refuse(of, "lora")
     silent = {
         name: replace(runtime, lora=None, control_vector=None)
         for name, runtime in of.layout.family.runtimes.items()
@@ -303,7 +429,7 @@ def test_a_table_that_says_nothing(tiny_checkpoint: Checkpoints) -> None:
     of = replace(of, layout=replace(of.layout, family=family))
     assert verdicts(of, "lora")["vllm"] == "not tested"
     with pytest.raises(InexactPlan, match="says nothing of adapters in vllm"):
-        refuse_unfit(of, "lora")
+        refuse(of, "lora")
     assert "control-vector" not in fits(of)
 
 
@@ -321,10 +447,10 @@ def test_a_table_of_the_core_tier(tiny_checkpoint: Checkpoints) -> None:
         assert judged["transformers"] == "exact"
         assert {judged[name] for name in DESCRIBED} <= {"not tested", "refused"}
         assert judged["vllm"] == "not tested"
-        refuse_unfit(of, carrier)
+        refuse(of, carrier)
     wanted = plan(base, "ablate", "attn_out.1", targets=["vllm"])
     with pytest.raises(InexactPlan, match="says nothing of"):
-        refuse_unfit(wanted, "lora")
+        refuse(wanted, "lora")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -263,6 +263,51 @@ def test_only_the_edit_with_a_constant_is_to_blame(tiny_checkpoint: Callable[...
     assert [f.exactness for f in plan.findings] == [Exactness.EXACT, Exactness.IMPOSSIBLE]
 
 
+def test_a_linear_edit_is_to_blame_for_the_constant_that_it_moves(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """What an offset adds, a later site takes away again, and that takes a bias as well."""
+    base = base_at(tiny_checkpoint("qwen2"))
+    edits = [
+        edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid"),
+        edit(base, "offset", make.offset(vector(base.layout.hidden)), "resid_pre.0"),
+    ]
+    plan = plan_of(base, edits)
+    first, second = plan.findings
+    assert (first.exactness, second.exactness) == (Exactness.IMPOSSIBLE, Exactness.EXACT)
+    assert first.sites == (parse_site("resid_mid.0"),)
+    assert "o_proj is built without bias" in first.reason
+    # The control: with nothing added there is nothing to take away.
+    assert plan_of(base, edits[:1]).exactness is Exactness.EXACT
+    slots = base_at(tiny_checkpoint("llama"))
+    assert plan_of(slots, edits).exactness is Exactness.EXACT
+
+
+def test_each_edit_is_refused_at_its_own_site(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Two constants meet in one layer without a bias; a linear edit beside them needs none."""
+    base = base_at(tiny_checkpoint("llama"))
+    own = base.layout.width(parse_site("mlp_up.1"))
+    row = next(r for r in base.layout.branches[3].reads if r.module.endswith("up_proj"))
+    never = replace(row, bias=replace(row.bias, state="never"))
+    branches = list(base.layout.branches)
+    reads = tuple(never if r is row else r for r in branches[3].reads)
+    branches[3] = replace(branches[3], reads=reads)
+    layout = replace(base.layout, branches=tuple(branches))
+    edits = [
+        edit(base, "offset", make.offset(vector(own)), "mlp_up.1", "late"),
+        edit(base, "affine", make.affine(vector(24), mean=vector(24, 1)), "ln2_out.1", "early"),
+        edit(base, "ablate", make.ablate(vector(own)), "mlp_up.1", "late"),
+    ]
+    plan = plan_of(replace(base, layout=layout), edits)
+    assert [(f.edit, f.exactness) for f in plan.findings] == [
+        (0, Exactness.IMPOSSIBLE),
+        (1, Exactness.IMPOSSIBLE),
+        (2, Exactness.EXACT),
+    ]
+    assert [f.sites for f in plan.findings] == [e.sites for e in edits]
+    assert all("up_proj without a bias" in f.reason for f in plan.findings[:2])
+
+
 def test_a_turned_norm_bias_without_a_slot_is_refused(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:

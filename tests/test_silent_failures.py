@@ -27,11 +27,10 @@ from bake import edits as make
 from bake.edits import Edit
 from bake.errors import InexactPlan
 from bake.families.gguf import rotary_rows
-from bake.outputs.folder import refuse_unfit
 from bake.outputs.gguf.lora import export_gguf_lora
 from bake.outputs.lora import export_lora
 from bake.plan import Exactness, Plan
-from bake.plan.carriers import carrier_findings, carrier_runtimes
+from bake.plan.carriers import carrier_findings, carrier_runtimes, refuse
 
 UNINITIALISED = 7e37  # what vLLM was seen to leave in a bias without a tensor
 DAMAGE = 1e-2  # of the effect: what a trap does at least
@@ -145,7 +144,7 @@ def bias_dropped_guard(bench: Bench) -> None:
     for carrier in ("checkpoint", "lora"):
         assert "silently drops" in judged(plan, carrier, "vllm")[1]
         with pytest.raises(InexactPlan, match="target vllm would not serve"):
-            refuse_unfit(plan, carrier)
+            refuse(plan, carrier)
 
 
 def mlp_bias_dropped(bench: Bench) -> float:

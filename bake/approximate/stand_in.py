@@ -5,14 +5,14 @@ findings then say what they stand for, and what of the effect is lost.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from bake.approximate.fit import Calibration, Settings, calibrate
 from bake.edits import Edit
 from bake.errors import InexactPlan, InputError
 from bake.families import Layout
-from bake.plan import Exactness, Finding, Plan
+from bake.plan import Exactness, Plan
 from bake.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,28 +24,14 @@ Facts = dict[str, Any]
 
 def hard_edits(plan: Plan, compile_: Compile) -> tuple[tuple[Edit, ...], tuple[Edit, ...]]:
     """Return the edits of a plan without an exact fold, and those that have one without them."""
-    impossible = {
-        (finding.kind, finding.concept, site)
-        for finding in plan.findings
-        if finding.exactness is Exactness.IMPOSSIBLE
-        for site in finding.sites
-    }
-    hard = [
-        edit
-        for edit in plan.edits
-        if any((edit.kind, edit.concept, site) in impossible for site in edit.sites)
-    ]
-    kept = [edit for edit in plan.edits if all(edit is not other for other in hard)]
-    while kept:
-        alone = compile_(kept)
-        if alone.exactness is not Exactness.IMPOSSIBLE:
-            break
+    kept, found = list(range(len(plan.edits))), plan
+    while found.exactness is Exactness.IMPOSSIBLE:
+        impossible = {f.edit for f in found.findings if f.exactness is Exactness.IMPOSSIBLE}
+        kept = [index for place, index in enumerate(kept) if place not in impossible]
         # What was exact beside the others need not be so without them.
-        more, kept_ = hard_edits(alone, compile_)
-        hard += more
-        kept = list(kept_)
-    order = [edit for edit in plan.edits if any(edit is other for other in hard)]
-    return tuple(order), tuple(kept)
+        found = compile_([plan.edits[index] for index in kept])
+    hard = (edit for index, edit in enumerate(plan.edits) if index not in kept)
+    return tuple(hard), tuple(plan.edits[index] for index in kept)
 
 
 def approximate(
@@ -110,23 +96,21 @@ def labelled(plan: Plan, asked: Sequence[Edit], facts: Mapping[str, Any]) -> Pla
         reason, kept = _reason(facts), int(facts["kept"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"what is recorded of the calibration is malformed: {error!r}") from error
-    if len(plan.findings) != len(plan.edits) or not 0 <= kept < len(plan.edits):
+    if plan.exactness is Exactness.IMPOSSIBLE or not 0 <= kept < len(plan.edits):
         raise InputError("what is recorded of the calibration is of another plan")
-    findings = [
-        finding if index < kept else _approximate(finding, reason)
-        for index, finding in enumerate(plan.findings)
-    ]
+    findings = tuple(
+        finding
+        if finding.edit < kept
+        else replace(finding, exactness=Exactness.APPROXIMATE, reason=reason)
+        for finding in plan.findings
+    )
     runtimes = tuple(
         replace(verdict, status="approximate", reason=reason)
         if verdict.status == "exact"
         else verdict
         for verdict in plan.runtimes
     )
-    return replace(plan, findings=tuple(findings), runtimes=runtimes, asked=tuple(asked))
-
-
-def _approximate(finding: Finding, reason: str) -> Finding:
-    return replace(finding, exactness=Exactness.APPROXIMATE, reason=reason)
+    return replace(plan, findings=findings, runtimes=runtimes, asked=tuple(asked))
 
 
 def _facts(
@@ -141,16 +125,7 @@ def _facts(
         "kl": found.kl,
         "share": found.share,
         "constant": settings.constant,
-        "fits": [
-            {
-                "site": str(fit.site),
-                "rank": fit.rank,
-                "ridge": fit.ridge,
-                "r2": fit.r2,
-                "kl": fit.kl,
-            }
-            for fit in found.fits
-        ],
+        "fits": [{**asdict(fit), "site": str(fit.site)} for fit in found.fits],
     }
 
 

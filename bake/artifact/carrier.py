@@ -49,6 +49,8 @@ class Carrier:
     loading: tuple[Loading, ...]
     """How its readers are told to load it, those that a card names."""
     tags: tuple[str, ...] = ()
+    loader: str | None = None
+    """The one program whose code loads such files, whatever runtime starts it."""
     exported: bool = True
     """Whether ``bake export`` writes it."""
     checkpoint: bool = False
@@ -63,6 +65,7 @@ class Carrier:
 
 _CHECKPOINT_HOLDS = frozenset({Part.WEIGHTS, Part.BIASES, Part.NORMS, Part.CONFIG})
 _CHECKPOINT_READERS = ("transformers", "vllm", "llama.cpp", "sglang", "ollama", "mlx-lm")
+_LLAMA_CPP = "llama.cpp"  # Ollama starts its server
 _PEFT_ADDS = "it adds adapters to a model that transformers loads"
 
 _ALL = (
@@ -107,6 +110,7 @@ _ALL = (
         whole=False,
         holds=frozenset({Part.LOW_RANK}),
         readers=("llama.cpp", "ollama"),
+        loader=_LLAMA_CPP,
         library="gguf",
         relation="adapter",
         template="adapter.md.jinja",
@@ -121,6 +125,7 @@ _ALL = (
         whole=False,
         holds=frozenset({Part.CONSTANTS}),
         readers=("llama.cpp",),
+        loader=_LLAMA_CPP,
         library="gguf",
         relation="adapter",
         template="adapter.md.jinja",
@@ -137,6 +142,7 @@ _ALL = (
         # What llama.cpp's loader has a slot for, which the plan looks up in the family's table.
         holds=_CHECKPOINT_HOLDS,
         readers=("llama.cpp", "ollama"),
+        loader=_LLAMA_CPP,
         library="gguf",
         relation="quantized",
         template="gguf.md.jinja",
@@ -172,6 +178,15 @@ KINDS: Mapping[str, Carrier] = MappingProxyType({carrier.name: carrier for carri
 
 CARRIERS: tuple[str, ...] = tuple(carrier.name for carrier in _ALL if carrier.exported)
 """The names of those that ``bake export`` writes."""
+
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as ``--max-lora-rank`` (vllm/config/lora.py: MaxLoRARanks)."""
+
+
+def vllm_room(rank: int) -> int | None:
+    """Return the rank that vLLM has to be started with for an adapter, None where it takes none."""
+    return next((room for room in VLLM_RANKS if room >= rank), None)
 
 
 def carrier_of(name: str) -> Carrier:

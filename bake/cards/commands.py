@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bake.artifact.carrier import vllm_room
 from bake.cards.changes import gguf_digests, weight_files
 from bake.cards.facts import Facts
 from bake.cards.figures import DTYPES, NOT_MEASURED
 from bake.cards.text import Markdown, escape, number, printable
 
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
 _SAID = {"passed": "Tested", "measured": "Measured", "failed": "**Failed**"}
 
 
@@ -57,7 +57,7 @@ def _words(facts: Facts, repo: str | None) -> Mapping[str, str]:
     base = facts.base_repo or printable(facts.record.base.model)
     python = json.dumps(base) + (f", revision={json.dumps(facts.commit)}" if facts.commit else "")
     rank = None if facts.adapter is None else facts.adapter.r
-    most = next((size for size in _RANKS if rank is not None and size >= rank), None)
+    most = None if rank is None else vllm_room(rank)
     return {
         "here": here,
         "here_text": json.dumps(here),

@@ -11,15 +11,16 @@ from bake.artifact.base_digests import BASE_TENSORS
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf.file import Gguf, open_gguf
 from bake.errors import UsageError
-from bake.outputs.checkpoint import export_checkpoint, refuse_inexact
+from bake.outputs.checkpoint import export_checkpoint
 from bake.outputs.control_vector import check_control_vector, export_control_vector
-from bake.outputs.folder import RECORD, check_apart, refuse_unfit, scratch_beside
+from bake.outputs.folder import RECORD, check_apart, scratch_beside
 from bake.outputs.gguf.convert import check_convertible, convert_checkpoint
 from bake.outputs.gguf.edit import check_gguf, export_gguf
 from bake.outputs.gguf.lora import check_gguf_lora, export_gguf_lora
 from bake.outputs.lora import check_lora, export_lora
 from bake.outputs.shared import SharedFactors
 from bake.plan import Plan
+from bake.plan import carriers as plan_carriers
 from bake.progress import Progress
 from bake.rounding import Rounding
 
@@ -74,10 +75,7 @@ def refuse(carrier: str, plan: Plan, options: Options) -> None:
             fix="name the base's GGUF with --gguf FILE, or a llama.cpp checkout with "
             "--llama-cpp DIR",
         )
-    if carrier == "checkpoint":
-        refuse_inexact(plan, options.allow)
-    else:
-        refuse_unfit(plan, carrier, options.allow)
+    plan_carriers.refuse(plan, carrier, options.allow)
 
 
 def check(carrier: str, plan: Plan, checkpoint: Checkpoint, options: Options) -> None:

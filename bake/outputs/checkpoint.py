@@ -14,10 +14,10 @@ from bake.artifact.base_digests import BASE_TENSORS, BaseDigests
 from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
 from bake.checkpoints.config import Key
 from bake.edit_store import edit_files
-from bake.errors import InexactPlan
 from bake.fold import WeightFold, fold_bias, fold_weight
 from bake.outputs.shared import SharedFactors
-from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
+from bake.plan import BiasUpdate, Plan, TensorUpdate
+from bake.plan.carriers import refuse
 from bake.plan.record import plan_record
 from bake.progress import Progress
 from bake.rounding import to_storage
@@ -52,7 +52,7 @@ def export_checkpoint(
         InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the result.
         InputError: an edited value does not fit the storage dtype; nothing is left behind.
     """
-    refuse_inexact(plan, allow)
+    refuse(plan, "checkpoint", allow)
     digests = BaseDigests(checkpoint)
     replace, new = planned_tensors(plan, checkpoint, shared, digests)
 
@@ -133,32 +133,6 @@ def planned_tensors(
         else:
             replace[bias.name] = producer
     return replace, new
-
-
-def refuse_inexact(plan: Plan, allow: frozenset[str]) -> None:
-    """Raise when the plan may not be executed.
-
-    Raises:
-        InexactPlan: naming the first finding, or the first wanted runtime that refuses the result.
-    """
-    for finding in plan.findings:
-        if finding.exactness is Exactness.EXACT or finding.exactness in allow:
-            continue
-        sites = ", ".join(str(site) for site in finding.sites[:3])
-        more = f" and {len(finding.sites) - 3} more" if len(finding.sites) > 3 else ""
-        raise InexactPlan(
-            f"cannot {finding.kind} {finding.concept!r} at {sites}{more}: {finding.exactness}",
-            why=finding.reason,
-            fix=finding.remedy,
-        )
-    for verdict in plan.runtimes:
-        if verdict.stops:
-            raise InexactPlan(
-                f"the target {verdict.runtime} would not serve this checkpoint as it is meant",
-                why=verdict.reason,
-                fix=f"leave {verdict.runtime} out of export.target, or choose another edit, or a "
-                "carrier that `bake plan` calls exact",
-            )
 
 
 def _fold_of(update: TensorUpdate) -> WeightFold:

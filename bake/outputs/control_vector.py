@@ -17,9 +17,9 @@ from torch import Tensor
 from bake.affine import AffineMap
 from bake.artifact.artifact import Artifact
 from bake.errors import UsageError
-from bake.outputs.folder import refuse_unfit, write_artifact
+from bake.outputs.folder import write_artifact
 from bake.plan import Plan
-from bake.plan.carriers import vector_layers
+from bake.plan.carriers import refuse, vector_layers
 from bake.rounding import to_storage
 
 FILE = "control-vector.gguf"
@@ -65,7 +65,7 @@ def check_control_vector(plan: Plan) -> dict[int, Float32[Tensor, " d"]]:
         UsageError: every offset is zero.
         InputError: a value does not fit float32.
     """
-    refuse_unfit(plan, "control-vector")
+    refuse(plan, "control-vector")
     vectors = summed_vectors(plan)
     if not vectors:
         raise UsageError("every offset is zero, so a control vector of them would be empty")

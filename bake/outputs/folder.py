@@ -13,10 +13,10 @@ from typing import Any
 from bake import __version__
 from bake.artifact.artifact import Artifact
 from bake.edit_store import edit_files
-from bake.errors import InexactPlan, InputError, UsageError
+from bake.errors import InputError, UsageError
 from bake.plan import Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes
-from bake.plan.record import plan_record, runtimes_record
+from bake.plan.record import findings_record, plan_record, runtimes_record
 
 RECORD = "bake.json"
 
@@ -168,47 +168,9 @@ def carrier_record(plan: Plan, kind: str, *, codes: bool = False) -> dict[str, A
     worst = max((f.exactness for f in findings), key=list(Exactness).index)
     return {
         "exactness": str(worst),
-        "findings": [
-            {
-                "kind": finding.kind,
-                "concept": finding.concept,
-                "sites": [str(site) for site in finding.sites],
-                "exactness": str(finding.exactness),
-                "reason": finding.reason,
-                "remedy": finding.remedy,
-            }
-            for finding in findings
-        ],
+        "findings": findings_record(findings),
         "runtimes": runtimes_record(carrier_runtimes(plan, kind, codes=codes)),
     }
-
-
-def refuse_unfit(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) -> None:
-    """Raise when a carrier does not hold the plan.
-
-    Raises:
-        InexactPlan: naming the first finding that is not exact, or the first wanted runtime that
-            would not serve the carrier as it is meant.
-    """
-    for finding in carrier_findings(plan, carrier):
-        if finding.exactness is Exactness.EXACT or finding.exactness in allow:
-            continue
-        sites = ", ".join(str(site) for site in finding.sites[:3])
-        more = f" and {len(finding.sites) - 3} more" if len(finding.sites) > 3 else ""
-        raise InexactPlan(
-            f"cannot {finding.kind} {finding.concept!r} at {sites}{more} as {carrier}: "
-            f"{finding.exactness}",
-            why=finding.reason,
-            fix=finding.remedy,
-        )
-    for verdict in carrier_runtimes(plan, carrier):
-        if verdict.stops:
-            raise InexactPlan(
-                f"the target {verdict.runtime} would not serve this {carrier} as it is meant",
-                why=verdict.reason,
-                fix=f"leave {verdict.runtime} out of export.target, or write a carrier that "
-                "`bake plan` calls exact there",
-            )
 
 
 def digests(folder: Path) -> dict[str, str]:

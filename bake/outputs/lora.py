@@ -25,8 +25,9 @@ from bake.checkpoints.header import build_header
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.errors import UsageError
 from bake.outputs.factors import Factors, FactorSource, factors_from, padded
-from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
+from bake.outputs.folder import check_apart, write_artifact
 from bake.plan import Plan
+from bake.plan.carriers import refuse
 from bake.plan.lowrank import Target, rank_of, targets_of
 from bake.progress import Progress, Tally
 from bake.rounding import to_storage
@@ -89,7 +90,7 @@ def check_lora(plan: Plan, allow: frozenset[str] = frozenset()) -> Sequence[Targ
             adapter.
         UsageError: the plan changes no weight.
     """
-    refuse_unfit(plan, "lora", allow)
+    refuse(plan, "lora", allow)
     return nonempty(targets_of(plan))
 
 

@@ -1,29 +1,24 @@
 """Which carrier holds a plan: a checkpoint, an adapter, a control vector or a GGUF file. Pure.
 
-A carrier holds an edit exactly or not at all. What each cannot hold:
-
-- ``lora`` (PEFT) and ``gguf-lora`` (llama.cpp): biases, norms, changes of config.json, and changes
-  of weights whose rank is not low. Runtimes drop or refuse such parts of an adapter.
-- ``control-vector`` (llama.cpp): anything but a constant added to the stream behind block 1 or
-  later.
-- ``gguf`` (llama.cpp): biases and output heads that its loader has no slot for.
+A carrier holds an edit exactly or not at all. What each holds is said in ``bake.artifact.carrier``;
+one that a single program loads is held against that program's table as well, since runtimes drop or
+refuse what they have no slot for.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from bake.affine import AffineMap
-from bake.artifact.carrier import CARRIERS, carrier_of
+from bake.artifact.carrier import CARRIERS, VLLM_RANKS, Carrier, Part, carrier_of
 from bake.edits import Edit
-from bake.families import READS, RUNTIMES, Layout, runtime_of
-from bake.plan.lowrank import Role, Target, is_copy, rank_of, targets_of
-from bake.plan.targets import GGUF_ENGINE, LLAMA_CPP, ROUNDED, conclude, model_hindrance
+from bake.errors import InexactPlan
+from bake.families import Layout, runtime_of
+from bake.plan.lowrank import Role, Target, rank_of, targets_of
+from bake.plan.targets import GENERAL, ROUNDED, Hindrance, judged, model_hindrance
 from bake.plan.types import Exactness, Finding, Plan, RuntimeVerdict
 from bake.sites import Site, SiteKind
 
 _HEAD_LIMIT = 258048  # vLLM lora/layers/logits_processor.py: rows of a head that an adapter is for
-_RANK_LIMIT = 512  # vLLM config/lora.py: MaxLoRARanks
 _NO_GRAPH = "llama.cpp's graph of this architecture adds no control vector"
 _PLURAL: dict[Role, str] = {
     "linear": "linear layers",
@@ -36,9 +31,10 @@ _PLURAL: dict[Role, str] = {
 
 @dataclass(frozen=True, slots=True)
 class _Obstacle:
-    """One tensor of a plan that a carrier cannot hold."""
+    """What of a plan a carrier cannot hold."""
 
-    tensor: str
+    edits: Iterable[int]
+    """Those that it comes from."""
     reason: str
 
 
@@ -51,31 +47,56 @@ def carrier_findings(plan: Plan, carrier: str) -> tuple[Finding, ...]:
     Raises:
         UsageError: there is no such carrier.
     """
-    carrier_of(carrier)
-    blocked = _blocked(plan, carrier)
-    by_edit = _plan_findings(plan)
+    kind = carrier_of(carrier)
+    blocked = _blocked(plan, kind)
     findings: list[Finding] = []
     for index, edit in enumerate(plan.edits):
+        own = [finding for finding in plan.findings if finding.edit == index]
         if index in blocked:
-            reasons = blocked[index]
-            more = f" (and {len(reasons) - 1} more such reasons)" if len(reasons) > 1 else ""
-            sites = _blocking_sites(by_edit[index], edit, carrier)
-            findings.append(
-                Finding(
-                    edit.kind,
-                    edit.concept,
-                    sites,
-                    Exactness.IMPOSSIBLE,
-                    f"{reasons[0]}{more}",
-                    _remedy(plan, carrier, index, by_edit[index]),
-                )
-            )
-        elif carrier == "control-vector":
+            findings.append(_refused(plan, kind, index, blocked[index]))
+        elif Part.CONSTANTS in kind.holds:
             reason = f"added behind {', '.join(f'block {n}' for n in _layers(plan.layout, edit))}"
-            findings.append(Finding(edit.kind, edit.concept, edit.sites, Exactness.EXACT, reason))
+            exact = Finding(index, edit.kind, edit.concept, edit.sites, Exactness.EXACT, reason)
+            findings.append(exact)
         else:
-            findings += by_edit[index]
+            findings += own
     return tuple(findings)
+
+
+def refuse(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) -> None:
+    """Raise when a plan may not be written as a carrier.
+
+    Args:
+        plan: the plan.
+        carrier: the carrier.
+        allow: the exactness classes below EXACT that the recipe accepts.
+
+    Raises:
+        InexactPlan: naming the first finding that is not exact, or the first wanted runtime that
+            would not serve the carrier as it is meant.
+        UsageError: there is no such carrier.
+    """
+    own = carrier_of(carrier).checkpoint
+    for finding in plan.findings if own else carrier_findings(plan, carrier):
+        if finding.exactness is Exactness.EXACT or finding.exactness in allow:
+            continue
+        sites = ", ".join(str(site) for site in finding.sites[:3])
+        more = f" and {len(finding.sites) - 3} more" if len(finding.sites) > 3 else ""
+        where = f"{sites}{more}" if own else f"{sites}{more} as {carrier}"
+        raise InexactPlan(
+            f"cannot {finding.kind} {finding.concept!r} at {where}: {finding.exactness}",
+            why=finding.reason,
+            fix=finding.remedy,
+        )
+    for verdict in carrier_runtimes(plan, carrier):
+        if verdict.stops:
+            other = "choose another edit, or a carrier that `bake plan` calls exact"
+            raise InexactPlan(
+                f"the target {verdict.runtime} would not serve this {carrier} as it is meant",
+                why=verdict.reason,
+                fix=f"leave {verdict.runtime} out of export.target, or "
+                + (other if own else "write a carrier that `bake plan` calls exact there"),
+            )
 
 
 def carrier_runtimes(
@@ -91,19 +112,18 @@ def carrier_runtimes(
     Raises:
         UsageError: there is no such carrier.
     """
-    carrier_of(carrier)
-    if carrier == "checkpoint":
+    kind = carrier_of(carrier)
+    if kind.checkpoint:
         return plan.runtimes
-    wanted = {verdict.runtime for verdict in plan.runtimes if verdict.wanted}
+    wanted = (verdict.runtime for verdict in plan.runtimes if verdict.wanted)
     findings = carrier_findings(plan, carrier)
-    verdicts = []
-    for name in RUNTIMES:
-        reason, known = _hindrance(plan, name, carrier)
-        verdict = conclude(plan, findings, name, carrier, name in wanted, reason, known=known)
-        if codes and verdict.status == "exact":
-            verdict = replace(verdict, status="approximate", reason=ROUNDED)
-        verdicts.append(verdict)
-    return tuple(verdicts)
+    verdicts = judged(plan, kind, findings, wanted, lambda name: _hindrance(plan, name, kind))
+    return tuple(
+        replace(verdict, status="approximate", reason=ROUNDED)
+        if codes and verdict.status == "exact"
+        else verdict
+        for verdict in verdicts
+    )
 
 
 def vector_layers(plan: Plan) -> tuple[tuple[int, Edit], ...]:
@@ -111,35 +131,48 @@ def vector_layers(plan: Plan) -> tuple[tuple[int, Edit], ...]:
     return tuple((layer, edit) for edit in plan.edits for layer in _layers(plan.layout, edit))
 
 
-def _blocked(plan: Plan, carrier: str) -> dict[int, list[str]]:
+def _blocked(plan: Plan, kind: Carrier) -> dict[int, list[str]]:
     """Return the edits that the carrier cannot hold, each with its reasons."""
-    if carrier == "control-vector":
+    if Part.CONSTANTS in kind.holds:
         reasons = {i: _no_vector(plan.layout, edit) for i, edit in enumerate(plan.edits)}
         return {i: [reason] for i, reason in reasons.items() if reason is not None}
-    blocked: defaultdict[int, list[str]] = defaultdict(list)
-    for index, findings in enumerate(_plan_findings(plan)):
-        for finding in findings:
-            if finding.exactness is Exactness.IMPOSSIBLE:
-                blocked[index].append(finding.reason)
-    if carrier == "checkpoint":
-        return dict(blocked)
-    touched = _touched(plan)
-    obstacles = _no_slot(plan) if carrier == "gguf" else _obstacles(plan, carrier)
-    for obstacle in obstacles:
-        sites = touched.get(obstacle.tensor, frozenset())
-        concerned = [
-            i
-            for i, edit in enumerate(plan.edits)
-            if any(Site(site.kind, site.layer) in sites for site in edit.sites)
-        ]
-        for index in concerned or range(len(plan.edits)):
-            if obstacle.reason not in blocked[index]:
+    blocked: dict[int, list[str]] = {}
+    hard = (f for f in plan.findings if f.exactness is Exactness.IMPOSSIBLE)
+    for obstacle in (*(_Obstacle([f.edit], f.reason) for f in hard), *_obstacles(plan, kind)):
+        for index in obstacle.edits:
+            if obstacle.reason not in blocked.setdefault(index, []):
                 blocked[index].append(obstacle.reason)
-    redeclared = None if carrier == "gguf" else _redeclared(plan)
-    if redeclared is not None and not any(blocked.values()):
+    if Part.CONFIG not in kind.holds and not blocked and (reason := _redeclared(plan)):
         # What opens a bias slot has been named; another change of the model concerns every edit.
-        return {index: [redeclared] for index in range(len(plan.edits))}
-    return {index: reasons for index, reasons in blocked.items() if reasons}
+        return {index: [reason] for index in range(len(plan.edits))}
+    return blocked
+
+
+def _refused(plan: Plan, kind: Carrier, index: int, reasons: list[str]) -> Finding:
+    """Return what is said of an edit that a carrier cannot hold."""
+    edit = plan.edits[index]
+    hard = [
+        finding
+        for finding in plan.findings
+        if finding.edit == index and finding.exactness is Exactness.IMPOSSIBLE
+    ]
+    vector = Part.CONSTANTS in kind.holds
+    sites = hard[0].sites if hard and not vector else edit.sites
+    more = f" (and {len(reasons) - 1} more such reasons)" if len(reasons) > 1 else ""
+    others = [carrier_of(name) for name in CARRIERS if name != kind.name]
+    fitting = [f"--to {other.name}" for other in others if index not in _blocked(plan, other)]
+    remedies = [f"write it with {' or '.join(fitting)}"] if fitting else []
+    if not vector or not fitting:
+        remedies += [finding.remedy for finding in hard if finding.remedy][:1]
+    return Finding(
+        index,
+        edit.kind,
+        edit.concept,
+        sites,
+        Exactness.IMPOSSIBLE,
+        f"{reasons[0]}{more}",
+        "; or ".join(remedies),
+    )
 
 
 def _redeclared(plan: Plan) -> str | None:
@@ -151,122 +184,87 @@ def _redeclared(plan: Plan) -> str | None:
     return reason + f"{', '.join(keys)} in config.json"
 
 
-def _plan_findings(plan: Plan) -> list[list[Finding]]:
-    """Return the plan's findings for each edit; it lists them edit by edit, in order.
-
-    An edit has one finding that is not IMPOSSIBLE, or several that are, each for another reason.
-    """
-    grouped: list[list[Finding]] = []
-    named: dict[tuple[str, str], list[Finding]] = {}
-    rest = list(plan.findings)
-    for edit in plan.edits:
-        own: list[Finding] = []
-        while rest and _continues(own, rest[0], edit):
-            own.append(rest.pop(0))
-        # subtle: of two edits of one name the first may have taken what is said of the second.
-        grouped.append(own or named[edit.kind, edit.concept])
-        named[edit.kind, edit.concept] = grouped[-1]
-    return grouped
-
-
-def _continues(own: list[Finding], finding: Finding, edit: Edit) -> bool:
-    """Whether a finding belongs to an edit, after those that it has."""
-    if (finding.kind, finding.concept) != (edit.kind, edit.concept):
-        return False
-    if not own:
-        return True
-    hard = own[0].exactness is finding.exactness is Exactness.IMPOSSIBLE
-    reasons = {(known.reason, known.remedy) for known in own}
-    again = (finding.reason, finding.remedy) in reasons
-    return hard and not again and set(finding.sites) <= set(edit.sites)
-
-
-def _obstacles(plan: Plan, carrier: str) -> Iterator[_Obstacle]:
-    """Yield what of a plan an adapter cannot hold."""
-    for bias in plan.biases:
-        if not bias.is_zero():
-            what = "creates" if bias.create else "changes"
-            yield _Obstacle(
-                bias.name,
-                f"an adapter holds no bias that runtimes take, and the edit {what} {bias.name}",
-            )
+def _obstacles(plan: Plan, kind: Carrier) -> Iterator[_Obstacle]:
+    """Yield what of a plan a carrier cannot hold, or the one program that loads it."""
+    if Part.BIASES not in kind.holds:
+        for bias in plan.biases:
+            if not bias.is_zero():
+                what = "creates" if bias.create else "changes"
+                reason = "an adapter holds no bias that runtimes take, and the edit "
+                yield _Obstacle(bias.edits, f"{reason}{what} {bias.name}")
     for update in plan.tensors:
         if update.replacement is not None:
-            yield _Obstacle(
-                update.name,
-                f"an adapter holds no norm, and the edit changes {update.name}",
-            )
-        elif (rank := rank_of(update)) > min(update.shape) // 2:
-            yield _Obstacle(
-                update.name,
-                f"the change of {update.name} has rank {rank}: factors would be as large as the "
-                "weight",
-            )
-    if carrier == "gguf-lora":
-        yield from _served(plan)
+            if Part.NORMS not in kind.holds:
+                reason = f"an adapter holds no norm, and the edit changes {update.name}"
+                yield _Obstacle(update.edits, reason)
+        elif Part.WEIGHTS not in kind.holds and (rank := rank_of(update)) > min(update.shape) // 2:
+            reason = f"the change of {update.name} has rank {rank}: factors would be as large as "
+            yield _Obstacle(update.edits, f"{reason}the weight")
+    if kind.loader is not None:
+        yield from _no_slot(plan, kind.loader) if kind.whole else _no_factor(plan, kind.loader)
 
 
-def _served(plan: Plan) -> Iterator[_Obstacle]:
-    """Yield what llama.cpp, the one runtime that GGUF adapters are for, would drop or refuse."""
+def _no_factor(plan: Plan, loader: str) -> Iterator[_Obstacle]:
+    """Yield what of an adapter the one program that it is for would drop or refuse."""
     for target in targets_of(plan):
-        reason = _refusal(plan, LLAMA_CPP, target)
-        if reason is not None:
-            yield _Obstacle(target.name, reason)
+        reason = _refusal(plan, loader, target)
+        if reason is not None and target.update is not None:
+            yield _Obstacle(target.update.edits, reason)
 
 
-def _no_slot(plan: Plan) -> Iterator[_Obstacle]:
-    """Yield what of a plan llama.cpp's loader has no slot for in a GGUF file."""
-    layout, runtime = plan.layout, runtime_of(plan.layout, LLAMA_CPP)
+def _no_slot(plan: Plan, loader: str) -> Iterator[_Obstacle]:
+    """Yield what of a plan the one program that loads a model has no slot for."""
+    layout, runtime = plan.layout, runtime_of(plan.layout, loader)
     if runtime is None:
-        yield _Obstacle("", f"the table {layout.family.name!r} says nothing of llama.cpp")
+        reason = f"the table {layout.family.name!r} says nothing of {loader}"
+        yield _Obstacle(range(len(plan.edits)), reason)
         return
     linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
     modules = {linear.bias.name: linear.module for linear in linears}
     for bias in plan.biases:
         if bias.create and not bias.is_zero() and modules.get(bias.name) not in runtime.biases:
-            yield _Obstacle(bias.name, f"llama.cpp has no slot for {bias.name} ({runtime.source})")
+            reason = f"{loader} has no slot for {bias.name} ({runtime.source})"
+            yield _Obstacle(bias.edits, reason)
     if any(update.create for update in plan.tensors) and not runtime.untied_head:
-        reason = f"llama.cpp loads no output head of its own here ({runtime.source})"
-        changed = [update.name for update in plan.tensors if not is_copy(update)]
-        for name in (layout.embed, layout.unembed.weight):
-            if name in changed:
-                yield _Obstacle(name, reason)
+        reason = f"{loader} loads no output head of its own here ({runtime.source})"
+        for update in plan.tensors:
+            if update.source == layout.embed:
+                yield _Obstacle(update.edits, reason)
 
 
-def _hindrance(plan: Plan, name: str, carrier: str) -> tuple[str | None, bool]:
-    """Return why a runtime would not serve a carrier as it is meant, or what is not known of it.
-
-    Second is whether the table says anything of the runtime with this carrier.
-    """
-    if carrier not in READS[name] or name in ("transformers", "peft"):
+def _hindrance(plan: Plan, name: str, kind: Carrier) -> Hindrance:
+    if name not in kind.readers or name in GENERAL:
         return None, True
     layout = plan.layout
     where = f"the table {layout.family.name!r}"
-    engine = GGUF_ENGINE.get(name, name)
+    engine = kind.loader or name
     runtime = runtime_of(layout, engine)
     if runtime is None:
         return f"{where} says nothing of {engine}", False
-    if carrier == "gguf":
+    if kind.whole:
         untied = not layout.tied or any(update.create for update in plan.tensors)
-        return (
-            model_hindrance(layout, runtime, plan.biases, untied=untied, companions=False),
-            True,
-        )
+        reason = model_hindrance(layout, runtime, plan.biases, untied=untied, companions=False)
+        return reason, True
     base = model_hindrance(layout, runtime, untied=not layout.tied)
     if base is not None:
         return base, True
-    if carrier == "control-vector":
+    if Part.CONSTANTS in kind.holds:
         if runtime.control_vector is None:
             return f"{where} says nothing of control vectors", False
         return (None if runtime.control_vector else _NO_GRAPH), True
     if runtime.lora is None:
         return f"{where} says nothing of adapters in {engine}", False
+    return _adapter_hindrance(plan, engine), True
+
+
+def _adapter_hindrance(plan: Plan, engine: str) -> str | None:
+    """Return why a runtime would not serve an adapter of a plan as it is meant, or None."""
     targets = targets_of(plan)
     rank = max((rank_of(target.update) for target in targets if target.update), default=0)
-    if engine == "vllm" and rank > _RANK_LIMIT:
-        return f"vllm takes adapters of rank up to {_RANK_LIMIT}, and this one has {rank}", True
+    if engine == "vllm" and rank > VLLM_RANKS[-1]:
+        return f"vllm takes adapters of rank up to {VLLM_RANKS[-1]}, and this one has {rank}"
     reasons = (_refusal(plan, engine, target) for target in targets)
-    return next((reason for reason in reasons if reason is not None), None), True
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _refusal(plan: Plan, name: str, target: Target) -> str | None:
@@ -300,7 +298,7 @@ def _refusal(plan: Plan, name: str, target: Target) -> str | None:
 
 def _no_vector(layout: Layout, edit: Edit) -> str | None:
     """Return why an edit is no control vector, or None."""
-    runtime = runtime_of(layout, LLAMA_CPP)
+    runtime = runtime_of(layout, "llama.cpp")
     if runtime is None or runtime.control_vector is None:
         return f"the table {layout.family.name!r} says nothing of control vectors"
     if not runtime.control_vector:
@@ -332,51 +330,3 @@ def _layer(layout: Layout, site: Site) -> int | None:
     if site.kind is SiteKind.RESID_PRE:
         return site.layer - 1
     return site.layer if site.kind is SiteKind.RESID_POST else None
-
-
-def _touched(plan: Plan) -> dict[str, frozenset[Site]]:
-    """Return the sites whose edits change a tensor, for every tensor of the model."""
-    layout = plan.layout
-    first = {Site(SiteKind.EMBED), *layout.points[0]}
-    found: dict[str, set[Site]] = {name: first for name in (layout.embed, *layout.positions)}
-    for branch in layout.branches:
-        after = {branch.output_site, *layout.points[branch.target]}
-        for norm in (branch.norm_in, branch.norm_out):
-            if norm is not None and norm.site is not None:
-                for name in (norm.weight, norm.bias):
-                    if name is not None:
-                        found.setdefault(name, set()).add(norm.site)
-        for linear in branch.writes:
-            sites = after | ({linear.input_site} if linear.input_site else set())
-            found[linear.weight] = found[linear.bias.name] = sites
-        before = {branch.norm_in.site} if branch.norm_in and branch.norm_in.site else set()
-        for linear in branch.reads:
-            sites = before | {part.site for part in linear.parts}
-            found[linear.weight] = found[linear.bias.name] = sites
-    last = {Site(SiteKind.LN_FINAL_OUT)}
-    for name in (layout.final_norm.weight, layout.final_norm.bias, layout.unembed.bias.name):
-        if name is not None:
-            found[name] = last
-    found.setdefault(layout.unembed.weight, set()).update(last)
-    return {name: frozenset(sites) for name, sites in found.items()}
-
-
-def _blocking_sites(findings: list[Finding], edit: Edit, carrier: str) -> tuple[Site, ...]:
-    hard = [f for f in findings if f.exactness is Exactness.IMPOSSIBLE]
-    if hard and carrier != "control-vector":
-        return hard[0].sites
-    return edit.sites
-
-
-def _remedy(plan: Plan, carrier: str, index: int, findings: list[Finding]) -> str:
-    """Return the carriers that hold the edit; failing those, what the plan advises."""
-    fitting = [
-        f"--to {other}"
-        for other in CARRIERS
-        if other != carrier and index not in _blocked(plan, other)
-    ]
-    own = [f.remedy for f in findings if f.exactness is Exactness.IMPOSSIBLE and f.remedy]
-    parts = [f"write it with {' or '.join(fitting)}"] if fitting else []
-    if carrier != "control-vector" or not fitting:
-        parts += own[:1]
-    return "; or ".join(parts) if parts else "use an edit that one of the carriers holds"

@@ -1,17 +1,17 @@
 """``compile_plan``: edits × layout → ``Plan``. Pure, but for the values of norms."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from math import prod
 
 from bake.affine import AffineMap
 from bake.edits import Edit
 from bake.families import Json, Layout, Recast
-from bake.plan.assemble import Assembly, Gain, assemble
+from bake.plan.emit import Assembly, assemble
 from bake.plan.hooks import Hooks
+from bake.plan.pieces import Context, Gain
 from bake.plan.recast import obstacle, recast_changes, recast_layout
-from bake.plan.stream import Failure, fold_stream
+from bake.plan.stream import StreamFold, fold_stream
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
 from bake.sites import Site
@@ -46,25 +46,26 @@ def compile_plan(
     allowed = frozenset(allow)
     hooks = Hooks(edits, layout)
     stream = fold_stream(layout, hooks, nulling="nulling" in allowed)
-    assembly = assemble(layout, hooks, stream, gain)
+    assembly = assemble(Context(layout, hooks, stream, gain))
     changes: tuple[ConfigChange, ...] = ()
-    may_recast = assembly.slotless and "recast" in allowed
+    flags = assembly.flags
+    may_recast = assembly.found.slotless and "recast" in allowed
     recast, notes = _recast(layout, config) if may_recast else (None, [])
     if recast is not None:
         changes = recast_changes(layout, recast, config)
         layout = recast_layout(layout, recast)
-        assembly = assemble(layout, hooks, stream, gain)
-        assembly.flags |= set(layout.flags)
-    biases = _with_companions(layout, assembly)
+        assembly = assemble(Context(layout, hooks, stream, gain))
+        flags = assembly.flags | set(layout.flags)
+    biases = (*assembly.biases, *_companions(layout, assembly.biases, flags))
     plan = Plan(
         layout=layout,
         edits=tuple(edits),
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
-        config=_merged((*changes, *_own_changes(assembly, config))),
-        findings=_findings(edits, (*stream.failures, *assembly.failures), stream.nulled, assembly),
+        config=_merged((*changes, *_own_changes(flags, assembly.untied, config))),
+        findings=tuple(_findings(edits, stream, assembly)),
         runtimes=(),
-        notes=(*notes, *_notes(layout, assembly, biases)),
+        notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),
         created_bytes=_created(layout, assembly.tensors, biases),
     )
     return replace(plan, runtimes=checkpoint_runtimes(plan, config, targets))
@@ -82,58 +83,54 @@ def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, 
     return recast, [note]
 
 
-def _findings(
-    edits: Sequence[Edit], failures: Sequence[Failure], nulled: set[int], assembly: Assembly
-) -> tuple[Finding, ...]:
-    by_edit: defaultdict[int, dict[tuple[str, str], list[Site]]] = defaultdict(dict)
-    for failure in failures:
-        reasons = by_edit[failure.edit]
-        reasons.setdefault((failure.reason, failure.remedy), []).append(failure.site)
-    findings: list[Finding] = []
+def _findings(edits: Sequence[Edit], stream: StreamFold, assembly: Assembly) -> Iterator[Finding]:
+    """Yield, edit by edit, one finding that it folds, or one for every reason that it does not."""
     for index, edit in enumerate(edits):
-        hard = by_edit[index]
-        findings += [
-            Finding(edit.kind, edit.concept, tuple(dict.fromkeys(sites)), IMPOSSIBLE, *said)
-            for said, sites in hard.items()
-        ]
+        hard: dict[tuple[str, str], dict[Site, None]] = {}
+        for failure in (*stream.failures, *assembly.found.failures):
+            if failure.edit == index:
+                hard.setdefault((failure.reason, failure.remedy), {})[failure.site] = None
+        for said, sites in hard.items():
+            yield Finding(index, edit.kind, edit.concept, tuple(sites), IMPOSSIBLE, *said)
         if not hard:
-            exactness, reason = _success(edit, index in nulled, assembly.how[index])
-            findings.append(Finding(edit.kind, edit.concept, edit.sites, exactness, reason))
-    return tuple(findings)
+            places = {where for acting, where in assembly.found.places if index in acting}
+            exactness, reason = _success(edit, index in stream.nulled, places)
+            yield Finding(index, edit.kind, edit.concept, edit.sites, exactness, reason)
 
 
-def _success(edit: Edit, nulled: bool, how: set[str]) -> tuple[Exactness, str]:
+def _success(edit: Edit, nulled: bool, places: set[str]) -> tuple[Exactness, str]:
     """Return how an edit that folds relates to its hooks, and where it is folded into."""
     if nulled:
         return Exactness.NULLING, (
             "the direction leaves the stream, but every write that a post-norm follows is "
             "rescaled, so the function is not the hooked one"
         )
-    if not how or (isinstance(edit.map, AffineMap) and edit.map.is_identity()):
+    if not places or (isinstance(edit.map, AffineMap) and edit.map.is_identity()):
         return Exactness.EXACT, "the map is the identity: nothing changes"
-    places = sorted(how)
     more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-    return Exactness.EXACT, f"folded into {', '.join(places[:3])}{more}"
+    return Exactness.EXACT, f"folded into {', '.join(sorted(places)[:3])}{more}"
 
 
-def _with_companions(layout: Layout, assembly: Assembly) -> tuple[BiasUpdate, ...]:
-    """Return the bias updates with explicit zeros for every other slot that a flag opens."""
-    biases = dict(assembly.biases)
+def _companions(
+    layout: Layout, biases: Sequence[BiasUpdate], flags: Set[str]
+) -> Iterator[BiasUpdate]:
+    """Yield explicit zeros for every other slot that a flag opens."""
+    names = {bias.name for bias in biases}
     for branch in layout.branches:
         for linear in (*branch.reads, *branch.writes):
             slot = linear.bias
-            opened = slot.state == "closed" and slot.flag in assembly.flags
-            if opened and slot.name not in biases:
-                biases[slot.name] = BiasUpdate(slot.name, slot.size, create=True)
-    return tuple(biases.values())
+            if slot.state == "closed" and slot.flag in flags and slot.name not in names:
+                yield BiasUpdate(slot.name, slot.size, create=True)
 
 
-def _own_changes(assembly: Assembly, config: Mapping[str, Json]) -> Iterator[ConfigChange]:
+def _own_changes(
+    flags: Set[str], untied: bool, config: Mapping[str, Json]
+) -> Iterator[ConfigChange]:
     """Yield what the edits themselves change in config.json: bias flags, and an untied head."""
-    for flag in sorted(assembly.flags):
+    for flag in sorted(flags):
         if config.get(flag) is not True:
             yield ConfigChange(flag, config.get(flag), True)
-    if assembly.untied:
+    if untied:
         yield ConfigChange("tie_word_embeddings", config.get("tie_word_embeddings"), False)
 
 
@@ -145,9 +142,11 @@ def _merged(changes: tuple[ConfigChange, ...]) -> tuple[ConfigChange, ...]:
     return tuple(change for change in merged.values() if change.old != change.new)
 
 
-def _notes(layout: Layout, assembly: Assembly, biases: Sequence[BiasUpdate]) -> list[str]:
+def _notes(
+    layout: Layout, untied: bool, flags: Set[str], biases: Sequence[BiasUpdate]
+) -> list[str]:
     notes = []
-    if assembly.untied:
+    if untied:
         size = prod(layout.unembed.shape) * ITEM_BYTES[layout.dtype]
         notes.append(
             f"the output head is untied from the embedding: {layout.unembed.weight} is written "
@@ -155,8 +154,8 @@ def _notes(layout: Layout, assembly: Assembly, biases: Sequence[BiasUpdate]) -> 
         )
     zeros = sum(bias.is_zero() for bias in biases)
     if zeros:
-        flags = ", ".join(sorted(assembly.flags))
-        notes.append(f"{flags} opens bias slots in every layer: {zeros} of them hold zeros")
+        opened = ", ".join(sorted(flags))
+        notes.append(f"{opened} opens bias slots in every layer: {zeros} of them hold zeros")
     return notes
 
 

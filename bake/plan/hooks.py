@@ -31,9 +31,17 @@ class Hooks:
         self._maps: defaultdict[Site, list[Hook]] = defaultdict(list)
         self._updates: defaultdict[Site, list[tuple[int, WeightUpdate]]] = defaultdict(list)
         self._layout = layout
+        self.of_weights: frozenset[int] = frozenset()
+        """The edits that do more than add a constant."""
+        self.of_constants: frozenset[int] = frozenset()
+        """The edits that add a constant."""
         for index, edit in enumerate(edits):
             if not edit.sites:
                 raise UsageError(f"the {edit.kind} edit {edit.concept!r} names no site")
+            if not isinstance(edit.map, AffineMap) or not edit.map.is_translation():
+                self.of_weights |= {index}
+            if isinstance(edit.map, AffineMap) and not edit.map.is_linear():
+                self.of_constants |= {index}
             for site in edit.sites:
                 place = Site(site.kind, site.layer)
                 if isinstance(edit.map, WeightUpdate):
@@ -47,9 +55,9 @@ class Hooks:
         """Return the hooks at places that are reached one after another."""
         return [hook for site in sites for hook in self._maps.get(site, ())]
 
-    def everywhere(self) -> list[Hook]:
-        """Return every hook, by place."""
-        return [hook for hooks in self._maps.values() for hook in hooks]
+    def of(self, edits: frozenset[int]) -> list[Hook]:
+        """Return every hook of some edits, by place."""
+        return [hook for hooks in self._maps.values() for hook in hooks if hook.edit in edits]
 
     def map_at(self, site: Site) -> AffineMap:
         """Return the composed map at one place; per-head maps act on their slice."""

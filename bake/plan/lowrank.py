@@ -68,7 +68,7 @@ def targets_of(plan: Plan) -> tuple[Target, ...]:
     embedding alone, and the tied head reads the base's. Where one expert changes, every expert of
     every layer gets factors, because loaders stack them; where one router does, every router.
     """
-    updates = {u.name: u for u in plan.tensors if u.replacement is None and not is_copy(u)}
+    updates = {u.name: u for u in plan.tensors if u.replacement is None and not u.is_copy()}
     found = list(_tables(plan.layout, updates))
     layers = [
         (linear, branch)
@@ -135,11 +135,6 @@ def _layer_target(
     )
 
 
-def is_copy(update: TensorUpdate) -> bool:
-    """Whether an update writes the embedding once more, as a head of its own, and no edit."""
-    return update.create and not (update.outputs or update.updates or update.input is not None)
-
-
 def rank_of(update: TensorUpdate) -> int:
     """Return how many rank-one terms the change of a weight has."""
     rank = sum(_map_rank(part.map) for part in update.outputs)
@@ -156,7 +151,7 @@ def low_rank(update: TensorUpdate) -> LowRank:
     outer = update.shape[update.output_axis]
     inner = update.shape[1 - update.output_axis]
     left, right = _joined([_placed(part, outer) for part in update.outputs], outer)
-    in_left, in_right = _joined([] if update.input is None else [_factors(update.input)], inner)
+    in_left, in_right = _joined([] if update.input is None else [thin_factors(update.input)], inner)
     up_left = [added.left for added in update.updates]
     up_right = [added.right for added in update.updates]
     empty = torch.zeros(outer, 0, dtype=torch.float64), torch.zeros(0, inner, dtype=torch.float64)
@@ -207,17 +202,18 @@ def _outside_constant(update: TensorUpdate) -> Tensor | None:
 def _map_rank(map_: AffineMap) -> int:
     if isinstance(map_, DiagonalMap):
         return int((map_.scale != 1).sum())
-    return _factors(map_)[0].shape[1]
+    return thin_factors(map_)[0].shape[1]
 
 
 @lru_cache(maxsize=256)
-def _factors(map_: AffineMap) -> tuple[Tensor, Tensor]:
+def thin_factors(map_: AffineMap) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
+    """Return what a map's ``delta_factors`` are; the plan asks again and again for the same."""
     return map_.delta_factors()
 
 
 def _placed(part: PartMap, width: int) -> tuple[Tensor, Tensor]:
     """Return a part's factors on the whole output axis."""
-    left, right = _factors(part.map)
+    left, right = thin_factors(part.map)
     if part.rows is None:
         return left, right
     index = torch.tensor(part.rows)

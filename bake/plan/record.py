@@ -1,11 +1,12 @@
 """A plan as JSON: what ``--json`` prints and ``bake.json`` keeps."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
 from bake.plan.compile import ITEM_BYTES
-from bake.plan.types import BiasUpdate, Plan, RuntimeVerdict, TensorUpdate
+from bake.plan.types import BiasUpdate, Finding, Plan, RuntimeVerdict, TensorUpdate
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
@@ -14,17 +15,7 @@ def plan_record(plan: Plan) -> dict[str, Any]:
         "digest": plan.digest,
         "exactness": str(plan.exactness),
         "family": plan.layout.family.name,
-        "findings": [
-            {
-                "kind": finding.kind,
-                "concept": finding.concept,
-                "sites": [str(site) for site in finding.sites],
-                "exactness": str(finding.exactness),
-                "reason": finding.reason,
-                "remedy": finding.remedy,
-            }
-            for finding in plan.findings
-        ],
+        "findings": findings_record(plan.findings),
         "tensors": [_tensor(update, plan.layout.dtype) for update in plan.tensors],
         "biases": [_bias(update) for update in plan.biases],
         "config": [{"key": c.key, "old": c.old, "new": c.new} for c in plan.config],
@@ -34,19 +25,24 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def runtimes_record(verdicts: Sequence[RuntimeVerdict]) -> list[dict[str, Any]]:
-    """Return verdicts on one carrier, a runtime each."""
+def findings_record(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """Return what is said of every edit; a record lists the edits in order, so it has no index."""
     return [
         {
-            "runtime": verdict.runtime,
-            "status": verdict.status,
-            "reason": verdict.reason,
-            "wanted": verdict.wanted,
-            "reads": verdict.reads,
-            "known": verdict.known,
+            "kind": finding.kind,
+            "concept": finding.concept,
+            "sites": [str(site) for site in finding.sites],
+            "exactness": str(finding.exactness),
+            "reason": finding.reason,
+            "remedy": finding.remedy,
         }
-        for verdict in verdicts
+        for finding in findings
     ]
+
+
+def runtimes_record(verdicts: Sequence[RuntimeVerdict]) -> list[dict[str, Any]]:
+    """Return verdicts on one carrier, a runtime each."""
+    return [asdict(verdict) for verdict in verdicts]
 
 
 def _tensor(update: TensorUpdate, dtype: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ and the last term must not depend on the token. There are two ways:
 2. A is orthogonal, and T_{p−1} = AᵀT_p: everything before p lives in a turned frame.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -23,6 +22,7 @@ from bake.affine import AffineMap, LowRankMap, identity, tolerance
 from bake.families import Branch, Layout
 from bake.plan.hooks import Hook, Hooks
 from bake.plan.known import Known
+from bake.plan.lowrank import thin_factors
 from bake.sites import Site, SiteKind
 
 
@@ -46,6 +46,10 @@ class Fold:
     """What must be added at this point once, component hooks' constants included."""
     frame: AffineMap
     """T, with y = T z; its transpose acts last on what is written."""
+    edits: frozenset[int]
+    """The edits that A and the constant come from, but for component hooks."""
+    turned_by: frozenset[int]
+    """The edits that T comes from, all of them at later points."""
 
 
 @dataclass(slots=True)
@@ -61,11 +65,6 @@ class StreamFold:
 
 
 @lru_cache(maxsize=64)
-def _factors(map_: AffineMap) -> tuple[Tensor, Tensor]:
-    return map_.delta_factors()
-
-
-@lru_cache(maxsize=64)
 def _orthogonal(map_: AffineMap) -> bool:
     return map_.is_orthogonal()
 
@@ -74,29 +73,23 @@ def fold_stream(layout: Layout, hooks: Hooks, *, nulling: bool) -> StreamFold:
     """Return how every write changes so that the baked stream follows the hooked one."""
     result = StreamFold()
     known, scale = Known(None, None), 0.0
-    turns: list[AffineMap] = []
-    linears: list[AffineMap] = []
-    constants: list[Tensor] = []
+    steps: list[_Point] = []
     for point, sites in enumerate(layout.points):
         step = _Point(layout, hooks, point, known, result, scale)
         for hook in hooks.at(*sites):
             step.apply(hook)
         step.close(nulling=nulling)
         known, scale = step.known, step.scale
-        turns.append(step.turn)
-        linears.append(step.linear)
-        constants.append(step.settled())
-    frames = _frames(turns, layout.hidden)
-    result.folds = [Fold(*parts) for parts in zip(linears, constants, frames, strict=True)]
+        steps.append(step)
+    # T_last = I and T_{p−1} = Q_pᵀ T_p.
+    frame: AffineMap = identity(layout.hidden)
+    turned_by = frozenset[int]()
+    for step in reversed(steps):
+        edits = frozenset(hook.edit for hook in step.applied)
+        result.folds.insert(0, Fold(step.linear, step.settled(), frame, edits, turned_by))
+        frame = step.turn.transpose().after(frame)
+        turned_by |= {hook.edit for hook in step.turning}
     return result
-
-
-def _frames(turns: Sequence[AffineMap], width: int) -> list[AffineMap]:
-    """Return T for every point: T_last = I and T_{p−1} = Q_pᵀ T_p."""
-    frames: list[AffineMap] = [identity(width)]
-    for turn in reversed(turns[1:]):
-        frames.append(turn.transpose().after(frames[-1]))
-    return frames[::-1]
 
 
 class _Point:
@@ -121,6 +114,7 @@ class _Point:
         # zero is judged against the largest of them all, not of this point alone.
         self.scale = scale
         self.applied: list[Hook] = []
+        self.turning: list[Hook] = []
         if point == 0:
             self._add(hooks.map_at(Site(SiteKind.EMBED)).bias)
         for branch in self.writes:
@@ -133,21 +127,22 @@ class _Point:
 
     def apply(self, hook: Hook) -> None:
         """Pass one hook: the skip path by one of the two ways, the writes and constants through."""
-        left, right = _factors(hook.map)
+        left, right = thin_factors(hook.map)
         fixed = self.known.constant(right)
         if fixed is not None:
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
             self._add(left @ fixed)
-        elif _orthogonal(hook.map) and self._obstacle(hook.map) is None:
+        elif _orthogonal(hook.map) and _obstacle(self.layout, self.point, hook.map) is None:
             functionals = self.known.functionals
             assert functionals is not None
             self.known = self.known.turned(hook.map.linear(functionals))
             self.turn = hook.map.without_bias().after(self.turn)
+            self.turning.append(hook)
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
         else:
-            reason, remedy = self._refusal(hook)
+            reason, remedy = _refusal(self.layout, self.point, hook.map)
             self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
             return
         self.linear = hook.map.without_bias().after(self.linear)
@@ -206,42 +201,43 @@ class _Point:
             self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
         return nothing
 
-    def _obstacle(self, turn: AffineMap) -> str | None:
-        """Return why the stream before this point cannot live in a turned frame, if so."""
-        ones = torch.ones(self.layout.hidden, dtype=torch.float64)
-        image = turn.linear(ones)
-        centred = min(float((image - ones).abs().max()), float((image + ones).abs().max()))
-        for branch in self.layout.branches:
-            if branch.target <= self.point and branch.norm_out is not None:
-                return f"{branch.live} writes through {branch.norm_out.live}, which does not turn"
-            norm = branch.norm_in
-            if branch.source < self.point and norm is not None and norm.kind == "layer":
-                if centred > tolerance(self.layout.hidden):
-                    return (
-                        f"{norm.live} is a LayerNorm: it subtracts the mean, which only a map that "
-                        "keeps the all-ones direction passes through"
-                    )
-        return None
 
-    def _refusal(self, hook: Hook) -> tuple[str, str]:
-        """Return reason and remedy for a hook that folds in neither way."""
-        if _orthogonal(hook.map):
-            reason = "an orthogonal map turns everything before it, but "
-            reason += str(self._obstacle(hook.map))
-            remedy = "edit module outputs (attn_out, mlp_out) or norm outputs (ln1_out, ln2_out)"
-        elif hook.map.is_idempotent():
-            before = self.layout.points[self.point - 1][0]
-            reason = f"the skip path carries the edited component from {before} past this site, "
-            reason += "and it has no weights"
-            remedy = 'apply the edit at every stream site (at = "resid"), or at module outputs '
-            remedy += '(at = ["attn_out.*", "mlp_out.*"]): both are exact, and both are other edits'
-        else:
-            error = hook.map.idempotence_error()
-            reason = f"the map is not idempotent (A² − A = {error:.1e}): it changes again what "
-            reason += "came through the skip path, which has no weights"
-            remedy = "use strength 1 and an idempotent map at every stream site, or edit module "
-            remedy += 'outputs (at = ["attn_out.*", "mlp_out.*"]), where any affine map is exact'
-        return reason, remedy
+def _obstacle(layout: Layout, point: int, turn: AffineMap) -> str | None:
+    """Return why the stream before a point cannot live in a turned frame, if so."""
+    ones = torch.ones(layout.hidden, dtype=torch.float64)
+    image = turn.linear(ones)
+    centred = min(float((image - ones).abs().max()), float((image + ones).abs().max()))
+    for branch in layout.branches:
+        if branch.target <= point and branch.norm_out is not None:
+            return f"{branch.live} writes through {branch.norm_out.live}, which does not turn"
+        norm = branch.norm_in
+        if branch.source < point and norm is not None and norm.kind == "layer":
+            if centred > tolerance(layout.hidden):
+                return (
+                    f"{norm.live} is a LayerNorm: it subtracts the mean, which only a map that "
+                    "keeps the all-ones direction passes through"
+                )
+    return None
+
+
+def _refusal(layout: Layout, point: int, map_: AffineMap) -> tuple[str, str]:
+    """Return reason and remedy for a hook that folds in neither way."""
+    if _orthogonal(map_):
+        reason = "an orthogonal map turns everything before it, but "
+        reason += str(_obstacle(layout, point, map_))
+        remedy = "edit module outputs (attn_out, mlp_out) or norm outputs (ln1_out, ln2_out)"
+    elif map_.is_idempotent():
+        before = layout.points[point - 1][0]
+        reason = f"the skip path carries the edited component from {before} past this site, "
+        reason += "and it has no weights"
+        remedy = 'apply the edit at every stream site (at = "resid"), or at module outputs '
+        remedy += '(at = ["attn_out.*", "mlp_out.*"]): both are exact, and both are other edits'
+    else:
+        reason = f"the map is not idempotent (A² − A = {map_.idempotence_error():.1e}): it changes "
+        reason += "again what came through the skip path, which has no weights"
+        remedy = "use strength 1 and an idempotent map at every stream site, or edit module "
+        remedy += 'outputs (at = ["attn_out.*", "mlp_out.*"]), where any affine map is exact'
+    return reason, remedy
 
 
 def thin(map_: AffineMap) -> AffineMap:

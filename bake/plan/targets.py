@@ -1,11 +1,11 @@
 """What the runtimes make of a carrier, from the families' tables and from what they read at all."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bake.artifact.carrier import KINDS
-from bake.families import READS, RUNTIMES, Layout, Linear, Runtime, configured, runtime_of
+from bake.artifact.carrier import KINDS, Carrier, Part
+from bake.families import RUNTIMES, Layout, Linear, Runtime, configured, runtime_of
 from bake.families.table import MISSING
 from bake.plan.types import (
     BiasUpdate,
@@ -18,15 +18,15 @@ from bake.plan.types import (
 )
 
 Config = Mapping[str, Any]
+Hindrance = tuple[str | None, bool]
+"""Why a runtime would not serve something as it is meant, or what is not known of it, or None; and
+whether the table says anything of it."""
 
-LLAMA_CPP = "llama.cpp"
-GGUF_ENGINE = {LLAMA_CPP: LLAMA_CPP, "ollama": LLAMA_CPP}
-"""Whose code reads GGUF files: Ollama starts llama.cpp's server."""
-
-_GENERAL = {
+GENERAL = {
     "transformers": "the table is read from its classes",
     "peft": "it adds the factors to transformers' own modules",
 }
+"""The runtimes that need no section of a table, each with where what is said of it is read."""
 ROUNDED = "the edited weights are rounded to a few bits each"
 _UNTRIED = "it has a reader of GGUF files, which was neither read nor run"
 
@@ -41,60 +41,67 @@ def checkpoint_runtimes(
         config: the base's config.json.
         targets: the runtimes that the recipe wants.
     """
-    wanted = frozenset(targets)
     new = _changed(config, plan.config)
     untied = not plan.layout.tied or any(
         c.key == "tie_word_embeddings" and c.new is False for c in plan.config
     )
-    verdicts = []
-    for name in RUNTIMES:
-        runtime, known, reason = runtime_of(plan.layout, name), True, None
-        if name not in _GENERAL and runtime is None:
-            known, reason = False, f"the table {plan.layout.family.name!r} says nothing of it"
-        elif runtime is not None:
-            reason = model_hindrance(plan.layout, runtime, plan.biases, untied=untied)
-            reason = reason or _misread(plan.layout, runtime, new)
-        verdicts.append(
-            conclude(plan, plan.findings, name, "checkpoint", name in wanted, reason, known=known)
-        )
-    return tuple(verdicts)
+
+    def hindrance(name: str) -> Hindrance:
+        runtime = runtime_of(plan.layout, name)
+        if runtime is None:
+            silent = f"the table {plan.layout.family.name!r} says nothing of it"
+            return (None, True) if name in GENERAL else (silent, False)
+        reason = model_hindrance(plan.layout, runtime, plan.biases, untied=untied)
+        return reason or _misread(plan.layout, runtime, new), True
+
+    return judged(plan, KINDS["checkpoint"], plan.findings, targets, hindrance)
 
 
-def conclude(
+def judged(
     plan: Plan,
+    kind: Carrier,
     findings: Sequence[Finding],
-    name: str,
-    carrier: str,
-    wanted: bool,
-    hindrance: str | None,
-    *,
-    known: bool = True,
-) -> RuntimeVerdict:
-    """Return the verdict on a runtime.
+    targets: Iterable[str],
+    hindrance: Callable[[str], Hindrance],
+) -> tuple[RuntimeVerdict, ...]:
+    """Return a verdict on a carrier for every runtime.
 
     Args:
         plan: the plan.
-        findings: what the carrier does with the edits.
-        name: the runtime.
-        carrier: the carrier.
-        wanted: whether the runtime is a target.
-        hindrance: why the runtime would not serve it as it is meant, or what is not known of it.
-        known: whether the table says anything of the runtime with this carrier.
+        kind: the carrier.
+        findings: what it does with the edits.
+        targets: the runtimes that the recipe wants.
+        hindrance: returns what keeps a runtime from serving it as it is meant.
     """
-    if carrier not in READS[name]:
-        status, reason = unread(name, carrier)
+    wanted = frozenset(targets)
+    return tuple(
+        _verdict(plan, kind, findings, name, name in wanted, hindrance(name)) for name in RUNTIMES
+    )
+
+
+def _verdict(
+    plan: Plan,
+    kind: Carrier,
+    findings: Sequence[Finding],
+    name: str,
+    wanted: bool,
+    hindrance: Hindrance,
+) -> RuntimeVerdict:
+    if name not in kind.readers:
+        status, reason = _unread(name, kind)
         return RuntimeVerdict(name, status, reason, wanted, reads=False)
     worst = max((f.exactness for f in findings), key=list(Exactness).index, default=Exactness.EXACT)
     if worst is Exactness.IMPOSSIBLE:
         why = next(f.reason for f in findings if f.exactness is worst)
-        return RuntimeVerdict(name, "refused", f"a {carrier} cannot hold the edit: {why}", wanted)
-    if hindrance is not None:
+        return RuntimeVerdict(name, "refused", f"a {kind.name} cannot hold the edit: {why}", wanted)
+    hindered, known = hindrance
+    if hindered is not None:
         status = "refused" if known else "not tested"
-        return RuntimeVerdict(name, status, hindrance, wanted, known=known)
-    source = _source(plan.layout, name, carrier)
-    if carrier not in plan.layout.family.run.get(name, ()):
+        return RuntimeVerdict(name, status, hindered, wanted, known=known)
+    source = _source(plan.layout, name, kind)
+    if kind.name not in plan.layout.family.run.get(name, ()):
         untested = f"read, not run ({source})"
-        if name in _GENERAL:  # a table of the user's own
+        if name in GENERAL:  # a table of the user's own
             untested = f"no test runs the table {plan.layout.family.name!r}; `bake verify` does"
         return RuntimeVerdict(name, "not tested", untested, wanted)
     if worst is not Exactness.EXACT:
@@ -103,28 +110,28 @@ def conclude(
     return RuntimeVerdict(name, "exact", source, wanted)
 
 
-def unread(name: str, carrier: str) -> tuple[Status, str]:
+def _unread(name: str, kind: Carrier) -> tuple[Status, str]:
     """Return the verdict on a runtime that a carrier is not for."""
-    kind = KINDS[carrier]
     reason = kind.unread.get(name) or kind.unread_otherwise
     return ("not tested", _UNTRIED) if reason is None else ("refused", reason)
 
 
 def converted_runtimes(
-    verdicts: Sequence[RuntimeVerdict], *, codes: bool
+    verdicts: Sequence[RuntimeVerdict], kind: Carrier, *, codes: bool
 ) -> tuple[RuntimeVerdict, ...]:
-    """Return the verdicts on the GGUF file that llama.cpp's converter makes of a checkpoint.
+    """Return the verdicts on the file that its loader's own converter makes of a checkpoint.
 
     Args:
         verdicts: on the checkpoint.
+        kind: the carrier of the file.
         codes: whether the file stores weights in a few bits each.
     """
-    own = next(verdict for verdict in verdicts if verdict.runtime == LLAMA_CPP)
+    own = next(verdict for verdict in verdicts if verdict.runtime == kind.loader)
     found = []
     for verdict in verdicts:
         name = verdict.runtime
-        if "gguf" not in READS[name]:
-            status, reason = unread(name, "gguf")
+        if name not in kind.readers:
+            status, reason = _unread(name, kind)
             found.append(RuntimeVerdict(name, status, reason, verdict.wanted, reads=False))
         elif name != own.runtime and own.status != "refused":
             reason = f"read, not run (it starts {own.runtime}; {own.reason})"
@@ -228,12 +235,12 @@ def _changed(config: Config, changes: Sequence[ConfigChange]) -> Config:
     return new
 
 
-def _source(layout: Layout, name: str, carrier: str) -> str:
-    if name in _GENERAL:
-        if name == "transformers" and carrier == "lora":
+def _source(layout: Layout, name: str, kind: Carrier) -> str:
+    if name in GENERAL:
+        if name == "transformers" and Part.LOW_RANK in kind.holds:
             return "its load_adapter calls PEFT"
-        return _GENERAL[name]
-    engine = name if carrier == "checkpoint" else GGUF_ENGINE.get(name, name)
+        return GENERAL[name]
+    engine = kind.loader or name
     runtime = runtime_of(layout, engine)
     assert runtime is not None
     return runtime.source if engine == name else f"it starts {engine}; {runtime.source}"

@@ -37,6 +37,8 @@ class Exactness(StrEnum):
 class Finding:
     """What the plan says of one edit at some sites."""
 
+    edit: int
+    """Index of the edit in the plan."""
     kind: str
     concept: str
     sites: tuple[Site, ...]
@@ -72,11 +74,17 @@ class TensorUpdate:
     is_table: bool = False
     """Whether rows are looked up (an embedding), so that constants go into them."""
     replacement: Float[Tensor, " d"] | None = None
+    edits: tuple[int, ...] = ()
+    """Indices of the plan's edits that the new value holds, in order."""
 
     @property
     def create(self) -> bool:
         """Whether the checkpoint has no tensor of this name yet."""
         return self.name != self.source
+
+    def is_copy(self) -> bool:
+        """Whether the embedding is written once more, as a head of its own, and no edit."""
+        return self.create and not (self.outputs or self.updates or self.input is not None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +101,8 @@ class BiasUpdate:
     updates: tuple[WeightUpdate, ...] = ()
     outputs: tuple[PartMap, ...] = ()
     addend: Float[Tensor, " m"] | None = None
+    edits: tuple[int, ...] = ()
+    """Indices of the plan's edits that change it; of a created bias, those with its constant."""
 
     def is_zero(self) -> bool:
         """Whether the bias is created and stays zero: a companion that a config flag demands."""
@@ -183,7 +193,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
     if hasattr(value, "__dataclass_fields__"):
-        fields = {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        # Which edit a change comes from is no part of it: what artifacts recorded has to stay true.
+        names = [name for name in value.__dataclass_fields__ if name != "edits"]
+        fields = {name: _plain(getattr(value, name)) for name in names}
         return {"type": type(value).__name__, **fields}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

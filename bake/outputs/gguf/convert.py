@@ -9,6 +9,7 @@ from typing import Any
 
 from bake import __version__
 from bake.artifact.artifact import Artifact
+from bake.artifact.carrier import KINDS
 from bake.checkpoints import strictjson
 from bake.checkpoints.gguf.codec import FLOATS
 from bake.converter import convert
@@ -20,7 +21,7 @@ from bake.outputs.folder import digests, new_folder, sync
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.plan import Plan, RuntimeVerdict
 from bake.plan.record import runtimes_record
-from bake.plan.targets import LLAMA_CPP, converted_runtimes
+from bake.plan.targets import converted_runtimes
 from bake.process import RuntimeMissing
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -126,7 +127,9 @@ def _refuse_unserved(verdicts: Sequence[RuntimeVerdict], where: Path) -> None:
     loader then refuses.
     """
     for verdict in verdicts:
-        if verdict.runtime == LLAMA_CPP and (verdict.status == "refused" or not verdict.known):
+        if verdict.runtime != KINDS["gguf"].loader:
+            continue
+        if verdict.status == "refused" or not verdict.known:
             raise InexactPlan(
                 f"llama.cpp would not serve this checkpoint as it is meant ({verdict.status})",
                 where=str(where),
@@ -144,7 +147,7 @@ def _recorded(content: Mapping[str, Any], baked: Path) -> tuple[RuntimeVerdict, 
     match content:
         case {"plan": {"runtimes": [*entries]}}:
             verdicts = tuple(_verdict(entry, baked) for entry in entries)
-            if any(verdict.runtime == LLAMA_CPP for verdict in verdicts):
+            if any(verdict.runtime == KINDS["gguf"].loader for verdict in verdicts):
                 return verdicts
     raise CheckpointError("says nothing of llama.cpp", where=str(baked / RECORD))
 
@@ -175,7 +178,7 @@ def _record(
 ) -> str:
     """Return the checkpoint's record as the GGUF file's: other files, and other runtimes."""
     gguf = {"converter": SCRIPT, "outtype": outtype}
-    served = converted_runtimes(verdicts, codes=outtype.upper() not in FLOATS)
+    served = converted_runtimes(verdicts, KINDS["gguf"], codes=outtype.upper() not in FLOATS)
     plan = {**content["plan"], "runtimes": runtimes_record(served)}
     own = {"bake": __version__, "kind": "gguf", "plan": plan, "gguf": gguf, "files": dict(files)}
     return json.dumps({**content, **own}, indent=2, ensure_ascii=False) + "\n"

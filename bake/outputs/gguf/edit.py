@@ -24,7 +24,6 @@ from bake.checkpoints.gguf.types import BY_NAME, GgmlType, type_named
 from bake.errors import InexactPlan, UsageError
 from bake.families.gguf import GgufPlace, gguf_places
 from bake.fold import WeightFold, fold_bias
-from bake.outputs.checkpoint import refuse_inexact
 from bake.outputs.folder import check_apart, new_folder, sync
 from bake.outputs.gguf.fold import bias_fold, guarded, in_file_order, weight_fold
 from bake.outputs.gguf.match import check_corners, check_loadable, check_norms, check_tensors
@@ -32,6 +31,7 @@ from bake.outputs.gguf.modelfile import modelfile
 from bake.outputs.gguf.tensor import MatrixEdit
 from bake.outputs.gguf.write import NewBytes, write_parts, write_small
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
+from bake.plan.carriers import refuse
 from bake.progress import Progress
 from bake.rounding import Rounding
 
@@ -106,7 +106,7 @@ def check_gguf(
     Raises:
         InexactPlan, CheckpointError, UsageError: as ``export_gguf``, before anything is written.
     """
-    refuse_inexact(replace(plan, runtimes=()), allow)
+    refuse(replace(plan, runtimes=()), "checkpoint", allow)
     if rounding not in get_args(Rounding):
         raise UsageError(f"rounding is {rounding!r}, and has to be nearest or feedback")
     model = open_gguf(gguf)
@@ -165,7 +165,7 @@ def _new_tensors(
             found[place.name] = _vector(place.name, model, value)
             continue
         folds = stacks[place.name, _source(update, place, places, model)]
-        if not _is_copy(update):
+        if not update.is_copy():
             folds[place.expert] = weight_fold(update, place)
     for (name, source), folds in stacks.items():
         found[name] = _matrix(name, source, folds, model, chosen, rounding, ggml)
@@ -182,10 +182,6 @@ def _source(
 ) -> str:
     """Return the tensor of the base file; some files store a tied head a second time."""
     return place.name if place.name in model.tensors else places[update.source].name
-
-
-def _is_copy(update: TensorUpdate) -> bool:
-    return not update.outputs and not update.updates and update.input is None
 
 
 def _matrix(

@@ -25,11 +25,12 @@ from bake.checkpoints.gguf.file import Gguf
 from bake.errors import CheckpointError
 from bake.families.gguf import GgufPlace, gguf_names, gguf_places
 from bake.outputs.factors import FactorSource, factors_from, padded, weight_factors
-from bake.outputs.folder import check_apart, refuse_unfit, write_artifact
+from bake.outputs.folder import check_apart, write_artifact
 from bake.outputs.gguf.match import check_corners
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.lora import nonempty, target_factors
 from bake.plan import Plan
+from bake.plan.carriers import refuse
 from bake.plan.lowrank import LowRank, Target, low_rank, rank_of, targets_of
 from bake.progress import Progress, Tally
 from bake.rounding import to_storage
@@ -122,7 +123,7 @@ def check_gguf_lora(
         CheckpointError: the GGUF is not one of this model.
         UsageError: the plan changes no weight, or a Modelfile cannot name the GGUF.
     """
-    refuse_unfit(plan, "gguf-lora", allow)
+    refuse(plan, "gguf-lora", allow)
     pairs = _pairs(plan, nonempty(targets_of(plan)))
     if model is not None:
         _check_model(model, plan, pairs)

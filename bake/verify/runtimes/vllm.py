@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.artifact.carrier import VLLM_RANKS, vllm_room
 from bake.errors import CheckpointError
 from bake.verify.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
     from bake.verify.runtimes.request import RuntimeRequest
-
-# vLLM config/lora.py: MaxLoRARanks. An adapter of any rank fits into a larger one.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _adapter_rank(request: "RuntimeRequest") -> Mapping[str, Any]:
@@ -30,12 +28,13 @@ def max_lora_rank(adapter: Path) -> int:
         rank = int(json.loads(config.read_text(encoding="utf-8"))["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("vLLM reads a PEFT LoRA with its rank", where=str(config)) from error
-    fitting = [allowed for allowed in RANKS if allowed >= rank]
-    if not fitting:
+    room = vllm_room(rank)
+    if room is None:
         raise CheckpointError(
-            f"the adapter's rank is {rank}, and vLLM takes up to {RANKS[-1]}", where=str(config)
+            f"the adapter's rank is {rank}, and vLLM takes up to {VLLM_RANKS[-1]}",
+            where=str(config),
         )
-    return fitting[0]
+    return room
 
 
 VLLM = Runtime(
