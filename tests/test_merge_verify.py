@@ -94,8 +94,8 @@ def test_half_precision_has_the_floor_of_its_dtype(
     report = verify(out)
     assert report.passed and report.dtype == "BF16"
     error = value(report, "merged − adapter at work, evaluated in float64")
-    # Rounding the merged weights costs something, and less than the adapter's work in bfloat16.
-    assert 0 < error < value(report, "merged in bfloat16 − adapter at work in float64")
+    # Rounding the merged weights costs something, and a fifth of what all work in bfloat16 costs.
+    assert 0 < error < value(report, "merged in bfloat16 − adapter at work in float64") / 2
 
 
 def test_experts(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from bake.affine import translation
@@ -19,7 +18,7 @@ from bake.approximate.writers import Place, places_for
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import InputError, UsageError
 from bake.families import Layout
-from bake.progress import Progress
+from bake.progress import Progress, Tally
 from bake.sites import Site
 
 if TYPE_CHECKING:
@@ -127,19 +126,9 @@ def calibrate(
             "the edits have no effect on the calibration texts",
             fix="give texts on which the hooks change something",
         )
-    stand_ins: tuple[Edit, ...] = ()
-    fits: tuple[Fit, ...] = ()
-    reached = divergence(model, layout, asked, kept, split.choose)
-    for number, place in enumerate(places[: _count(chosen, places)]):
-        found = _fit(model, layout, asked, (*kept, *stand_ins), place, split, chosen)
-        if found is not None:
-            tried = (*stand_ins, *_edits(place, found, hard))
-            kl = divergence(model, layout, asked, (*kept, *tried), split.choose)
-            if kl < _FALL * reached:
-                stand_ins, reached = tried, kl
-                fits = (*fits, Fit(place.site, found.rank, found.ridge, found.r2, kl))
-        if progress is not None:
-            progress(number + 1, _count(chosen, places))
+    places = places[: None if chosen.corrections is None else 1 + chosen.corrections]
+    fitting = _Fitting(model, layout, tuple(hard), tuple(kept), split, chosen)
+    stand_ins, fits = fitting.stand_ins(places, progress)
     if not fits:
         raise UsageError(
             "no writer predicts what the edits do on the calibration texts",
@@ -174,41 +163,63 @@ def _tokens(batches: Sequence[Tensor]) -> int:
     return sum(batch.numel() for batch in batches)
 
 
-def _count(settings: Settings, places: Sequence[Place]) -> int:
-    more = settings.corrections
-    return len(places) if more is None else min(len(places), 1 + more)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fitting:
+    """What stand-ins are fitted for, and to what."""
 
+    model: "PreTrainedModel"
+    layout: Layout
+    hard: tuple[Edit, ...]
+    kept: tuple[Edit, ...]
+    split: _Split
+    settings: Settings
 
-def _fit(
-    model: "PreTrainedModel",
-    layout: Layout,
-    asked: Sequence[Edit],
-    now: Sequence[Edit],
-    place: Place,
-    split: _Split,
-    settings: Settings,
-) -> Solution | None:
-    """Return what a writer can make up for of the difference behind it."""
-    writer, live = place.writer, place.writer.live
-    assert live is not None
-    constant = settings.constant and writer.bias.state != "never"
-    width = writer.shape[1 - writer.output_axis]
-    moments = []
-    for batches in (split.fit, split.choose):
-        summed = Moments(width, layout.hidden, constant=constant)
-        for tokens in batches:
-            hooked = observe(model, layout, asked, tokens, (place.watch,))
-            edited = observe(model, layout, now, tokens, (live, place.watch))
-            missing = hooked[place.watch].double() - edited[place.watch].double()
-            summed.add(edited[live], missing / place.branch.gain)
-        moments.append(summed)
-    return regress(*moments, rank=settings.rank)
+    def stand_ins(
+        self, places: Sequence[Place], progress: Progress | None
+    ) -> tuple[tuple[Edit, ...], tuple[Fit, ...]]:
+        """Return the stand-ins at those writers where the divergence falls, and what each did."""
+        found: tuple[Edit, ...] = ()
+        fits: tuple[Fit, ...] = ()
+        reached, tally = self._reached(found), Tally(len(places), progress)
+        for place in places:
+            solution = self._solution(place, (*self.kept, *found))
+            if solution is not None:
+                tried = (*found, *self._edits(place, solution))
+                kl = self._reached(tried)
+                if kl < _FALL * reached:
+                    found, reached = tried, kl
+                    fit = Fit(place.site, solution.rank, solution.ridge, solution.r2, kl)
+                    fits = (*fits, fit)
+            tally.advance(1)
+        return found, fits
 
+    def _reached(self, stand_ins: Sequence[Edit]) -> float:
+        """Return the divergence of some stand-ins on the text that chooses."""
+        asked, now = (*self.kept, *self.hard), (*self.kept, *stand_ins)
+        return divergence(self.model, self.layout, asked, now, self.split.choose)
 
-def _edits(place: Place, found: Solution, hard: Sequence[Edit]) -> tuple[Edit, ...]:
-    concept = "+".join(dict.fromkeys(edit.concept for edit in hard))
-    sites = (place.site,)
-    made = [Edit(EditKind.UPDATE, concept, sites, WeightUpdate(found.left, found.right))]
-    if found.constant is not None and bool(torch.any(found.constant != 0)):
-        made.append(Edit(EditKind.OFFSET, concept, sites, translation(found.constant)))
-    return tuple(made)
+    def _solution(self, place: Place, now: Sequence[Edit]) -> Solution | None:
+        """Return what a writer can make up for of the difference behind it."""
+        writer, live = place.writer, place.writer.live
+        assert live is not None
+        constant = self.settings.constant and writer.bias.state != "never"
+        width = writer.shape[1 - writer.output_axis]
+        moments = []
+        for batches in (self.split.fit, self.split.choose):
+            summed = Moments(width, self.layout.hidden, constant=constant)
+            for tokens in batches:
+                asked = (*self.kept, *self.hard)
+                hooked = observe(self.model, self.layout, asked, tokens, (place.watch,))
+                edited = observe(self.model, self.layout, now, tokens, (live, place.watch))
+                missing = hooked[place.watch].double() - edited[place.watch].double()
+                summed.add(edited[live], missing / place.branch.gain)
+            moments.append(summed)
+        return regress(*moments, rank=self.settings.rank)
+
+    def _edits(self, place: Place, found: Solution) -> tuple[Edit, ...]:
+        concept = "+".join(dict.fromkeys(edit.concept for edit in self.hard))
+        sites = (place.site,)
+        update = Edit(EditKind.UPDATE, concept, sites, WeightUpdate(found.left, found.right))
+        if found.constant is None or not bool(found.constant.any()):
+            return (update,)
+        return update, Edit(EditKind.OFFSET, concept, sites, translation(found.constant))
