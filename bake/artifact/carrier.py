@@ -2,7 +2,8 @@
 
 Everything that depends on what kind of files an artifact has asks here: the plan what they hold,
 the writers in which order they run, publishing which files are weights, cards what the Hub calls
-them. To add one, add it to ``_ALL`` and a writer to ``bake.outputs.registry``.
+them. To add one, add it to ``_ALL``, say in ``loading`` how its readers are told to load it, and
+add a writer to ``bake.outputs.registry``.
 """
 
 from collections.abc import Iterable, Mapping

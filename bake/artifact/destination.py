@@ -41,9 +41,9 @@ class Destination:
             raise UsageError("a pull request does not make a repository public")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
-    """What a push did, or would do.
+    """What a push did, or would do; without more than it has to be told, one that did nothing yet.
 
     Attributes:
         repo: ``owner/name``.
@@ -67,22 +67,22 @@ class Pushed:
     """
 
     repo: str
-    url: str
-    commit: str
-    tag: str
-    pull_request: str | None
+    url: str = ""
+    commit: str = ""
+    tag: str = ""
+    pull_request: str | None = None
     digest: str
     plan_digest: str
     endpoint: str
     account: str
     public: bool
-    outcome: str
+    outcome: str = ""
     unverified: str | None
-    uploaded: tuple[str, ...]
-    copied: tuple[str, ...]
-    deleted: tuple[str, ...]
-    unchanged: bool
-    dry_run: bool
+    uploaded: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    unchanged: bool = False
+    dry_run: bool = False
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def folder() -> Path:
     """
     package = Path(bake.__file__).parent
     for found in (package / "cards" / "templates", package.parent / "model_cards"):
-        if (found / KINDS["checkpoint"].template).is_file():
+        if all((found / carrier.template).is_file() for carrier in KINDS.values()):
             return found
     raise BakeError(
         "the templates of the model cards are missing",

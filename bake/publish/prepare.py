@@ -1,5 +1,6 @@
 """A folder becomes what is published: checked, with its card, sealed and signed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,13 +60,19 @@ class Prepared:
         return f"bake-{self.manifest.digest[:12]}"
 
 
-def prepare_push(folder: Path, options: PushOptions, progress: Progress | None = None) -> Prepared:
+def prepare_push(
+    folder: Path,
+    options: PushOptions,
+    progress: Progress | None,
+    remark: Callable[[str], None],
+) -> Prepared:
     """Check a folder, and write its card, its seal and its signature unless nothing is written.
 
     Args:
         folder: what ``bake export`` wrote.
         options: what the user asks for.
         progress: called with the bytes that are hashed and their total.
+        remark: called with what is being done.
 
     Raises:
         InputError: the artifact must not be published as it is.
@@ -74,9 +81,9 @@ def prepare_push(folder: Path, options: PushOptions, progress: Progress | None =
     found = preflight(folder, options.terms, card=card)
     raise_problems(found.problems, str(folder))
     folder = folder.resolve()
-    notes = [*found.notes, *_compare_with_base(folder, found.record)]
+    notes = (*found.notes, *_compare_with_base(folder, found.record))
     if card is not None:
-        notes.append(f"{CARD} {'would be' if options.dry_run else 'is'} generated")
+        remark(f"{CARD} {'would be' if options.dry_run else 'is'} generated")
     write = None if options.dry_run else card
     sealed = _sealed(folder, found, write, progress)
     if options.dry_run and card is not None:
@@ -93,7 +100,7 @@ def prepare_push(folder: Path, options: PushOptions, progress: Progress | None =
         found,
         receipt=folder.parent / f"{folder.name}.push.json",
         title=f"Publish {found.record.kind} of plan {short_digest(found.record)}",
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

@@ -69,7 +69,7 @@ def push(
     """
     if not options.dry_run:
         refuse_offline()
-    ready = prepare_push(folder, options, progress)
+    ready = prepare_push(folder, options, progress, remark)
     if options.dry_run and constants.HF_HUB_OFFLINE:
         note = "the Hub is switched off and was not asked"
         return _would(ready, options.to, Parts((), (), ()), account="", notes=(note,))
@@ -170,22 +170,12 @@ def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[s
     """Return a push of which nothing is done yet."""
     return Pushed(
         repo=to.repo,
-        url="",
-        commit="",
-        tag="",
-        pull_request=None,
         digest=ready.manifest.digest,
         plan_digest=ready.record.plan.digest,
         endpoint=constants.ENDPOINT,
         account=account,
         public=to.public,
-        outcome="",
         unverified=ready.checked.unverified,
-        uploaded=(),
-        copied=(),
-        deleted=(),
-        unchanged=False,
-        dry_run=False,
         notes=(*ready.notes, *notes),
     )
 
