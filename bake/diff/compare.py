@@ -72,10 +72,13 @@ def diff(
     """
     with tempfile.TemporaryDirectory(prefix="bake-diff-") as folder:
         scratch = Path(folder)
-        before = open_model(_base_of(out) if base is None else base, scratch)
         if is_adapter(out):
+            before = open_model(_base_of_adapter(out) if base is None else base, scratch)
             return _diff_adapter(out, before, family, most_rank if ranks else None, given or {})
         after = open_model(out, scratch)
+        if base is None:
+            base = base_of(out, after.small_file(RECORD), after.folder)
+        before = open_model(base, scratch)
         if (before.gguf is None) != (after.gguf is None):
             raise UsageError(
                 "a checkpoint and a GGUF file cannot be compared byte by byte",
@@ -92,12 +95,13 @@ def diff(
         return replace(made, subspaces=spaces)
 
 
-def _base_of(out: str) -> str:
-    """Return the base that a record names, or an adapter's config where it has no record."""
-    named = base_of_adapter(out) if is_adapter(out) else None
-    if named is not None and not (Path(out).expanduser() / RECORD).is_file():
+def _base_of_adapter(out: str) -> str:
+    """Return the base that a record names, or the adapter's config where it has no record."""
+    folder = Path(out).expanduser()
+    record = folder / RECORD
+    if not record.is_file() and (named := base_of_adapter(out)) is not None:
         return named
-    return base_of(out)
+    return base_of(out, record if record.is_file() else None, folder.resolve())
 
 
 def _diff_adapter(

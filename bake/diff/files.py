@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bake.checkpoints import folder
 from bake.checkpoints.gguf.header import GgufValue
-from bake.diff.sources import Model, listed
+from bake.diff.sources import Model
 from bake.diff.weights import GgufWeights
 
 ABSENT = "(absent)"
@@ -129,11 +129,20 @@ def file_changes(base: Model, out: Model) -> tuple[FileChange, ...]:
 
 
 def _names(model: Model) -> Mapping[str, str]:
-    """Return the files of a model; the Hub's list where the cache may hold a part of them."""
-    if model.repository is None or model.checkpoint is None:
-        return listed(model)
-    names = folder.sort_names(model.repository.tree, model.checkpoint.index_text, where=model.label)
-    return {**dict.fromkeys(names.side_files, "side"), **dict.fromkeys(names.left_out, "other")}
+    """Return the files beside the weights: name, and whether a runtime may read it.
+
+    The value is ``side`` for what travels with a model, ``other`` for its card, its records and
+    weights in other formats; the name of a folder ends in ``/``. It is the Hub's list where the
+    cache may hold a part of them.
+    """
+    if model.checkpoint is None:
+        return {}
+    side, other = model.checkpoint.side_files, model.checkpoint.left_out
+    if model.repository is not None:
+        index = model.checkpoint.index_text
+        names = folder.sort_names(model.repository.tree, index, where=model.label)
+        side, other = names.side_files, names.left_out
+    return {**dict.fromkeys(side, "side"), **dict.fromkeys(other, "other")}
 
 
 def _pair(base: Model, out: Model, name: str) -> tuple[str, str]:

@@ -1,16 +1,13 @@
 """``Model``: one of the two models that are compared, opened and not loaded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bake.artifact.record import RECORD, read_record, record_at
-from bake.artifact.schema import Record
+from bake.artifact.record import RECORD, record_at
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf.file import Gguf, open_gguf
-from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.source import LocalFiles
 from bake.diff.bytesource import Counted, Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter_config.json"
 _SCHEME = "hf://"
-_LIMIT = 64_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +43,7 @@ class Model:
     @property
     def remote(self) -> bool:
         """Whether its weights come over the network."""
-        return self.checkpoint is not None and not isinstance(_origin(self), LocalFiles)
+        return self.counted is not None and not isinstance(self.counted.origin, LocalFiles)
 
     @property
     def bytes_read(self) -> int:
@@ -58,19 +54,22 @@ class Model:
         """Return the path of one small file of the model's folder, or None when it has none."""
         if self.repository is not None and name in self.repository.tree:
             return self.repository.fetch(name)
-        if self.remote:
+        if self.remote or not (self._folder / name).is_file():
             return None
-        folder = self.checkpoint.path if self.checkpoint is not None else _gguf_folder(self)
-        return regular_file(folder.resolve(), name) if (folder / name).is_file() else None
+        return regular_file(self._folder.resolve(), name)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the model is on this machine; None where that is the cache of the Hub."""
+        cached = self.checkpoint is not None and self.checkpoint.revision is not None
+        return None if cached else self._folder.resolve()
 
-def _origin(model: Model) -> object:
-    return None if model.counted is None else model.counted.origin
-
-
-def _gguf_folder(model: Model) -> Path:
-    assert model.gguf is not None  # one of the two is there
-    return model.gguf.path.parent
+    @property
+    def _folder(self) -> Path:
+        if self.checkpoint is not None:
+            return self.checkpoint.path
+        assert self.gguf is not None  # one of the two is there
+        return self.gguf.path.parent
 
 
 def open_model(source: str, scratch: Path) -> Model:
@@ -160,64 +159,31 @@ def _adapter(source: str) -> UsageError:
     )
 
 
-def base_of(out: str) -> str:
+def base_of(out: str, record: Path | None, folder: Path | None) -> str:
     """Return the base that an artifact names in its record: its folder, or its id on the Hub.
 
     Args:
-        out: the artifact.
+        out: what the user called it.
+        record: the artifact's record, or None where it has none.
+        folder: where the artifact is on this machine; None for one on the Hub, whose paths are
+            those of another machine.
 
     Raises:
-        UsageError: the artifact has no record that names a base.
-        HubError: the Hub refuses or cannot be reached.
+        UsageError: there is no record, or the base has moved.
+        InputError: the record is malformed.
     """
-    record, folder = _record_of(out)
     if record is None:
         raise UsageError(
             f"{out} does not say what it was made from",
             why=f"it has no {RECORD} that names a base",
             fix="name both: bake diff BASE OUT",
         )
-    path = record.base.path
-    if path is not None and folder is not None:
-        found = (folder / path).resolve()
-        if found.exists():
-            return str(found)
+    base = record_at(record, out).base
+    if base.path is None or folder is None:
+        return base.address
+    found = (folder / base.path).resolve()
+    if not found.exists():
         raise UsageError(
             f"the base of {out} is not at {found} any more", fix="name it: bake diff BASE OUT"
         )
-    return record.base.address
-
-
-def _record_of(out: str) -> tuple[Record | None, Path | None]:
-    text = _hub_id(out) if out.startswith(_SCHEME) else out
-    path = Path(text).expanduser()
-    if path.exists():
-        folder = path if path.is_dir() else path.parent
-        found = folder / RECORD
-        return (read_record(folder) if found.is_file() else None), folder.resolve()
-    if path.suffix.lower() == ".gguf":
-        raise CheckpointError("does not exist; a GGUF model is a file", where=out)
-    from bake.checkpoints import hub
-    from bake.diff.hub import read_repository
-
-    repo, revision = parse_hub_id(text, None)
-    located = hub.locate(repo, revision, complete=False, token=None)
-    repository = read_repository(repo, located.commit)
-    if repository is None:
-        found = located.folder / RECORD
-        return (read_record(located.folder) if found.is_file() else None), None
-    if RECORD not in repository.tree:
-        return None, None
-    return record_at(repository.fetch(RECORD), out), None
-
-
-def listed(model: Model) -> Mapping[str, str]:
-    """Return the files beside the weights: name and whether a runtime may read it.
-
-    The value is ``side`` for what travels with a model, ``other`` for its card, its records and
-    weights in other formats; the name of a folder ends in ``/``.
-    """
-    if model.checkpoint is None:
-        return {}
-    names = {name: "side" for name in model.checkpoint.side_files}
-    return names | {name: "other" for name in model.checkpoint.left_out}
+    return str(found)
