@@ -541,6 +541,8 @@ def test_the_same_verification_agrees() -> None:
     ("rows", "problem"),
     [
         ((Row("effect: hooked − base", 4.0, 1e-9, True, "", "effect"),), "published as 9.5"),
+        # twice the limit is what rounding allows
+        ((Row("effect: hooked − base", 9.5 + 3e-9, 1e-9, True, "", "effect"),), "published as 9.5"),
         ((ROWS[0], Row("baked − hooked", 1.0, 1e-3, False)), "measured here as 1 (failed)"),
         ((ROWS[0],), "baked − hooked: published, and not measured here"),
         ((*ROWS, Row("files as exported", 0.0, 0.0, True, "", "files")), "files as exported: not"),

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from bake.jobs.reproduce import Reproduced
     from bake.jobs.request import Request
     from bake.jobs.verifying import Verified
-    from bake.verify.report import Report
 
 
 def plan(request: "Request", *, verbose: bool) -> list["RenderableType"]:
@@ -90,29 +89,4 @@ def verified(result: "Verified") -> list["RenderableType"]:
     files = render.facts(
         ("written", str(path)) for path in result.written if path.parent.name != "plots"
     )
-    return [*render.report(result.report), *_side_tables(result.report), Text(), files, *again]
-
-
-def _side_tables(report: "Report") -> list["RenderableType"]:
-    """Return what the table of comparisons leaves out: runtimes and side effects."""
-    parts: list[RenderableType] = []
-    if report.runtimes:
-        runtimes = render.table("runtime", "version", "status", "why")
-        for record in report.runtimes:
-            reason = str(record.get("reason", "")).partition("\n")[0]
-            runtimes.add_row(
-                str(record["runtime"]), str(record.get("version", "")), record["status"], reason
-            )
-        parts.append(render.section("Runtimes", runtimes))
-    if report.effects:
-        sides = render.table("side effect", "base", "hooked", "baked")
-        for name, numbers in report.effects.items():
-            cells = [
-                "{value:.4g} ({low:.4g} to {high:.4g})".format(**numbers[model])
-                if model in numbers
-                else ""
-                for model in ("base", "hooked", "baked")
-            ]
-            sides.add_row(name, *cells)
-        parts.append(render.section("Side effects, with 95 % confidence intervals", sides))
-    return parts
+    return [*render.report(result.report), Text(), files, *again]

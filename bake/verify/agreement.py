@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bake.errors import InputError
+from bake.verify.markdown import table_lines
 from bake.verify.report import GROUPS, SERVED_EFFECT, Report, Row
 from bake.verify.runtimes.registry import RUNTIMES
 
@@ -136,7 +137,7 @@ def _elsewhere(row: Row) -> bool:
 
 def _difference(published: Row, here: Row, same_prompts: bool) -> str | None:
     if None not in (published.passed, here.passed) and published.passed != here.passed:
-        return f"published as {_told(published)}, measured here as {_told(here)}"
+        return f"published as {_with_verdict(published)}, measured here as {_with_verdict(here)}"
     if here.group != "effect" or not same_prompts:
         return None
     # Both are the same difference of float64 runs: its rounding is what the limits are.
@@ -146,7 +147,7 @@ def _difference(published: Row, here: Row, same_prompts: bool) -> str | None:
     return f"published as {published.value:.6g}, measured here as {here.value:.6g}"
 
 
-def _told(row: Row) -> str:
+def _with_verdict(row: Row) -> str:
     return f"{row.value:.3g} ({'passed' if row.passed else 'failed'})"
 
 
@@ -206,20 +207,22 @@ def markdown(found: Agreement, source: str) -> str:
         lines += ["**Not reproduced:**", "", *(f"- {text}" for text in found.problems), ""]
     else:
         lines += [f"{outcome(found)}.", ""]
-    lines += ["| comparison | published | measured here | limit here | |", "|---|---|---|---|---|"]
-    for pair in found.pairs:
-        limit = "" if pair.here is None or pair.here.limit is None else f"{pair.here.limit:.2e}"
-        cells = (shown(pair.published), shown(pair.here), limit, pair.problem or "")
-        name = pair.name.replace("|", "\\|")
-        lines.append(f"| {name} | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    rows = (
+        (
+            pair.name,
+            shown(pair.published),
+            shown(pair.here),
+            "" if pair.here is None or pair.here.limit is None else f"{pair.here.limit:.2e}",
+            pair.problem or "",
+        )
+        for pair in found.pairs
+    )
+    lines += table_lines(("comparison", "published", "measured here", "limit here", ""), rows)
     if found.notes:
         lines += ["", *(f"- {text}" for text in found.notes)]
-    versions = {name: None for name in (*found.published, *found.here)}
-    lines += ["", "| version | published | here |", "|---|---|---|"]
-    lines += [
-        f"| {name} | {found.published.get(name, '')} | {found.here.get(name, '')} |"
-        for name in versions
-    ]
+    names = dict.fromkeys((*found.published, *found.here))
+    versions = ((n, found.published.get(n, ""), found.here.get(n, "")) for n in names)
+    lines += ["", *table_lines(("version", "published", "here"), versions)]
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from html import escape
 
 from bake.verify.report import Report
+from bake.verify.tables import FAIL, NUMBERS, PASS, Table, tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
@@ -16,6 +17,10 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: 
 code { font-size: 0.85rem; overflow-wrap: anywhere; }
 figure { margin: 0; } svg { max-width: 100%; height: auto; }
 """
+_VERDICTS = {
+    PASS: f'<span class="pass">{PASS}</span>',
+    FAIL: f'<span class="fail">{FAIL}</span>',
+}
 
 
 def page(report: Report, plots: Mapping[str, bytes]) -> str:
@@ -25,7 +30,6 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
         report: what was measured.
         plots: each plot as SVG, by its title.
     """
-    verdict = _verdict(report.passed)
     facts = {
         "artifact": report.artifact,
         "base": report.base,
@@ -34,18 +38,17 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
         **{f"prompts, {name}": str(value) for name, value in report.prompts.items()},
         **report.environment,
     }
+    rows = (
+        f"<tr><td>{escape(name)}</td><td><code>{escape(value)}</code></td></tr>"
+        for name, value in facts.items()
+    )
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
         f"<title>Verification of {escape(report.artifact)}</title><style>{_STYLE}</style></head>",
-        f"<body><h1>Verification: {verdict}</h1>",
-        _table(
-            [], [[escape(name), f"<code>{escape(value)}</code>"] for name, value in facts.items()]
-        ),
-        "<h2>Comparisons</h2>",
-        _comparisons(report),
-        _runtimes(report),
-        _effects(report),
+        f"<body><h1>Verification: {_VERDICTS[PASS if report.passed else FAIL]}</h1>",
+        f"<table>{''.join(rows)}</table>",
+        *map(_table, tables(report)),
     ]
     for title, image in plots.items():
         svg = image.decode("utf-8")
@@ -53,59 +56,18 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
     return "".join(parts) + "</body></html>\n"
 
 
-def _comparisons(report: Report) -> str:
-    rows = []
-    for row in report.rows:
-        limit = "" if row.limit is None else f"{row.limit:.2e}"
-        verdict = "" if row.passed is None else _verdict(row.passed)
-        rows.append([escape(row.name), _number(f"{row.value:.4g}"), _number(limit), verdict])
-        rows[-1].append(escape(row.note))
-    return _table(["comparison", "measured", "limit", "", ""], rows)
-
-
-def _runtimes(report: Report) -> str:
-    if not report.runtimes:
-        return ""
-    rows = [
-        [escape(str(record.get(key, ""))) for key in ("runtime", "version", "status", "reason")]
-        for record in report.runtimes
-    ]
-    return "<h2>Runtimes</h2>" + _table(["runtime", "version", "status", ""], rows)
-
-
-def _effects(report: Report) -> str:
-    if not report.effects:
-        return ""
-    rows = []
-    for name, found in report.effects.items():
-        cells = [
-            "{value:.4g} ({low:.4g} to {high:.4g})".format(**found[model]) if model in found else ""
-            for model in ("base", "hooked", "baked")
-        ]
-        rows.append([escape(name), *cells])
-    return "<h2>Side effects, with 95 % confidence intervals</h2>" + _table(
-        ["", "base", "hooked", "baked"], rows
+def _table(table: Table) -> str:
+    title = f"{table.title}, {table.note}" if table.note else table.title
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.head)
+    rows = (
+        "".join(map(_cell, table.head, row))  # one cell under each head
+        for row in table.rows
     )
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table>"
 
 
-def _verdict(passed: bool) -> str:
-    return '<span class="pass">pass</span>' if passed else '<span class="fail">FAIL</span>'
-
-
-def _number(text: str) -> str:
-    return f"\0{text}"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table; a cell that begins with a null holds a number."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="number">{cell[1:]}</td>' if cell[:1] == "\0" else f"<td>{cell}</td>"
-            for cell in row
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table>{f'<tr>{top}</tr>' if top else ''}{body}</table>"
+def _cell(head: str, text: str) -> str:
+    if head in NUMBERS:
+        return f'<td class="number">{escape(text)}</td>'
+    return f"<td>{_VERDICTS[text] if text in _VERDICTS else escape(text)}</td>"

@@ -116,7 +116,7 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
 
     logging.disable_progress_bar()
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    with _loading(checkpoint), _placing(device_map):
+    with _loading(checkpoint, device_map):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             dtype=dtype,
@@ -138,34 +138,29 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
 
 
 @contextmanager
-def _placing(device_map: str | None) -> Iterator[None]:
-    """Turn what torch raises at a device that is not there into one line."""
-    try:
-        yield
-    except (RuntimeError, AssertionError) as error:
-        if device_map is None:
-            raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"the model cannot be placed by the device map {device_map!r}: {first}",
-            fix="leave --device-map out to run on the processor",
-        ) from error
-
-
-@contextmanager
-def _loading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what transformers raises at a config that it does not load into one line.
+def _loading(checkpoint: Checkpoint, device_map: str | None = None) -> Iterator[None]:
+    """Turn what transformers raises at a config, or torch at a device, into one line.
 
     Code that a config names is never run: such a model is refused.
     """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"transformers does not load this checkpoint: {first}",
+            f"transformers does not load this checkpoint: {_first_line(error)}",
             where=str(checkpoint.path),
         ) from error
+    except (RuntimeError, AssertionError) as error:
+        if device_map is None:
+            raise
+        raise InputError(
+            f"the model cannot be placed by the device map {device_map!r}: {_first_line(error)}",
+            fix="leave --device-map out to run on the processor",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":

@@ -10,7 +10,7 @@ import math
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,27 +64,41 @@ def perplexity(
     return Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
 
 
-def check_score(spec: str) -> None:
-    """Require that a score can be had, before hours are spent on the texts for it.
+def score(spec: str, texts: Sequence[str]) -> Interval:
+    """Return the mean score of some texts.
+
+    Raises:
+        UsageError: the score is of no known kind, or names nothing.
+        InputError: the classifier cannot be loaded, or the command fails.
+    """
+    return scorer(spec)(texts)
+
+
+def scorer(spec: str) -> Callable[[Sequence[str]], Interval]:
+    """Return what scores texts, found to be there before hours are spent on the texts for it.
 
     Raises:
         UsageError: the score is of no known kind, or names nothing.
         InputError: there is no such classifier or command.
     """
     kind, separator, rest = spec.partition(":")
-    if separator and kind in ("contains", "classifier") and not rest.strip():
-        raise UsageError(f"the score {spec!r} names nothing", fix=f"write {kind}:{_RESTS[kind]}")
     if not spec.strip():
         raise UsageError(
             "a score is empty", fix="write contains:WORD, classifier:MODEL or a command"
         )
-    if separator and kind == "classifier":
-        _load_classifier(rest)
-    elif not (separator and kind == "contains"):
-        _words(spec)
+    if not separator or kind not in _NAMES:
+        words = _words(spec)
+        return lambda texts: _mean(_command(words, texts))
+    if not rest.strip():
+        raise UsageError(f"the score {spec!r} names nothing", fix=f"write {kind}:{_NAMES[kind]}")
+    if kind == "contains":
+        word = rest.casefold()
+        return lambda texts: share([word in text.casefold() for text in texts])
+    loaded = _load_classifier(rest)
+    return lambda texts: _mean(_classify(*loaded, texts))
 
 
-_RESTS = {"contains": "WORD", "classifier": "MODEL"}
+_NAMES = {"contains": "WORD", "classifier": "MODEL"}
 
 
 def _words(command: str) -> list[str]:
@@ -104,23 +118,6 @@ def _words(command: str) -> list[str]:
             fix="write contains:WORD, classifier:MODEL or a command",
         )
     return words
-
-
-def score(spec: str, texts: Sequence[str]) -> Interval:
-    """Return the mean score of some texts.
-
-    Raises:
-        UsageError: the score is of no known kind, or names nothing.
-        InputError: the classifier cannot be loaded, or the command fails.
-    """
-    check_score(spec)
-    kind, separator, rest = spec.partition(":")
-    if kind == "contains" and separator:
-        word = rest.casefold()
-        return share([word in text.casefold() for text in texts])
-    if kind == "classifier" and separator:
-        return _mean(_classify(rest, texts))
-    return _mean(_command(spec, texts))
 
 
 def share(hits: Sequence[bool]) -> Interval:
@@ -154,8 +151,7 @@ def _load_classifier(model: str) -> tuple[Any, Any]:
     return tokenizer, classifier
 
 
-def _classify(model: str, texts: Sequence[str]) -> list[float]:
-    tokenizer, classifier = _load_classifier(model)
+def _classify(tokenizer: Any, classifier: Any, texts: Sequence[str]) -> list[float]:
     values = []
     with torch.no_grad():
         for text in texts:
@@ -165,12 +161,11 @@ def _classify(model: str, texts: Sequence[str]) -> list[float]:
     return values
 
 
-def _command(command: str, texts: Sequence[str]) -> list[float]:
+def _command(words: Sequence[str], texts: Sequence[str]) -> list[float]:
+    command = shlex.join(words)
     lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
     try:
-        done = subprocess.run(
-            _words(command), input=lines, capture_output=True, text=True, timeout=TIMEOUT
-        )
+        done = subprocess.run(words, input=lines, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise InputError(f"the score's command does not run: {error}", where=command) from error
     if done.returncode != 0:

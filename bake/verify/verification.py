@@ -8,7 +8,7 @@ from pathlib import Path
 from bake.errors import UsageError
 from bake.verify.artifact import Baked
 from bake.verify.runtimes.registry import Runtimes, serving
-from bake.verify.scores import check_score
+from bake.verify.scores import scorer
 
 Remark = Callable[[str], None]
 """Told in a few words what is being done."""
@@ -73,7 +73,7 @@ class Verification:
         if not artifact.carrier.checkpoint:
             self._check_served(kind, where)
         for spec in self.scores:
-            check_score(spec)
+            scorer(spec)
 
     def _check_served(self, kind: str, where: str) -> None:
         """Refuse what is for checkpoints, of an artifact that runtimes alone load."""

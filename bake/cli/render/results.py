@@ -117,11 +117,15 @@ def _layer(row: "Row") -> str:
 
 def report(measured: "Report") -> list[RenderableType]:
     """Return what a verification measured."""
-    made = table("comparison", "measured", "limit", "", "", right=("measured", "limit"))
-    verdicts = {True: Text("pass", "green"), False: Text("FAIL", "bold red"), None: Text("")}
-    for row in measured.rows:
-        limit = "" if row.limit is None else f"{row.limit:.2e}"
-        made.add_row(row.name, f"{row.value:.4g}", limit, verdicts[row.passed], row.note)
+    from bake.verify.tables import FAIL, NUMBERS, PASS, tables
+
+    verdicts = {PASS: Text(PASS, "green"), FAIL: Text(FAIL, "bold red")}
+    sections = []
+    for words in tables(measured):
+        body = table(*words.head, right=NUMBERS)
+        for row in words.rows:
+            body.add_row(*(verdicts.get(cell, cell) for cell in row))
+        sections.append(section(", ".join(filter(None, (words.title, words.note))), body))
     outcome = Text("passed", "bold green") if measured.passed else Text("failed", "bold red")
     return [
         facts(
@@ -132,7 +136,7 @@ def report(measured: "Report") -> list[RenderableType]:
                 ("stored in", measured.dtype),
             ]
         ),
-        section("Comparisons", made),
+        *sections,
         Text(),
         facts(
             [
