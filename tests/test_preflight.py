@@ -16,12 +16,17 @@ import torch
 from published import CARD, copy_of, make_artifact, record_again, rewrite, write_verification
 from safetensors.torch import load_file, save_file
 
+from bake.artifact.destination import Destination
 from bake.artifact.frontmatter import card_metadata
 from bake.cards import licences
 from bake.cards.licences import LICENCES, Stated, check_licence
 from bake.errors import InputError, UsageError
+from bake.progress import Progress
+from bake.publish import prepare
+from bake.publish.options import PushOptions
 from bake.publish.preflight import Terms, check_terms, preflight
 from bake.seal import scan
+from bake.seal.seal import Sealed
 
 SHARD = "model-00001-of-00005.safetensors"
 
@@ -53,6 +58,29 @@ def test_a_sound_artifact_has_no_problems(out: Path) -> None:
     found = preflight(out, Terms())
     assert found.problems == () and found.notes == ()
     assert set(found.names) == {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "changed", "came"])
+def test_what_is_sealed_is_what_was_checked(
+    meanwhile: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes or comes between the checks and the hashes stops the push."""
+    real = prepare.prepare
+
+    def prepared(folder: Path, progress: Progress | None = None) -> Sealed:
+        if meanwhile != "nothing":
+            (folder / {"changed": "verify.json", "came": "LICENSE"}[meanwhile]).write_text("{}")
+        return real(folder, progress)
+
+    monkeypatch.setattr(prepare, "prepare", prepared)
+    options = PushOptions(Destination("alice/checked"))
+    before = set(out.iterdir())
+    if meanwhile == "nothing":  # the control
+        assert prepare.prepare_push(out, options, None, lambda text: None).tag.startswith("bake-")
+        return
+    with pytest.raises(InputError, match="changed while it was being checked"):
+        prepare.prepare_push(out, options, None, lambda text: None)
+    assert {path.name for path in set(out.iterdir()) - before} <= {"LICENSE"}  # no seal is written
 
 
 # --- 1: safetensors only, names on a list, no pickle -------------------------------------------

@@ -11,7 +11,18 @@ import pytest
 import tiny
 import torch
 from hub_server import HubServer, running_hub
-from published import BASE, CLIENTS, TOKEN, Worker, base_files, client_of, copy_of, make_artifact
+from published import (
+    BASE,
+    CLIENTS,
+    TOKEN,
+    Worker,
+    base_files,
+    client_of,
+    copy_of,
+    make_artifact,
+    record_again,
+    rewrite,
+)
 
 from bake.artifact.frontmatter import first_line_of
 
@@ -151,6 +162,26 @@ def test_a_verification_of_something_else_is_not_added(
     done = worker.push(report, repo, "--record", "--no-card", cwd=tmp_path)
     assert done.code == 5 and "does not hold what was sealed: config.json" in done.error, done.out
     assert len(held.titles) == titles + 1
+
+
+def test_a_verification_of_files_that_have_changed_since_is_not_added(
+    hub: tuple[HubServer, Worker], artifact: Path, tmp_path: Path
+) -> None:
+    """What the repository holds is sealed and of the same plan; only the commit tells."""
+    server, worker = hub
+    repo, out = "alice/since", copy_of(artifact, tmp_path / "since")
+    assert worker.push(out, repo, "--unverified").code == 0
+    report = report_of(tmp_path, server, repo)
+    rewrite(out / "config.json", lambda found: {**found, "bos_token_id": 0})
+    record_again(out)
+    (out / "SHA256SUMS").unlink()  # sealed anew
+    assert worker.push(out, repo, "--unverified").code == 0
+    held = len(server.repos[repo].titles)
+    done = worker.push(report, repo, "--record", cwd=tmp_path)
+    assert done.code == 4 and "bake.json has changed since" in done.error, done.out
+    assert len(server.repos[repo].titles) == held
+    again = worker.push(report_of(tmp_path, server, repo), repo, "--record", cwd=tmp_path)
+    assert again.code == 0, again.out  # the control: of these files
 
 
 @pytest.mark.slow
