@@ -1,13 +1,19 @@
 """Every key of config.json is handled, known to change nothing, or refused by its name."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from click.testing import CliRunner, Result
 
+from bake.artifact.record import read_record
+from bake.cli import main
 from bake.errors import FamilyError
 from bake.families import Family, family_named, find_family, load_families, parse_family
 from bake.families.config_keys import HARMLESS, check_config, known_keys
@@ -259,3 +265,72 @@ def test_the_types_of_a_table_are_those_of_its_class(name: str) -> None:
         assert config.model_type == kind
         classes = AutoModelForCausalLM._model_mapping[config]
         assert classes.__name__ in FAMILIES[name].architectures
+
+
+# The user's word for a key
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [*map(str, arguments), "--json"])
+
+
+@pytest.fixture
+def exotic(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """Return a recipe for a Llama whose config has a key that no table knows."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint("llama", dtype=torch.float32), base)
+    config = {**tiny.config_of(base), "some_new_arithmetic": False}
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=24))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        '[base]\nmodel = "base"\n[directions.v]\nfile = "v.npy"\n'
+        '[[edits]]\nkind = "ablate"\ndirection = "v"\nat = "resid"\n',
+        encoding="utf-8",
+    )
+    return recipe
+
+
+WORD = ("--assume-harmless", "some_new_arithmetic")
+
+
+def test_a_key_is_let_through_and_recorded(exotic: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    for refused in (
+        run("families", base),
+        run("plan", exotic),
+        run("export", exotic, "--out", out),
+    ):
+        assert refused.exit_code == 4
+        assert " ".join(WORD) in refused.output
+    assert not out.exists()
+    checked = run("families", base, *WORD)
+    assert checked.exit_code == 0
+    assert json.loads(checked.stdout)["assume_harmless"] == ["some_new_arithmetic"]
+    planned = run("plan", exotic, *WORD)
+    assert planned.exit_code == 0
+    assert json.loads(planned.stdout)["assume_harmless"] == ["some_new_arithmetic"]
+    assert run("export", exotic, "--out", out, *WORD).exit_code == 0
+    # What the record says is used again, and needs no word more.
+    assert read_record(out).assume_harmless == ("some_new_arithmetic",)
+    again = run("plan", out)
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["again"]["same"] is True
+    verified = run("verify", out, "--no-plots", "--rebake")
+    assert verified.exit_code == 0, verified.output
+    reverted = run("revert", out, "--out", tmp_path / "back")
+    assert reverted.exit_code == 0, reverted.output
+
+
+def test_a_record_that_names_no_key_lets_none_through(exotic: Path, tmp_path: Path) -> None:
+    """As those do that were written before keys were closed."""
+    out = tmp_path / "out"
+    assert run("export", exotic, "--out", out, *WORD).exit_code == 0
+    record = json.loads((out / "bake.json").read_text("utf-8"))
+    del record["assume_harmless"]
+    (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
+    for command in (("plan", out), ("verify", out, "--no-plots")):
+        refused = run(*command)
+        assert refused.exit_code == 4
+        assert " ".join(WORD) in refused.output
+        assert run(*command, *WORD).exit_code == 0

@@ -345,6 +345,8 @@ class Provenance(RecordPart, frozen=True, kw_only=True):
     sketch: dict[str, tuple[float, ...]] | None = None
     """``bake.plan.sketch`` of the plan."""
     family: FamilyRecord | None = None
+    assume_harmless: tuple[str, ...] = ()
+    """Keys of the base's config.json that its table does not know and the user let through."""
     verify: Limits | None = None
     calibration: CalibrationRecord | None = None
     export: ExportOptions | None = None

@@ -44,6 +44,7 @@ class Checkpoint:
         header_digests: sha256 of each shard's header, its length field included.
         complete: whether every file that an export copies is in ``path``.
         files: where the bytes come from.
+        harmless: keys of ``config`` that its user takes to change nothing, whatever they say.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class Checkpoint:
     header_digests: Mapping[str, str]
     complete: bool
     files: ByteSource = field(repr=False)
+    harmless: tuple[str, ...] = ()
 
     def read(self, name: str) -> Shaped[Tensor, "..."]:
         """Return one tensor in its storage type, in memory of its own.

@@ -136,6 +136,7 @@ def _make_again(
     llama_cpp: Path | None,
     *,
     family: Path | None,
+    assume_harmless: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Make an artifact again from its record, and compare the files."""
@@ -144,7 +145,8 @@ def _make_again(
     from bake.plan.record import plan_record
 
     refuse_overrides(options, fix="name the base with --base, where it has moved")
-    replanned = replan(find(text, weights=False), base=base, family=family)
+    source = find(text, weights=False)
+    replanned = replan(source, base=base, family=family, assume_harmless=assume_harmless)
     chosen = recorded_options(replanned, out=out, gguf=gguf, llama_cpp=llama_cpp, force=force)
     refusal = replanned.failure() or replanned.request.refusal(chosen)
     if not output.as_json or refusal is not None or dry_run:

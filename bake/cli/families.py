@@ -1,11 +1,12 @@
 """``bake families``: the architectures that bake knows, and one model against its table."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bake.cli.options import PATH
+from bake.cli.options import table_options
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 
 @bake_command("families")
 @click.argument("model", required=False)
-@click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
-def command(output: Output, model: str | None, *, family: Path | None) -> None:
+@table_options
+def command(
+    output: Output, model: str | None, *, family: Path | None, assume_harmless: tuple[str, ...]
+) -> None:
     """List the family tables, or check MODEL against its own.
 
     MODEL is a folder or a Hub id; of the latter only headers are read.
@@ -34,7 +37,7 @@ def command(output: Output, model: str | None, *, family: Path | None) -> None:
     from bake.checkpoints import open_checkpoint  # which loads torch, as a list of tables does not
     from bake.families.fit import layout_of
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = replace(open_checkpoint(model), harmless=assume_harmless)
     layout = layout_of(checkpoint, family)
     slots = _slots(layout)
     output.present(
@@ -47,6 +50,7 @@ def command(output: Output, model: str | None, *, family: Path | None) -> None:
             "tied": layout.tied,
             "tensors": len(layout.shapes),
             "untouched": list(layout.untouched),
+            "assume_harmless": list(layout.assumed),
             "sites": [str(site) for site in layout.sites],
             "bias_slots": slots,
         },

@@ -1,10 +1,11 @@
 """``bake merge``: fold a PEFT LoRA adapter into a checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from bake.cli.options import PATH
+from bake.cli.options import PATH, table_options
 from bake.cli.output import Output, check_out
 from bake.cli.output import command as bake_command
 from bake.errors import FamilyError
@@ -16,7 +17,7 @@ from bake.jobs.request import table_of
 @click.argument("base")
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
-@click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+@table_options
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is at --out.")
 def command(
     output: Output,
@@ -26,6 +27,7 @@ def command(
     *,
     revision: str | None,
     family: Path | None,
+    assume_harmless: tuple[str, ...],
     force: bool,
 ) -> None:
     """Merge the PEFT adapter ADAPTER into the checkpoint BASE.
@@ -43,10 +45,11 @@ def command(
     check_out(out, force=force)
     found = find_adapter(adapter)
     checkpoint = open_checkpoint(base, revision=revision, complete=True)
+    checkpoint = replace(checkpoint, harmless=assume_harmless)
     try:
         layout = layout_of(checkpoint, family)
     except FamilyError as error:
-        if family is not None:
+        if family is not None or assume_harmless:
             raise
         # A merge needs no table where names and storage are plain; merge_adapter refuses the rest.
         output.remark(f"merging without a family table: {error.what}")

@@ -10,6 +10,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
+def table_options(function: F) -> F:
+    """Add what a table of the user's own, or his word for a key of the config, is named by."""
+    for option in (
+        click.option(
+            "--assume-harmless",
+            multiple=True,
+            metavar="KEY",
+            help="Take a key of config.json that no table knows to change nothing. "
+            "May be repeated.",
+        ),
+        click.option("--family", type=PATH, metavar="FILE", help="Your own family table."),
+    ):
+        function = option(function)
+    return function
+
+
 def recipe_options(function: F) -> F:
     """Add the recipe, or the artifact that takes its place, and the options that override it."""
     for option in (
@@ -26,7 +42,7 @@ def recipe_options(function: F) -> F:
             metavar="WHAT",
             help="Allow as well: recast, nulling or approximate. May be repeated.",
         ),
-        click.option("--family", type=PATH, metavar="FILE", help="Your own family table."),
+        table_options,
         click.option(
             "--model", metavar="MODEL", help="Edit this model instead: a folder or a Hub id."
         ),

@@ -47,13 +47,20 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
 
 
 def _of_artifact(
-    output: Output, text: str, base: str | None, *, family: Path | None, **options: Any
+    output: Output,
+    text: str,
+    base: str | None,
+    *,
+    family: Path | None,
+    assume_harmless: tuple[str, ...],
+    **options: Any,
 ) -> None:
     from bake.cli import views
     from bake.plan.record import plan_record
 
     refuse_overrides(options, fix="name the base with --base, where it has moved")
-    replanned = replan(find(text, weights=False), base=base, family=family)
+    source = find(text, weights=False)
+    replanned = replan(source, base=base, family=family, assume_harmless=assume_harmless)
     request = replanned.request
     output.present(
         data=lambda: {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bake.cli.options import PATH
+from bake.cli.options import PATH, table_options
 from bake.cli.output import KEPT, NOTHING_KEPT, Output
 from bake.cli.output import command as bake_command
 from bake.errors import UsageError
@@ -69,7 +69,7 @@ PARTIAL = ".bake-verify-partial"
 @click.option("--rebake", is_flag=True, help="Export it again and compare every file.")
 @click.option("--html", is_flag=True, help="Write the report as one page as well.")
 @click.option("--plots/--no-plots", default=None, help="Draw the report's plots.")
-@click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+@table_options
 @click.option("--adapter", type=PATH, metavar="DIR", help="The merged adapter, if it has moved.")
 def command(
     output: Output,

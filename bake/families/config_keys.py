@@ -122,12 +122,14 @@ def known_keys(family: Family) -> frozenset[str]:
 def _unknown(family: Family, config: Mapping[str, Json], keys: list[str]) -> FamilyError:
     """Return the error for keys that the table would pass over."""
     said = ", ".join(f"{key} = {str(config[key])[:60]}" for key in keys)
+    options = " ".join(f"--assume-harmless {key}" for key in keys)
     advice = "; ".join(_nearest(family, config, key) for key in keys[:3])
     return FamilyError(
         f"the table {family.name!r} does not know {said}",
         where="config.json",
         why="bake would plan as if it were not there, and it may change what the model computes",
-        fix=f"{advice}. Bring a table that handles it with --family FILE",
+        fix=f"{advice}. Bring a table that handles it with --family FILE or, where it changes "
+        f"nothing, say so with {options}",
     )
 
 

@@ -38,13 +38,21 @@ class Model(Protocol):
         """Shape and storage type of every tensor, by name."""
         ...
 
+    @property
+    def harmless(self) -> Collection[str]:
+        """Keys of the config that its user takes to change nothing."""
+        ...
+
+    def tensor_digest(self, name: str) -> str:
+        """Return the sha256 of one tensor's bytes."""
+        ...
+
 
 def layout_of(
     model: Model,
     table: Family | Path | None = None,
     *,
     declared: bool = False,
-    assumed: Collection[str] = (),
 ) -> Layout:
     """Return the layout of a model, by the shipped tables or by the user's own.
 
@@ -53,8 +61,6 @@ def layout_of(
         table: a table of the user's own, or the file that holds it.
         declared: the model may have been declared as another class since the table was written
             for it (a recast), and then that class's shipped table is used.
-        assumed: keys of its config that the table does not know and the user takes to change
-            nothing.
 
     Raises:
         FamilyError: no table fits, or the user's own is for another class.
@@ -64,10 +70,27 @@ def layout_of(
     dtypes = {name: info.dtype for name, info in model.tensors.items()}
     try:
         chosen = _chosen(model, table, declared=declared)
-        return resolve(chosen, model.config, shapes, dtypes, assumed)
+        layout = resolve(chosen, model.config, shapes, dtypes, model.harmless)
+        _check_copy(model, layout)
     except BakeError as error:
         where = model.source if error.where is None else f"{model.source}: {error.where}"
         raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
+    return layout
+
+
+def _check_copy(model: Model, layout: Layout) -> None:
+    """Refuse a tied head that is stored as well, with other values than the embedding has."""
+    head, embed = layout.unembed.weight, layout.embed
+    if not (layout.tied and layout.head_is_stored):
+        return
+    same = model.tensors[head].dtype == model.tensors[embed].dtype
+    if not same or model.tensor_digest(head) != model.tensor_digest(embed):
+        raise FamilyError(
+            f"tie_word_embeddings is true, but the checkpoint stores {head} as well, and it is "
+            "another matrix than the embedding",
+            why="runtimes disagree on which of the two they load",
+            fix="set tie_word_embeddings to false in config.json, or remove the tensor",
+        )
 
 
 def _chosen(model: Model, given: Family | Path | None, *, declared: bool) -> Family:

@@ -116,6 +116,11 @@ class Layout:
         return self.dims["layers"]
 
     @property
+    def head_is_stored(self) -> bool:
+        """Whether the head is a tensor of the checkpoint; of a tied one, the embedding's copy."""
+        return self.unembed.weight in self.shapes
+
+    @property
     def hidden(self) -> int:
         """Width of the residual stream."""
         return self.dims["hidden"]

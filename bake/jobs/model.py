@@ -1,7 +1,7 @@
 """A model that is to be edited: what a plan needs of it, and how its weights are had at last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,13 +75,25 @@ class Model:
         if found.complete:
             return found
         repo = found.source.partition("@")[0]
-        return open_checkpoint(repo, revision=found.revision, complete=True)
+        whole = open_checkpoint(repo, revision=found.revision, complete=True)
+        return replace(whole, harmless=found.harmless)
 
 
 def open_model(
-    source: str | Path, *, revision: str | None = None, family: Path | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    family: Path | None = None,
+    assume_harmless: Sequence[str] = (),
 ) -> Model:
     """Open a base: a folder or a Hub id. Only headers and the config are read.
+
+    Args:
+        source: the folder or the id.
+        revision: branch, tag or commit on the Hub.
+        family: the user's own table.
+        assume_harmless: keys of its config that no table knows and the user takes to change
+            nothing.
 
     Raises:
         BakeError: there is no such model, or no table fits it.
@@ -90,4 +102,5 @@ def open_model(
     from bake.families.fit import layout_of
 
     checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = replace(checkpoint, harmless=tuple(assume_harmless))
     return Model(checkpoint, layout_of(checkpoint, family), family)

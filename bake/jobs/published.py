@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ def reproduction_of(
     *,
     base: str | None,
     family: Path | None,
+    assume_harmless: Sequence[str],
     rebake_beside: Path | None = None,
     bars: Bars = no_bars,
 ) -> Reproduction:
@@ -103,6 +105,7 @@ def reproduction_of(
         source: the artifact.
         base: where its base is; as recorded when None.
         family: the user's own table; that of the record when None.
+        assume_harmless: as ``replan`` takes it.
         rebake_beside: write the files again, to a temporary folder beside this one; None leaves
             that out.
         bars: where progress is shown.
@@ -117,7 +120,7 @@ def reproduction_of(
         if rebake_beside is not None:
             raise UsageError("a merge is made again with `bake merge`", fix="leave --rebake out")
         return Reproduction(source, None, None, None, source.notes)
-    replanned = replan(source, base=base, family=family)
+    replanned = replan(source, base=base, family=family, assume_harmless=assume_harmless)
     rebaked = None
     if rebake_beside is not None and replanned.same:
         rebaked = _rebake(replanned, rebake_beside, bars)

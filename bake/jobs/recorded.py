@@ -5,7 +5,7 @@ plan can be made again from the base alone. Its digest has to be the recorded on
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,13 +179,21 @@ class Replanned:
         }
 
 
-def replan(source: Source, *, base: str | None, family: Path | None) -> Replanned:
+def replan(
+    source: Source,
+    *,
+    base: str | None,
+    family: Path | None,
+    assume_harmless: Sequence[str] = (),
+) -> Replanned:
     """Make the plan of an artifact again. Of the base only headers, config and norms are read.
 
     Args:
         source: the artifact.
         base: where its base is; as recorded when None.
         family: the user's own table; that of the record when None.
+        assume_harmless: keys of the base's config that no table knows and the user takes to change
+            nothing, beside those that the record names.
 
     Raises:
         BakeError: whatever is wrong with the artifact, its base or their fit.
@@ -203,6 +211,7 @@ def replan(source: Source, *, base: str | None, family: Path | None) -> Replanne
         )
     place = base_of(source, artifact, base)
     checkpoint = check_base(artifact, open_checkpoint(place))
+    checkpoint = replace(checkpoint, harmless=(*checkpoint.harmless, *assume_harmless))
     if checkpoint.revision is not None:  # which the name need not say again
         checkpoint = replace(checkpoint, source=checkpoint.source.partition("@")[0])
     layout = layout_of(checkpoint, artifact.family() if family is None else family)

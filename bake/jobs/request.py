@@ -79,6 +79,7 @@ class Request:
             target=recipe.export.target,
             sketch={name: tuple(seen) for name, seen in sketch(self.plan).items()},
             family=None if family is None else table_of(family),
+            assume_harmless=self.model.layout.assumed,
             verify=None if limit is None else Limits(most_kl=limit),
             calibration=self.calibration,
         )
@@ -133,6 +134,7 @@ def compile_request(
     *,
     model: str | None = None,
     family: Path | None = None,
+    assume_harmless: Sequence[str] = (),
     allow: Sequence[str] = (),
     target: Sequence[str] = (),
     to: Sequence[str] = (),
@@ -150,7 +152,12 @@ def compile_request(
 
     loaded = override(load_recipe(recipe), model=model, to=to, allow=allow, target=target)
     directions = read_artifacts(loaded)
-    opened = open_model(loaded.base.source, revision=loaded.base.revision, family=family)
+    opened = open_model(
+        loaded.base.source,
+        revision=loaded.base.revision,
+        family=family,
+        assume_harmless=assume_harmless,
+    )
     plan, facts = opened.plan(build_edits(loaded, opened.layout, directions), loaded.export), None
     if (spec := wanted(loaded, plan)) is not None:
         plan, facts = fitted(loaded, spec, opened, plan, bars)

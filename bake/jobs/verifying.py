@@ -115,6 +115,7 @@ def verify(
             source,
             base=asked.base,
             family=asked.family,
+            assume_harmless=asked.assume_harmless,
             rebake_beside=folder if files.rebake else None,
             bars=bars,
         )

@@ -273,7 +273,7 @@ class _Merger:
         """Give the head a tensor of its own, the embedding as it was where no factors are."""
         assert self.layout is not None
         head, embed = self.layout.unembed.weight, self.layout.embed
-        if head in self.result.new:
+        if head in self.result.new or self.layout.head_is_stored:
             return
         info = self.base.tensors[embed]
 

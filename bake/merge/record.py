@@ -59,6 +59,7 @@ def merge_provenance(
         allow=(),
         target=(),
         family=family,
+        assume_harmless=base.harmless,
     )
 
 

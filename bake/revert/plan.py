@@ -1,5 +1,7 @@
 """The plan of an artifact, compiled again from the edits that it carries."""
 
+from dataclasses import replace
+
 import torch
 
 from bake.artifact.schema import PlanRecord
@@ -26,7 +28,9 @@ def _layout(baked: Revertible, base: Checkpoint) -> Layout:
     """Return the base's layout, by the user's own table where the record holds one."""
     own = baked.record.family
     table = None if own is None else parse_family(own.text, own.file)
-    return layout_of(base, table)
+    # The plan was made by this table, and what it comes to again is held against the record:
+    # which keys were let through then is settled.
+    return layout_of(replace(base, harmless=tuple(base.config)), table)
 
 
 def recompiled(baked: Revertible, base: Checkpoint) -> Plan:

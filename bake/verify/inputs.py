@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +96,7 @@ def opened(asked: Verification) -> Iterator[Inputs]:
     asked.check(artifact)
     with _table(artifact, asked.family) as family:
         base = open_base(artifact, asked.base)
+        base = replace(base, harmless=(*base.harmless, *asked.assume_harmless))
         layout = fit.layout_of(base, family)
         checkpoint = artifact.carrier.checkpoint
         inputs = Inputs(
@@ -106,11 +107,16 @@ def opened(asked: Verification) -> Iterator[Inputs]:
             prompts=_prompts(asked, artifact.path if checkpoint else base.path, layout),
             family=family,
             streamed=too_large(base) if asked.streamed is None else asked.streamed,
-            baked=open_checkpoint(artifact.path) if checkpoint else None,
+            baked=_baked(artifact, base) if checkpoint else None,
             adapter=adapter_of(artifact, asked.adapter) if artifact.merged else None,
         )
         _check(inputs)
         yield inputs
+
+
+def _baked(artifact: Baked, base: Checkpoint) -> Checkpoint:
+    """Return the baked checkpoint, in whose config the same keys change nothing."""
+    return replace(open_checkpoint(artifact.path), harmless=base.harmless)
 
 
 def _check(inputs: Inputs) -> None:
@@ -185,4 +191,4 @@ def check_base(artifact: Baked, checkpoint: Checkpoint) -> Checkpoint:
             why=f"its digest is {checkpoint.digest()}, the record has {recorded}",
             fix="name the right base with --base",
         )
-    return checkpoint
+    return replace(checkpoint, harmless=artifact.record.assume_harmless)

@@ -56,7 +56,7 @@ def units_of(layout: Layout) -> tuple[Unit, ...]:
         ),
         *blocks,
         Unit(norm.live, (norm.weight, *(() if norm.bias is None else (norm.bias,)))),
-        Unit(str(head.live), _head(layout), tied=layout.tied),
+        Unit(str(head.live), _head(layout), tied=not layout.head_is_stored),
     )
     held = {name for unit in units for name in unit.tensors}
     stray = sorted(set(layout.shapes) - held)
@@ -69,7 +69,7 @@ def units_of(layout: Layout) -> tuple[Unit, ...]:
 
 def _head(layout: Layout) -> tuple[str, ...]:
     bias = layout.unembed.bias
-    weight = layout.embed if layout.tied else layout.unembed.weight
+    weight = layout.unembed.weight if layout.head_is_stored else layout.embed
     return (weight, bias.name) if bias.state == "present" else (weight,)
 
 

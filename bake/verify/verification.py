@@ -31,6 +31,9 @@ class Verification:
     """Tokens of each text; of bake's own prompts 64 when None, of a file's all of them."""
     family: Path | None = None
     """A table of the user's own; that of the record when None, where the export used one."""
+    assume_harmless: Sequence[str] = ()
+    """Keys of the base's config that no table knows and the user takes to change nothing, beside
+    those that the record names."""
     adapter: Path | None = None
     """Of a merge, the adapter's folder, where it has moved since."""
     streamed: bool | None = None

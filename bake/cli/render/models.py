@@ -48,6 +48,10 @@ def model_check(
     if family.recasts:
         names = [f"as {recast.family}" for recast in family.recasts]
         parts.append(section('Can be declared, with allow = ["recast"]', indented(names)))
+    if layout.assumed:
+        parts.append(
+            section("Keys of the config taken to change nothing", indented(layout.assumed))
+        )
     if layout.untouched:
         parts.append(section("Tensors left as they are", indented(layout.untouched)))
     return parts
