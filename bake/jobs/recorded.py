@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.artifact.record import RECORD
-from bake.checkpoints.hub_names import parse_hub_id, split_hub_id
 from bake.errors import BakeError, InputError, UsageError, VerificationFailed
 from bake.jobs.model import Model
 from bake.jobs.request import Request
@@ -56,6 +54,8 @@ def is_artifact(text: str) -> bool:
 
 
 def _is_address(text: str) -> bool:
+    from bake.checkpoints.hub_names import split_hub_id
+
     return not text.endswith(".toml") and split_hub_id(text) is not None
 
 
@@ -73,6 +73,8 @@ def find(text: str, *, weights: bool) -> Source:
         HubError: the Hub refuses or cannot be reached.
         VerificationFailed: a file on the Hub is not the one that was exported.
     """
+    from bake.checkpoints.hub_names import parse_hub_id
+
     named = text.startswith(HUB_PREFIX)
     if not named and (Path(text).exists() or not _is_address(text)):
         return Source(_with_record(Path(text)), text, published=False)
@@ -84,6 +86,8 @@ def find(text: str, *, weights: bool) -> Source:
 
 
 def _with_record(folder: Path) -> Path:
+    from bake.artifact.record import RECORD
+
     if (folder / RECORD).is_file() or not folder.is_dir():
         return folder  # whoever opens it says what is wrong
     from bake.publish.fetch import what_it_is
@@ -243,6 +247,7 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
     Raises:
         InputError: the record allows or targets what bake does not know.
     """
+    from bake.artifact.record import RECORD
     from bake.recipe import ALLOWANCES, OUTPUTS, RUNTIMES, Base, ExportSpec, Recipe
 
     record = artifact.record
@@ -271,6 +276,7 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
 
 def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return how the edits differ from the text of the recipe beside them, and notes."""
+    from bake.artifact.record import RECORD
     from bake.recipe import disagreement, parse_recipe
 
     recipe = request.recipe
@@ -292,6 +298,7 @@ def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...
 
 def _against_files(artifact: "Baked") -> tuple[str, ...]:
     """Return whether the edits are those that were exported."""
+    from bake.artifact.record import RECORD
     from bake.edit_store import EDITS, FITTED
     from bake.verify.artifact import changed_files
 

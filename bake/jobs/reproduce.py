@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.artifact.record import RECORD, has_text, read_record
-from bake.artifact.schema import ExportOptions, GgufFile, Record
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.jobs.exporting import CONVERTER, gguf_parts, sha256
 from bake.jobs.recorded import Replanned
@@ -18,6 +16,7 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
+    from bake.artifact.schema import ExportOptions, GgufFile, Record
     from bake.outputs.carry import Options
 
 
@@ -31,6 +30,7 @@ def recorded_options(
         InputError: a GGUF is not the one that the artifact was made from, or the record is
             malformed.
     """
+    from bake.artifact.schema import ExportOptions
     from bake.outputs.carry import Options
 
     record, kind = replanned.artifact.record, replanned.artifact.kind
@@ -64,7 +64,7 @@ def needs(replanned: Replanned) -> str | None:
     return "gguf" if kind == "gguf-lora" and has_base else None
 
 
-def _check_parts(gguf: Path, recorded: Sequence[GgufFile], replanned: Replanned) -> None:
+def _check_parts(gguf: Path, recorded: "Sequence[GgufFile]", replanned: Replanned) -> None:
     if not recorded:  # an earlier bake, which kept no digest: the result's digests decide
         return
     found = gguf_parts(gguf)
@@ -76,11 +76,11 @@ def _check_parts(gguf: Path, recorded: Sequence[GgufFile], replanned: Replanned)
         )
 
 
-def _parts(parts: Sequence[GgufFile]) -> str:
+def _parts(parts: "Sequence[GgufFile]") -> str:
     return ", ".join(f"{part.name!r} {part.sha256[:12]!r}" for part in parts)
 
 
-def _check_converter(stated: ExportOptions, out: Path, llama_cpp: Path) -> None:
+def _check_converter(stated: "ExportOptions", out: Path, llama_cpp: Path) -> None:
     name, digest = stated.name, stated.converter
     if name is not None and out.name != name:
         raise UsageError(
@@ -133,6 +133,8 @@ class Reproduced:
 
     def failure(self) -> VerificationFailed | None:
         """Return what it means that files differ, or None when none does."""
+        from bake.artifact.record import RECORD
+
         if not self.differing:
             return None
         theirs, ours = self.versions
@@ -178,6 +180,7 @@ def reproduce(
         BakeError: the base or the disk refuses.
     """
     from bake import __version__
+    from bake.artifact.record import RECORD, has_text, read_record
     from bake.outputs.carry import write
 
     request = replanned.request
@@ -211,7 +214,7 @@ def reproduce(
     )
 
 
-def _other_base(theirs: Record, ours: Record) -> tuple[str, ...]:
+def _other_base(theirs: "Record", ours: "Record") -> tuple[str, ...]:
     """Return the tensors of the base that both records have hashes of, and not the same."""
     before, here = theirs.base_tensors, ours.base_tensors
     return tuple(name for name in before if name in here and here[name] != before[name])
@@ -236,6 +239,8 @@ def recorded_files(replanned: Replanned) -> dict[str, str]:
     Raises:
         InputError: it lists none.
     """
+    from bake.artifact.record import RECORD
+
     record = replanned.artifact.record
     if not record.files:
         raise InputError(
