@@ -106,8 +106,8 @@ def run(job: str, root: Path, threads: int) -> None:
     from bake.checkpoints import open_checkpoint
     from bake.edits import Edit, EditKind, ablate
     from bake.families.fit import layout_of
-    from bake.outputs.carry import Options, write
-    from bake.outputs.several import write_several
+    from bake.outputs.export import Export
+    from bake.outputs.write import export
     from bake.plan import compile_plan
     from bake.sites import expand
 
@@ -119,17 +119,12 @@ def run(job: str, root: Path, threads: int) -> None:
     edit = Edit(EditKind.ABLATE, "c", sites, ablate(direction().to(torch.float64)))
     plan = compile_plan([edit], layout, gain=checkpoint.read, config=checkpoint.config)
     counting, total, edited = counted(checkpoint, plan)
-    out, record = root / job, {"base": {"model": "base"}}
+    out, what = root / job, Export(plan, counting, {"base": {"model": "base"}})
     start = time.perf_counter()
     if job == "together":
-        made = write_several(
-            CARRIERS, plan, counting, out, record=lambda place: record, options=Options()
-        )
+        made = export(what, CARRIERS, out)
     else:
-        made = tuple(
-            write(name, plan, counting, out / name, record=record, options=Options())
-            for name in CARRIERS
-        )
+        made = tuple(export(what, [name], out / name)[0] for name in CARRIERS)
     seconds = time.perf_counter() - start
     files = {f"{part.kind}/{name}": sha for part in made for name, sha in part.files.items()}
     (root / f"{job}.json").write_text(json.dumps(files))

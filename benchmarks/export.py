@@ -217,7 +217,8 @@ def exported(job: str, root: Path, out: Path) -> Callable[[], None]:
     from bake.checkpoints import open_checkpoint
     from bake.edits import Edit, EditKind, ablate, offset
     from bake.families.fit import layout_of
-    from bake.outputs.checkpoint import export_checkpoint
+    from bake.outputs.export import Export
+    from bake.outputs.write import export
     from bake.plan import compile_plan
     from bake.sites import expand
 
@@ -236,7 +237,7 @@ def exported(job: str, root: Path, out: Path) -> Callable[[], None]:
             gain=checkpoint.read,
             config=checkpoint.config,
         )
-        export_checkpoint(plan, checkpoint, out, record={"base": {"model": "base"}})
+        export(Export(plan, checkpoint, {"base": {"model": "base"}}), ["checkpoint"], out)
 
     return work
 

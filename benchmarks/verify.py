@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
 from bake.edits import Edit, EditKind
-from bake.outputs.checkpoint import export_checkpoint
+from bake.outputs.export import Export
+from bake.outputs.write import export
 from bake.plan import compile_plan
 from bake.verify.models import layout_of
 
@@ -127,7 +128,7 @@ def bake(base: Path, out: Path) -> None:
         config=checkpoint.config,
         targets=("transformers",),
     )
-    export_checkpoint(plan, checkpoint, out, record={"base": {"model": str(base)}})
+    export(Export(plan, checkpoint, {"base": {"model": str(base)}}), ["checkpoint"], out)
 
 
 def verify(out: Path, base: Path, how: str, lengths: list[int], threads: int) -> dict[str, float]:

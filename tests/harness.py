@@ -8,6 +8,7 @@ from typing import Any
 
 import tiny
 import torch
+from exporting import written
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +16,6 @@ from bake.affine import AffineMap
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.families import Layout
-from bake.outputs.checkpoint import export_checkpoint
 from bake.plan import Plan, compile_plan
 from bake.sites import expand
 from bake.steer import steered
@@ -94,7 +94,7 @@ def plan_of(
 def bake(base: Base, plan: Plan, out: Path, **options: Any) -> Path:
     """Write the planned checkpoint and return its folder."""
     record = {"base": {"model": str(base.path)}}
-    return export_checkpoint(plan, base.checkpoint, out, record=record, **options).path
+    return written("checkpoint", plan, base.checkpoint, out, record=record, **options).path
 
 
 def logits(model: PreTrainedModel, base: Base, edits: Sequence[Edit] = ()) -> Tensor:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exporting import written
 from harness import base_at, edit, plan_of, vector
 from hub_server import HubServer
 
 from bake import edits as make
 from bake.artifact.base import base_ref
-from bake.outputs.checkpoint import export_checkpoint
 
 TOKEN = "hf_" + "T" * 34
 CLIENTS = ("newest", pytest.param("oldest", marks=pytest.mark.runtimes))
@@ -75,7 +75,7 @@ def make_artifact(
         "allow": [],
         "target": ["transformers"],
     }
-    export_checkpoint(plan, base.checkpoint, out, record=record)
+    written("checkpoint", plan, base.checkpoint, out, record=record)
     (out / "README.md").write_text(CARD.replace(BASE, model), encoding="utf-8")
     write_verification(out)
     return out

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
+from exporting import written
 from harness import base_at, plan_of
 
 from bake.cli import main
 from bake.edits import Edit
-from bake.outputs.checkpoint import export_checkpoint
 
 
 def bake_local(
@@ -30,7 +30,7 @@ def bake_local(
         "allow": list(allow),
         "target": ["transformers"],
     }
-    export_checkpoint(plan, base.checkpoint, out, record=record, allow=frozenset(allow))
+    written("checkpoint", plan, base.checkpoint, out, record=record, allow=frozenset(allow))
     return out
 
 

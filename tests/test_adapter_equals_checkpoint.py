@@ -13,12 +13,12 @@ import pytest
 import tiny
 import torch
 from adapters import config_of, factors_of, logits_of, peft_logits, rewritten
+from exporting import written
 from harness import Base, bake, base_at, edit, plan_of, vector
 
 from bake import edits as make
 from bake.affine import AffineMap
 from bake.edits import Edit, WeightUpdate
-from bake.outputs.lora import export_lora
 from bake.plan import Exactness
 from bake.plan.carriers import carrier_findings
 from bake.sites import Site, SiteKind
@@ -152,7 +152,7 @@ def test_adapter_equals_checkpoint_in_float32(base: Base, tmp_path: Path) -> Non
         if not exact:
             continue
         folder = tmp_path / name.replace(" ", "_")
-        adapter = export_lora(plan, base.checkpoint, folder / "lora", record={}).path
+        adapter = written("lora", plan, base.checkpoint, folder / "lora").path
         baked = logits_of(tiny.load(bake(base, plan, folder / "baked"), torch.float32))
         adapted = peft_logits(base, adapter, torch.float32)
         assert difference(plain, baked) > 1e-3, name

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from exporting import written
 
 from bake import edits as make
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.header import build_header
 from bake.edits import Edit, EditKind
 from bake.families import Layout, find_family, resolve
-from bake.outputs.gguf.lora import export_gguf_lora
-from bake.outputs.lora import export_lora
 from bake.plan import Plan, compile_plan
 from bake.sites import expand
 
@@ -119,18 +118,18 @@ def measured(folder: Path, out: Path) -> Measured:
     torch.set_num_threads(1)
     # A small model first, so that what is measured is no module being imported.
     checkpoint, plan = planned(sparse_checkpoint(out / "small", smaller=64))
-    export_lora(plan, checkpoint, out / "small-lora", record={})
-    export_gguf_lora(plan, checkpoint, out / "small-gguf-lora", record={})
+    written("lora", plan, checkpoint, out / "small-lora")
+    written("gguf-lora", plan, checkpoint, out / "small-gguf-lora")
     checkpoint, plan = planned(folder)
     edited = sum(checkpoint.tensors[update.name].nbytes for update in plan.tensors)
     # subtle: getrusage's peak would be that of the process which this one was forked from.
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, written, read = resident("VmRSS"), 0, {}
-    for carrier, export in (("lora", export_lora), ("gguf-lora", export_gguf_lora)):
+    before, size, read = resident("VmRSS"), 0, {}
+    for carrier in ("lora", "gguf-lora"):
         start = bytes_read()
-        written += export(plan, checkpoint, out / carrier, record={}).bytes_written
+        size += written(carrier, plan, checkpoint, out / carrier).bytes_written
         read[carrier] = bytes_read() - start
-    return Measured(edited, read, resident("VmHWM") - before, written)
+    return Measured(edited, read, resident("VmHWM") - before, size)
 
 
 @pytest.mark.slow

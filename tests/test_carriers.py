@@ -13,13 +13,13 @@ import pytest
 import tiny
 import torch
 from adapters import NO_BIAS, logits_of, peft_warnings
+from exporting import written
 from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 
 from bake import edits as make
 from bake.artifact import CARRIERS, KINDS
 from bake.errors import InexactPlan, UsageError
 from bake.families import ADAPTABLE, DESCRIBED, RUNTIMES, load_families
-from bake.outputs.lora import export_lora
 from bake.plan import ConfigChange, Exactness, Plan, compile_plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes, refuse
 from bake.verify.runtimes.registry import RUNTIMES as ASKED
@@ -386,7 +386,7 @@ def test_scaled_embedding_under_vllm(tiny_checkpoint: Checkpoints, tmp_path: Pat
     assert verdicts(of, "lora")["peft"] == "exact"
     assert verdicts(of, "lora")["vllm"] == "refused"
     with pytest.raises(InexactPlan, match="target vllm would not serve this lora") as error:
-        export_lora(of, base.checkpoint, tmp_path / "out", record={})
+        written("lora", of, base.checkpoint, tmp_path / "out")
     assert "leaves the embedding's multiplier off" in str(error.value.why)
     assert not (tmp_path / "out").exists()
     # The control: without the target, and without the embedding, the adapter is fine.
@@ -471,7 +471,7 @@ def test_transformers_loads_an_adapter_by_itself(
     run = tiny.TABLES[family].run
     for name in ("transformers", "peft"):
         assert verdicts(of, "lora")[name] == ("exact" if "lora" in run[name] else "not tested")
-    out = export_lora(of, base.checkpoint, tmp_path / "out", record={}).path
+    out = written("lora", of, base.checkpoint, tmp_path / "out").path
     with peft_warnings():
         model = tiny.load(base.path)
         model.load_adapter(str(out))

@@ -14,25 +14,26 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import write_new
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from bake.artifact import Artifact
+from bake.artifact.staged import Journal, read_journal
 from bake.checkpoints import (
     DELETE,
     Checkpoint,
     NewTensor,
-    WrittenFiles,
     open_checkpoint,
     patch_config,
-    staging,
     stream,
-    write_checkpoint,
     writer,
 )
-from bake.errors import CheckpointError, UsageError
+from bake.checkpoints.writer import Finished
+from bake.errors import CheckpointError, InputError, UsageError
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -105,12 +106,9 @@ def in_tiles(tensor: Tensor, rows: int = 2) -> Callable[[], Iterator[Tensor]]:
     return lambda: iter([tensor] if not tensor.dim() else list(tensor.split(rows)) or [tensor])
 
 
-def write(source: Checkpoint | Path, out: Path, **options: Any) -> WrittenFiles:
+def write(source: Checkpoint | Path, out: Path, **options: Any) -> Artifact:
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    defaults = {"replace": {}, "new": {}, "extra_files": {}, "digest": "d"}
-    return write_checkpoint(
-        opened, out, **{**defaults, "config_text": opened.config_text, **options}
-    )
+    return write_new(opened, out, **options)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -278,7 +276,7 @@ def test_an_unedited_copy_is_identical(tmp_path: Path, shards: int) -> None:
     written = write(base, tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(base)
     assert written.bytes_edited == 0
-    assert written.path == tmp_path.resolve() / "out"
+    assert written.path == tmp_path / "out"
     hashes = {n: hashlib.sha256(d).hexdigest() for n, d in files_of(tmp_path / "out").items()}
     assert dict(written.files) == hashes
     assert written.bytes_written == sum(map(len, files_of(base).values()))
@@ -705,9 +703,11 @@ def test_an_error_leaves_nothing_even_after_a_finished_shard(
 def test_a_killed_run_is_taken_up(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", shards=3)
     script = f"""
-        import os, signal
+        import os, signal, sys
         from pathlib import Path
-        from bake.checkpoints import open_checkpoint, write_checkpoint
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from bake.checkpoints import open_checkpoint
+        from exporting import write_new
         source = open_checkpoint(Path({str(base)!r}))
 
         def edited(name, fatal):
@@ -719,11 +719,8 @@ def test_a_killed_run_is_taken_up(tmp_path: Path) -> None:
             return produce
 
         names = {RESUMABLE!r}
-        write_checkpoint(
-            source, Path({str(tmp_path / "out")!r}), new={{}}, extra_files={{}}, digest="d",
-            replace={{name: edited(name, name == "a.weight") for name in names}},
-            config_text=source.config_text,
-        )
+        replace = {{name: edited(name, name == "a.weight") for name in names}}
+        write_new(source, Path({str(tmp_path / "out")!r}), replace=replace)
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=60)
     assert run.returncode == -signal.SIGKILL
@@ -765,6 +762,7 @@ def test_two_runs_at_one_output_do_not_meet(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     write(base, tmp_path / "out", replace=good(base, ("norm",)))
+    (tmp_path / "out" / "bake.json").write_bytes(b"{}")
     before = files_of(tmp_path / "out")
     with pytest.raises(UsageError, match="exists and is not empty"):
         write(base, tmp_path / "out")
@@ -779,6 +777,7 @@ def test_force_keeps_the_old_output_until_the_new_one_is_complete(tmp_path: Path
     out = tmp_path / "out"
     write(base, out)
     (out / "mine.txt").write_bytes(b"kept")
+    (out / "bake.json").write_bytes(b"{}")
     before = files_of(out)
     with pytest.raises(ZeroDivisionError):
         write(base, out, replace=interrupt_in(1, base, ZeroDivisionError), force=True)
@@ -798,6 +797,7 @@ def test_the_old_output_comes_back_when_the_last_rename_fails(
     out = tmp_path / "out"
     write(base, out)
     (out / "mine.txt").write_bytes(b"kept")
+    (out / "bake.json").write_bytes(b"{}")
     before = files_of(out)
     rename = Path.rename
 
@@ -807,7 +807,7 @@ def test_the_old_output_comes_back_when_the_last_rename_fails(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(CheckpointError, match="files: cannot write the output: no luck"):
+    with pytest.raises(InputError, match="files: cannot write the output: no luck"):
         write(base, out, force=True)
     assert files_of(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
@@ -817,9 +817,11 @@ def test_a_kill_amid_the_last_renames_is_repaired_by_the_next_run(tmp_path: Path
     base = make_checkpoint(tmp_path / "base")
     out = tmp_path / "out"
     write(base, out)
+    (out / "bake.json").write_bytes(b"{}")
     before = files_of(out)
-    out.rename(tmp_path / ".out.bake-old")  # as a kill between the two renames leaves it
     (tmp_path / ".out.bake-partial" / "files").mkdir(parents=True)
+    # As a kill between the two renames leaves it.
+    out.rename(tmp_path / ".out.bake-partial" / "old")
     (tmp_path / ".out.bake-partial" / "journal").write_bytes(b"")
     with pytest.raises(UsageError, match="exists and is not empty"):
         write(base, out)
@@ -839,7 +841,9 @@ def test_force_does_not_remove_what_is_no_checkpoint(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"is no checkpoint, so it is not replaced(.|\n)*--force"):
+    with pytest.raises(
+        UsageError, match=r"was not written by bake, so it is not replaced(.|\n)*--force"
+    ):
         write(base, tmp_path / "out", force=True)
     assert files_of(tmp_path / "out") == {"thesis.tex": b"x"}
 
@@ -912,12 +916,12 @@ def test_a_checkpoint_read_by_range_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_the_journal_is_read_strictly() -> None:
-    head = json.dumps({"format": 1, "identity": "i"})
+    head = json.dumps({"format": 2, "identity": "i"})
     entry = {"file": "a", "bytes": 1, "sha256": "x"}
-    raw = f"{head}\n{json.dumps(entry)}\n[]\n{json.dumps({**entry, 'file': 'b'})}\n".encode()
-    assert staging._read_journal(raw, "i") == {"a": staging.Finished(1, "x")}
-    assert staging._read_journal(raw, "j") == {}
-    assert staging._read_journal(b"", "i") == {}
+    raw = f"{head}\n{json.dumps(entry)}\n[]\n{{\n{json.dumps({**entry, 'file': 'b'})}\n".encode()
+    assert read_journal(raw, "i") == Journal({"a": Finished(1, "x")})
+    assert read_journal(raw, "j") == Journal()
+    assert read_journal(b"", "i") == Journal()
 
 
 # ------------------------------------------------------------------------------------- config

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from exporting import write_new
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from bake.checkpoints import open_checkpoint, write_checkpoint
+from bake.checkpoints import open_checkpoint
 from bake.checkpoints.header import MAX_HEADER, header_length, parse_header
 from bake.errors import CheckpointError, UsageError
 
@@ -536,15 +537,7 @@ def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
     (base / "b.txt").symlink_to(base / "a.txt")
     checkpoint = open_checkpoint(base)
     assert torch.equal(checkpoint.read("a"), TWO["a"])
-    write_checkpoint(
-        checkpoint,
-        tmp_path / "out",
-        replace={},
-        new={},
-        config_text=checkpoint.config_text,
-        extra_files={},
-        digest="d",
-    )
+    write_new(checkpoint, tmp_path / "out")
     for name in (SINGLE, "b.txt"):
         assert not (tmp_path / "out" / name).is_symlink()
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()

@@ -385,6 +385,11 @@ def test_nothing_existing_is_overwritten_without_force(bench: Callable[..., Benc
     assert "use --force" in result.stderr
     assert made.listing() == before
     assert (out / "config.json").read_text() == "mine"
+    # Nor with it, unless bake wrote what is there.
+    result = made.run("export", made.recipe, "--out", out, "--force")
+    assert result.exit_code == 2 and "wasnotwrittenbybake" in tight(result.stderr)
+    assert made.listing() == before
+    (out / "bake.json").write_text("{}")
     assert made.run("export", made.recipe, "--out", out, "--force").exit_code == 0
     assert (out / "bake.json").is_file()
     (made.folder / "file").write_text("mine")
@@ -431,14 +436,12 @@ def test_an_interrupted_export_says_what_it_kept(
 ) -> None:
     from contextlib import contextmanager
 
-    from bake.outputs import checkpoint as output
-
     made = bench()
     sharded = made.folder / "sharded"
     write_checkpoint(make_model("llama"), sharded, max_shard_size="60KB")
     made.rewrite(str(made.base), str(sharded))
     out = made.folder / "out"
-    real = output.export_checkpoint
+    real = render.progress
 
     @contextmanager
     def interrupting(label: str, *, visible: bool = True, unit: str | None = None) -> Any:
@@ -461,7 +464,7 @@ def test_an_interrupted_export_says_what_it_kept(
     assert str(made.folder / ".out.bake-partial") in result.stderr
     assert not out.exists()
     monkeypatch.undo()
-    assert output.export_checkpoint is real
+    assert render.progress is real
     assert made.run("export", made.recipe, "--out", out, "-q").exit_code == 0
     assert not (made.folder / ".out.bake-partial").exists()
     whole = made.folder / "whole"
@@ -762,7 +765,7 @@ def test_what_the_machine_refuses_is_no_traceback_and_a_defect_is_one(
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr("bake.outputs.carry.export_checkpoint", fail)
+        monkeypatch.setattr("bake.outputs.write.prepare", fail)
 
     fail_with(OSError(errno.ENOSPC, "No space left on device", "/disk/file"))
     result = made.run("export", made.recipe, "--out", made.folder / "out", "-q")

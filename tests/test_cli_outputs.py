@@ -234,7 +234,9 @@ def test_merge_into_what_is_there(bench: Bench) -> None:
     result = run("merge", bench.adapter, bench.base, "--out", bench.out)
     assert result.exit_code == 2 and "exists and is not empty" in told(result)
     result = run("merge", bench.adapter, bench.base, "--out", bench.out, "--force")
-    assert result.exit_code == 2 and "is no checkpoint, so it is not replaced" in told(result)
+    assert result.exit_code == 2 and "was not written by bake, so it is not replaced" in told(
+        result
+    )
     assert contents(bench.out) == {"mine.txt": b"mine"}
     (bench.out / "mine.txt").unlink()
     assert run("merge", bench.adapter, bench.base, "--out", bench.out, "-q").exit_code == 0
@@ -431,7 +433,7 @@ def test_a_killed_export_of_several_is_taken_up(bench: Bench) -> None:
     tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
     args = ("export", bench.recipe, "--out", bench.out, *BOTH, "--model", sharded, "-q")
     kill(2, *args)
-    stage = bench.folder / ".out.bake-several" / "files" / ".checkpoint.bake-partial" / "files"
+    stage = bench.folder / ".out.bake-partial" / "files" / "checkpoint"
     stamps = {
         path.name: path.stat().st_mtime_ns for path in sorted(stage.glob("*.safetensors"))[:2]
     }
@@ -439,7 +441,7 @@ def test_a_killed_export_of_several_is_taken_up(bench: Bench) -> None:
     time.sleep(0.01)
     result = run(*args)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert not (bench.folder / ".out.bake-several").exists()
+    assert not (bench.folder / ".out.bake-partial").exists()
     for name, stamp in stamps.items():
         assert (bench.out / "checkpoint" / name).stat().st_mtime_ns == stamp
     whole = bench.folder / "new"
@@ -452,10 +454,10 @@ def test_an_interrupt_says_what_is_kept(bench: Bench, monkeypatch: pytest.Monkey
     def interrupting(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bake.outputs.carry.export_lora", interrupting)
+    monkeypatch.setattr("bake.outputs.lora.close_artifact", interrupting)
     result = run("export", bench.recipe, "--out", bench.out, *BOTH, "-q")
     assert result.exit_code == 130
-    assert str(bench.folder / ".out.bake-several") in result.stderr
+    assert str(bench.folder / ".out.bake-partial") in result.stderr
     assert "the same command takes them up" in result.stderr
     monkeypatch.undo()
     assert run("export", bench.recipe, "--out", bench.out, *BOTH, "-q").exit_code == 0

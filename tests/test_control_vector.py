@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from exporting import written
 from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from bake import edits as make
 from bake.directions import Role, read_directions
 from bake.edits import Edit
 from bake.errors import InexactPlan, InputError, UsageError
-from bake.outputs.control_vector import export_control_vector, write_vectors
+from bake.outputs.control_vector import write_vectors
 
 Checkpoints = Callable[..., Path]
 
@@ -74,7 +75,7 @@ def test_every_served_family_takes_offsets(
         # The input of block 2 is the output of block 1.
         edit(base, "offset", make.offset(single(hidden, 1), coefficient=-2.0), "resid_pre.2", "b"),
     ]
-    out = export_control_vector(plan_of(base, edits), tmp_path / "out", record={})
+    out = written("control-vector", plan_of(base, edits), base.checkpoint, tmp_path / "out")
     vectors = vectors_of(out.path / "control-vector.gguf")
     assert sorted(vectors) == [1, 2]
     hooked, plain = logits(base.model, base, edits), logits(base.model, base)
@@ -97,7 +98,7 @@ def test_round_trip_with_the_reader_of_directions(
         edit(base, "offset", make.offset(single(hidden, layer)), f"resid_post.{layer}", str(layer))
         for layer in (2, 1)
     ]
-    out = export_control_vector(plan_of(base, edits), tmp_path / "out", record={}).path
+    out = written("control-vector", plan_of(base, edits), base.checkpoint, tmp_path / "out").path
     file = out / "control-vector.gguf"
     read = read_directions(file)
     assert [item.site for item in read.items] == ["resid_post.1", "resid_post.2"]
@@ -120,7 +121,9 @@ def test_round_trip_with_the_reader_of_directions(
 def test_metadata(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("qwen2"))
     plan = plan_of(base, [edit(base, "offset", make.offset(single(24)), "resid_post.1")])
-    artifact = export_control_vector(plan, tmp_path / "out", record={"base": {"model": "m"}})
+    artifact = written(
+        "control-vector", plan, base.checkpoint, tmp_path / "out", record={"base": {"model": "m"}}
+    )
     fields = gguf.GGUFReader(artifact.path / "control-vector.gguf").fields
     assert fields["general.architecture"].contents() == "controlvector"
     assert fields["controlvector.model_hint"].contents() == "qwen2"
@@ -161,7 +164,7 @@ def test_refused(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     for bad, words in cases(base).values():
         good = edit(base, "offset", make.offset(vector(24, 5)), "resid_post.2", "fine")
         with pytest.raises(InexactPlan, match="as control-vector: impossible") as error:
-            export_control_vector(plan_of(base, [good, bad]), tmp_path / "out", record={})
+            written("control-vector", plan_of(base, [good, bad]), base.checkpoint, tmp_path / "out")
         assert error.value.why is not None and words in error.value.why
         assert "'c'" in error.value.what
         assert list(tmp_path.iterdir()) == []
@@ -174,9 +177,11 @@ def test_offsets_that_cancel(tiny_checkpoint: Checkpoints, tmp_path: Path) -> No
         for c in (1.0, -1.0)
     ]
     with pytest.raises(UsageError, match="every offset is zero"):
-        export_control_vector(plan_of(base, edits), tmp_path / "out", record={})
+        written("control-vector", plan_of(base, edits), base.checkpoint, tmp_path / "out")
     other = edit(base, "offset", make.offset(single(24)), "resid_post.2")
-    out = export_control_vector(plan_of(base, [*edits, other]), tmp_path / "out", record={})
+    out = written(
+        "control-vector", plan_of(base, [*edits, other]), base.checkpoint, tmp_path / "out"
+    )
     assert sorted(vectors_of(out.path / "control-vector.gguf")) == [2]
 
 
@@ -185,5 +190,5 @@ def test_a_value_that_float32_cannot_hold(tiny_checkpoint: Checkpoints, tmp_path
     huge = make.offset(single(24), coefficient=1e38)
     plan = plan_of(base, [edit(base, "offset", huge, at) for at in ("resid_post.1", "resid_pre.2")])
     with pytest.raises(InputError, match=r"direction\.1 does not fit its dtype"):
-        export_control_vector(plan, tmp_path / "out", record={})
+        written("control-vector", plan, base.checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from exporting import written
 from harness import base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,7 +17,6 @@ from bake import edits as make
 from bake.cli import main
 from bake.diff import diff
 from bake.errors import InputError, UsageError
-from bake.outputs.lora import export_lora
 
 PREFIX = "base_model.model."
 NAMES = ("model.layers.1.self_attn.o_proj", "model.layers.2.mlp.down_proj")
@@ -80,7 +80,7 @@ def test_an_ablation_as_an_adapter_shares_its_direction(base: Path, tmp_path: Pa
     ablation = edit(opened, "ablate", make.ablate(direction), "attn_out.*")
     plan = plan_of(opened, [ablation])
     record = {"base": {"model": str(base), "revision": None, "path": str(base)}}
-    export_lora(plan, opened.checkpoint, tmp_path / "out", record=record)
+    written("lora", plan, opened.checkpoint, tmp_path / "out", record=record)
     found = diff(str(tmp_path / "out"), given={"mine": direction[None]})
     (space,) = found.subspaces
     assert (space.side, space.shared, space.dimension) == ("written", True, 1)

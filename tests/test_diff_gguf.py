@@ -11,13 +11,13 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from exporting import written
 from harness import base_at, edit, plan_of, vector
 
 from bake import edits as make
 from bake.cli import main
 from bake.diff import diff
 from bake.errors import CheckpointError, UsageError
-from bake.outputs.gguf.edit import export_gguf
 
 SIZES = {"hidden_size": 128, "intermediate_size": 160, "vocab_size": 96}
 
@@ -36,7 +36,9 @@ def baked(base: Path, source: Path, out: Path, **options: Any) -> Path:
     plan = plan_of(opened, [ablation], targets=("llama.cpp",))
     record = {"base": {"model": str(base)}}
     allow = frozenset({"approximate"})
-    export_gguf(plan, opened.checkpoint, source, out, record=record, allow=allow, **options)
+    written(
+        "gguf", plan, opened.checkpoint, out, gguf=source, record=record, allow=allow, **options
+    )
     return out / source.name
 
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 from adapters import NO_BIAS
 from click.testing import CliRunner, Result
+from exporting import written
 from harness import bake, base_at, edit, orthogonal, plan_of, vector
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +24,6 @@ from bake.diff.sources import open_model
 from bake.edits import Edit
 from bake.errors import UsageError
 from bake.merge.merge import merge_adapter
-from bake.outputs.lora import export_lora
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -443,7 +443,7 @@ def test_another_base_is_one_line(half: tuple[Path, Path], tmp_path: Path) -> No
 def test_a_merge_is_held_to_its_record(tmp_path: Path, tiny_checkpoint: Any) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(24)), "resid")])
-    export_lora(plan, base.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
+    written("lora", plan, base.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
     out = tmp_path / "out"
     merge_adapter(tmp_path / "lora", base.checkpoint, out, layout=base.layout)
     found = diff(str(out), str(base.checkpoint.path))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from exporting import convert_baked, written
 from torch import Tensor
 
 from bake import __version__
@@ -27,8 +28,6 @@ from bake.edits import Edit, WeightUpdate
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
 from bake.families import find_family, resolve
 from bake.families.gguf import gguf_places
-from bake.outputs.gguf.convert import convert_checkpoint
-from bake.outputs.gguf.edit import export_gguf
 from bake.outputs.gguf.modelfile import modelfile
 from bake.plan import Plan
 from bake.sites import Site, SiteKind
@@ -124,7 +123,9 @@ def edits_of(base: harness.Base, case: Case) -> list[Edit]:
 
 
 def export(base: harness.Base, plan: Plan, file: Path, out: Path, **options: Any) -> Artifact:
-    return export_gguf(plan, base.checkpoint, file, out, record={"title": "test"}, **options)
+    return written(
+        "gguf", plan, base.checkpoint, out, gguf=file, record={"title": "test"}, **options
+    )
 
 
 # --- the same function as the checkpoint route ---------------------------------------------------
@@ -655,12 +656,12 @@ def test_converting_what_llamacpp_would_not_serve(tiny_checkpoint: Tiny, tmp_pat
     plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
     baked = harness.bake(base, plan, tmp_path / "baked")
     with pytest.raises(InexactPlan, match=r"llama\.cpp would not serve this checkpoint") as error:
-        convert_checkpoint(baked, tmp_path / "out", llama_cpp=tmp_path)
+        convert_baked(baked, tmp_path / "out", llama_cpp=tmp_path)
     assert "its converter skips lm_head" in str(error.value)
     with pytest.raises(
         CheckpointError, match=r"holds no bake\.json, so it was not written by bake"
     ):
-        convert_checkpoint(base.path, tmp_path / "out", llama_cpp=tmp_path)
+        convert_baked(base.path, tmp_path / "out", llama_cpp=tmp_path)
 
 
 def test_converter_that_is_missing_or_fails(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
@@ -668,14 +669,14 @@ def test_converter_that_is_missing_or_fails(tiny_checkpoint: Tiny, tmp_path: Pat
     plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
     baked = harness.bake(base, plan, tmp_path / "baked")
     with pytest.raises(InputError, match="there is no converter at"):
-        convert_checkpoint(baked, tmp_path / "out", llama_cpp=tmp_path)
+        convert_baked(baked, tmp_path / "out", llama_cpp=tmp_path)
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text(
         "import pathlib, sys\n"
         "out = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
         "out.write_bytes(b'GGUF' + sys.argv[sys.argv.index('--outtype') + 1].encode())\n"
     )
-    artifact = convert_checkpoint(baked, tmp_path / "out", llama_cpp=tmp_path, outtype="q8_0")
+    artifact = convert_baked(baked, tmp_path / "out", llama_cpp=tmp_path, outtype="q8_0")
     assert (artifact.path / "baked-Q8_0.gguf").read_bytes() == b"GGUFq8_0"
     assert (artifact.path / "Modelfile").read_text() == "FROM ./baked-Q8_0.gguf\n"
     record = json.loads((artifact.path / "bake.json").read_text(encoding="utf-8"))
@@ -687,7 +688,7 @@ def test_converter_that_is_missing_or_fails(tiny_checkpoint: Tiny, tmp_path: Pat
     assert served["vllm"] == served["mlx-lm"] == "refused"
     script.write_text("raise SystemExit('no')\n")
     with pytest.raises(Exception, match="converter failed with exit status 1"):
-        convert_checkpoint(baked, tmp_path / "other", llama_cpp=tmp_path)
+        convert_baked(baked, tmp_path / "other", llama_cpp=tmp_path)
     assert not (tmp_path / "other").exists()
 
 

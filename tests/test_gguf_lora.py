@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from adapters import NO_BIAS
+from exporting import written
 from harness import Base, base_at, edit, logits, plan_of, vector
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,7 +24,6 @@ from bake.affine import AffineMap
 from bake.checkpoints.gguf.file import open_gguf
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan
-from bake.outputs.gguf.lora import export_gguf_lora
 
 Checkpoints = Callable[..., Path]
 HEADS, KV_HEADS = 4, 2  # of every tiny model
@@ -185,7 +185,7 @@ def test_adapter_equals_hooks(
     base = base_at(tiny_checkpoint(family, **options))
     edits = cases(base, family)[case]
     plan = plan_of(base, edits)
-    out = export_gguf_lora(plan, base.checkpoint, tmp_path / "out", record={}).path
+    out = written("gguf-lora", plan, base.checkpoint, tmp_path / "out").path
     hooked, plain = logits(base.model, base, edits), logits(base.model, base)
     effect = float((hooked - plain).abs().max())
     assert effect > 1e-2
@@ -204,7 +204,8 @@ def test_metadata(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     plan = plan_of(base, [edit(base, "ablate", ablate(24), "resid")])
     record = {"base": {"model": "owner/name", "revision": "0123abcd"}}
     done: list[tuple[int, int]] = []
-    artifact = export_gguf_lora(
+    artifact = written(
+        "gguf-lora",
         plan,
         base.checkpoint,
         tmp_path / "out",
@@ -243,12 +244,12 @@ def test_tied_head_is_refused(at: str, tiny_checkpoint: Checkpoints, tmp_path: P
     base = base_at(tiny_checkpoint("llama", tied=True, **NO_BIAS))
     plan = plan_of(base, [edit(base, "ablate", ablate(24), at)])
     with pytest.raises(InexactPlan, match="as gguf-lora: impossible") as error:
-        export_gguf_lora(plan, base.checkpoint, tmp_path / "out", record={})
+        written("gguf-lora", plan, base.checkpoint, tmp_path / "out")
     assert "the process aborts" in str(error.value.why)
     assert "--to checkpoint" in str(error.value.fix)
     assert list(tmp_path.iterdir()) == []
     inner = plan_of(base, [edit(base, "ablate", ablate(24), "mlp_out.1")])
-    assert export_gguf_lora(inner, base.checkpoint, tmp_path / "out", record={}).path.is_dir()
+    assert written("gguf-lora", inner, base.checkpoint, tmp_path / "out").path.is_dir()
 
 
 def quantised(base: Base, path: Path, kind: gguf.GGMLQuantizationType) -> Path:
@@ -285,8 +286,8 @@ def test_factors_of_a_quantised_base_are_made_from_what_is_served(
     plan = plan_of(base, edits)
     path = quantised(base, tmp_path / "base.gguf", gguf.GGMLQuantizationType.Q4_0)
     files = {}
-    for name, model in (("plain", None), ("served", open_gguf(path))):
-        out = export_gguf_lora(plan, base.checkpoint, tmp_path / name, record={}, model=model)
+    for name, model in (("plain", None), ("served", path)):
+        out = written("gguf-lora", plan, base.checkpoint, tmp_path / name, gguf=model)
         files[name] = out.path / "lora.gguf"
 
     def left(file: Path) -> tuple[float, float]:
@@ -313,18 +314,18 @@ def test_a_gguf_of_another_model_is_refused(tiny_checkpoint: Checkpoints, tmp_pa
     model = open_gguf(path)
     missing = plan_of(base, [edit(base, "ablate", ablate(64), "attn_out.1")])
     with pytest.raises(CheckpointError, match=r"has no tensor blk\.1\.attn_output\.weight"):
-        export_gguf_lora(missing, base.checkpoint, tmp_path / "out", record={}, model=model)
+        written("gguf-lora", missing, base.checkpoint, tmp_path / "out", gguf=model.path)
     small = base_at(tiny_checkpoint("llama", **NO_BIAS))
     other = plan_of(small, [edit(small, "ablate", ablate(24), "mlp_out.1")])
     with pytest.raises(CheckpointError, match=r"a \[64, 96\] tensor blk\.1\.ffn_down\.weight"):
-        export_gguf_lora(other, small.checkpoint, tmp_path / "out", record={}, model=model)
+        written("gguf-lora", other, small.checkpoint, tmp_path / "out", gguf=model.path)
     qwen = base_at(tiny_checkpoint("qwen2"))
     foreign = plan_of(qwen, [edit(qwen, "ablate", ablate(24), "mlp_out.1")])
     with pytest.raises(CheckpointError, match="of architecture 'llama', and the model is 'qwen2'"):
-        export_gguf_lora(foreign, qwen.checkpoint, tmp_path / "out", record={}, model=model)
+        written("gguf-lora", foreign, qwen.checkpoint, tmp_path / "out", gguf=model.path)
     # Other weights of the same shapes, which by itself would be edited without a word.
     finetune = base_at(tiny_checkpoint("llama", **WIDE, seed=1))
     same = plan_of(finetune, [edit(finetune, "ablate", ablate(64), "mlp_out.1")])
     with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_down\.weight does not resemble"):
-        export_gguf_lora(same, finetune.checkpoint, tmp_path / "out", record={}, model=model)
+        written("gguf-lora", same, finetune.checkpoint, tmp_path / "out", gguf=model.path)
     assert [p.name for p in tmp_path.iterdir()] == ["base.gguf"]

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from adapters import NO_BIAS, config_of, factors_of, peft_logits, rewritten
+from exporting import written
 from harness import RELATIVE, Base, bake, base_at, edit, logits, matrix, plan_of, vector
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +18,6 @@ from bake.affine import AffineMap
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.edits import Edit, WeightUpdate
 from bake.errors import InexactPlan, InputError, UsageError
-from bake.outputs.lora import export_lora
 from bake.plan import Exactness
 from bake.plan.lowrank import low_rank, rank_of, targets_of
 from bake.sites import Site, SiteKind
@@ -120,7 +120,7 @@ def planned(case: str, checkpoints: Checkpoints) -> tuple[Base, list[Edit]]:
 @pytest.mark.parametrize("case", CARRIED)
 def test_adapter_equals_hooks(case: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base, edits = planned(case, tiny_checkpoint)
-    out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record={}).path
+    out = written("lora", plan_of(base, edits), base.checkpoint, tmp_path / "out").path
     hooked, plain = logits(base.model, base, edits), logits(base.model, base)
     effect = float((hooked - plain).abs().max())
     assert effect > 1e-2
@@ -135,7 +135,7 @@ def test_adapter_equals_checkpoint(case: str, tiny_checkpoint: Checkpoints, tmp_
     """In float32, as runtimes compute: the two carriers of one plan are one function."""
     base, edits = planned(case, lambda *a, **k: tiny_checkpoint(*a, dtype=torch.float32, **k))
     plan = plan_of(base, edits)
-    adapter = export_lora(plan, base.checkpoint, tmp_path / "lora", record={}).path
+    adapter = written("lora", plan, base.checkpoint, tmp_path / "lora").path
     checkpoint = bake(base, plan, tmp_path / "checkpoint")
     with torch.no_grad():
         baked = tiny.load(checkpoint, torch.float32)(tiny.tokens(), use_cache=False).logits
@@ -161,7 +161,7 @@ def test_update_composes_with_edits_around_it(tiny_checkpoint: Checkpoints, tmp_
         if family != "gpt2":  # its biases are always there, and a LoRA holds none
             edits.append(edit(base, "ablate", make.ablate(vector(heads, 5)), "q.2"))
         out = tmp_path / family
-        export_lora(plan_of(base, edits), base.checkpoint, out, record={})
+        written("lora", plan_of(base, edits), base.checkpoint, out)
         hooked = logits(base.model, base, edits)
         effect = float((hooked - logits(base.model, base)).abs().max())
         assert effect > 1e-2
@@ -171,7 +171,7 @@ def test_update_composes_with_edits_around_it(tiny_checkpoint: Checkpoints, tmp_
 def test_a_lost_module_is_seen(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     edits = [edit(base, "ablate", ablate(base.layout.hidden), "resid")]
-    out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record={}).path
+    out = written("lora", plan_of(base, edits), base.checkpoint, tmp_path / "out").path
     hooked, tensors = logits(base.model, base, edits), factors_of(out)
     name = "base_model.model.model.layers.2.self_attn.o_proj.lora_B.weight"
     tensors[name] = torch.zeros_like(tensors[name])
@@ -190,7 +190,9 @@ def test_the_config_says_everything_that_a_runtime_could_overlook(
         edit(base, "ablate", make.ablate(vector(hidden, 9)), "ln2_out.1"),
     ]
     record = {"base": {"model": "owner/name", "revision": "0123abcd"}}
-    out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record).path
+    out = written(
+        "lora", plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record
+    ).path
     config, tensors = config_of(out), factors_of(out)
     assert config["base_model_name_or_path"] == "owner/name"
     assert config["revision"] == "0123abcd"
@@ -215,7 +217,8 @@ def test_files(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
     done: list[tuple[int, int]] = []
     record = {"base": {"model": "m"}, "recipe": {"title": "t"}}
-    artifact = export_lora(
+    artifact = written(
+        "lora",
         plan,
         base.checkpoint,
         tmp_path / "out",
@@ -241,9 +244,7 @@ def test_files(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
 def test_same_plan_same_bytes(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
-    one, two = (
-        export_lora(plan, base.checkpoint, tmp_path / name, record={}) for name in ("one", "two")
-    )
+    one, two = (written("lora", plan, base.checkpoint, tmp_path / name) for name in ("one", "two"))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert one.files[name] == two.files[name]
 
@@ -280,14 +281,14 @@ def test_only_edited_tensors_are_read_and_never_whole(
     monkeypatch.setattr(Checkpoint, "read_rows", read_rows)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read whole"))
     monkeypatch.setattr("bake.outputs.factors.TILE_VALUES", 120)  # three rows of 40
-    tiled = export_lora(plan, base.checkpoint, tmp_path / "tiled", record={})
+    tiled = written("lora", plan, base.checkpoint, tmp_path / "tiled")
     assert {name for name, _ in seen} == {
         f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)
     }
     assert max(rows for _, rows in seen) == 3
     assert sum(rows for _, rows in seen) == 3 * 24  # every row once
     monkeypatch.undo()
-    whole = export_lora(plan, base.checkpoint, tmp_path / "whole", record={})
+    whole = written("lora", plan, base.checkpoint, tmp_path / "whole")
     tensors = factors_of(whole.path)
     for name, tensor in factors_of(tiled.path).items():
         assert torch.allclose(tensor, tensors[name], rtol=0, atol=1e-13)
@@ -316,7 +317,7 @@ def test_refused(case: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> Non
     base = base_at(tiny_checkpoint(family, **options))
     plan = plan_of(base, [edit(base, kind, build(base.layout.hidden), at)])
     with pytest.raises(InexactPlan, match=f"cannot {kind} 'c' at .* as lora: impossible") as error:
-        export_lora(plan, base.checkpoint, tmp_path / "out", record={})
+        written("lora", plan, base.checkpoint, tmp_path / "out")
     assert error.value.why is not None and words in error.value.why
     assert list(tmp_path.iterdir()) == []
 
@@ -327,9 +328,9 @@ def test_nulling_stays_nulling(tiny_checkpoint: Checkpoints, tmp_path: Path) -> 
     edits = [edit(base, "ablate", ablate(base.layout.hidden), "resid")]
     plan = plan_of(base, edits, allow=["nulling"])
     with pytest.raises(InexactPlan, match="as lora: nulling"):
-        export_lora(plan, base.checkpoint, tmp_path / "out", record={})
+        written("lora", plan, base.checkpoint, tmp_path / "out")
     allow = frozenset({"nulling"})
-    out = export_lora(plan, base.checkpoint, tmp_path / "out", record={}, allow=allow).path
+    out = written("lora", plan, base.checkpoint, tmp_path / "out", allow=allow).path
     assert json.loads((out / "bake.json").read_text())["plan"]["exactness"] == Exactness.NULLING
     baked = logits(tiny.load(bake(base, plan, tmp_path / "baked", allow=allow)), base)
     assert float((peft_logits(base, out) - baked).abs().max()) <= RELATIVE
@@ -342,7 +343,7 @@ def test_a_plan_without_weights(tiny_checkpoint: Checkpoints, tmp_path: Path) ->
     nothing = make.ablate(vector(base.layout.hidden), strength=0.0)
     plan = plan_of(base, [edit(base, "ablate", nothing, "resid")])
     with pytest.raises(UsageError, match="the plan changes no weight"):
-        export_lora(plan, base.checkpoint, tmp_path / "out", record={})
+        written("lora", plan, base.checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -353,13 +354,13 @@ def test_a_folder_that_is_in_the_way(tiny_checkpoint: Checkpoints, tmp_path: Pat
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        export_lora(plan, base.checkpoint, out, record={})
+        written("lora", plan, base.checkpoint, out)
     with pytest.raises(UsageError, match="was not written by bake, so it is not replaced"):
-        export_lora(plan, base.checkpoint, out, record={}, force=True)
+        written("lora", plan, base.checkpoint, out, force=True)
     assert (out / "thesis.txt").read_text() == "years of work"
     mine = tmp_path / "mine"
-    export_lora(plan, base.checkpoint, mine, record={})
-    export_lora(plan, base.checkpoint, mine, record={"again": True}, force=True)
+    written("lora", plan, base.checkpoint, mine)
+    written("lora", plan, base.checkpoint, mine, record={"again": True}, force=True)
     assert json.loads((mine / "bake.json").read_text())["again"] is True
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
@@ -369,7 +370,7 @@ def test_what_was_there_comes_back_when_the_last_rename_fails(
 ) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
-    out = export_lora(plan, base.checkpoint, tmp_path / "out", record={"first": True}).path
+    out = written("lora", plan, base.checkpoint, tmp_path / "out", record={"first": True}).path
     original = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -379,7 +380,7 @@ def test_what_was_there_comes_back_when_the_last_rename_fails(
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(InputError, match="cannot write the output: No space left on device"):
-        export_lora(plan, base.checkpoint, out, record={}, force=True)
+        written("lora", plan, base.checkpoint, out, force=True)
     assert json.loads((out / "bake.json").read_text())["first"] is True
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -395,5 +396,5 @@ def test_a_factor_that_is_not_finite_leaves_nothing(
     save_file(tensors, shard, metadata={"format": "pt"})
     plan = plan_of(source, [edit(source, "ablate", make.ablate(vector(24)), "mlp_out.1")])
     with pytest.raises(InputError, match="does not fit its dtype"):
-        export_lora(plan, open_checkpoint(tmp_path / "base"), tmp_path / "deep" / "out", record={})
+        written("lora", plan, open_checkpoint(tmp_path / "base"), tmp_path / "deep" / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

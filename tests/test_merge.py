@@ -18,6 +18,7 @@ from adapters import (
     peft_warnings,
     rewritten,
 )
+from exporting import written
 from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 from safetensors.torch import load_file
 
@@ -25,7 +26,6 @@ from bake import edits as make
 from bake.checkpoints import open_checkpoint
 from bake.errors import BakeError, CheckpointError, InputError, UsageError
 from bake.merge.merge import merge_adapter
-from bake.outputs.lora import export_lora
 
 Checkpoints = Callable[..., Path]
 
@@ -179,7 +179,7 @@ def test_an_exported_adapter_merges_to_the_hooked_model(
         base = base_at(tiny_checkpoint(family, **options))
         edits = [edit(base, "affine", make.affine(vector(24), alpha=0.7), "resid")]
         plan = plan_of(base, edits)
-        adapter = export_lora(plan, base.checkpoint, tmp_path / f"{family}-lora", record={}).path
+        adapter = written("lora", plan, base.checkpoint, tmp_path / f"{family}-lora").path
         out = tmp_path / family
         merge_adapter(adapter, base.checkpoint, out, layout=base.layout)
         hooked = logits(base.model, base, edits)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from adapters import factors_of, rewritten
+from exporting import written
 from harness import Base, base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
 from test_merge import trained
@@ -20,7 +21,6 @@ from bake import edits as make
 from bake.artifact.record import read_record
 from bake.errors import ExactnessBug, FamilyError, InputError, UsageError, VerificationFailed
 from bake.merge.merge import merge_adapter
-from bake.outputs.lora import export_lora
 from bake.publish.preflight import Terms, preflight
 from bake.seal.seal import check, seal
 from bake.verify.compare import compare
@@ -101,7 +101,7 @@ def test_half_precision_has_the_floor_of_its_dtype(
 def test_experts(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("mixtral"))
     plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(24)), "resid")])
-    adapter = export_lora(plan, base.checkpoint, tmp_path / "adapter", record={}).path
+    adapter = written("lora", plan, base.checkpoint, tmp_path / "adapter").path
     out = merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout).path
     assert verify(out).passed
 

@@ -16,6 +16,7 @@ import tiny
 import torch
 from cards import EXAMPLES
 from click.testing import CliRunner
+from exporting import written
 from harness import base_at, edit, plan_of, vector
 from hub_server import running_hub
 from published import BASE, TOKEN, Worker, base_files, make_artifact, rewrite
@@ -29,7 +30,6 @@ from bake.checkpoints.checkpoint import Checkpoint
 from bake.cli import main
 from bake.edits import Edit
 from bake.merge.merge import merge_adapter
-from bake.outputs.lora import export_lora
 from bake.revert import proof
 
 Tiny = Callable[..., Path]
@@ -302,7 +302,7 @@ def test_a_family_of_the_users_own(tmp_path: Path) -> None:
 def test_a_merge_goes_back_too(base: Path, tmp_path: Path) -> None:
     opened = base_at(base)
     plan = plan_of(opened, [edit(opened, "ablate", make.ablate(vector(32)), "z.*")])
-    export_lora(plan, opened.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
+    written("lora", plan, opened.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
     merge_adapter(tmp_path / "lora", opened.checkpoint, tmp_path / "out", layout=opened.layout)
     said = reverted(tmp_path / "out", tmp_path / "back")
     assert said["bit_for_bit"] and len(said["edited"]) == 3
@@ -339,7 +339,7 @@ def test_places_that_may_not_be_written(base: Path, baked: Path, tmp_path: Path)
     assert (files_of(base), files_of(baked)) == kept
 
 
-def test_force_replaces_a_checkpoint_and_a_dry_run_writes_nothing(
+def test_force_replaces_an_artifact_and_a_dry_run_writes_nothing(
     baked: Path, tmp_path: Path
 ) -> None:
     back = tmp_path / "back"
@@ -347,6 +347,10 @@ def test_force_replaces_a_checkpoint_and_a_dry_run_writes_nothing(
     assert said["dry_run"] and not back.exists()
     made = reverted(baked, back)
     assert said["bytes_from_base"] == made["bytes_from_base"] > 0
+    assert revert(baked, back).exit_code == 2
+    assert revert(baked, back, "--force").exit_code == 2  # a base is no artifact of bake
+    shutil.rmtree(back)
+    copied(baked, back)
     assert revert(baked, back).exit_code == 2
     assert reverted(baked, back, "--force")["files"] == made["files"]
 

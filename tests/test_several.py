@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,8 +25,9 @@ from bake.checkpoints import Checkpoint
 from bake.checkpoints.source import ByteSource
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
-from bake.outputs.carry import Options, write
-from bake.outputs.several import write_several
+from bake.outputs.export import CarrierRun, CarrierWriter, Export
+from bake.outputs.registry import prepare
+from bake.outputs.write import export
 from bake.plan import Plan
 
 Checkpoints = Callable[..., Path]
@@ -58,24 +59,23 @@ def counted(base: Base) -> tuple[Checkpoint, Counter[str]]:
     return replace(base.checkpoint, files=source), source.read
 
 
-def record_of(base: Base) -> Callable[[Path], Mapping[str, Any]]:
-    return lambda out: {"base": {"model": str(base.path), "path": os.path.relpath(base.path, out)}}
+def record_of(base: Base, out: Path) -> dict[str, Any]:
+    return {"base": {"model": str(base.path), "path": os.path.relpath(base.path, out)}}
+
+
+def run(
+    base: Base, plan: Plan, carriers: Sequence[str], out: Path, **options: Any
+) -> tuple[Artifact, ...]:
+    checkpoint = options.pop("checkpoint", base.checkpoint)
+    return export(Export(plan, checkpoint, record_of(base, out), **options), carriers, out)
 
 
 def both(
-    base: Base, plan: Plan, folder: Path, carriers: Sequence[str], options: Options
+    base: Base, plan: Plan, folder: Path, carriers: Sequence[str], **options: Any
 ) -> tuple[tuple[Artifact, ...], list[Artifact]]:
     """Write the carriers together and each alone; the folders lie equally deep."""
-    record = record_of(base)
-    together = write_several(
-        carriers, plan, base.checkpoint, folder / "all", record=record, options=options
-    )
-    alone = []
-    for carrier in carriers:
-        out = folder / "one" / carrier
-        alone.append(
-            write(carrier, plan, base.checkpoint, out, record=record(out), options=options)
-        )
+    together = run(base, plan, carriers, folder / "all", **options)
+    alone = [run(base, plan, [name], folder / "one" / name, **options)[0] for name in carriers]
     return together, alone
 
 
@@ -134,7 +134,7 @@ def test_bytes_are_those_of_separate_runs(
     if rows is not None:  # several tiles a weight
         for module in ("bake.fold", "bake.outputs.factors"):
             monkeypatch.setattr(f"{module}.TILE_VALUES", rows * 24)
-    together, alone = both(base, plan, tmp_path, ALL, Options())
+    together, alone = both(base, plan, tmp_path, ALL)
     assert [a.kind for a in together] == list(ALL)
     for carrier, one, other in zip(ALL, together, alone, strict=True):
         assert one.path == tmp_path / "all" / carrier
@@ -151,7 +151,7 @@ def test_bytes_are_those_of_separate_runs(
 def test_control_vector_and_checkpoint(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama"))
     plan = plan_of(base, [edit(base, "offset", make.offset(vector(24)), "resid_post.1")])
-    together, alone = both(base, plan, tmp_path, ("control-vector", "checkpoint"), Options())
+    together, alone = both(base, plan, tmp_path, ("control-vector", "checkpoint"))
     for one, other in zip(together, alone, strict=True):
         assert contents(one.path) == contents(other.path)
 
@@ -175,8 +175,8 @@ def test_a_converted_file_is_made_from_the_checkpoint_of_the_run(
     llama_cpp = tmp_path / "llama.cpp"
     llama_cpp.mkdir()
     (llama_cpp / "convert_hf_to_gguf.py").write_text(CONVERTER)
-    options, carriers = Options(llama_cpp=llama_cpp), ("gguf", "checkpoint")
-    together, alone = both(base, plan, tmp_path, carriers, options)
+    carriers = ("gguf", "checkpoint")
+    together, alone = both(base, plan, tmp_path, carriers, llama_cpp=llama_cpp)
     for one, other in zip(together, alone, strict=True):
         assert contents(one.path) == contents(other.path)
     text = (tmp_path / "all" / "gguf" / "gguf-F16.gguf").read_text()
@@ -184,19 +184,12 @@ def test_a_converted_file_is_made_from_the_checkpoint_of_the_run(
     assert text == f"GGUF gguf{digest}"
     baked: list[str] = []
     monkeypatch.setattr(
-        "bake.outputs.carry.export_checkpoint",
-        lambda *args, **options: baked.append(args[2].name) or pytest.fail("baked twice"),
+        "bake.outputs.gguf.convert.write_edited",
+        lambda what, run, target: baked.append(target.folder.name) or pytest.fail("baked twice"),
     )
     # Alone it needs a checkpoint for the moment, and a failure leaves nothing of it.
     with pytest.raises(pytest.fail.Exception):
-        write(
-            "gguf",
-            plan,
-            base.checkpoint,
-            tmp_path / "deep" / "gguf",
-            record={},
-            options=options,
-        )
+        run(base, plan, ["gguf"], tmp_path / "deep" / "gguf", llama_cpp=llama_cpp)
     assert baked == ["gguf"]
     assert {path.name for path in tmp_path.iterdir()} == {"all", "one", "llama.cpp"}
 
@@ -216,12 +209,11 @@ def test_an_adapter_beside_a_checkpoint_reads_no_weight(
     base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16, **NO_BIAS))
     plan = plan_of(base, EDITS["ablate"](base))
     edited = {update.name for update in plan.tensors}
-    record = record_of(base)
 
     def reads(*carriers: str) -> Counter[str]:
         checkpoint, counter = counted(base)
         out = tmp_path / "+".join(carriers)
-        write_several(carriers, plan, checkpoint, out, record=record, options=Options())
+        run(base, plan, carriers, out, checkpoint=checkpoint)
         return Counter({name: counter[name] for name in edited})
 
     checkpoint, lora, gguf = (reads(name) for name in ("checkpoint", "lora", "gguf-lora"))
@@ -248,38 +240,31 @@ def test_nothing_is_written_when_one_of_them_refuses(
     wrong.write_bytes(b"GGUF")
     there, back = (make.offset(sign * vector(24)) for sign in (1, -1))
     zero = [edit(base, "offset", map_, "resid_post.1") for map_ in (there, back)]
-    cases: list[tuple[Plan, tuple[str, ...], Options, type[Exception], str]] = [
-        (plan, ("checkpoint", "control-vector"), Options(), InexactPlan, "as control-vector"),
-        (plan, ("checkpoint", "gguf"), Options(), UsageError, "made from one of two things"),
+    cases: list[tuple[Plan, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
+        (plan, ("checkpoint", "control-vector"), {}, InexactPlan, "as control-vector"),
+        (plan, ("checkpoint", "gguf"), {}, UsageError, "made from one of two things"),
         (
             plan,
             ("checkpoint", "gguf"),
-            Options(llama_cpp=tmp_path / "none"),
+            {"llama_cpp": tmp_path / "none"},
             Exception,
             "there is no converter at",
         ),
-        (plan, ("lora", "gguf"), Options(gguf=wrong), CheckpointError, "wrong.gguf"),
-        (plan, ("lora", "gguf-lora"), Options(gguf=wrong), CheckpointError, "wrong.gguf"),
-        (plan, ("lora", "checkpoint"), Options(rounding="up"), UsageError, "rounding is 'up'"),
-        (plan_of(base, zero), ("control-vector", "checkpoint"), Options(), UsageError, "is zero"),
+        (plan, ("lora", "gguf"), {"gguf": wrong}, CheckpointError, "wrong.gguf"),
+        (plan, ("lora", "gguf-lora"), {"gguf": wrong}, CheckpointError, "wrong.gguf"),
+        (plan, ("lora", "checkpoint"), {"rounding": "up"}, UsageError, "rounding is 'up'"),
+        (plan_of(base, zero), ("control-vector", "checkpoint"), {}, UsageError, "is zero"),
         (
             plan_of(tied, EDITS["ablate"](tied)),
             ("checkpoint", "gguf-lora"),
-            Options(),
+            {},
             InexactPlan,
             "as gguf-lora",
         ),
     ]
     for of, carriers, options, kind, message in cases:
         with pytest.raises(kind, match=message):
-            write_several(
-                carriers,
-                of,
-                checkpoint,
-                tmp_path / "deep" / "out",
-                record=record_of(base),
-                options=options,
-            )
+            run(base, of, carriers, tmp_path / "deep" / "out", checkpoint=checkpoint, **options)
         assert {path.name for path in tmp_path.iterdir()} == {"wrong.gguf"}
     assert not set(counter) & {update.name for update in plan.tensors}
 
@@ -289,127 +274,114 @@ def test_a_failure_in_the_middle_leaves_nothing(
 ) -> None:
     """Whichever carrier fails, and with --force what was there stays."""
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
-    plan, record = plan_of(base, EDITS["ablate"](base)), record_of(base)
+    plan = plan_of(base, EDITS["ablate"](base))
     out = tmp_path / "out"
-    write_several(("lora",), plan, base.checkpoint, out, record=record, options=Options())
+    run(base, plan, ["lora"], out)
     before = contents(out)
     written: list[str] = []
 
     broken = ""
 
-    def failing(name: str, *args: Any, **options: Any) -> Artifact:
-        if name == broken:
-            raise InputError("the disk refuses")
-        written.append(name)
-        return write(name, *args, **options)
+    def failing(what: Export, name: str) -> CarrierWriter:
+        writer = prepare(what, name)
 
-    monkeypatch.setattr("bake.outputs.several.write", failing)
+        def write(run: CarrierRun) -> Artifact:
+            if name == broken:
+                raise InputError("the disk refuses")
+            written.append(name)
+            return writer(run)
+
+        return write
+
+    monkeypatch.setattr("bake.outputs.write.prepare", failing)
     for carrier in ALL:
         broken = carrier
         for place, force in ((tmp_path / "deep" / "new", False), (out, True)):
             with pytest.raises(InputError, match="the disk refuses"):
-                write_several(
-                    ALL, plan, base.checkpoint, place, record=record, options=Options(force=force)
-                )
+                run(base, plan, ALL, place, force=force)
             assert {path.name for path in tmp_path.iterdir()} == {"out"}
             assert contents(out) == before
     assert set(written) == {"checkpoint", "lora"}  # gguf-lora is the last
     monkeypatch.undo()
-    write_several(ALL, plan, base.checkpoint, out, record=record, options=Options(force=True))
+    run(base, plan, ALL, out, force=True)
     assert {path.name for path in out.iterdir()} == set(ALL)
-    assert contents(out / "lora").keys() == {
-        name.removeprefix("lora/") for name in before if name.startswith("lora/")
-    }
+    assert contents(out / "lora").keys() == before.keys()
 
 
 def test_what_is_in_the_way(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan = plan_of(base, EDITS["ablate"](base))
 
-    def run(out: Path, **options: Any) -> None:
-        write_several(
-            ALL, plan, base.checkpoint, out, record=record_of(base), options=Options(**options)
-        )
-
     mine = tmp_path / "mine"
     (mine / "lora").mkdir(parents=True)
     (mine / "lora" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty"):
-        run(mine)
+        run(base, plan, ALL, mine)
     with pytest.raises(UsageError, match="holds lora, which bake did not write"):
-        run(mine, force=True)
+        run(base, plan, ALL, mine, force=True)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="exists and is no folder"):
-        run(tmp_path / "file", force=True)
+        run(base, plan, ALL, tmp_path / "file", force=True)
     (tmp_path / "link").symlink_to(mine)
     with pytest.raises(UsageError, match="is a link"):
-        run(tmp_path / "link", force=True)
+        run(base, plan, ALL, tmp_path / "link", force=True)
     for place in (base.path, base.path / "out", base.path.parent):
         with pytest.raises(UsageError, match="overlap"):
-            run(place, force=True)
+            run(base, plan, ALL, place, force=True)
     assert (mine / "lora" / "notes.txt").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "file", "link"}
     # An artifact of bake is replaced.
     single = tmp_path / "single"
-    record = record_of(base)(single)
-    write("lora", plan, base.checkpoint, single, record=record, options=Options())
-    run(single, force=True)
+    run(base, plan, ["lora"], single)
+    run(base, plan, ALL, single, force=True)
     assert {path.name for path in single.iterdir()} == set(ALL)
 
 
 def test_an_interrupted_run_is_taken_up(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
-    plan, record, out = plan_of(base, EDITS["ablate"](base)), record_of(base), tmp_path / "out"
+    plan, out = plan_of(base, EDITS["ablate"](base)), tmp_path / "out"
     asked: list[str] = []
 
     @contextmanager
-    def bar(carrier: str) -> Iterator[None]:
+    def bar(label: str, *, unit: str | None = None) -> Iterator[None]:
+        carrier = label.removeprefix("writing ")
         asked.append(carrier)
         if carrier == stop:
             raise KeyboardInterrupt
         yield
 
-    def run(**options: Any) -> tuple[Artifact, ...]:
+    def again(**options: Any) -> tuple[Artifact, ...]:
         asked.clear()
-        return write_several(
-            ALL,
-            plan,
-            base.checkpoint,
-            out,
-            record=record,
-            options=Options(**options),
-            bar=bar,
-        )
+        return run(base, plan, ALL, out, bars=bar, **options)
 
     stop = "checkpoint"
     with pytest.raises(KeyboardInterrupt):
-        run()
+        again()
     assert not any(tmp_path.iterdir())  # nothing was finished, nothing is kept
     stop = "gguf-lora"
     with pytest.raises(KeyboardInterrupt):
-        run()
+        again()
     assert asked == ["checkpoint", "lora", "gguf-lora"] and not out.exists()
-    stage = tmp_path / ".out.bake-several" / "files"
+    stage = tmp_path / ".out.bake-partial" / "files"
     assert {path.name for path in stage.iterdir()} == {"checkpoint", "lora"}
     # What was changed since is made anew, and what a killed run left half-done goes.
     (stage / "lora" / "adapter_model.safetensors").write_bytes(b"torn")
-    (stage / ".lora.bake-x").mkdir()
+    (stage / "gguf-lora").mkdir()
+    (stage / "gguf-lora" / "lora.gguf").write_bytes(b"half")
     stop = ""
-    made = run()
+    made = again()
     assert asked == ["lora", "gguf-lora"]
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    whole = write_several(
-        ALL, plan, base.checkpoint, tmp_path / "whole", record=record, options=Options()
-    )
+    whole = run(base, plan, ALL, tmp_path / "whole")
     assert [replace(a, path=out) for a in made] == [replace(a, path=out) for a in whole]
     assert contents(out) == contents(tmp_path / "whole")
     # Another request takes nothing up.
     out = tmp_path / "again"
     stop = "gguf-lora"
     with pytest.raises(KeyboardInterrupt):
-        run()
+        again()
     stop = ""
-    run(allow=frozenset({"nulling"}))
+    again(allow=frozenset({"nulling"}))
     assert asked == ["checkpoint", "lora", "gguf-lora"]
 
 
@@ -419,22 +391,17 @@ from contextlib import contextmanager
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from harness import base_at
-from test_several import ALL, EDITS, plan_of, record_of
-from bake.outputs.carry import Options
-from bake.outputs.several import write_several
+from test_several import ALL, EDITS, plan_of, run
 
 @contextmanager
-def bar(carrier):
-    if carrier == "lora":
+def bar(label, *, unit=None):
+    if label == "writing lora":
         print("ready", flush=True)
         sys.stdin.read()
     yield
 
 base = base_at(Path({base!r}))
-write_several(
-    ALL, plan_of(base, EDITS["ablate"](base)), base.checkpoint, Path({out!r}),
-    record=record_of(base), options=Options(), bar=bar,
-)
+run(base, plan_of(base, EDITS["ablate"](base)), ALL, Path({out!r}), bars=bar)
 """
 
 
@@ -442,28 +409,25 @@ def test_a_killed_run_is_taken_up_and_a_second_one_waits_its_turn(
     tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
-    plan, record, out = plan_of(base, EDITS["ablate"](base)), record_of(base), tmp_path / "out"
+    plan, out = plan_of(base, EDITS["ablate"](base)), tmp_path / "out"
     code = KILLED.format(tests=str(Path(__file__).parent), base=str(base.path), out=str(out))
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
 
-    def run() -> None:
-        write_several(ALL, plan, base.checkpoint, out, record=record, options=Options())
-
     with pytest.raises(UsageError, match="another run of bake is writing"):
-        run()
+        run(base, plan, ALL, out)
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
     assert child.stdin is not None
     child.stdin.close()
-    stage = tmp_path / ".out.bake-several" / "files"
+    stage = tmp_path / ".out.bake-partial" / "files"
     assert not out.exists() and {path.name for path in stage.iterdir()} == {"checkpoint"}
     stamp = (stage / "checkpoint" / "model.safetensors").stat().st_mtime_ns
     time.sleep(0.01)
-    run()
+    run(base, plan, ALL, out)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert (out / "checkpoint" / "model.safetensors").stat().st_mtime_ns == stamp
     record_text = json.loads((out / "lora" / "bake.json").read_text())

@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from adapters import NO_BIAS, config_of, factors_of, peft_logits, rewritten
+from exporting import written
 from harness import RELATIVE, Base, bake, base_at, edit, logits, plan_of, vector
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,8 +28,6 @@ from bake import edits as make
 from bake.edits import Edit
 from bake.errors import InexactPlan
 from bake.families.gguf import rotary_rows
-from bake.outputs.gguf.lora import export_gguf_lora
-from bake.outputs.lora import export_lora
 from bake.plan import Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes, refuse
 
@@ -225,7 +224,7 @@ def tied_embedding_adapter(bench: Bench) -> float:
     """llama.cpp takes the head of a tied model for the embedding, and its factors with it."""
     base = bench.base("llama", **NO_BIAS)
     plan, hidden = plan_of(base, ablation(base)), base.layout.hidden
-    out = export_gguf_lora(plan, base.checkpoint, bench.folder / "out", record={}).path
+    out = written("gguf-lora", plan, base.checkpoint, bench.folder / "out").path
     shapes = {t.name: t.data.shape for t in gguf.GGUFReader(out / "lora.gguf").tensors}
     factors = shapes["token_embd.weight.lora_a"]
     assert multiplies(shapes["blk.0.attn_output.weight.lora_a"], (9, 4 * 8))
@@ -240,18 +239,18 @@ def tied_embedding_adapter_guard(bench: Bench) -> None:
     assert finding.exactness is Exactness.IMPOSSIBLE
     assert "the process aborts" in finding.reason
     with pytest.raises(InexactPlan, match="the process aborts"):
-        export_gguf_lora(plan, base.checkpoint, bench.folder / "out", record={})
+        written("gguf-lora", plan, base.checkpoint, bench.folder / "out")
     assert not (bench.folder / "out").exists()
     # Adapters of other layers are fine there.
     layers = plan_of(base, ablation(base, "attn_out.1"))
-    assert export_gguf_lora(layers, base.checkpoint, bench.folder / "layers", record={}).files
+    assert written("gguf-lora", layers, base.checkpoint, bench.folder / "layers").files
 
 
 def patterns_ignored(bench: Bench) -> float:
     """llama.cpp's converter and SGLang read ``lora_alpha`` and no pattern of alphas."""
     base = bench.base("llama", **NO_BIAS)
     edits = ablation(base)
-    good = export_lora(plan_of(base, edits), base.checkpoint, bench.folder / "out", record={}).path
+    good = written("lora", plan_of(base, edits), base.checkpoint, bench.folder / "out").path
     tensors = factors_of(good)
     for name in tensors:
         if "down_proj" in name and "lora_B" in name:
@@ -270,7 +269,7 @@ def patterns_ignored_guard(bench: Bench) -> None:
     n = base.layout.hidden
     edits = [*ablation(base), edit(base, "linear", two_directions(n), "attn_out.1")]
     plan = plan_of(base, edits)
-    out = export_lora(plan, base.checkpoint, bench.folder / "lora", record={}).path
+    out = written("lora", plan, base.checkpoint, bench.folder / "lora").path
     config = config_of(out)
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     assert (config["use_rslora"], config["lora_bias"], config["bias"]) == (False, False, "none")
@@ -280,7 +279,7 @@ def patterns_ignored_guard(bench: Bench) -> None:
         for name, tensor in factors_of(out).items()
     }
     assert ranks == {config["r"]}
-    file = export_gguf_lora(plan, base.checkpoint, bench.folder / "gguf", record={}).path
+    file = written("gguf-lora", plan, base.checkpoint, bench.folder / "gguf").path
     reader = gguf.GGUFReader(file / "lora.gguf")
     assert reader.fields["adapter.lora.alpha"].contents() == 0.0
 
@@ -293,7 +292,7 @@ def scaled_embedding(bench: Bench) -> float:
     """vLLM's general backend adds an adapter's rows behind the embedding's multiplier √d."""
     base = bench.base("gemma", attention_bias=False)
     edits = offset(base, "embed")
-    good = export_lora(plan_of(base, edits), base.checkpoint, bench.folder / "out", record={}).path
+    good = written("lora", plan_of(base, edits), base.checkpoint, bench.folder / "out").path
     assert damage(base, edits, peft_logits(base, good)) <= RELATIVE
     tensors = factors_of(good)
     name = next(name for name in tensors if "lora_embedding_B" in name)
@@ -309,7 +308,7 @@ def scaled_embedding_guard(bench: Bench) -> None:
         assert status == "refused"
         assert "leaves the embedding's multiplier off" in reason
         with pytest.raises(InexactPlan, match="target vllm would not serve this lora"):
-            export_lora(plan, base.checkpoint, bench.folder / family, record={})
+            written("lora", plan, base.checkpoint, bench.folder / family)
         assert not (bench.folder / family).exists()
         assert judged(plan, "lora", "peft")[0] == "exact"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cards import EXAMPLES
 from click.testing import CliRunner
+from exporting import written
 from harness import Base, bake, base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
 from test_verify import baked, edits_of
@@ -23,7 +24,6 @@ from bake import edits as make
 from bake.artifact.record import read_record
 from bake.cli import main
 from bake.errors import UsageError, VerificationFailed
-from bake.outputs.lora import export_lora
 from bake.process import RuntimeFailed, run_script
 from bake.verify import serving
 from bake.verify.agreement import agreement
@@ -178,7 +178,7 @@ def adapted(
     edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), ["attn_out.*"])]
     record = {"base": {"model": str(base.path)}}
     out = tmp_path_factory.mktemp("adapted") / "out"
-    return base, export_lora(plan_of(base, edits), base.checkpoint, out, record=record).path
+    return base, written("lora", plan_of(base, edits), base.checkpoint, out, record=record).path
 
 
 def group(report: Report, name: str) -> dict[str, Row]:
@@ -284,7 +284,9 @@ def test_prompts_of_an_adapter_are_in_the_bases_tokens(
     at = ["attn_out.*", "mlp_out.*"]
     edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), at)]
     record = {"base": {"model": str(base.path)}}
-    out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record).path
+    out = written(
+        "lora", plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record
+    ).path
     texts = tmp_path / "texts.txt"
     texts.write_text("Once upon a time\nThe cat sat down.\n")
     report = compare(Verification(out, base=str(base.path), runtimes=PEFT, prompts=texts))

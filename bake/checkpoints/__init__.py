@@ -2,7 +2,7 @@
 
 Reading order: ``dtypes``, ``strictjson``, ``header``, ``index``, ``config``, ``folder``,
 ``source``, ``checkpoint``; for the Hub ``hub_names``, ``hub_errors``, ``hub_ranges``, ``hub``; for
-writing ``stream``, ``outline``, ``staging``, ``writer``.
+writing ``stream``, ``outline``, ``writer``.
 """
 
 from bake.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -10,11 +10,12 @@ from bake.checkpoints.config import DELETE, patch_config
 from bake.checkpoints.header import TensorInfo
 from bake.checkpoints.outline import NewTensor
 from bake.checkpoints.stream import Producer
-from bake.checkpoints.writer import WrittenFiles, write_checkpoint
+from bake.checkpoints.writer import NewCheckpoint, WrittenFiles, write_checkpoint
 
 __all__ = [
     "DELETE",
     "Checkpoint",
+    "NewCheckpoint",
     "NewTensor",
     "Producer",
     "TensorInfo",

@@ -6,12 +6,16 @@ above it inside their functions, so that ``bake --help`` answers at once.
 
 import difflib
 import importlib
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 from typing_extensions import override
 
 from bake import __version__
-from bake.cli.output import KEPT, NOTHING_KEPT, report_failure
+from bake.cli.output import KEPT, NOTHING_KEPT, refused, report_failure
 from bake.errors import BakeError, UsageError
 
 COMMANDS = (
@@ -27,7 +31,44 @@ COMMANDS = (
     "directions",
     "families",
 )
-INTERRUPTED = 130  # as a shell counts it: 128 + SIGINT
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks bake to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP stop the work alike: it cleans up, and its children end.
+
+    What the caller has set to be ignored stays so, as SIGHUP under ``nohup``.
+    """
+
+    def stop(number: int, _: object) -> None:
+        raise Interrupted(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise refused(error) from error
 
 
 class Commands(click.Group):
@@ -60,7 +101,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         as_json = "--json" in ctx.args
         try:
-            return super().invoke(ctx)
+            with interruptible(), _in_words():
+                return super().invoke(ctx)
         except BakeError as error:
             report_failure(error, as_json=as_json)
             ctx.exit(error.exit_code)
@@ -69,9 +111,10 @@ class Commands(click.Group):
                 raise
             report_failure(UsageError(error.format_message()), as_json=True)
             ctx.exit(UsageError.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             click.echo("\ninterrupted: " + ctx.meta.get(KEPT, lambda: NOTHING_KEPT)(), err=True)
-            ctx.exit(INTERRUPTED)
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            ctx.exit(128 + number)  # as a shell counts it
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

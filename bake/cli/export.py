@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from bake.cli.options import PATH, recipe_options
-from bake.cli.output import Output, check_out
+from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 from bake.errors import UsageError
 from bake.jobs.recorded import find, is_artifact, refuse_overrides, replan
@@ -71,12 +71,12 @@ def command(
     again from its record and its base, and its files are compared with the recorded ones. The
     exit code is 1 when one of them differs.
     """
+    from bake.artifact.staged import check_before
     from bake.cli import views
     from bake.jobs.exporting import export, would_be
-    from bake.outputs.carry import Options
     from bake.plan.record import plan_record
 
-    check_out(out, force=force)
+    check_before(out, force=force)
     if is_artifact(recipe):
         _make_again(
             output, recipe, out, base, dry_run, force, gguf, llama_cpp, **options, **_given()
@@ -85,8 +85,8 @@ def command(
     if base is not None:
         raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
     request = compile_request(Path(recipe), bars=output.bar, **options)
-    chosen = Options(
-        allow=frozenset(request.recipe.export.allow),
+    chosen = request.export(
+        out,
         force=force,
         gguf=gguf,
         llama_cpp=llama_cpp,
@@ -97,15 +97,15 @@ def command(
     refusal = request.refusal(chosen)
     if not output.as_json or refusal is not None:
         output.present(
-            data=lambda: {**request.record(out), "plan": plan_record(request.plan)},
+            data=lambda: {**chosen.record, "plan": plan_record(request.plan)},
             view=lambda: views.plan(request, verbose=output.verbose),
             error=refusal,
         )
     if dry_run:
-        found = would_be(request, out, chosen)
+        found = would_be(request, chosen, out)
         output.present(data=lambda: found, view=lambda: _would_be(found))
         return
-    output.keeps(out, "partial" if len(request.recipe.export.to) == 1 else "several")
+    output.keeps(out)
     written = export(request, out, chosen, output.bar)
     output.present(
         data=written.to_json, view=lambda: views.exported(written, verbose=output.verbose)
@@ -162,7 +162,7 @@ def _make_again(
     if dry_run:
         return
     output.keeps(out)
-    done = reproduce(replanned, out, chosen, output.bar)
+    done = reproduce(replanned, chosen, out, output.bar)
     output.present(
         data=lambda: {
             **done.written.to_json(),

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from bake.cli.options import PATH, table_options
-from bake.cli.output import Output, check_out
+from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 from bake.errors import FamilyError
 from bake.jobs.request import table_of
@@ -18,7 +18,7 @@ from bake.jobs.request import table_of
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
 @table_options
-@click.option("--force", is_flag=True, help="Replace the checkpoint that is at --out.")
+@click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
 def command(
     output: Output,
     adapter: str,
@@ -36,13 +36,14 @@ def command(
     their order and their files. Rank and alpha patterns, rank-stabilised scaling, biases and
     embedding factors are merged; what is no sum of base and factors (DoRA) is refused.
     """
+    from bake.artifact.staged import check_before
     from bake.checkpoints import open_checkpoint
     from bake.checkpoints.adapter import find_adapter
     from bake.cli import render
     from bake.families.fit import layout_of
     from bake.merge.merge import merge_adapter, merge_notes
 
-    check_out(out, force=force)
+    check_before(out, force=force)
     found = find_adapter(adapter)
     checkpoint = open_checkpoint(base, revision=revision, complete=True)
     checkpoint = replace(checkpoint, harmless=assume_harmless)

@@ -14,21 +14,24 @@ from typing import Any
 
 import click
 
-from bake.errors import BakeError, InputError, UsageError
+from bake.errors import BakeError, InputError
 from bake.progress import Progress
 
 KEPT = "bake.kept"
 """Key of ``Context.meta``: a function that says, after an interruption, what is left on disk."""
 NOTHING_KEPT = "nothing was written"
 
-# What the machine refuses, rather than what bake gets wrong.
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENAMETOOLONG,
+# What says more of the call than of the disk.
+_NOT_THE_MACHINE = {
+    None,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOTEMPTY,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.EPIPE,
 }
 
 
@@ -75,9 +78,9 @@ class Output:
 
         return progress(label, visible=not self.quiet, unit=unit)
 
-    def keeps(self, out: Path, kind: str = "partial") -> None:
+    def keeps(self, out: Path) -> None:
         """Say after an interrupt what of an output is kept."""
-        click.get_current_context().meta[KEPT] = partial(_kept, out, kind)
+        click.get_current_context().meta[KEPT] = partial(_kept, out)
 
     def remark(self, text: str) -> None:
         """Print a line for whoever waits, beside the result."""
@@ -96,16 +99,7 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
             if quiet or as_json or not sys.stderr.isatty():
                 # The Hub client's own bars, and transformers'; both read it when they are imported.
                 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-            try:
-                function(Output(as_json, verbose, quiet), *args, **options)
-            except OSError as error:
-                if error.errno not in _REFUSALS:
-                    raise
-                raise InputError(
-                    f"the machine refuses: {error.strerror}",
-                    where=None if error.filename is None else str(error.filename),
-                    fix="see to the disk and its permissions, then run the same command again",
-                ) from error
+            function(Output(as_json, verbose, quiet), *args, **options)
 
         for option in (
             click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
@@ -120,12 +114,32 @@ def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 def report_failure(error: BakeError, *, as_json: bool) -> None:
     """Print an error: what, where, why and fix; as an object on stdout with ``--json``."""
-    if as_json:
-        click.echo(json.dumps(_failure(error), indent=2, ensure_ascii=False))
-        return
+    try:
+        if as_json:
+            click.echo(json.dumps(_failure(error), indent=2, ensure_ascii=False))
+            return
+        sys.stdout.flush()
+    except OSError:  # nobody can write there, so what is left of it is dropped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from bake.cli.render import failure
 
     failure(error)
+
+
+def refused(error: OSError) -> InputError:
+    """Return in words what the machine refuses: a disk, a file, a folder.
+
+    Raises:
+        OSError: it is none of these: a path that bake got wrong, a pipe that nobody reads, or a
+            library's own.
+    """
+    if error.errno in _NOT_THE_MACHINE:
+        raise error
+    return InputError(
+        f"the machine refuses: {error.strerror}",
+        where=None if error.filename is None else os.fsdecode(error.filename),
+        fix="see to the disk and its permissions, then run the same command again",
+    )
 
 
 def _failure(error: BakeError) -> dict[str, Any]:
@@ -140,16 +154,10 @@ def _failure(error: BakeError) -> dict[str, Any]:
     return {"error": content}
 
 
-def check_out(out: Path, *, force: bool) -> None:
-    """Refuse an output that is in the way before anything is read or downloaded."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            f"{out} exists and is not empty", fix="name another output, or use --force"
-        )
+def _kept(out: Path) -> str:
+    from bake.artifact.staged import partial_of
 
-
-def _kept(out: Path, kind: str) -> str:
-    unfinished = out.absolute().with_name(f".{out.name}.bake-{kind}")
+    unfinished = partial_of(out)
     if not unfinished.exists():
         return NOTHING_KEPT
     return (

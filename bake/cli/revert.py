@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bake.cli.options import PATH
-from bake.cli.output import Output, check_out
+from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 from bake.errors import InputError, UsageError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     help="The base: a folder or a Hub id; for a GGUF its file. The recorded one else.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of --base on the Hub.")
-@click.option("--force", is_flag=True, help="Replace the checkpoint that is at --out.")
+@click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 def command(
     output: Output,
@@ -41,12 +41,13 @@ def command(
     OUT is a folder, a download or hf://owner/name. The result is the base's, bit for bit: only
     the edited tensors are read of the base, and every file is compared with the base's by hash.
     """
+    from bake.artifact.staged import check_before
     from bake.jobs.recorded import find
     from bake.revert.record import read_revertible
 
     if revision is not None and base is None:
         raise UsageError("--revision is of --base, which is not named")
-    check_out(out, force=force)
+    check_before(out, force=force)
     source = find(artifact, weights=True)
     for note in source.notes:
         output.remark(note)

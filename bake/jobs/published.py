@@ -137,4 +137,4 @@ def _rebake(replanned: Replanned, beside: Path, bars: Bars) -> Reproduced:
     with tempfile.TemporaryDirectory(prefix=".bake-", dir=place) as folder:
         out = Path(folder) / replanned.source.folder.name
         options = recorded_options(replanned, out=out, gguf=None, llama_cpp=None, force=False)
-        return reproduce(replanned, out, options, bars)
+        return reproduce(replanned, options, out, bars)

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import InputError, UsageError, VerificationFailed
-from bake.jobs.exporting import CONVERTER, gguf_parts, sha256
 from bake.jobs.recorded import Replanned
 from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
     from bake.artifact.schema import ExportOptions, GgufFile, Record
-    from bake.outputs.carry import Options
+    from bake.outputs.export import Export
 
 
 def recorded_options(
     replanned: Replanned, *, out: Path, gguf: Path | None, llama_cpp: Path | None, force: bool
-) -> "Options":
-    """Return the options of the recorded export, with the files that it needs given again.
+) -> "Export":
+    """Return the recorded export, with the files that it needs given again.
 
     Raises:
         UsageError: a file is missing from the command line, or is none that this kind is made from.
@@ -31,11 +30,9 @@ def recorded_options(
             malformed.
     """
     from bake.artifact.schema import ExportOptions
-    from bake.outputs.carry import Options
 
     record, kind = replanned.artifact.record, replanned.artifact.kind
     stated = record.export or ExportOptions()
-    allow = frozenset(replanned.request.recipe.export.allow)
     needed = needs(replanned)
     for name, given in (("gguf", gguf), ("llama-cpp", llama_cpp)):
         if given is None and needed == name:
@@ -50,9 +47,15 @@ def recorded_options(
         _check_parts(gguf, stated.gguf, replanned)
     if llama_cpp is not None:
         _check_converter(stated, out, llama_cpp)
-    outtype = stated.outtype or (record.gguf and record.gguf.outtype) or "f16"
-    rounding = stated.rounding or "feedback"
-    return Options(allow, force, gguf, llama_cpp, stated.edited_type or None, outtype, rounding)
+    return replanned.request.export(
+        out,
+        force=force,
+        gguf=gguf,
+        llama_cpp=llama_cpp,
+        edited_type=stated.edited_type or None,
+        outtype=stated.outtype or (record.gguf and record.gguf.outtype) or "f16",
+        rounding=stated.rounding or "feedback",
+    )
 
 
 def needs(replanned: Replanned) -> str | None:
@@ -67,6 +70,8 @@ def needs(replanned: Replanned) -> str | None:
 def _check_parts(gguf: Path, recorded: "Sequence[GgufFile]", replanned: Replanned) -> None:
     if not recorded:  # an earlier bake, which kept no digest: the result's digests decide
         return
+    from bake.outputs.export import gguf_parts
+
     found = gguf_parts(gguf)
     if found != recorded:
         raise InputError(
@@ -88,6 +93,8 @@ def _check_converter(stated: "ExportOptions", out: Path, llama_cpp: Path) -> Non
             why="llama.cpp's converter takes the model's name from the folder's",
             fix="name an output that ends in it",
         )
+    from bake.outputs.export import CONVERTER, sha256
+
     script = llama_cpp / CONVERTER
     if digest is not None and script.is_file() and sha256(script) != digest:
         raise InputError(
@@ -170,9 +177,7 @@ class Reproduced:
         }
 
 
-def reproduce(
-    replanned: Replanned, out: Path, options: "Options", bars: Bars = no_bars
-) -> Reproduced:
+def reproduce(replanned: Replanned, what: "Export", out: Path, bars: Bars = no_bars) -> Reproduced:
     """Write the artifact again to a new folder, and compare its files with the recorded ones.
 
     Raises:
@@ -181,25 +186,14 @@ def reproduce(
     """
     from bake import __version__
     from bake.artifact.record import RECORD, has_text, read_record
-    from bake.outputs.carry import write
+    from bake.jobs.exporting import export
 
     request = replanned.request
     recorded = recorded_files(replanned)
-    for failure in (replanned.failure(), request.refusal(options)):
+    for failure in (replanned.failure(), request.refusal(what)):
         if failure is not None:
             raise failure
-    # The plan needed headers only; the files are fetched once it is known to be the same.
-    checkpoint = request.model.complete()
-    with bars(f"writing {out.name}") as move:
-        written = write(
-            replanned.artifact.kind,
-            request.plan,
-            checkpoint,
-            out,
-            record=request.record(out),
-            options=options,
-            progress=move,
-        )
+    written = export(request, out, what, bars).artifacts[0]
     theirs, ours = replanned.artifact.record, read_record(written.path)
     text = (replanned.source.folder / RECORD).read_text(encoding="utf-8")
     if theirs == ours and has_text(theirs, text):  # the number of its form is no difference
@@ -247,5 +241,7 @@ def recorded_files(replanned: Replanned) -> dict[str, str]:
             "lists no files, so that nothing can be compared",
             where=f"{replanned.source.name}: {RECORD}",
         )
+    from bake.outputs.export import sha256
+
     found = {name: digest.removeprefix("sha256:") for name, digest in record.files.items()}
     return {**found, RECORD: sha256(replanned.source.folder / RECORD)}

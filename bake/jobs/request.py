@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bake.directions import Directions
     from bake.edits import Edit
     from bake.errors import InexactPlan
-    from bake.outputs.carry import Options
+    from bake.outputs.export import Export
     from bake.plan import Plan
     from bake.recipe import Recipe
 
@@ -33,23 +33,37 @@ class Request:
     recorded: "Provenance | None" = None
     """What an artifact's record says of the request, where the plan was made anew from it."""
 
-    def refusal(self, options: "Options | None" = None) -> "InexactPlan | None":
+    def refusal(self, export: "Export | None" = None) -> "InexactPlan | None":
         """Return why the plan may not be executed, or None when it may.
 
         Args:
-            options: of the export; None for a plan, which needs none of them.
+            export: with the options of the command line; None for a plan, which needs none.
         """
         from bake.errors import InexactPlan
-        from bake.outputs.carry import Options, refuse
+        from bake.outputs.registry import refuse
+        from bake.plan.carriers import refuse as refuse_plan
 
-        allow = frozenset(self.recipe.export.allow)
-        planned = Options(allow=allow, gguf=Path("base.gguf"))
         try:
             for carrier in self.recipe.export.to:
-                refuse(carrier, self.plan, planned if options is None else options)
+                if export is None:
+                    refuse_plan(self.plan, carrier, frozenset(self.recipe.export.allow))
+                else:
+                    refuse(export, carrier)
         except InexactPlan as error:
             return error
         return None
+
+    def export(self, out: Path, **options: Any) -> "Export":
+        """Return the export of the plan: what is written, and how.
+
+        Args:
+            out: the output, from which the path of a local base is told.
+            options: fields of ``Export`` beside plan, base and record.
+        """
+        from bake.outputs.export import Export
+
+        allow = frozenset(self.recipe.export.allow)
+        return Export(self.plan, self.model.checkpoint, self.record(out), allow, **options)
 
     def provenance(self, out: Path | None = None) -> "Provenance":
         """Return what a record keeps of the request: recipe, base, directions.

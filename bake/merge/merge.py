@@ -18,10 +18,18 @@ from bake.artifact.artifact import Artifact
 from bake.artifact.base_digests import BaseDigests
 from bake.artifact.record import RECORD, new_record, read_record, record_text
 from bake.artifact.schema import FamilyRecord
-from bake.checkpoints import Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
+from bake.artifact.staged import Place, check_apart, identity_of, write_staged
+from bake.checkpoints import (
+    Checkpoint,
+    NewCheckpoint,
+    NewTensor,
+    Producer,
+    patch_config,
+    write_checkpoint,
+)
 from bake.checkpoints.adapter import FoundAdapter
 from bake.checkpoints.config import Key
-from bake.errors import CheckpointError, InputError, UsageError
+from bake.errors import CheckpointError, InputError
 from bake.families import Layout, Linear
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.merge.record import merge_plan, merge_provenance
@@ -64,7 +72,7 @@ def merge_adapter(
             how it is stored, and what a tied head is; without it names and storage must be plain.
         published: where on the Hub the adapter is from, for the record; None for a folder.
         family: the user's own table, for the record.
-        force: replace a checkpoint at ``out``.
+        force: replace an artifact of bake at ``out``.
         progress: called with the bytes of weights that are done and their total.
 
     Raises:
@@ -74,11 +82,9 @@ def merge_adapter(
         UsageError: ``out`` exists, overlaps the base or holds the adapter.
     """
     opened = open_adapter(adapter)
-    if out.resolve() in (adapter.resolve(), *adapter.resolve().parents):
-        raise UsageError(f"the output {out} holds the adapter {adapter}", fix="name another output")
+    check_apart(out, base.path, adapter)
     digests = BaseDigests(base)
     work = _Merger(opened, base, layout, digests).work()
-    changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
     provenance = merge_provenance(opened, base, out, published=published, family=family)
     plan = merge_plan(opened, base, layout, names=(*work.replace, *work.new), sides=work.sides)
 
@@ -87,19 +93,16 @@ def merge_adapter(
         record = new_record(provenance, KIND, plan, files=files, base_tensors=before)
         return {RECORD: record_text(record).encode()}
 
-    written = write_checkpoint(
-        base,
-        out,
-        replace=work.replace,
-        new=work.new,
-        config_text=patch_config(base.config_text, changes),
-        extra_files={},
-        digest=opened.digest(),
-        closing=closing,
-        force=force,
-        progress=progress,
-    )
-    return Artifact(KIND, written.path, written.files, written.bytes_written, written.bytes_edited)
+    def write(place: Place) -> Artifact:
+        changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
+        config = patch_config(base.config_text, changes)
+        merged = NewCheckpoint(base, work.replace, work.new, config, {})
+        found = write_checkpoint(merged, place, closing=closing, progress=progress)
+        return Artifact(KIND, out, found.files, found.bytes_written, found.bytes_edited)
+
+    shards = [base.file(shard) for shard in base.shards] if base.complete else []
+    identity = identity_of([KIND, str(base.path), provenance.to_json(), plan.to_json()], shards)
+    return write_staged(out, identity, force=force, write=write)
 
 
 def merge_notes(artifact: Artifact) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,69 +11,57 @@ from torch import Tensor
 from bake import __version__
 from bake.artifact.artifact import Artifact
 from bake.artifact.base_digests import BASE_TENSORS, BaseDigests
-from bake.checkpoints import DELETE, Checkpoint, NewTensor, Producer, patch_config, write_checkpoint
+from bake.artifact.record import RECORD
+from bake.checkpoints import (
+    DELETE,
+    Checkpoint,
+    NewCheckpoint,
+    NewTensor,
+    Producer,
+    WrittenFiles,
+    patch_config,
+    write_checkpoint,
+)
 from bake.checkpoints.config import Key
+from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
 from bake.fold import WeightFold, fold_bias, fold_weight
+from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Plan, TensorUpdate
-from bake.plan.carriers import refuse
 from bake.plan.record import plan_record
-from bake.progress import Progress
 from bake.rounding import to_storage
 
-RECORD = "bake.json"
+
+def prepare_checkpoint(export: Export) -> CarrierWriter:
+    """Return what writes the edited checkpoint."""
+    return partial(_write, export)
 
 
-def export_checkpoint(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    allow: frozenset[str] = frozenset(),
-    force: bool = False,
-    shared: SharedFactors | None = None,
-    progress: Progress | None = None,
-) -> Artifact:
-    """Write the edited checkpoint to ``out`` and return what was written.
+def _write(export: Export, run: CarrierRun) -> Artifact:
+    written = write_edited(export, run, run.place)
+    sizes = written.bytes_written, written.bytes_edited
+    return Artifact("checkpoint", run.place.final, written.files, *sizes)
 
-    Args:
-        plan: made for this checkpoint.
-        checkpoint: the base, with its weights at hand.
-        out: a folder that does not exist, unless ``force``.
-        record: what ``bake.json`` keeps besides the plan: recipe, base, directions.
-        allow: the exactness classes below EXACT that the recipe accepts.
-        force: replace an existing ``out``.
-        shared: takes the factors that adapters of this plan need from the tiles that pass here.
-        progress: called with bytes done and bytes in all.
+
+def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFiles:
+    """Write the edited checkpoint into a folder.
+
+    The factors that adapters of this plan need are taken from the tiles that pass here.
 
     Raises:
-        InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the result.
-        InputError: an edited value does not fit the storage dtype; nothing is left behind.
+        InputError: an edited value does not fit the storage dtype.
     """
-    refuse(plan, "checkpoint", allow)
-    digests = BaseDigests(checkpoint)
-    replace, new = planned_tensors(plan, checkpoint, shared, digests)
+    plan, base = export.plan, export.checkpoint
+    digests = BaseDigests(base)
+    replace, new = planned_tensors(plan, base, run.factors, digests)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        return {RECORD: record_text(plan, record, digests.record(replace), files).encode()}
+        return {RECORD: record_text(plan, run.record, digests.record(replace), files).encode()}
 
-    written = write_checkpoint(
-        checkpoint,
-        out,
-        replace=replace,
-        new=new,
-        config_text=edited_config(plan, checkpoint),
-        extra_files=edit_files(plan.reference, plan.edits),
-        digest=plan.digest,
-        closing=closing,
-        force=force,
-        progress=progress,
-    )
-    return Artifact(
-        "checkpoint", written.path, written.files, written.bytes_written, written.bytes_edited
-    )
+    extra = edit_files(plan.reference, plan.edits)
+    made = NewCheckpoint(base, replace, new, edited_config(plan, base), extra)
+    return write_checkpoint(made, target, closing=closing, progress=run.progress)
 
 
 def edited_config(plan: Plan, checkpoint: Checkpoint) -> str:

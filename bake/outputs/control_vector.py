@@ -7,8 +7,8 @@ included.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float32
@@ -17,7 +17,8 @@ from torch import Tensor
 from bake.affine import AffineMap
 from bake.artifact.artifact import Artifact
 from bake.errors import UsageError
-from bake.outputs.folder import write_artifact
+from bake.outputs.export import CarrierRun, CarrierWriter, Export
+from bake.outputs.folder import close_artifact
 from bake.plan import Plan
 from bake.plan.carriers import refuse, vector_layers
 from bake.rounding import to_storage
@@ -26,50 +27,26 @@ FILE = "control-vector.gguf"
 ARCHITECTURE = "controlvector"
 
 
-def export_control_vector(
-    plan: Plan,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    force: bool = False,
-) -> Artifact:
-    """Write the plan's offsets as ``control-vector.gguf`` to the folder ``out``.
-
-    No weight of the base is read. Offsets behind one block add up.
-
-    Args:
-        plan: whose edits all add a constant behind block 1 or later.
-        out: a folder that does not exist, unless ``force``.
-        record: what ``bake.json`` keeps besides the plan.
-        force: replace an artifact of bake at ``out``.
-
-    Raises:
-        InexactPlan: an edit is no control vector, or llama.cpp adds none in this architecture.
-        UsageError: every offset is zero, or ``out`` is in the way.
-        InputError: a value does not fit float32, or the disk refuses.
-    """
-    vectors = check_control_vector(plan)
-    hint = plan.layout.family.gguf.arch if plan.layout.family.gguf else plan.layout.family.name
-
-    def write(folder: Path) -> None:
-        write_vectors(folder / FILE, vectors, hint)
-
-    return write_artifact(plan, "control-vector", out, record=record, force=force, write=write)
-
-
-def check_control_vector(plan: Plan) -> dict[int, Float32[Tensor, " d"]]:
-    """Return the constant behind every block, as ``summed_vectors`` does.
+def prepare_control_vector(export: Export) -> CarrierWriter:
+    """Return what writes the plan's offsets. No weight is read; offsets behind one block add up.
 
     Raises:
         InexactPlan: an edit is no control vector, or llama.cpp adds none in this architecture.
         UsageError: every offset is zero.
         InputError: a value does not fit float32.
     """
-    refuse(plan, "control-vector")
-    vectors = summed_vectors(plan)
+    refuse(export.plan, "control-vector")  # an allowed loss would be no constant at all
+    vectors = summed_vectors(export.plan)
     if not vectors:
         raise UsageError("every offset is zero, so a control vector of them would be empty")
-    return vectors
+    return partial(_write, export.plan, vectors)
+
+
+def _write(plan: Plan, vectors: Mapping[int, Tensor], run: CarrierRun) -> Artifact:
+    family = plan.layout.family
+    hint = family.gguf.arch if family.gguf else family.name
+    write_vectors(run.place.folder / FILE, vectors, hint)
+    return close_artifact(plan, "control-vector", run)
 
 
 def summed_vectors(plan: Plan) -> dict[int, Float32[Tensor, " d"]]:

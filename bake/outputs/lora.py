@@ -13,6 +13,7 @@ llama.cpp stack them, and want all of them.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,12 @@ import torch
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
-from bake.checkpoints import Checkpoint
 from bake.checkpoints.header import build_header
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.errors import UsageError
+from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.factors import Factors, FactorSource, factors_from, padded
-from bake.outputs.folder import check_apart, write_artifact
-from bake.plan import Plan
-from bake.plan.carriers import refuse
+from bake.outputs.folder import close_artifact
 from bake.plan.lowrank import Target, rank_of, targets_of
 from bake.progress import Progress, Tally
 from bake.rounding import to_storage
@@ -37,61 +36,29 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
-def export_lora(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    allow: frozenset[str] = frozenset(),
-    force: bool = False,
-    factors: FactorSource | None = None,
-    progress: Progress | None = None,
-) -> Artifact:
-    """Write the plan as a PEFT adapter to the folder ``out``.
+def prepare_lora(export: Export) -> CarrierWriter:
+    """Return what writes a PEFT adapter. Of the base only the edited tensors are read, in tiles.
 
-    Of the base only the edited tensors are read, in tiles.
-
-    Args:
-        plan: made for this checkpoint.
-        checkpoint: the base.
-        out: a folder that does not exist, unless ``force``.
-        record: what ``bake.json`` keeps besides the plan; ``record["base"]`` with ``model`` and
-            ``revision`` is what ``adapter_config.json`` names as the base.
-        allow: the exactness classes below EXACT that the recipe accepts.
-        force: replace an artifact of bake at ``out``.
-        factors: where the factors come from; a pass over the base's weights when None.
-        progress: called with bytes done and bytes in all.
-
-    Raises:
-        InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the
-            adapter.
-        UsageError: the plan changes no weight, or ``out`` is in the way.
-        InputError: a factor does not fit the storage dtype, or the disk refuses.
-    """
-    check_apart(out, checkpoint.path)
-    targets = check_lora(plan, allow)
-    rank, source = common_rank(targets), factors or factors_from(checkpoint)
-
-    def write(folder: Path) -> None:
-        config = adapter_config(plan, targets, rank, record.get("base", {}))
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
-        _write_weights(folder / WEIGHTS, plan, source, targets, rank, progress)
-
-    return write_artifact(plan, "lora", out, record=record, force=force, write=write)
-
-
-def check_lora(plan: Plan, allow: frozenset[str] = frozenset()) -> Sequence[Target]:
-    """Return the weights that the adapter has factors for. No weight is read.
+    The record's ``base``, with ``model`` and ``revision``, is what ``adapter_config.json`` names.
 
     Raises:
         InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the
             adapter.
         UsageError: the plan changes no weight.
     """
-    refuse(plan, "lora", allow)
-    return nonempty(targets_of(plan))
+    return partial(_write, export, nonempty(targets_of(export.plan)))
+
+
+def _write(export: Export, targets: Sequence[Target], run: CarrierRun) -> Artifact:
+    rank, plan, folder = common_rank(targets), export.plan, run.place.folder
+    config = adapter_config(targets, rank, run.record.get("base", {}))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    source = factors_from(export.checkpoint) if run.factors is None else run.factors.source
+    # Half precision would lose what the base's own half precision keeps: a factor is multiplied.
+    dtype = torch.float64 if plan.layout.dtype == "F64" else torch.float32
+    _write_weights(folder / WEIGHTS, source, targets, rank, dtype, run.progress)
+    return close_artifact(plan, "lora", run)
 
 
 def nonempty(targets: Sequence[Target]) -> Sequence[Target]:
@@ -119,9 +86,7 @@ def target_factors(source: FactorSource, target: Target, rank: int) -> Factors:
     return zeros, torch.zeros(outer, rank, dtype=torch.float64)
 
 
-def adapter_config(
-    plan: Plan, targets: Sequence[Target], rank: int, base: Mapping[str, Any]
-) -> dict[str, Any]:
+def adapter_config(targets: Sequence[Target], rank: int, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``adapter_config.json``: every field that a runtime could take for another default."""
     modules = {
         target.module.rpartition(".")[2] if target.role == "expert" else target.module
@@ -162,15 +127,14 @@ def adapter_keys(target: Target) -> tuple[str, str]:
 
 def _write_weights(
     path: Path,
-    plan: Plan,
     source: FactorSource,
     targets: Sequence[Target],
     rank: int,
+    dtype: torch.dtype,
     progress: Progress | None,
 ) -> None:
     """Write the factors one weight after another, in the base's precision or in float32."""
-    # Half precision would lose what the base's own half precision keeps: a factor is multiplied.
-    dtype, name = (torch.float64, "F64") if plan.layout.dtype == "F64" else (torch.float32, "F32")
+    name = "F64" if dtype == torch.float64 else "F32"
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     producers: dict[str, Producer] = {}
     for target in targets:

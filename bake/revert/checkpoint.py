@@ -5,8 +5,6 @@ config, its index and its headers. Everything else is copied from the artifact, 
 the result is compared with the base's by hash before the folder appears.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bake.artifact.artifact import Artifact
+from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.index import INDEX
 from bake.checkpoints.outline import File
 from bake.checkpoints.stream import Copy, Fill, Literal, Piece
-from bake.checkpoints.writer import clear_of, write_files
+from bake.checkpoints.writer import write_files
 from bake.errors import CheckpointError, InputError
 from bake.progress import Progress
 from bake.revert.base import RevertBase, Stated
 from bake.revert.proof import prove_base
 from bake.revert.record import Revertible
+
+KIND = "reverted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ def revert_checkpoint(
         plan: as ``prepare_revert`` returns it.
         out: a folder that does not exist, unless ``force``.
         stated: what ``base_hashes`` returned for this plan; it is called where this is None.
-        force: replace a checkpoint at ``out``.
+        force: replace an artifact of bake at ``out``.
         progress: called with the bytes of weights that are done and their total.
 
     Raises:
@@ -174,28 +176,28 @@ def revert_checkpoint(
         HubError: the Hub refuses or cannot be reached.
     """
     base = plan.base.checkpoint
-    resolved = clear_of(out, plan.artifact.path)
+    check_apart(out, plan.artifact.path)
     if not plan.base.on_hub:
-        clear_of(out, base.path)
+        check_apart(out, base.path)
     if stated is None:
         stated = base_hashes(plan)
-    written = write_files(
-        resolved,
-        tuple(_shard(plan, name) for name in base.shards),
-        tuple(_small(plan, stated)),
-        identity=_identity(plan),
-        check=partial(_check, plan, stated),
-        force=force,
-        progress=progress,
-    )
+
+    def write(place: Place) -> Artifact:
+        shards = tuple(_shard(plan, name) for name in base.shards)
+        small = tuple(_small(plan, stated))
+        check = partial(_check, plan, stated)
+        found = write_files(place, shards, small, check=check, progress=progress)
+        return Artifact(KIND, out, found.files, found.bytes_written, found.bytes_edited)
+
+    made = write_staged(out, _identity(plan), force=force, write=write)
     own = {*plan.artifact.side_files, *plan.artifact.left_out} - set(base.side_files)
     return Reverted(
-        path=written.path,
-        files=written.files,
-        equal=tuple(name for name in written.files if name in stated),
+        path=out,
+        files=made.files,
+        equal=tuple(name for name in made.files if name in stated),
         edited=tuple(sorted(plan.baked.edited)),
         removed=tuple(sorted(plan.baked.created)),
-        bytes_written=written.bytes_written,
+        bytes_written=made.bytes_written,
         bytes_from_base=plan.base.counted.count,
         left=tuple(sorted(own)),
         absent=tuple(sorted(base.left_out)),
@@ -280,11 +282,11 @@ def _culprit(plan: Restoration, name: str) -> str:
 
 
 def _identity(plan: Restoration) -> str:
-    """Return a digest of what decides the shards' bytes, for the journal of an interrupted run."""
+    """Return a digest of all that decides the output's bytes."""
     artifact, base = plan.artifact, plan.base.checkpoint
-    places = [base.source, base.revision, str(artifact.path)]
-    times = [artifact.file(name).stat().st_mtime_ns for name in artifact.shards]
+    read = [artifact.file(name) for name in artifact.shards]
     if not plan.base.on_hub:
-        times += [base.file(name).stat().st_mtime_ns for name in base.shards]
-    facts = ["revert", places, base.digest(), artifact.digest(), times, sorted(plan.baked.edited)]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        read += [base.file(name) for name in base.shards]
+    places = [base.source, base.revision, str(artifact.path)]
+    facts = [KIND, *places, base.digest(), artifact.digest(), sorted(plan.baked.edited)]
+    return identity_of(facts, read)

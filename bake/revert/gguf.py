@@ -11,15 +11,15 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
+from bake.artifact.artifact import Artifact
 from bake.artifact.record import RECORD
+from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.file import Gguf, GgufPart, open_gguf
 from bake.checkpoints.stream import Copy, Fill, Piece, write_file
-from bake.checkpoints.writer import clear_of
-from bake.errors import InputError, UsageError
-from bake.outputs.folder import new_folder, sync
+from bake.errors import InputError
 from bake.progress import Progress, Tally
-from bake.revert.checkpoint import Reverted
+from bake.revert.checkpoint import KIND, Reverted
 from bake.revert.record import Revertible
 
 _CHUNK = 8 << 20
@@ -174,31 +174,31 @@ def revert_gguf(
         InputError: a file of the result is not the base's; nothing is left behind.
         UsageError: ``out`` is in the way, or holds the artifact or the base.
     """
-    resolved = clear_of(out, plan.baked.folder)
-    if resolved in plan.base.path.resolve().parents:
-        raise UsageError(
-            f"the output {out} holds the base {plan.base.path}", fix="name another output"
-        )
-    tally = Tally(2 * sum(part.size for part in plan.base.parts), progress)
-    files = {}
-    with new_folder(out, force=force) as folder:
-        for part in plan.base.parts:
-            name = part.path.name
-            pieces = list(_pieces(plan, part))
-            target = folder / name
+    parts = plan.base.parts
+    check_apart(out, plan.baked.folder, *(part.path for part in parts))
+    tally = Tally(2 * sum(part.size for part in parts), progress)
+
+    def write(place: Place) -> Artifact:
+        files = {}
+        for part in parts:
+            name, pieces = part.path.name, list(_pieces(plan, part))
+            target = place.folder / name
             files[name] = write_file(target, pieces, origin=part.path, advance=tally.advance)
             _check(part, files[name], tally)
-        sync(folder)
-    recorded = {*(plan.baked.record.files or {}), RECORD} - files.keys()
+        return Artifact(KIND, out, files, sum(part.size for part in parts), plan.edited_bytes)
+
+    read = [part.path for part in (*parts, *plan.artifact.parts)]
+    facts = [KIND, [str(path.resolve()) for path in read], sorted(plan.edited)]
+    made = write_staged(out, identity_of(facts, read), force=force, write=write)
     return Reverted(
         path=out,
-        files=files,
-        equal=tuple(files),
+        files=made.files,
+        equal=tuple(made.files),
         edited=tuple(sorted(plan.edited)),
         removed=tuple(sorted(plan.created)),
-        bytes_written=sum(part.size for part in plan.base.parts),
+        bytes_written=made.bytes_written,
         bytes_from_base=plan.edited_bytes,
-        left=tuple(sorted(recorded)),
+        left=tuple(sorted({*(plan.baked.record.files or {}), RECORD} - made.files.keys())),
         absent=(),
         notes=() if plan.proven else (_NOTE,),
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from exporting import written
 from install import GgufConverter
 from reference import largest_difference
 from subject import (
@@ -21,8 +22,6 @@ from transformers import PreTrainedModel
 
 from bake.affine import translation
 from bake.errors import InexactPlan
-from bake.outputs.gguf.lora import export_gguf_lora
-from bake.outputs.lora import export_lora
 from bake.process import RuntimeFailed
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
@@ -38,12 +37,10 @@ def test_llamacpp_aborts_on_an_embedding_adapter_of_a_tied_model(
 ) -> None:
     """The adapter is good for the untied model, and kills the tied one."""
     untied = subject_at(plain_llama(), tmp_path / "untied" / "model")
-    adapter = export_gguf_lora(
-        untied.plan(STREAM), untied.checkpoint, tmp_path / "out", record={}
-    ).path
+    adapter = written("gguf-lora", untied.plan(STREAM), untied.checkpoint, tmp_path / "out").path
     tied = subject_at(plain_llama(tied=True), tmp_path / "tied" / "model")
     with pytest.raises(InexactPlan, match="with an adapter of it the process aborts"):
-        export_gguf_lora(tied.plan(STREAM), tied.checkpoint, tmp_path / "none", record={})
+        written("gguf-lora", tied.plan(STREAM), tied.checkpoint, tmp_path / "none")
     good, bad = (
         converted(base.model, base.checkpoint.path, gguf_converter) for base in (untied, tied)
     )
@@ -59,7 +56,7 @@ def test_llamacpp_multiplies_the_rows_of_an_embedding_adapter(
     base = subject_at(tiny_gemma3(tied=False), tmp_path / "model")
     file = converted(base.model, base.checkpoint.path, gguf_converter)
     plan = base.plan(EMBEDDING, targets=("llama.cpp",))
-    adapter = export_gguf_lora(plan, base.checkpoint, tmp_path / "out", record={}).path
+    adapter = written("gguf-lora", plan, base.checkpoint, tmp_path / "out").path
     base.check(EMBEDDING, ask(LLAMA_CPP, request(file, adapter / "lora.gguf"), llamacpp_python))
 
 
@@ -87,8 +84,8 @@ def test_vllm_refuses_what_the_plan_refuses(case: str, vllm_python: Path, tmp_pa
     base = subject_at(make(), tmp_path / "model")
     wanted = base.plan(specs, targets=("transformers", "vllm"))
     with pytest.raises(InexactPlan, match=planned):
-        export_lora(wanted, base.checkpoint, tmp_path / "none", record={})
-    adapter = export_lora(base.plan(specs), base.checkpoint, tmp_path / "out", record={}).path
+        written("lora", wanted, base.checkpoint, tmp_path / "none")
+    adapter = written("lora", base.plan(specs), base.checkpoint, tmp_path / "out").path
     with pytest.raises(RuntimeFailed, match=served):
         ask(VLLM, request(base.checkpoint.path, adapter), vllm_python)
 
@@ -101,7 +98,7 @@ def test_vllm_leaves_the_multiplier_off_an_embedding_adapter(
     What it computes is another edit: the offset without the embedding's multiplier.
     """
     base = subject_at(tiny_gemma2(), tmp_path / "model")
-    adapter = export_lora(base.plan(EMBEDDING), base.checkpoint, tmp_path / "out", record={}).path
+    adapter = written("lora", base.plan(EMBEDDING), base.checkpoint, tmp_path / "out").path
     (tmp_path / "engine").mkdir()
     served = served_adapters(
         base,

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from exporting import convert_baked, written
 from gguf_files import metadata
 from install import GgufConverter
 from reference import Reference, first_disagreement, largest_difference
@@ -42,13 +43,8 @@ from tiny_checkpoints import (
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bake.checkpoints.gguf.codec import decode, encode
-from bake.checkpoints.gguf.file import open_gguf
 from bake.checkpoints.gguf.ggml import VARIABLE, load_ggml
 from bake.checkpoints.gguf.types import BY_NAME
-from bake.outputs.checkpoint import export_checkpoint
-from bake.outputs.gguf.convert import convert_checkpoint
-from bake.outputs.gguf.edit import export_gguf
-from bake.outputs.gguf.lora import export_gguf_lora
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
 from bake.verify.runtimes.request import RuntimeResult
@@ -95,7 +91,7 @@ def serve(file: Path, python: Path, adapter: Path | None = None) -> RuntimeResul
 
 def export(base: Base, file: Path, out: Path, **options: Any) -> Path:
     plan = base.subject.plan(base.specs, targets=("llama.cpp",))
-    artifact = export_gguf(plan, base.subject.checkpoint, file, out, record={}, **options)
+    artifact = written("gguf", plan, base.subject.checkpoint, out, gguf=file, **options)
     return artifact.path / file.name
 
 
@@ -208,8 +204,10 @@ def test_converted_checkpoint_serves(
     """The other way to a GGUF: llama.cpp's own converter on the baked checkpoint."""
     checkpoint = base.subject.checkpoint
     record = {"base": {"model": str(checkpoint.path)}}
-    export_checkpoint(base.subject.plan(base.specs), checkpoint, tmp_path / "baked", record=record)
-    artifact = convert_checkpoint(
+    written(
+        "checkpoint", base.subject.plan(base.specs), checkpoint, tmp_path / "baked", record=record
+    )
+    artifact = convert_baked(
         tmp_path / "baked",
         tmp_path / "out",
         llama_cpp=gguf_converter.script.parent,
@@ -326,11 +324,9 @@ def test_adapter_of_a_base_in_blocks(
     meant = subject_at(in_blocks(plain_llama(), kind), tmp_path / "meant")
     plan = base.subject.plan(specs, targets=("llama.cpp",))
     good, unquantised = (
-        export_gguf_lora(
-            plan, base.subject.checkpoint, tmp_path / name, record={}, model=model
-        ).path
+        written("gguf-lora", plan, base.subject.checkpoint, tmp_path / name, gguf=model).path
         / "lora.gguf"
-        for name, model in (("good", open_gguf(file)), ("unquantised", None))
+        for name, model in (("good", file), ("unquantised", None))
     )
     meant.check(specs, serve(decoded, llamacpp_python, good))
     meant.misses(specs, serve(decoded, llamacpp_python, unquantised))

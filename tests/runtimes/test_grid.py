@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from adapters import config_of, factors_of, peft_model, rewritten
+from exporting import convert_baked, written
 from install import GgufConverter
 from reference import Reference, largest_difference, reference_logprobs
 from safetensors.torch import load_file, save_file
@@ -57,12 +58,6 @@ from transformers import PreTrainedModel
 
 from bake.affine import translation
 from bake.errors import InexactPlan
-from bake.outputs.checkpoint import export_checkpoint
-from bake.outputs.control_vector import export_control_vector
-from bake.outputs.gguf.convert import convert_checkpoint
-from bake.outputs.gguf.edit import export_gguf
-from bake.outputs.gguf.lora import export_gguf_lora
-from bake.outputs.lora import export_lora
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
 from bake.verify.runtimes.vllm import VLLM
@@ -173,7 +168,7 @@ class Bench:
             plan = self.base.plan(self.case.checkpoint, allow=allow)
             record = {"base": {"model": str(self.base.checkpoint.path)}}
             allowed = frozenset(allow)
-            export_checkpoint(plan, self.base.checkpoint, out, record=record, allow=allowed)
+            written("checkpoint", plan, self.base.checkpoint, out, record=record, allow=allowed)
         return out
 
 
@@ -240,7 +235,7 @@ def test_converted_checkpoint_in_llamacpp(
     def file_of(baked: Path, out: Path) -> Path:
         scripts = converter_for(bench.base.model, bench.converter, bench.folder / "converter")
         python = bench.converter.python
-        made = convert_checkpoint(baked, out, llama_cpp=scripts, outtype="f32", python=python)
+        made = convert_baked(baked, out, scripts, outtype="f32", python=python)
         return next(made.path.glob("*.gguf"))
 
     baked = bench.baked()
@@ -264,7 +259,7 @@ def test_edited_gguf_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: 
     """`--to gguf --gguf FILE`; the base's own file is the base, so it is what was edited."""
     base, specs = bench.base, bench.case.checkpoint
     plan = base.plan(specs, targets=("llama.cpp",))
-    out = export_gguf(plan, base.checkpoint, bench.gguf, tmp_path / "out", record={}).path
+    out = written("gguf", plan, base.checkpoint, tmp_path / "out", gguf=bench.gguf).path
     file = out / "base.gguf"
     base.check(specs, ask(LLAMA_CPP, request(file), llamacpp_python))
     unedited = ask(LLAMA_CPP, request(bench.gguf), llamacpp_python)
@@ -296,7 +291,7 @@ def test_recast_edit_of_a_base_gguf_is_refused(
     file = converted(base.model, base.checkpoint.path, gguf_converter)
     plan = base.plan(CASES["Qwen2 as Llama"].checkpoint, allow=["recast"])
     with pytest.raises(InexactPlan, match=r"declares the model as llama, and base\.gguf is"):
-        export_gguf(plan, base.checkpoint, file, tmp_path / "out", record={})
+        written("gguf", plan, base.checkpoint, tmp_path / "out", gguf=file)
     assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +311,7 @@ def test_adapter_in_peft(bench: Bench, tmp_path: Path) -> None:
 
     base, specs = bench.base, bench.case.adapter
     plan = base.plan(specs)
-    adapter = export_lora(plan, base.checkpoint, tmp_path / "out", record={}).path
+    adapter = written("lora", plan, base.checkpoint, tmp_path / "out").path
     base.check(specs, computed(adapter))
     base.misses(specs, computed(halved(adapter, tmp_path / "half")))
 
@@ -324,7 +319,7 @@ def test_adapter_in_peft(bench: Bench, tmp_path: Path) -> None:
 def check_adapters_in_vllm(base: Subject, specs: Sequence[Spec], python: Path, out: Path) -> None:
     """One engine: the adapter, the same one halved, and none."""
     plan = base.plan(specs, targets=("transformers", "vllm"))
-    good = export_lora(plan, base.checkpoint, out / "lora", record={}).path
+    good = written("lora", plan, base.checkpoint, out / "lora").path
     half = halved(good, out / "half")
     (out / "engine").mkdir()
     adapters = {"good": good, "half": half, "none": None}
@@ -342,7 +337,7 @@ def test_adapter_in_vllm(bench: Bench, vllm_python: Path, tmp_path: Path) -> Non
         return
     plan = base.plan(case.adapter, targets=("transformers", "vllm"))
     with pytest.raises(InexactPlan, match=case.refused):
-        export_lora(plan, base.checkpoint, tmp_path / "out", record={})
+        written("lora", plan, base.checkpoint, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -359,7 +354,7 @@ def test_adapter_of_a_tied_embedding_in_vllm(vllm_python: Path, tmp_path: Path) 
 def test_gguf_adapter_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: Path) -> None:
     base, specs = bench.base, bench.case.adapter
     plan = base.plan(specs, targets=("llama.cpp",))
-    out = export_gguf_lora(plan, base.checkpoint, tmp_path / "out", record={}).path
+    out = written("gguf-lora", plan, base.checkpoint, tmp_path / "out").path
     file = out / "lora.gguf"
     base.check(specs, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
     # Alpha 0 stands for scale 1; another alpha is divided by the rank.
@@ -376,7 +371,7 @@ def test_gguf_adapter_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path:
 def test_control_vector_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: Path) -> None:
     """Also where no checkpoint can hold the offset: Qwen3, Gemma and Mixtral have no slot."""
     base = bench.base
-    out = export_control_vector(base.plan(OFFSETS), tmp_path / "out", record={}).path
+    out = written("control-vector", base.plan(OFFSETS), base.checkpoint, tmp_path / "out").path
     file = out / "control-vector.gguf"
     base.check(OFFSETS, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
     reader = gguf.GGUFReader(file, "r+")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import written
 from harness import Base, bake, edit, plan_of, vector
 from install import GgufConverter
 from tiny import layout_of
@@ -19,10 +20,6 @@ from bake.checkpoints import open_checkpoint
 from bake.converter import convert
 from bake.edit_store import dump_edits
 from bake.edits import Edit
-from bake.outputs.control_vector import export_control_vector
-from bake.outputs.gguf.edit import export_gguf
-from bake.outputs.gguf.lora import export_gguf_lora
-from bake.outputs.lora import export_lora
 from bake.verify.artifact import open_baked
 from bake.verify.compare import compare
 from bake.verify.report import Report
@@ -129,7 +126,7 @@ def test_a_recast_checkpoint(runtimes: Callable[..., Runtimes], tmp_path: Path) 
 
 def test_a_lora(plain: Base, runtimes: Callable[..., Runtimes], tmp_path: Path) -> None:
     plan = plan_of(plain, ablation(plain))
-    out = export_lora(plan, plain.checkpoint, tmp_path / "out", record=record(plain)).path
+    out = written("lora", plan, plain.checkpoint, tmp_path / "out", record=record(plain)).path
     check(plain, out, runtimes("vllm", "peft"))
 
 
@@ -142,7 +139,9 @@ def test_a_gguf(
     base = tmp_path / "base.gguf"
     convert(llama.path, base, converter=gguf_converter.script, python=gguf_converter.python)
     plan = plan_of(llama, ablation(llama))
-    out = export_gguf(plan, llama.checkpoint, base, tmp_path / "out", record=record(llama)).path
+    out = written(
+        "gguf", plan, llama.checkpoint, tmp_path / "out", gguf=base, record=record(llama)
+    ).path
     check(llama, out, runtimes("llama.cpp"))
 
 
@@ -159,7 +158,7 @@ def test_a_gguf_in_half_precision_of_a_base_in_float32(
     for name, sound in (("sound", True), ("spoiled", False)):
         plan = plan_of(llama, edits if sound else [replace(edits[0], sites=edits[0].sites[1:])])
         target = tmp_path / name
-        out = export_gguf(plan, llama.checkpoint, base, target, record=record(llama)).path
+        out = written("gguf", plan, llama.checkpoint, target, gguf=base, record=record(llama)).path
         if not sound:  # one writer was forgotten
             (out / "bake" / "edits.safetensors").write_bytes(dump_edits(edits))
         report = compare(Verification(out, base=str(llama.path), runtimes=runtimes("llama.cpp")))
@@ -173,13 +172,15 @@ def test_a_gguf_in_half_precision_of_a_base_in_float32(
 
 def test_a_gguf_lora(plain: Base, runtimes: Callable[..., Runtimes], tmp_path: Path) -> None:
     plan = plan_of(plain, ablation(plain))
-    out = export_gguf_lora(plan, plain.checkpoint, tmp_path / "out", record=record(plain)).path
+    out = written("gguf-lora", plan, plain.checkpoint, tmp_path / "out", record=record(plain)).path
     check(plain, out, runtimes("llama.cpp"))
 
 
 def test_a_control_vector(plain: Base, runtimes: Callable[..., Runtimes], tmp_path: Path) -> None:
     plan = plan_of(plain, offset(plain))
-    out = export_control_vector(plan, tmp_path / "out", record=record(plain)).path
+    out = written(
+        "control-vector", plan, plain.checkpoint, tmp_path / "out", record=record(plain)
+    ).path
     check(plain, out, runtimes("llama.cpp"))
 
 

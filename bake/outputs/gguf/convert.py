@@ -1,112 +1,147 @@
 """The GGUF output by llama.cpp's own converter: from a baked checkpoint to one GGUF file."""
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bake import __version__
 from bake.artifact.artifact import Artifact
+from bake.artifact.base_digests import BASE_TENSORS
 from bake.artifact.carrier import KINDS
+from bake.artifact.record import RECORD
+from bake.artifact.staged import Place, digests
 from bake.checkpoints import strictjson
 from bake.checkpoints.gguf.codec import FLOATS
+from bake.checkpoints.writer import EmptyFolder
 from bake.converter import convert
 from bake.edit_store import EDITS, FITTED
-from bake.errors import CheckpointError, InexactPlan, UsageError
+from bake.errors import CheckpointError, InexactPlan
 from bake.families import RUNTIMES
-from bake.outputs.checkpoint import RECORD
-from bake.outputs.folder import digests, new_folder, sync
+from bake.outputs.checkpoint import write_edited
+from bake.outputs.export import CONVERTER, CarrierRun, CarrierWriter, Export
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
-from bake.plan import Plan, RuntimeVerdict
+from bake.plan import RuntimeVerdict
 from bake.plan.record import runtimes_record
 from bake.plan.targets import converted_runtimes
 from bake.process import RuntimeMissing
 
-SCRIPT = "convert_hf_to_gguf.py"
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """How llama.cpp's converter is run.
+
+    Attributes:
+        llama_cpp: a checkout of llama.cpp, or the folder with its converter script.
+        outtype: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
+        python: an interpreter with torch, transformers and sentencepiece; this one when None.
+        timeout: seconds until the converter is killed.
+    """
+
+    llama_cpp: Path
+    outtype: str = "f16"
+    python: Path | None = None
+    timeout: float = 3600.0
+
+    def run(self, baked: Path, file: Path) -> None:
+        """Convert a checkpoint to the file.
+
+        Raises:
+            UsageError: there is no such outtype.
+            RuntimeMissing: there is no converter in ``llama_cpp``.
+            RuntimeFailed: the converter failed; the end of its output is in the message.
+        """
+        convert(
+            baked,
+            file,
+            self.outtype,
+            converter=self.llama_cpp / CONVERTER,
+            python=self.python or Path(sys.executable),
+            timeout=self.timeout,
+        )
 
 
-def convert_checkpoint(
-    baked: Path,
-    out: Path,
-    *,
-    llama_cpp: Path,
-    outtype: str = "f16",
-    name: str | None = None,
-    python: Path | None = None,
-    force: bool = False,
-    timeout: float = 3600.0,
-) -> Artifact:
-    """Convert a checkpoint that bake wrote to GGUF, in the folder ``out``.
+def prepare_conversion(export: Export) -> CarrierWriter:
+    """Return what converts the baked checkpoint, which is made for the moment where there is none.
+
+    Raises:
+        InexactPlan: llama.cpp would refuse the file, or drop a part of it.
+        RuntimeMissing: there is no converter in ``llama_cpp``.
+    """
+    assert export.llama_cpp is not None
+    script = export.llama_cpp / CONVERTER
+    _refuse_unserved(export.plan.runtimes, export.llama_cpp)
+    if not script.is_file():
+        raise RuntimeMissing(
+            f"there is no converter at {script}",
+            fix="name a checkout of llama.cpp, whose folder holds it",
+        )
+    return partial(_write, export, Conversion(export.llama_cpp, export.outtype))
+
+
+def _write(export: Export, how: Conversion, run: CarrierRun) -> Artifact:
+    # The converter takes the model's name from the folder's.
+    with run.place.scratch() as folder:
+        baked = folder / run.place.final.name
+        if run.baked is not None:
+            _link(run.baked, baked, run.record)
+        else:
+            baked.mkdir()
+            write_edited(export, run, EmptyFolder(baked))
+        return convert_checkpoint(baked, run.place, how)
+
+
+def _link(folder: Path, link: Path, record: Mapping[str, Any]) -> None:
+    """Make a folder of another name with links to the same files, and a record of its own."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            target = link / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path.resolve())
+    content = json.loads((link / RECORD).read_text(encoding="utf-8"))
+    own = {key: content[key] for key in ("bake", "kind")} | dict(record)
+    own |= {key: content[key] for key in ("plan", BASE_TENSORS, "files")}
+    (link / RECORD).unlink()
+    (link / RECORD).write_text(json.dumps(own), encoding="utf-8")
+
+
+def convert_checkpoint(baked: Path, place: Place, how: Conversion) -> Artifact:
+    """Convert a checkpoint that bake wrote to GGUF, under the name of its folder.
 
     Edits and record travel along, and a Modelfile for Ollama lies beside the file.
 
     Args:
-        baked: a folder that ``export_checkpoint`` wrote, with its tokenizer.
-        out: a folder that does not exist, unless ``force``.
-        llama_cpp: a checkout of llama.cpp, or the folder with its converter script.
-        outtype: ``f32``, ``f16``, ``bf16`` or ``q8_0``.
-        name: the file's name without ``.gguf``; that of ``baked`` when None.
-        python: an interpreter with torch, transformers and sentencepiece; this one when None.
-        force: replace an artifact of bake at ``out``.
-        timeout: seconds until the converter is killed.
+        baked: a folder that an export wrote, with its tokenizer.
+        place: where to write.
+        how: the converter, and the type of the weights.
 
     Raises:
-        UsageError: there is no such outtype, or ``out`` is in the way.
         CheckpointError: ``baked`` is no checkpoint of bake.
         InexactPlan: llama.cpp would refuse the file, or drop a part of it.
-        RuntimeMissing: there is no converter in ``llama_cpp``.
-        RuntimeFailed: the converter failed; the end of its output is in the message.
+        BakeError: what ``Conversion.run`` raises.
     """
     record, small = _read(baked, RECORD), {EDITS: _read(baked, EDITS)}
     if (baked / FITTED).is_file():
         small[FITTED] = _read(baked, FITTED)
-    if out.resolve() in (baked.resolve(), *baked.resolve().parents):
-        raise UsageError(f"the output {out} holds the checkpoint", fix="name another output")
-    file = f"{name or baked.resolve().name}-{outtype.upper()}.gguf"
-    text = modelfile(file)
+    file, folder = f"{baked.resolve().name}-{how.outtype.upper()}.gguf", place.folder
+    small[MODELFILE] = modelfile(file).encode()
     content = strictjson.parse_object(
         strictjson.decode(record, where=RECORD), where=str(baked / RECORD)
     )
     verdicts = _recorded(content, baked)
     _refuse_unserved(verdicts, baked)
-    with new_folder(out, force=force) as folder:
-        interpreter = python or Path(sys.executable)
-        convert(
-            baked,
-            folder / file,
-            outtype,
-            converter=llama_cpp / SCRIPT,
-            python=interpreter,
-            timeout=timeout,
-        )
-        (folder / MODELFILE).write_text(text, encoding="utf-8")
-        for kept, data in small.items():
-            (folder / kept).parent.mkdir(exist_ok=True)
-            (folder / kept).write_bytes(data)
-        size = (folder / file).stat().st_size
-        files = digests(folder)
-        (folder / RECORD).write_text(_record(content, verdicts, files, outtype), encoding="utf-8")
-        with (folder / RECORD).open("rb") as written:
-            files[RECORD] = hashlib.file_digest(written, "sha256").hexdigest()
-        sync(folder)
-    return Artifact("gguf", out, files, sum((out / f).stat().st_size for f in files), size)
-
-
-def check_convertible(plan: Plan, llama_cpp: Path) -> None:
-    """Raise when there is no converter, or when llama.cpp would not serve what it makes.
-
-    Raises:
-        InexactPlan: llama.cpp would refuse the file, or drop a part of it.
-        RuntimeMissing: there is no converter in ``llama_cpp``.
-    """
-    _refuse_unserved(plan.runtimes, llama_cpp)
-    if not (llama_cpp / SCRIPT).is_file():
-        raise RuntimeMissing(
-            f"there is no converter at {llama_cpp / SCRIPT}",
-            fix="name a checkout of llama.cpp, whose folder holds it",
-        )
+    how.run(baked, folder / file)
+    for kept, data in small.items():
+        (folder / kept).parent.mkdir(exist_ok=True)
+        (folder / kept).write_bytes(data)
+    text = _record(content, verdicts, digests(folder), how.outtype)
+    (folder / RECORD).write_text(text, encoding="utf-8")
+    files, own = digests(folder), (folder / file).stat().st_size
+    size = sum((folder / name).stat().st_size for name in files)
+    return Artifact("gguf", place.final, files, size, own)
 
 
 def _read(baked: Path, name: str) -> bytes:
@@ -177,7 +212,7 @@ def _record(
     outtype: str,
 ) -> str:
     """Return the checkpoint's record as the GGUF file's: other files, and other runtimes."""
-    gguf = {"converter": SCRIPT, "outtype": outtype}
+    gguf = {"converter": CONVERTER, "outtype": outtype}
     served = converted_runtimes(verdicts, KINDS["gguf"], codes=outtype.upper() not in FLOATS)
     plan = {**content["plan"], "runtimes": runtimes_record(served)}
     own = {"bake": __version__, "kind": "gguf", "plan": plan, "gguf": gguf, "files": dict(files)}

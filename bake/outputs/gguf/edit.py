@@ -9,22 +9,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
-from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf.codec import FEEDBACK, FLOATS, check_encodable, decode, encode
-from bake.checkpoints.gguf.file import Gguf, open_gguf
+from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.gguf.ggml import Ggml, find_ggml
 from bake.checkpoints.gguf.types import BY_NAME, GgmlType, type_named
-from bake.errors import InexactPlan, UsageError
+from bake.errors import InexactPlan
 from bake.families.gguf import GgufPlace, gguf_places
 from bake.fold import WeightFold, fold_bias
-from bake.outputs.folder import check_apart, new_folder, sync
+from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.gguf.fold import bias_fold, guarded, in_file_order, weight_fold
 from bake.outputs.gguf.match import check_corners, check_loadable, check_norms, check_tensors
 from bake.outputs.gguf.modelfile import modelfile
@@ -32,93 +29,49 @@ from bake.outputs.gguf.tensor import MatrixEdit
 from bake.outputs.gguf.write import NewBytes, write_parts, write_small
 from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.plan.carriers import refuse
-from bake.progress import Progress
 from bake.rounding import Rounding
 
 _LOSS = 0.1  # of an edit; what rounding may take of it unless the user allows more
 
 
-def export_gguf(
-    plan: Plan,
-    base_checkpoint: Checkpoint,
-    gguf: Path,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    allow: frozenset[str] = frozenset(),
-    edited_type: str | None = None,
-    rounding: Rounding = "feedback",
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Artifact:
-    """Write the edited GGUF file, or files, to the folder ``out``, under the names of the base.
+def prepare_gguf(export: Export) -> CarrierWriter:
+    """Return what writes the edited GGUF file, or files, under the names of the base.
 
     Beside it lie a Modelfile for Ollama, the edits and the record ``bake.json``, which has the leak
-    and the rounding error of every edited tensor.
-
-    Args:
-        plan: made for ``base_checkpoint``.
-        base_checkpoint: the checkpoint that the GGUF was converted from; of it only norms and
-            corners of the edited matrices are read, to see that it is.
-        gguf: the base in GGUF; the first file of a split model.
-        out: a folder that does not exist, unless ``force``.
-        record: what ``bake.json`` keeps besides the plan.
-        allow: the exactness classes below EXACT that the recipe accepts.
-        edited_type: the type for edited matrices that are stored in blocks; their own when None.
-        rounding: ``feedback``, which makes the edit survive the rounding where the type allows and
-            holds one matrix in memory, or ``nearest``, which under five bits undoes most edits.
-        force: replace an artifact of bake at ``out``.
-        progress: called with bytes done and bytes in all.
+    and the rounding error of every edited tensor. Of the base's checkpoint only norms and corners
+    of the edited matrices are read, to see that the GGUF is one of it.
 
     Raises:
         InexactPlan: a finding is not exact and not allowed, llama.cpp has no slot for a tensor that
             the plan creates, or rounding undoes the edit and ``approximate`` is not allowed.
         CheckpointError: the GGUF is malformed, or of another model.
-        UsageError: a type that cannot be written, or ``out`` is in the way.
-        InputError: a value does not fit its type, or the disk refuses; nothing is left behind.
+        UsageError: a type that cannot be written.
+        InputError: a value does not fit its type.
     """
-    model, new = check_gguf(
-        plan, base_checkpoint, gguf, allow=allow, edited_type=edited_type, rounding=rounding
-    )
-    check_apart(out, base_checkpoint.path, gguf)
-    with new_folder(out, force=force) as folder:
-        files = write_parts(model, new, plan, folder, progress)
-        if str(Exactness.APPROXIMATE) not in allow:
-            _refuse_undone(new)
-        write_small(model, new, plan, folder, files, record)
-        sync(folder)
-    fresh = sum(tensor.nbytes for tensor in new.values())
-    size = sum((out / name).stat().st_size for name in files)
-    return Artifact("gguf", out, dict(sorted(files.items())), size, fresh)
-
-
-def check_gguf(
-    plan: Plan,
-    base_checkpoint: Checkpoint,
-    gguf: Path,
-    *,
-    allow: frozenset[str] = frozenset(),
-    edited_type: str | None = None,
-    rounding: Rounding = "feedback",
-) -> tuple[Gguf, dict[str, NewBytes]]:
-    """Return the opened file, and every tensor that is to be written anew, by its name in it.
-
-    Raises:
-        InexactPlan, CheckpointError, UsageError: as ``export_gguf``, before anything is written.
-    """
-    refuse(replace(plan, runtimes=()), "checkpoint", allow)
-    if rounding not in get_args(Rounding):
-        raise UsageError(f"rounding is {rounding!r}, and has to be nearest or feedback")
-    model = open_gguf(gguf)
+    plan, base, model = export.plan, export.checkpoint, export.model()
+    assert model is not None
+    refuse(replace(plan, runtimes=()), "checkpoint", export.allow)
     places = gguf_places(plan.layout)
     check_loadable(plan, model)
-    check_tensors(plan, base_checkpoint, model, places)
-    check_norms(plan, base_checkpoint, model, places)
+    check_tensors(plan, base, model, places)
+    check_norms(plan, base, model, places)
     edited = [u.source for u in plan.tensors if u.replacement is None]
-    check_corners(edited, base_checkpoint, model, places)
+    check_corners(edited, base, model, places)
     if len(model.parts) == 1:
         modelfile(model.path.name)  # raises for a name that a Modelfile cannot hold
-    return model, _new_tensors(plan, model, places, edited_type, rounding)
+    new = _new_tensors(plan, model, places, export.edited_type, export.rounding)
+    return partial(_write, export, model, new)
+
+
+def _write(export: Export, model: Gguf, new: Mapping[str, NewBytes], run: CarrierRun) -> Artifact:
+    folder = run.place.folder
+    files = write_parts(model, new, export.plan, folder, run.progress)
+    if str(Exactness.APPROXIMATE) not in export.allow:
+        _refuse_undone(new)
+    write_small(model, new, export.plan, folder, files, run.record)
+    fresh = sum(tensor.nbytes for tensor in new.values())
+    size = sum((folder / name).stat().st_size for name in files)
+    return Artifact("gguf", run.place.final, dict(sorted(files.items())), size, fresh)
 
 
 def _refuse_undone(new: Mapping[str, NewBytes]) -> None:

@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,19 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
-from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf.codec import decode
 from bake.checkpoints.gguf.file import Gguf
 from bake.errors import CheckpointError
 from bake.families.gguf import GgufPlace, gguf_names, gguf_places
+from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.factors import FactorSource, factors_from, padded, weight_factors
-from bake.outputs.folder import check_apart, write_artifact
+from bake.outputs.folder import close_artifact
 from bake.outputs.gguf.match import check_corners
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.lora import nonempty, target_factors
 from bake.plan import Plan
-from bake.plan.carriers import refuse
 from bake.plan.lowrank import LowRank, Target, low_rank, rank_of, targets_of
-from bake.progress import Progress, Tally
+from bake.progress import Tally
 from bake.rounding import to_storage
 
 FILE = "lora.gguf"
@@ -59,63 +59,12 @@ class Pair:
         return (*stack, self.rank, inner), (*stack, outer, self.rank)
 
 
-def export_gguf_lora(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    out: Path,
-    *,
-    record: Mapping[str, Any],
-    model: Gguf | None = None,
-    allow: frozenset[str] = frozenset(),
-    force: bool = False,
-    factors: FactorSource | None = None,
-    place: Path | None = None,
-    progress: Progress | None = None,
-) -> Artifact:
-    """Write the plan as ``lora.gguf`` to the folder ``out``.
+def prepare_gguf_lora(export: Export) -> CarrierWriter:
+    """Return what writes the plan as ``lora.gguf``.
 
-    Where ``model`` is one file, a Modelfile for Ollama beside it names both.
-
-    Args:
-        plan: made for this checkpoint.
-        checkpoint: the base.
-        out: a folder that does not exist, unless ``force``.
-        record: what ``bake.json`` keeps besides the plan.
-        model: the GGUF that the adapter will be served with. The factors are then made from its
-            own weights, dequantised, so that the edit is exact for what is served.
-        allow: the exactness classes below EXACT that the recipe accepts.
-        force: replace an artifact of bake at ``out``.
-        factors: where the factors come from without ``model``; a pass over the base's weights
-            when None.
-        place: where the folder will be in the end, for the Modelfile; ``out`` when None.
-        progress: called with bytes done and bytes in all.
-
-    Raises:
-        InexactPlan: a finding is not exact and not allowed, or llama.cpp would drop or refuse a
-            part of the adapter.
-        CheckpointError: the GGUF is not one of this model.
-        UsageError: the plan changes no weight, or ``out`` is in the way.
-        InputError: a factor does not fit float32, or the disk refuses.
-    """
-    check_apart(out, checkpoint.path, None if model is None else model.path)
-    pairs = check_gguf_lora(plan, checkpoint, model, allow)
-    sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
-    report = Tally(sum(sizes), progress)
-    make = _maker(factors or factors_from(checkpoint), model)
-    text = None if model is None or len(model.parts) > 1 else _modelfile(model, place or out)
-
-    def write(folder: Path) -> None:
-        _write(folder / FILE, plan, record.get("base", {}), pairs, make, report)
-        if text is not None:
-            (folder / MODELFILE).write_text(text, encoding="utf-8")
-
-    return write_artifact(plan, "gguf-lora", out, record=record, force=force, write=write)
-
-
-def check_gguf_lora(
-    plan: Plan, checkpoint: Checkpoint, model: Gguf | None, allow: frozenset[str] = frozenset()
-) -> tuple[Pair, ...]:
-    """Return the tensors of the adapter. Of weights only what shows that a GGUF fits is read.
+    With a GGUF of the base the factors are made from its own weights, dequantised, so that the edit
+    is exact for what is served; where it is one file, a Modelfile for Ollama names both. Of weights
+    only what shows that the GGUF fits is read here.
 
     Raises:
         InexactPlan: a finding is not exact and not allowed, or llama.cpp would drop or refuse a
@@ -123,16 +72,31 @@ def check_gguf_lora(
         CheckpointError: the GGUF is not one of this model.
         UsageError: the plan changes no weight, or a Modelfile cannot name the GGUF.
     """
-    refuse(plan, "gguf-lora", allow)
+    plan, model = export.plan, export.model()
     pairs = _pairs(plan, nonempty(targets_of(plan)))
     if model is not None:
         _check_model(model, plan, pairs)
         members = (target.update for pair in pairs for target, _ in pair.members)
         edited = [update.source for update in members if update is not None]
-        check_corners(edited, checkpoint, model, gguf_places(plan.layout))
+        check_corners(edited, export.checkpoint, model, gguf_places(plan.layout))
         if len(model.parts) == 1:
             modelfile(model.path.name, FILE)
-    return pairs
+    return partial(_write, export, model, pairs)
+
+
+def _write(
+    export: Export, model: Gguf | None, pairs: tuple[Pair, ...], run: CarrierRun
+) -> Artifact:
+    folder = run.place.folder
+    sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
+    source = factors_from(export.checkpoint) if run.factors is None else run.factors.source
+    make, arch = _maker(source, model), gguf_names(export.plan.layout).arch
+    tally = Tally(sum(sizes), run.progress)
+    _write_file(folder / FILE, arch, run.record.get("base", {}), pairs, make, tally)
+    if model is not None and len(model.parts) == 1:
+        text = _modelfile(model, run.place.final)
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
+    return close_artifact(export.plan, "gguf-lora", run)
 
 
 def _modelfile(model: Gguf, out: Path) -> str:
@@ -222,19 +186,19 @@ def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
             )
 
 
-def _write(
+def _write_file(
     path: Path,
-    plan: Plan,
+    arch: str,
     base: Mapping[str, Any],
     pairs: Sequence[Pair],
     make: Make,
-    progress: Tally,
+    tally: Tally,
 ) -> None:
     """Write the header, then one pair of factors after another."""
     import numpy as np
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(path, gguf_names(plan.layout).arch)
+    writer = GGUFWriter(path, arch)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
@@ -253,7 +217,7 @@ def _write(
     for pair in pairs:
         for factor in _factors(pair, make):
             writer.write_tensor_data(factor.numpy())
-            progress.advance(factor.numel() * 4)
+            tally.advance(factor.numel() * 4)
     writer.close()
 
 

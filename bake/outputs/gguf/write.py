@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bake import __version__
+from bake.artifact.record import RECORD
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.codec import FLOATS
 from bake.checkpoints.gguf.file import Gguf, GgufPart
@@ -17,7 +18,6 @@ from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.edit_store import edit_files
 from bake.errors import CheckpointError
 from bake.families.gguf import gguf_names
-from bake.outputs.checkpoint import RECORD
 from bake.outputs.folder import carrier_record
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.gguf.tensor import Measure
