@@ -4,6 +4,7 @@ What must be exact and what must be refused is written by hand, here and in tiny
 mathematics and from the classes of transformers, and shares nothing with the plan or the tables.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from harness import (
     plan_of,
     vector,
 )
+from safetensors.torch import save_file
 from tiny import BIASES, LAYER_NORM, MIXTURES, PARALLEL, POST_NORM, UNGATED
 
 from bake import edits as make
 from bake.affine import AffineMap
+from bake.checkpoints import open_checkpoint
 from bake.edits import Edit
-from bake.errors import InexactPlan
+from bake.errors import FamilyError, InexactPlan
+from bake.families.fit import layout_of
 from bake.plan import Exactness
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
@@ -437,6 +441,50 @@ def test_tied_head_is_untied(
     assert torch.equal(
         tiny.tensors_of(tmp_path / "out")[head], tiny.tensors_of(base.path)[base.layout.embed]
     )
+
+
+def with_copy(path: Path, out: Path, change: float = 0.0) -> Path:
+    """Return a checkpoint whose tied head is stored as well, its first value changed."""
+    shutil.copytree(path, out)
+    layout, tensors = tiny.layout_of(path), tiny.tensors_of(path)
+    head = tensors[layout.embed].clone()
+    head[0, 0] += change
+    save_file({**tensors, layout.unembed.weight: head}, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("at", ["embed", "ln_final_out", "resid", "mlp_out.1"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_a_tied_head_that_is_stored_as_well(
+    family: str, at: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The copy becomes the head where the two part, and stays a copy where they do not."""
+    path = with_copy(tiny_checkpoint(family, tied=True), tmp_path / "base")
+    assert layout_of(open_checkpoint(path)).head_is_stored
+    base = base_at(path)
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), at)]
+    plan = plan_of(base, edits)
+    assert not any(update.create for update in plan.tensors)
+    out = bake(base, plan, tmp_path / "out")
+    measured = measure(base, edits, out)
+    assert measured.effect > 1e-2
+    assert measured.error <= RELATIVE * measured.effect
+    parted = at != "mlp_out.1"
+    assert plan.unties == parted
+    assert tiny.config_of(out)["tie_word_embeddings"] is not parted
+    baked = tiny.tensors_of(out)
+    head, embed = baked[base.layout.unembed.weight], baked[base.layout.embed]
+    assert torch.equal(head, embed) is not parted
+    # Without the change of config.json the head would be lost: transformers ties what it says.
+    layout_of(open_checkpoint(out))
+
+
+def test_a_tied_head_with_other_values_is_refused(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = with_copy(tiny_checkpoint("llama", tied=True), tmp_path / "base", change=1e-9)
+    with pytest.raises(FamilyError, match=r"stores lm_head\.weight as well, and it is another"):
+        layout_of(open_checkpoint(path))
 
 
 @pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if tiny.unbiased(name)])

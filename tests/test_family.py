@@ -710,9 +710,15 @@ def test_a_tied_head_with_a_tensor_of_its_own(name: str, model: Open) -> None:
     head = f"{both.family.unembed.module}.weight"
     assert head not in both.shapes
     assert both.resolve().unembed.weight == head
-    error = both.add(head, *both.shapes[f"{both.family.embed.module}.weight"]).refusal()
-    assert error.what == f"tie_word_embeddings is true, but the checkpoint stores {head} as well"
-    assert error.why == "runtimes disagree on which of the two they load"
+    shape = both.shapes[f"{both.family.embed.module}.weight"]
+    layout = both.add(head, *shape).resolve()
+    assert (
+        layout.tied
+        and layout.head_is_stored
+        and not model(name, tied=True).resolve().head_is_stored
+    )
+    wider = both.add(head, shape[0], shape[1] + 1).refusal(CheckpointError)
+    assert f"the output head {head} has the shape" in wider.what
 
 
 def test_gpt2_without_its_prefix(model: Open) -> None:

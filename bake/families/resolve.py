@@ -209,14 +209,8 @@ def _norm(claims: Claims, hidden: int, path: str, site: Site) -> Norm:
 def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
     row = settings.family.unembed
     name = claims.on_disk(f"{row.module}.weight")
-    if settings.tied and name in claims.shapes:
-        # Some checkpoints store the tied head twice; transformers ties it all the same.
-        raise FamilyError(
-            f"tie_word_embeddings is true, but the checkpoint stores {name} as well",
-            why="runtimes disagree on which of the two they load",
-            fix="set tie_word_embeddings to false in config.json, or remove the tensor",
-        )
-    if not settings.tied:
+    # Some checkpoints store a tied head as well: ``layout_of`` compares it with the embedding.
+    if not settings.tied or name in claims.shapes:
         size = (settings.dims["vocab"], settings.dims["hidden"])
         claims.claim(f"{row.module}.weight", size, "the output head")
     shape = claims.shapes[embed if settings.tied else name]

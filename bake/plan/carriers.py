@@ -225,7 +225,7 @@ def _no_slot(plan: Plan, loader: str) -> Iterator[_Obstacle]:
         if bias.create and not bias.is_zero() and modules.get(bias.name) not in runtime.biases:
             reason = f"{loader} has no slot for {bias.name} ({runtime.source})"
             yield _Obstacle(bias.edits, reason)
-    if any(update.create for update in plan.tensors) and not runtime.untied_head:
+    if plan.unties and not runtime.untied_head:
         reason = f"{loader} loads no output head of its own here ({runtime.source})"
         for update in plan.tensors:
             if update.source == layout.embed:
@@ -242,7 +242,7 @@ def _hindrance(plan: Plan, name: str, kind: Carrier) -> Hindrance:
     if runtime is None:
         return f"{where} says nothing of {engine}", False
     if kind.whole:
-        untied = not layout.tied or any(update.create for update in plan.tensors)
+        untied = not layout.tied or plan.unties
         reason = model_hindrance(layout, runtime, plan.biases, untied=untied, companions=False)
         return reason, True
     base = model_hindrance(layout, runtime, untied=not layout.tied)

@@ -146,7 +146,12 @@ def _notes(
     layout: Layout, untied: bool, flags: Set[str], biases: Sequence[BiasUpdate]
 ) -> list[str]:
     notes = []
-    if untied:
+    if untied and layout.head_is_stored:
+        notes.append(
+            f"the output head is untied from the embedding: {layout.unembed.weight}, until now its "
+            "copy, is the head"
+        )
+    elif untied:
         size = prod(layout.unembed.shape) * ITEM_BYTES[layout.dtype]
         notes.append(
             f"the output head is untied from the embedding: {layout.unembed.weight} is written "

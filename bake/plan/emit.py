@@ -29,9 +29,10 @@ def assemble(context: Context) -> Assembly:
     found = joined([fold_writers(context), fold_readers(context)])
     changed = (layer for layer in found.layers if layer.changes_weight())
     tensors = [*found.tensors, *(_tensor(context, layer) for layer in changed)]
-    untied = layout.tied and any(update.source == layout.embed for update in tensors)
-    by_name = {update.name: update for update in tensors}
-    if untied and (head := layout.unembed).weight not in by_name:
+    by_name, head = {update.name: update for update in tensors}, layout.unembed
+    untied = layout.tied and not by_name.keys().isdisjoint({layout.embed, head.weight})
+    # Where a tied head is stored as well, its copy is what becomes the head.
+    if untied and head.weight not in by_name and not layout.head_is_stored:
         # A copy of the base's embedding belongs to the edits that set it apart from the new one.
         edits = by_name[layout.embed].edits
         tensors.append(TensorUpdate(head.weight, layout.embed, head.shape, 0, edits=edits))
@@ -50,12 +51,12 @@ def assemble(context: Context) -> Assembly:
 
 def _tensor(context: Context, layer: LayerChange) -> TensorUpdate:
     linear, layout = layer.linear, context.layout
-    is_head = linear.weight == layout.unembed.weight
+    made_of_embedding = linear.weight == layout.unembed.weight and not layout.head_is_stored
     moved = layer.input is not None and not layer.input.is_translation()
     edits = (layer.edits | layer.stream) & context.hooks.of_weights
     return TensorUpdate(
         linear.weight,
-        layout.embed if is_head and layout.tied else linear.weight,
+        layout.embed if made_of_embedding else linear.weight,
         linear.shape,
         linear.output_axis,
         tuple(part for part in layer.outputs if not part.map.is_translation()),

@@ -42,9 +42,7 @@ def checkpoint_runtimes(
         targets: the runtimes that the recipe wants.
     """
     new = _changed(config, plan.config)
-    untied = not plan.layout.tied or any(
-        c.key == "tie_word_embeddings" and c.new is False for c in plan.config
-    )
+    untied = not plan.layout.tied or plan.unties
 
     def hindrance(name: str) -> Hindrance:
         runtime = runtime_of(plan.layout, name)

@@ -168,6 +168,12 @@ class Plan:
         return self.edits if self.asked is None else self.asked
 
     @property
+    def unties(self) -> bool:
+        """Whether a head that was tied to the embedding becomes a tensor of its own."""
+        keys = {change.key for change in self.config if change.new is False}
+        return self.layout.tied and "tie_word_embeddings" in keys
+
+    @property
     def exactness(self) -> Exactness:
         """The worst exactness among the findings; EXACT when there is none."""
         found = {finding.exactness for finding in self.findings}

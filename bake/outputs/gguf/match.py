@@ -61,7 +61,7 @@ def check_loadable(plan: Plan, gguf: Gguf) -> None:
                 why="it counts the tensors of a file and refuses one too many",
                 fix="use an edit without a constant, or a llama.cpp control vector",
             )
-    if any(update.create for update in plan.tensors) and not runtime.untied_head:
+    if plan.unties and not runtime.untied_head:
         raise InexactPlan(
             f"llama.cpp loads no output head of its own here ({runtime.source})",
             why="the edit changes the embedding, and the head would change with it",
