@@ -55,6 +55,11 @@ _GEMMA = _OLD + "attention_bias attention_dropout head_dim hidden_activation pad
 _GEMMA += "rope_theta cache_implementation "
 PUBLISHED = {
     "Llama 2": ("llama", _OLD + "pretraining_tp rope_scaling"),
+    "SmolLM2, of a GGUF": (
+        "llama",
+        _OLD + "_model_name_or_path attention_bias attention_dropout dtype head_dim mlp_bias "
+        "pad_token_id pretraining_tp rope_parameters unk_token_id",
+    ),
     "Llama 3.2": (
         "llama",
         _OLD + "attention_bias attention_dropout head_dim mlp_bias pretraining_tp rope_scaling "

@@ -21,6 +21,7 @@ HARMLESS = frozenset(
         # What the file says of itself and of who wrote it.
         *("_name_or_path", "_commit_hash", "transformers_version", "tokenizer_class", "prefix"),
         *("transformers.js_config", "unsloth_fixed", "unsloth_version", "finetuning_task"),
+        "_model_name_or_path",  # transformers, of a model that it read from a GGUF
         # How the model is loaded and run, not what it computes.
         *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "tf_legacy_loss", "use_cache"),
         *("cache_implementation", "_attn_implementation_autoset", "attn_implementation"),
@@ -45,6 +46,7 @@ HARMLESS = frozenset(
         # Training: a model in eval mode drops nothing out.
         *("initializer_range", "attention_dropout", "hidden_dropout", "hidden_dropout_prob"),
         *("attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        "neftune_noise_alpha",
         # Positions, and how far attention looks back.
         *("max_position_embeddings", "max_sequence_length", "original_max_position_embeddings"),
         *("rope_theta", "rope_scaling", "rope_parameters", "rope_interleaved"),
