@@ -119,7 +119,7 @@ def run(job: str, root: Path, threads: int) -> None:
     edit = Edit(EditKind.ABLATE, "c", sites, ablate(direction().to(torch.float64)))
     plan = compile_plan([edit], layout, gain=checkpoint.read, config=checkpoint.config)
     counting, total, edited = counted(checkpoint, plan)
-    out, what = root / job, Export(plan, counting, {"base": {"model": "base"}})
+    out, what = root / job, Export(plan, counting)
     start = time.perf_counter()
     if job == "together":
         made = export(what, CARRIERS, out)

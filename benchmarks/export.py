@@ -237,7 +237,7 @@ def exported(job: str, root: Path, out: Path) -> Callable[[], None]:
             gain=checkpoint.read,
             config=checkpoint.config,
         )
-        export(Export(plan, checkpoint, {"base": {"model": "base"}}), ["checkpoint"], out)
+        export(Export(plan, checkpoint), ["checkpoint"], out)
 
     return work
 

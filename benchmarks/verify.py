@@ -128,7 +128,7 @@ def bake(base: Path, out: Path) -> None:
         config=checkpoint.config,
         targets=("transformers",),
     )
-    export(Export(plan, checkpoint, {"base": {"model": str(base)}}), ["checkpoint"], out)
+    export(Export(plan, checkpoint), ["checkpoint"], out)
 
 
 def verify(out: Path, base: Path, how: str, lengths: list[int], threads: int) -> dict[str, float]:

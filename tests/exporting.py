@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bake.artifact import Artifact
+from bake.artifact.base import base_ref
+from bake.artifact.schema import Provenance
 from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, NewCheckpoint, write_checkpoint
 from bake.outputs.export import Export
@@ -29,8 +31,16 @@ def written(
     def bars(label: str, *, unit: str | None = None) -> AbstractContextManager[Progress | None]:
         return nullcontext(progress)
 
-    what = Export(plan, checkpoint, record or {}, bars=bars, **options)
+    what = Export(plan, checkpoint, provenance(checkpoint, record), bars=bars, **options)
     return export(what, (carrier,), out)[0]
+
+
+def provenance(checkpoint: Checkpoint, told: dict[str, Any] | None) -> Provenance | None:
+    """Return what a test says that an artifact is made from; what it leaves out is the base's."""
+    if told is None:
+        return None
+    base = {**base_ref(checkpoint).to_json(), **told.get("base", {})}
+    return Provenance.of({"allow": (), "target": (), **told, "base": base})
 
 
 def convert_baked(baked: Path, out: Path, llama_cpp: Path, **options: Any) -> Artifact:

@@ -129,7 +129,7 @@ def test_metadata(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     assert fields["controlvector.model_hint"].contents() == "qwen2"
     assert fields["controlvector.layer_count"].contents() == 1
     record = json.loads((artifact.path / "bake.json").read_text())
-    assert (record["kind"], record["base"]) == ("control-vector", {"model": "m"})
+    assert (record["kind"], record["base"]["model"]) == ("control-vector", "m")
     # The checkpoint of this plan is impossible, the control vector exact, and the record says so.
     assert record["plan"]["exactness"] == "exact"
     assert record["plan"]["findings"][0]["reason"] == "added behind block 1"

@@ -123,9 +123,7 @@ def edits_of(base: harness.Base, case: Case) -> list[Edit]:
 
 
 def export(base: harness.Base, plan: Plan, file: Path, out: Path, **options: Any) -> Artifact:
-    return written(
-        "gguf", plan, base.checkpoint, out, gguf=file, record={"title": "test"}, **options
-    )
+    return written("gguf", plan, base.checkpoint, out, gguf=file, **options)
 
 
 # --- the same function as the checkpoint route ---------------------------------------------------
@@ -611,7 +609,7 @@ def test_output_folder(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] > 0
     record = json.loads((artifact.path / "bake.json").read_text(encoding="utf-8"))
-    assert (record["kind"], record["title"]) == ("gguf", "test")
+    assert (record["schema"], record["kind"]) == (2, "gguf")
     assert record["plan"]["digest"] == plan.digest
     assert record["gguf"]["base"] == [{"name": file.name, "bytes": file.stat().st_size}]
     assert artifact.bytes_edited == sum(

@@ -30,8 +30,9 @@ def test_edits_in_python_make_the_plan_of_the_recipe(
     model = open_model(QUICKSTART / "model")
     made = plan_edits(model, [model.edit(EditKind.ABLATE, "mood", ablate(vector))])
     assert (made.plan.digest == asked.plan.digest) is same
-    assert asked.record()["recipe"]["text"] == RECIPE
-    assert "recipe" not in made.record()
+    recipe = asked.provenance().recipe
+    assert recipe is not None and recipe.text == RECIPE
+    assert made.provenance().recipe is None
 
 
 def test_the_example_of_the_recipes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,10 @@ def test_files(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
     done: list[tuple[int, int]] = []
-    record = {"base": {"model": "m"}, "recipe": {"title": "t"}}
+    record = {
+        "base": {"model": "m"},
+        "recipe": {"title": "t", "file": "t.toml", "digest": "", "text": ""},
+    }
     artifact = written(
         "lora",
         plan,
@@ -230,7 +233,7 @@ def test_files(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     found = json.loads((artifact.path / "bake.json").read_text())
     assert (found["kind"], found["recipe"], found["plan"]["digest"]) == (
         "lora",
-        {"title": "t"},
+        record["recipe"],
         plan.digest,
     )
     assert found["plan"]["exactness"] == "exact"
@@ -360,8 +363,8 @@ def test_a_folder_that_is_in_the_way(tiny_checkpoint: Checkpoints, tmp_path: Pat
     assert (out / "thesis.txt").read_text() == "years of work"
     mine = tmp_path / "mine"
     written("lora", plan, base.checkpoint, mine)
-    written("lora", plan, base.checkpoint, mine, record={"again": True}, force=True)
-    assert json.loads((mine / "bake.json").read_text())["again"] is True
+    written("lora", plan, base.checkpoint, mine, record={"allow": ["again"]}, force=True)
+    assert json.loads((mine / "bake.json").read_text())["allow"] == ["again"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
 
 
@@ -370,7 +373,7 @@ def test_what_was_there_comes_back_when_the_last_rename_fails(
 ) -> None:
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
-    out = written("lora", plan, base.checkpoint, tmp_path / "out", record={"first": True}).path
+    out = written("lora", plan, base.checkpoint, tmp_path / "out", record={"allow": ["first"]}).path
     original = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
@@ -381,7 +384,7 @@ def test_what_was_there_comes_back_when_the_last_rename_fails(
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(InputError, match="cannot write the output: No space left on device"):
         written("lora", plan, base.checkpoint, out, force=True)
-    assert json.loads((out / "bake.json").read_text())["first"] is True
+    assert json.loads((out / "bake.json").read_text())["allow"] == ["first"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

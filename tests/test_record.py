@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from cards import EXAMPLES, KINDS, Change, artifact, example
 
+import bake
 from bake.artifact.record import RECORD, parse_record, read_record, record_text
 from bake.errors import InputError
 
@@ -101,3 +102,9 @@ def test_a_record_has_one_set_of_limits(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="no artifact of bake") as refused:
         read_record(out)
     assert "the limit is" in str(refused.value.why)
+
+
+def test_the_name_of_the_record_stands_in_one_file() -> None:
+    modules = Path(bake.__file__).parent.rglob("*.py")
+    found = [path.name for path in modules if f'"{RECORD}"' in path.read_text(encoding="utf-8")]
+    assert found == ["folder.py"]

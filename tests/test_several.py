@@ -1,7 +1,6 @@
 """Several carriers in one run: the bytes of separate runs, fewer reads, all of them or none."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from harness import Base, base_at, edit, matrix, plan_of, vector
 from bake import edits as make
 from bake.artifact import CARRIERS
 from bake.artifact.artifact import Artifact
+from bake.artifact.base import base_ref
+from bake.artifact.schema import Provenance
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.source import ByteSource
 from bake.edits import Edit
@@ -59,8 +60,9 @@ def counted(base: Base) -> tuple[Checkpoint, Counter[str]]:
     return replace(base.checkpoint, files=source), source.read
 
 
-def record_of(base: Base, out: Path) -> dict[str, Any]:
-    return {"base": {"model": str(base.path), "path": os.path.relpath(base.path, out)}}
+def record_of(base: Base, out: Path) -> Provenance:
+    told = base_ref(base.checkpoint, out=out, model=str(base.path))
+    return Provenance(base=told, allow=(), target=())
 
 
 def run(

@@ -1,7 +1,7 @@
 """An artifact: what it is made of, its record, and where it goes. Nothing here knows a plan.
 
-Reading order: ``loading``, ``carrier``; ``names``, ``record``, ``base_digests``;
-``destination``; ``artifact``.
+Reading order: ``loading``, ``carrier``; ``schema``, ``names``, ``record``; ``frontmatter``,
+``base``, ``base_digests``; ``destination``; ``artifact``, ``staged``.
 """
 
 from bake.artifact.artifact import Artifact

@@ -14,9 +14,6 @@ from bake.checkpoints import Checkpoint
 from bake.errors import InputError
 from bake.progress import Progress
 
-BASE_TENSORS = "base_tensors"
-"""The key of ``bake.json`` under which they are kept."""
-
 _PREFIX = "sha256:"
 
 ReadRows = Callable[[int, int], Tensor]

@@ -19,9 +19,9 @@ from bake.artifact.carrier import KINDS
 from bake.artifact.names import printable, regular
 from bake.artifact.schema import VERSION, GgufRecord, PlanRecord, Provenance, Record
 from bake.checkpoints import strictjson
+from bake.checkpoints.folder import RECORD as RECORD
 from bake.errors import InputError
 
-RECORD = "bake.json"
 VERIFICATION = "verify.json"
 _LIMIT = 64_000_000
 # What version 1 could leave out, and version 2 always says.

@@ -19,6 +19,7 @@ VERSION: Literal[2] = 2
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Kind = Annotated[str, Meta(extra_json_schema={"enum": list(KINDS)})]
 Sha256 = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$", max_length=71)]
+Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 Level = Literal["exact", "nulling", "approximate", "impossible"]
 Part = TypeVar("Part", bound="RecordPart")
 
@@ -191,7 +192,7 @@ class ExportOptions(RecordPart, frozen=True, kw_only=True):
     rounding: Literal["nearest", "feedback"] | None = None
     converter: str | None = None
     """The sha256 of llama.cpp's converter."""
-    outtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    outtype: Outtype | None = None
     name: str | None = None
     """Of the output folder, which the converter writes into the file."""
 
@@ -227,7 +228,7 @@ class TensorChange(RecordPart, frozen=True, kw_only=True):
     source: str
     """The base's tensor that it is made from."""
     shape: tuple[Count, ...]
-    output_axis: Literal[0, 1] | None = None
+    output_axis: Annotated[int, Meta(ge=0, le=1)] | None = None
     created: bool | None = None
     """Said of a merge. In an export what has another source is new."""
     sides: tuple[str, ...]

@@ -15,6 +15,9 @@ from bake.checkpoints.config import CONFIG
 from bake.checkpoints.index import INDEX, SINGLE, is_plain, parse_index
 from bake.errors import CheckpointError
 
+RECORD = "bake.json"
+"""The record that every artifact of bake carries: ``bake.artifact.record`` reads and writes it."""
+
 CHAT_TEMPLATES = "additional_chat_templates"
 """The one subfolder that travels: transformers keeps further chat templates in it."""
 
@@ -27,7 +30,7 @@ _OTHER_FORMATS = frozenset(
 )
 # What a base says about itself is false of the edited model: its card, its sums, its signature
 # and the record of an earlier bake.
-_ABOUT_THE_BASE = frozenset({"readme.md", "sha256sums", "model.sig", "bake.json"})
+_ABOUT_THE_BASE = frozenset({"readme.md", "sha256sums", "model.sig", RECORD})
 _ADAPTER = "adapter_config.json"
 
 

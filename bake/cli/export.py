@@ -97,7 +97,10 @@ def command(
     refusal = request.refusal(chosen)
     if not output.as_json or refusal is not None:
         output.present(
-            data=lambda: {**chosen.record, "plan": plan_record(request.plan)},
+            data=lambda: {
+                **request.provenance(out).to_json(),
+                "plan": plan_record(request.plan).to_json(),
+            },
             view=lambda: views.plan(request, verbose=output.verbose),
             error=refusal,
         )
@@ -153,7 +156,7 @@ def _make_again(
         output.present(
             data=lambda: {
                 "dry_run": dry_run,
-                "plan": plan_record(replanned.request.plan),
+                "plan": plan_record(replanned.request.plan).to_json(),
                 "again": replanned.to_json(),
             },
             view=lambda: views.replanned(replanned, verbose=output.verbose),

@@ -37,8 +37,8 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
     request = compile_request(Path(recipe), bars=output.bar, **options)
     output.present(
         data=lambda: {
-            **request.record(),
-            "plan": plan_record(request.plan),
+            **request.provenance().to_json(),
+            "plan": plan_record(request.plan).to_json(),
             "carriers": _carriers(request.plan),
         },
         view=lambda: views.plan(request, verbose=output.verbose),
@@ -64,8 +64,8 @@ def _of_artifact(
     request = replanned.request
     output.present(
         data=lambda: {
-            **request.record(),
-            "plan": plan_record(request.plan),
+            **request.provenance().to_json(),
+            "plan": plan_record(request.plan).to_json(),
             "carriers": _carriers(request.plan),
             "again": replanned.to_json(),
         },
@@ -77,6 +77,8 @@ def _of_artifact(
 def _carriers(plan: "Plan") -> dict[str, Any]:
     """Return every carrier with what it does with the edits, and what the runtimes make of it."""
     from bake.artifact import CARRIERS
-    from bake.outputs.folder import carrier_record
+    from bake.plan.record import plan_record
 
-    return {carrier: carrier_record(plan, carrier) for carrier in CARRIERS}
+    found = {carrier: plan_record(plan, carrier).to_json() for carrier in CARRIERS}
+    keys = ("exactness", "findings", "runtimes")
+    return {carrier: {key: record[key] for key in keys} for carrier, record in found.items()}

@@ -314,11 +314,10 @@ def _against_plan(artifact: "Baked", plan: "Plan") -> tuple[tuple[str, ...], tup
     """
     if plan.digest == artifact.plan_digest:
         return (), ()
-    from bake.artifact.schema import PlanRecord
     from bake.plan.record import plan_record
     from bake.plan.sketch import differing
 
-    recorded, here = artifact.record.plan, PlanRecord.of(plan_record(plan))
+    recorded, here = artifact.record.plan, plan_record(plan)
     digests = f"its digest is {plan.digest}, recorded is {artifact.plan_digest}"
     parts = [
         key

@@ -63,7 +63,7 @@ class Request:
         from bake.outputs.export import Export
 
         allow = frozenset(self.recipe.export.allow)
-        return Export(self.plan, self.model.checkpoint, self.record(out), allow, **options)
+        return Export(self.plan, self.model.checkpoint, self.provenance(out), allow, **options)
 
     def provenance(self, out: Path | None = None) -> "Provenance":
         """Return what a record keeps of the request: recipe, base, directions.
@@ -97,10 +97,6 @@ class Request:
             verify=None if limit is None else Limits(most_kl=limit),
             calibration=self.calibration,
         )
-
-    def record(self, out: Path | None = None) -> dict[str, Any]:
-        """Return the same as JSON values."""
-        return self.provenance(out).to_json()
 
 
 def table_of(path: Path) -> "FamilyRecord":

@@ -1,6 +1,5 @@
 """The checkpoint output: execute a plan on the bytes of a checkpoint."""
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bake import __version__
 from bake.artifact.artifact import Artifact
-from bake.artifact.base_digests import BASE_TENSORS, BaseDigests
-from bake.artifact.record import RECORD
+from bake.artifact.base_digests import BaseDigests
+from bake.artifact.record import RECORD, new_record, record_text
 from bake.checkpoints import (
     DELETE,
     Checkpoint,
@@ -57,7 +55,9 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
     replace, new = planned_tensors(plan, base, run.factors, digests)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        return {RECORD: record_text(plan, run.record, digests.record(replace), files).encode()}
+        before, made = digests.record(replace), plan_record(plan)
+        record = new_record(run.record, "checkpoint", made, files=files, base_tensors=before)
+        return {RECORD: record_text(record).encode()}
 
     extra = edit_files(plan.reference, plan.edits)
     made = NewCheckpoint(base, replace, new, edited_config(plan, base), extra)
@@ -70,25 +70,6 @@ def edited_config(plan: Plan, checkpoint: Checkpoint) -> str:
         (change.key,): DELETE if change.new is None else change.new for change in plan.config
     }
     return patch_config(checkpoint.config_text, changes)
-
-
-def record_text(
-    plan: Plan,
-    record: Mapping[str, Any],
-    base_tensors: Mapping[str, str],
-    files: Mapping[str, str],
-) -> str:
-    """Return the text of ``bake.json``.
-
-    Args:
-        plan: what was executed.
-        record: what it keeps besides the plan: recipe, base, directions.
-        base_tensors: the sha256 of the tensors that the plan replaces, as the base has them.
-        files: the sha256 of every other file.
-    """
-    content = {"bake": __version__, "kind": "checkpoint", **record, "plan": plan_record(plan)}
-    content |= {BASE_TENSORS: dict(base_tensors), "files": dict(files)}
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def planned_tensors(

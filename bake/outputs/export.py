@@ -1,14 +1,13 @@
 """``Export``: what is written and how, and what one carrier's writer is handed."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
 
 from bake.artifact.artifact import Artifact
-from bake.artifact.schema import ExportOptions, GgufFile
+from bake.artifact.schema import ExportOptions, GgufFile, Outtype, Provenance
 from bake.artifact.staged import Place
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf.file import Gguf, open_gguf
@@ -20,9 +19,6 @@ from bake.rounding import Rounding
 CONVERTER = "convert_hf_to_gguf.py"
 """Of llama.cpp, in its checkout."""
 
-Outtype = Literal["f32", "f16", "bf16", "q8_0"]
-"""The types that the converter can be asked for."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Export:
@@ -31,8 +27,8 @@ class Export:
     Attributes:
         plan: made for ``checkpoint``.
         checkpoint: the base; a checkpoint and a converted GGUF need its weights at hand.
-        record: what ``bake.json`` keeps besides the plan: recipe, base, directions. The path of a
-            local base in it is told from the output folder.
+        record: what the artifact is made from: recipe, base, directions. The path of a local base
+            in it is told from the output folder. The base alone when None.
         allow: the exactness classes below EXACT that the recipe accepts.
         force: replace an artifact of bake at the output.
         gguf: the base in GGUF, the first file of a split one: to be edited, or to make an adapter
@@ -49,7 +45,7 @@ class Export:
 
     plan: Plan
     checkpoint: Checkpoint
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Provenance | None = None
     allow: frozenset[str] = frozenset()
     force: bool = False
     gguf: Path | None = None
@@ -70,14 +66,14 @@ class CarrierRun:
 
     Attributes:
         place: where.
-        record: what ``bake.json`` keeps besides the plan, told from where the folder will be.
+        record: what the artifact is made from, told from where the folder will be.
         factors: those that the carriers of this run share.
         baked: the checkpoint of this run, where it has one.
         progress: called with bytes done and bytes in all.
     """
 
     place: Place
-    record: Mapping[str, Any]
+    record: Provenance
     factors: SharedFactors | None = None
     baked: Path | None = None
     progress: Progress | None = None
@@ -87,8 +83,8 @@ CarrierWriter = Callable[[CarrierRun], Artifact]
 """Writes one carrier of an export; all that can be known to be wrong has been refused before."""
 
 
-def options_record(export: Export, carrier: str, name: str) -> dict[str, Any]:
-    """Return what ``bake.json`` keeps of the options that decide a carrier's bytes.
+def options_record(export: Export, carrier: str, name: str) -> ExportOptions | None:
+    """Return what a record keeps of the options that decide a carrier's bytes.
 
     Args:
         export: with the options.
@@ -97,15 +93,13 @@ def options_record(export: Export, carrier: str, name: str) -> dict[str, Any]:
     """
     if carrier == "gguf" and export.llama_cpp is not None:
         digest = sha256(export.llama_cpp / CONVERTER)
-        found = ExportOptions(converter=digest, outtype=export.outtype, name=name)
-    elif export.gguf is None or carrier not in ("gguf", "gguf-lora"):
-        return {}
-    elif carrier == "gguf-lora":
-        found = ExportOptions(gguf=gguf_parts(export.gguf))
-    else:
-        parts, kept = gguf_parts(export.gguf), export.edited_type
-        found = ExportOptions(gguf=parts, edited_type=kept, rounding=export.rounding)
-    return {"export": found.to_json()}
+        return ExportOptions(converter=digest, outtype=export.outtype, name=name)
+    if export.gguf is None or carrier not in ("gguf", "gguf-lora"):
+        return None
+    parts = gguf_parts(export.gguf)
+    if carrier == "gguf-lora":
+        return ExportOptions(gguf=parts)
+    return ExportOptions(gguf=parts, edited_type=export.edited_type, rounding=export.rounding)
 
 
 def gguf_parts(path: Path) -> tuple[GgufFile, ...]:

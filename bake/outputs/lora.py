@@ -12,7 +12,7 @@ llama.cpp stack them, and want all of them.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
+from bake.artifact.schema import BaseRef
 from bake.checkpoints.header import build_header
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.errors import UsageError
@@ -51,7 +52,7 @@ def prepare_lora(export: Export) -> CarrierWriter:
 
 def _write(export: Export, targets: Sequence[Target], run: CarrierRun) -> Artifact:
     rank, plan, folder = common_rank(targets), export.plan, run.place.folder
-    config = adapter_config(targets, rank, run.record.get("base", {}))
+    config = adapter_config(targets, rank, run.record.base)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     source = factors_from(export.checkpoint) if run.factors is None else run.factors.source
@@ -86,7 +87,7 @@ def target_factors(source: FactorSource, target: Target, rank: int) -> Factors:
     return zeros, torch.zeros(outer, rank, dtype=torch.float64)
 
 
-def adapter_config(targets: Sequence[Target], rank: int, base: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_config(targets: Sequence[Target], rank: int, base: BaseRef) -> dict[str, Any]:
     """Return ``adapter_config.json``: every field that a runtime could take for another default."""
     modules = {
         target.module.rpartition(".")[2] if target.role == "expert" else target.module
@@ -95,8 +96,8 @@ def adapter_config(targets: Sequence[Target], rank: int, base: Mapping[str, Any]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.get("model"),
-        "revision": base.get("revision"),
+        "base_model_name_or_path": base.model,
+        "revision": base.revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from msgspec import structs
 
 from bake.artifact.artifact import Artifact
+from bake.artifact.base import base_ref
 from bake.artifact.carrier import in_writing_order
+from bake.artifact.schema import ExportOptions, Provenance
 from bake.artifact.staged import Stage, check_apart, identity_of, staged
 from bake.outputs.export import CarrierRun, CarrierWriter, Export, options_record
 from bake.outputs.registry import prepare
@@ -41,6 +44,10 @@ def export(what: Export, carriers: Sequence[str], out: Path) -> tuple[Artifact, 
     writers = {name: prepare(what, name) for name in names}
     check_apart(out, what.checkpoint.path, *([] if what.gguf is None else [what.gguf]))
     folders = {name: name if len(names) > 1 else "" for name in names}
+    if what.record is None:
+        base = base_ref(what.checkpoint, out=out)
+        allow = tuple(sorted(what.allow))
+        what = replace(what, record=Provenance(base=base, allow=allow, target=()))
     with staged(out, _identity(what, names), force=what.force) as stage:
         _write_missing(what, stage, writers, folders)
         stage.publish()
@@ -65,20 +72,21 @@ def _write_missing(
             label = name if len(writers) > 1 else stage.out.name
             with what.bars(f"writing {label}") as progress:
                 place = stage.place(folders[name])
-                record = _told_from(what.record, place.name)
-                record |= options_record(what, name, place.final.name)
+                options = options_record(what, name, place.final.name)
+                record = _told_from(what, place.name, options)
                 baked = stage.artifacts.get("checkpoint")
                 path = None if baked is None else baked.path
                 run = CarrierRun(place, record, factors, path, progress)
                 stage.finish(place.name, writers[name](run))
 
 
-def _told_from(record: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Return a record for a folder in the output: the path of a local base leads from there."""
-    base = record.get("base")
-    if not folder or not isinstance(base, Mapping) or base.get("path") is None:
-        return dict(record)
-    return {**record, "base": {**base, "path": f"../{base['path']}"}}
+def _told_from(what: Export, folder: str, options: ExportOptions | None) -> Provenance:
+    """Return the record for a folder in the output: the path of a local base leads from there."""
+    assert what.record is not None
+    base = what.record.base
+    if folder and base.path is not None:
+        base = structs.replace(base, path=f"../{base.path}")
+    return structs.replace(what.record, base=base, export=options)
 
 
 def _adapters(what: Export, names: Mapping[str, object]) -> bool:
@@ -91,7 +99,8 @@ def _identity(what: Export, names: Sequence[str]) -> str:
     options = [sorted(what.allow), what.edited_type, what.outtype, what.rounding]
     base = [str(what.checkpoint.path), what.checkpoint.digest()]
     places = [None if path is None else str(path.resolve()) for path in (what.gguf, what.llama_cpp)]
-    facts = [what.plan.digest, base, sorted(names), options, places, dict(what.record)]
+    record = None if what.record is None else what.record.to_json()
+    facts = [what.plan.digest, base, sorted(names), options, places, record]
     read = [] if what.gguf is None else [what.gguf]
     if what.checkpoint.complete:  # else it lies on the Hub, at a commit
         read += [what.checkpoint.file(shard) for shard in what.checkpoint.shards]

@@ -1,71 +1,93 @@
-"""A plan as JSON: what ``--json`` prints and ``bake.json`` keeps."""
+"""A plan as the part of a record that stands for it, in the form of one carrier."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import prod
-from typing import Any
 
+from bake.artifact.schema import (
+    BiasChange,
+    FindingRecord,
+    KeyChange,
+    PlanRecord,
+    RuntimeRecord,
+    TensorChange,
+)
+from bake.plan.carriers import carrier_findings, carrier_runtimes
 from bake.plan.compile import ITEM_BYTES
-from bake.plan.types import BiasUpdate, Finding, Plan, RuntimeVerdict, TensorUpdate
+from bake.plan.types import BiasUpdate, Exactness, Finding, Plan, RuntimeVerdict, TensorUpdate
 
 
-def plan_record(plan: Plan) -> dict[str, Any]:
-    """Return everything of a plan but the values of its maps, which its digest stands for."""
-    return {
-        "digest": plan.digest,
-        "exactness": str(plan.exactness),
-        "family": plan.layout.family.name,
-        "findings": findings_record(plan.findings),
-        "tensors": [_tensor(update, plan.layout.dtype) for update in plan.tensors],
-        "biases": [_bias(update) for update in plan.biases],
-        "config": [{"key": c.key, "old": c.old, "new": c.new} for c in plan.config],
-        "runtimes": runtimes_record(plan.runtimes),
-        "notes": list(plan.notes),
-        "created_bytes": plan.created_bytes,
-    }
+def plan_record(plan: Plan, carrier: str | None = None, *, codes: bool = False) -> PlanRecord:
+    """Return everything of a plan but the values of its maps, which its digest stands for.
+
+    Args:
+        plan: the plan.
+        carrier: what it is written as; findings and runtimes are those of a checkpoint when None.
+        codes: whether it is a GGUF file whose edited weights are stored in a few bits each.
+    """
+    findings, exactness, runtimes = plan.findings, plan.exactness, plan.runtimes
+    if carrier is not None:
+        findings = carrier_findings(plan, carrier)
+        exactness = max((f.exactness for f in findings), key=list(Exactness).index)
+        runtimes = carrier_runtimes(plan, carrier, codes=codes)
+    return PlanRecord(
+        digest=plan.digest,
+        exactness=exactness.value,
+        family=plan.layout.family.name,
+        findings=tuple(_finding(finding) for finding in findings),
+        tensors=tuple(_tensor(update, plan.layout.dtype) for update in plan.tensors),
+        biases=tuple(_bias(update) for update in plan.biases),
+        config=tuple(KeyChange(key=c.key, old=c.old, new=c.new) for c in plan.config),
+        runtimes=runtimes_record(runtimes),
+        notes=plan.notes,
+        created_bytes=plan.created_bytes,
+    )
 
 
-def findings_record(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """Return what is said of every edit; a record lists the edits in order, so it has no index."""
-    return [
-        {
-            "kind": finding.kind,
-            "concept": finding.concept,
-            "sites": [str(site) for site in finding.sites],
-            "exactness": str(finding.exactness),
-            "reason": finding.reason,
-            "remedy": finding.remedy,
-        }
-        for finding in findings
-    ]
+def _finding(finding: Finding) -> FindingRecord:
+    # A record lists the edits in order, so it has no index of them.
+    return FindingRecord(
+        kind=str(finding.kind),
+        concept=finding.concept,
+        sites=tuple(map(str, finding.sites)),
+        exactness=finding.exactness.value,
+        reason=finding.reason,
+        remedy=finding.remedy,
+    )
 
 
-def runtimes_record(verdicts: Sequence[RuntimeVerdict]) -> list[dict[str, Any]]:
+def runtimes_record(verdicts: Sequence[RuntimeVerdict]) -> tuple[RuntimeRecord, ...]:
     """Return verdicts on one carrier, a runtime each."""
-    return [asdict(verdict) for verdict in verdicts]
+    return tuple(
+        RuntimeRecord(
+            runtime=verdict.runtime,
+            status=verdict.status,
+            reason=verdict.reason,
+            wanted=verdict.wanted,
+            reads=verdict.reads,
+            known=verdict.known,
+        )
+        for verdict in verdicts
+    )
 
 
-def _tensor(update: TensorUpdate, dtype: str) -> dict[str, Any]:
+def _tensor(update: TensorUpdate, dtype: str) -> TensorChange:
     sides = [
         *(["output"] if update.outputs else []),
         *(["input"] if update.input is not None else []),
         *(["update"] if update.updates else []),
         *(["replaced"] if update.replacement is not None else []),
     ]
-    return {
-        "name": update.name,
-        "source": update.source,
-        "shape": list(update.shape),
-        "output_axis": update.output_axis,
-        "sides": sides or ["copied"],
-        "bytes": prod(update.shape) * ITEM_BYTES[dtype],
-    }
+    return TensorChange(
+        name=update.name,
+        source=update.source,
+        shape=tuple(update.shape),
+        output_axis=update.output_axis,
+        sides=tuple(sides) or ("copied",),
+        bytes=prod(update.shape) * ITEM_BYTES[dtype],
+    )
 
 
-def _bias(update: BiasUpdate) -> dict[str, Any]:
-    return {
-        "name": update.name,
-        "size": update.size,
-        "created": update.create,
-        "zero": update.is_zero(),
-    }
+def _bias(update: BiasUpdate) -> BiasChange:
+    return BiasChange(
+        name=update.name, size=update.size, created=update.create, zero=update.is_zero()
+    )

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 
-from bake.artifact.schema import PlanRecord
 from bake.checkpoints import Checkpoint
 from bake.edit_store import EDITS, FITTED, load_edits
 from bake.edits import Edit
@@ -63,5 +62,5 @@ def same_updates(baked: Revertible, plan: Plan) -> bool:
 
     The digests are no measure: the last bits of a decomposition differ between machines.
     """
-    here, recorded = PlanRecord.of(plan_record(plan)), baked.record.plan
+    here, recorded = plan_record(plan), baked.record.plan
     return all(getattr(here, key) == getattr(recorded, key) for key in _SAME)

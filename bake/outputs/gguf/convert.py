@@ -1,20 +1,18 @@
 """The GGUF output by llama.cpp's own converter: from a baked checkpoint to one GGUF file."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from bake import __version__
+from msgspec import structs
+
 from bake.artifact.artifact import Artifact
-from bake.artifact.base_digests import BASE_TENSORS
 from bake.artifact.carrier import KINDS
-from bake.artifact.record import RECORD
+from bake.artifact.record import RECORD, new_record, read_record, record_text
+from bake.artifact.schema import GgufRecord, Provenance, Record
 from bake.artifact.staged import Place, digests
-from bake.checkpoints import strictjson
 from bake.checkpoints.gguf.codec import FLOATS
 from bake.checkpoints.writer import EmptyFolder
 from bake.converter import convert
@@ -94,18 +92,19 @@ def _write(export: Export, how: Conversion, run: CarrierRun) -> Artifact:
         return convert_checkpoint(baked, run.place, how)
 
 
-def _link(folder: Path, link: Path, record: Mapping[str, Any]) -> None:
+def _link(folder: Path, link: Path, record: Provenance) -> None:
     """Make a folder of another name with links to the same files, and a record of its own."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             target = link / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(path.resolve())
-    content = json.loads((link / RECORD).read_text(encoding="utf-8"))
-    own = {key: content[key] for key in ("bake", "kind")} | dict(record)
-    own |= {key: content[key] for key in ("plan", BASE_TENSORS, "files")}
+    found = read_record(folder)
+    own = new_record(
+        record, found.kind, found.plan, files=found.files, base_tensors=found.base_tensors
+    )
     (link / RECORD).unlink()
-    (link / RECORD).write_text(json.dumps(own), encoding="utf-8")
+    (link / RECORD).write_text(record_text(own), encoding="utf-8")
 
 
 def convert_checkpoint(baked: Path, place: Place, how: Conversion) -> Artifact:
@@ -123,36 +122,34 @@ def convert_checkpoint(baked: Path, place: Place, how: Conversion) -> Artifact:
         InexactPlan: llama.cpp would refuse the file, or drop a part of it.
         BakeError: what ``Conversion.run`` raises.
     """
-    record, small = _read(baked, RECORD), {EDITS: _read(baked, EDITS)}
+    for name in (RECORD, EDITS):
+        _require(baked, name)
+    small = {EDITS: (baked / EDITS).read_bytes()}
     if (baked / FITTED).is_file():
-        small[FITTED] = _read(baked, FITTED)
+        small[FITTED] = (baked / FITTED).read_bytes()
     file, folder = f"{baked.resolve().name}-{how.outtype.upper()}.gguf", place.folder
     small[MODELFILE] = modelfile(file).encode()
-    content = strictjson.parse_object(
-        strictjson.decode(record, where=RECORD), where=str(baked / RECORD)
-    )
-    verdicts = _recorded(content, baked)
+    record = read_record(baked)
+    verdicts = _recorded(record, baked)
     _refuse_unserved(verdicts, baked)
     how.run(baked, folder / file)
     for kept, data in small.items():
         (folder / kept).parent.mkdir(exist_ok=True)
         (folder / kept).write_bytes(data)
-    text = _record(content, verdicts, digests(folder), how.outtype)
+    text = record_text(_converted(record, verdicts, digests(folder), how.outtype))
     (folder / RECORD).write_text(text, encoding="utf-8")
     files, own = digests(folder), (folder / file).stat().st_size
     size = sum((folder / name).stat().st_size for name in files)
     return Artifact("gguf", place.final, files, size, own)
 
 
-def _read(baked: Path, name: str) -> bytes:
-    path = baked / name
-    if not path.is_file():
+def _require(baked: Path, name: str) -> None:
+    if not (baked / name).is_file():
         raise CheckpointError(
             f"holds no {name}, so it was not written by bake",
             where=str(baked),
             fix="bake the checkpoint first, or convert it with llama.cpp directly",
         )
-    return path.read_bytes()
 
 
 def _refuse_unserved(verdicts: Sequence[RuntimeVerdict], where: Path) -> None:
@@ -173,47 +170,41 @@ def _refuse_unserved(verdicts: Sequence[RuntimeVerdict], where: Path) -> None:
             )
 
 
-def _recorded(content: Mapping[str, Any], baked: Path) -> tuple[RuntimeVerdict, ...]:
+def _recorded(record: Record, baked: Path) -> tuple[RuntimeVerdict, ...]:
     """Return the verdicts on a checkpoint that its record holds.
 
     Raises:
-        CheckpointError: it holds none on llama.cpp, or something else in their place.
+        CheckpointError: it holds none on llama.cpp, or one on a runtime that nobody knows.
     """
-    match content:
-        case {"plan": {"runtimes": [*entries]}}:
-            verdicts = tuple(_verdict(entry, baked) for entry in entries)
-            if any(verdict.runtime == KINDS["gguf"].loader for verdict in verdicts):
-                return verdicts
-    raise CheckpointError("says nothing of llama.cpp", where=str(baked / RECORD))
-
-
-def _verdict(entry: Any, baked: Path) -> RuntimeVerdict:
-    match entry:
-        case {
-            "runtime": str() as runtime,
-            "status": ("exact" | "approximate" | "refused" | "not tested") as status,
-            "reason": str() as reason,
-            "wanted": bool() as wanted,
-            "reads": bool() as reads,
-            "known": bool() as known,
-        } if runtime in RUNTIMES:
-            return RuntimeVerdict(runtime, status, reason, wanted, reads, known)
-    raise CheckpointError(
-        f"plan.runtimes holds {entry!r:.80}, which is no verdict on a runtime",
-        where=str(baked / RECORD),
-        fix="bake the checkpoint anew with this version",
+    verdicts = tuple(
+        RuntimeVerdict(row.runtime, row.status, row.reason, row.wanted, row.reads, row.known)
+        for row in record.plan.runtimes
     )
+    names = {verdict.runtime for verdict in verdicts}
+    if KINDS["gguf"].loader not in names:
+        raise CheckpointError("says nothing of llama.cpp", where=str(baked / RECORD))
+    if strange := sorted(names - set(RUNTIMES)):
+        raise CheckpointError(
+            f"plan.runtimes holds {strange[0]!r:.80}, which is no runtime",
+            where=str(baked / RECORD),
+            fix="bake the checkpoint anew with this version",
+        )
+    return verdicts
 
 
-def _record(
-    content: Mapping[str, Any],
+def _converted(
+    record: Record,
     verdicts: Sequence[RuntimeVerdict],
     files: Mapping[str, str],
     outtype: str,
-) -> str:
+) -> Record:
     """Return the checkpoint's record as the GGUF file's: other files, and other runtimes."""
-    gguf = {"converter": CONVERTER, "outtype": outtype}
     served = converted_runtimes(verdicts, KINDS["gguf"], codes=outtype.upper() not in FLOATS)
-    plan = {**content["plan"], "runtimes": runtimes_record(served)}
-    own = {"bake": __version__, "kind": "gguf", "plan": plan, "gguf": gguf, "files": dict(files)}
-    return json.dumps({**content, **own}, indent=2, ensure_ascii=False) + "\n"
+    return new_record(
+        record.provenance,
+        "gguf",
+        structs.replace(record.plan, runtimes=runtimes_record(served)),
+        files=files,
+        base_tensors=record.base_tensors,
+        gguf=GgufRecord(converter=CONVERTER, outtype=outtype),
+    )

@@ -9,17 +9,17 @@ are in the order of the file that llama.cpp's converter makes, which reorders so
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
+from bake.artifact.schema import BaseRef
 from bake.checkpoints.gguf.codec import decode
 from bake.checkpoints.gguf.file import Gguf
 from bake.errors import CheckpointError
@@ -92,7 +92,7 @@ def _write(
     source = factors_from(export.checkpoint) if run.factors is None else run.factors.source
     make, arch = _maker(source, model), gguf_names(export.plan.layout).arch
     tally = Tally(sum(sizes), run.progress)
-    _write_file(folder / FILE, arch, run.record.get("base", {}), pairs, make, tally)
+    _write_file(folder / FILE, arch, run.record.base, pairs, make, tally)
     if model is not None and len(model.parts) == 1:
         text = _modelfile(model, run.place.final)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
@@ -189,7 +189,7 @@ def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
 def _write_file(
     path: Path,
     arch: str,
-    base: Mapping[str, Any],
+    base: BaseRef,
     pairs: Sequence[Pair],
     make: Make,
     tally: Tally,
@@ -202,11 +202,10 @@ def _write_file(
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
-    if base.get("model"):
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, str(base["model"]))
-        if base.get("revision"):
-            writer.add_base_model_version(0, str(base["revision"]))
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, base.model)
+    if base.revision:
+        writer.add_base_model_version(0, base.revision)
     for pair in pairs:
         for suffix, shape in zip(("lora_a", "lora_b"), pair.shapes, strict=True):
             size = 4 * torch.Size(shape).numel()

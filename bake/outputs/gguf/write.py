@@ -1,14 +1,13 @@
 """Write the files of a GGUF model that differs from its base in some tensors and two keys."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bake import __version__
-from bake.artifact.record import RECORD
+from bake.artifact import schema
+from bake.artifact.record import RECORD, new_record, record_text
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.codec import FLOATS
 from bake.checkpoints.gguf.file import Gguf, GgufPart
@@ -18,7 +17,6 @@ from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
 from bake.edit_store import edit_files
 from bake.errors import CheckpointError
 from bake.families.gguf import gguf_names
-from bake.outputs.folder import carrier_record
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.gguf.tensor import Measure
 from bake.plan import Plan
@@ -146,7 +144,7 @@ def write_small(
     plan: Plan,
     folder: Path,
     files: dict[str, str],
-    record: Mapping[str, Any],
+    record: schema.Provenance,
 ) -> None:
     """Write edits, Modelfile and last the record, and add their digests to ``files``."""
     small = edit_files(plan.reference, plan.edits)
@@ -154,16 +152,14 @@ def write_small(
         small[MODELFILE] = modelfile(model.path.name).encode()
     for name, data in small.items():
         files[name] = _write(folder / name, data)
-    content = {
-        "bake": __version__,
-        "kind": "gguf",
-        **record,
-        "plan": plan_record(plan) | carrier_record(plan, "gguf", codes=_has_codes(new)),
-        "gguf": _gguf_record(model, new, plan),
-        "files": dict(sorted(files.items())),
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    files[RECORD] = _write(folder / RECORD, text.encode())
+    made = new_record(
+        record,
+        "gguf",
+        plan_record(plan, "gguf", codes=_has_codes(new)),
+        files=dict(sorted(files.items())),
+        gguf=_gguf_record(model, new, plan),
+    )
+    files[RECORD] = _write(folder / RECORD, record_text(made).encode())
 
 
 def _has_codes(new: Mapping[str, NewBytes]) -> bool:
@@ -176,19 +172,18 @@ def _write(target: Path, data: bytes) -> str:
     return write_file(target, [Literal(data)], origin=None, advance=lambda _: None)
 
 
-def _gguf_record(model: Gguf, new: Mapping[str, NewBytes], plan: Plan) -> dict[str, Any]:
+def _gguf_record(model: Gguf, new: Mapping[str, NewBytes], plan: Plan) -> schema.GgufRecord:
     """Return what the record says of the file: where it came from, and every new tensor."""
-    return {
-        "base": [{"name": part.path.name, "bytes": part.size} for part in model.parts],
-        "architecture": gguf_names(plan.layout).arch,
-        "file_type": model.parts[0].header.number("general.file_type"),
-        "tensors": [
-            {
-                "name": tensor.name,
-                "type": tensor.kind.name,
-                "base_type": tensor.base,
-                **(tensor.measure.record() if tensor.measure is not None else {}),
-            }
-            for tensor in new.values()
-        ],
-    }
+    parts = model.parts
+    return schema.GgufRecord(
+        base=tuple(schema.GgufPart(name=part.path.name, bytes=part.size) for part in parts),
+        architecture=gguf_names(plan.layout).arch,
+        file_type=parts[0].header.number("general.file_type"),
+        tensors=tuple(_tensor_record(tensor) for tensor in new.values()),
+    )
+
+
+def _tensor_record(tensor: NewBytes) -> schema.GgufTensor:
+    measured = {} if tensor.measure is None else tensor.measure.record()
+    about = {"name": tensor.name, "type": tensor.kind.name, "base_type": tensor.base}
+    return schema.GgufTensor.of(about | measured)
