@@ -1,15 +1,21 @@
 """``bake.json``: one reader with its limits, one writer, and records of other versions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cards import EXAMPLES, KINDS, Change, artifact, example
+from harness import base_at, edit, plan_of, vector
 
 import bake
+from bake import edits as make
 from bake.artifact.record import RECORD, parse_record, read_record, record_text
+from bake.cards.card import lint_card, render_card
 from bake.errors import InputError
+from bake.outputs.export import Export
+from bake.outputs.write import export
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,6 +108,20 @@ def test_a_record_has_one_set_of_limits(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="no artifact of bake") as refused:
         read_record(out)
     assert "the limit is" in str(refused.value.why)
+
+
+def test_an_export_that_is_told_nothing_names_its_base(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")])
+    export(Export(plan, base.checkpoint), ["checkpoint"], tmp_path / "out")
+    record = read_record(tmp_path / "out")
+    assert record.base.model == base.path.name and record.base.path is not None
+    assert (tmp_path / "out" / record.base.path).resolve() == base.path.resolve()
+    assert record.base.digest == base.checkpoint.digest() and record.plan.digest == plan.digest
+    assert parse_record(json.loads(record_text(record)), RECORD) == record
+    assert lint_card(render_card(tmp_path / "out"), tmp_path / "out") == ()
 
 
 def test_the_name_of_the_record_stands_in_one_file() -> None:

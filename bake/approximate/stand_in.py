@@ -4,11 +4,12 @@ What is fitted are edits like any others, so that the plan folds them as it fold
 findings then say what they stand for, and what of the effect is lost.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bake.approximate.fit import Calibration, Settings, calibrate
+from bake.artifact.schema import CalibrationRecord, FitRecord
 from bake.edits import Edit
 from bake.errors import InexactPlan, InputError
 from bake.families import Layout
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Compile = Callable[[Sequence[Edit]], Plan]
-Facts = dict[str, Any]
 
 
 def hard_edits(plan: Plan, compile_: Compile) -> tuple[tuple[Edit, ...], tuple[Edit, ...]]:
@@ -43,7 +43,7 @@ def approximate(
     prompts: Sequence[Sequence[int]],
     settings: Settings,
     progress: Progress | None = None,
-) -> tuple[Plan, Facts]:
+) -> tuple[Plan, CalibrationRecord]:
     """Return a plan with stand-ins for the edits that have no exact fold, and what was measured.
 
     Args:
@@ -81,7 +81,7 @@ def approximate(
     )
 
 
-def labelled(plan: Plan, asked: Sequence[Edit], facts: Mapping[str, Any]) -> Plan:
+def labelled(plan: Plan, asked: Sequence[Edit], facts: CalibrationRecord) -> Plan:
     """Return a plan of kept edits and stand-ins that says so in its findings.
 
     Args:
@@ -92,11 +92,8 @@ def labelled(plan: Plan, asked: Sequence[Edit], facts: Mapping[str, Any]) -> Pla
     Raises:
         InputError: the facts are of another plan.
     """
-    try:
-        reason, kept = _reason(facts), int(facts["kept"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"what is recorded of the calibration is malformed: {error!r}") from error
-    if plan.exactness is Exactness.IMPOSSIBLE or not 0 <= kept < len(plan.edits):
+    reason, kept = _reason(facts), facts.kept
+    if plan.exactness is Exactness.IMPOSSIBLE or kept >= len(plan.edits):
         raise InputError("what is recorded of the calibration is of another plan")
     findings = tuple(
         finding
@@ -115,18 +112,18 @@ def labelled(plan: Plan, asked: Sequence[Edit], facts: Mapping[str, Any]) -> Pla
 
 def _facts(
     found: Calibration, hard: Sequence[Edit], kept: Sequence[Edit], settings: Settings
-) -> Facts:
-    return {
-        "stands_for": [_named(edit) for edit in hard],
-        "kept": len(kept),
-        "tokens": found.tokens,
-        "held_out_tokens": found.held_out,
-        "effect_kl": found.effect,
-        "kl": found.kl,
-        "share": found.share,
-        "constant": settings.constant,
-        "fits": [{**asdict(fit), "site": str(fit.site)} for fit in found.fits],
-    }
+) -> CalibrationRecord:
+    return CalibrationRecord(
+        stands_for=tuple(_named(edit) for edit in hard),
+        kept=len(kept),
+        tokens=found.tokens,
+        held_out_tokens=found.held_out,
+        effect_kl=found.effect,
+        kl=found.kl,
+        share=found.share,
+        constant=settings.constant,
+        fits=tuple(FitRecord(**{**asdict(fit), "site": str(fit.site)}) for fit in found.fits),
+    )
 
 
 def _named(edit: Edit) -> str:
@@ -135,9 +132,9 @@ def _named(edit: Edit) -> str:
     return f"{edit.kind} {edit.concept!r} at {shown}{more}"
 
 
-def _reason(facts: Mapping[str, Any]) -> str:
+def _reason(facts: CalibrationRecord) -> str:
     return (
-        f"stands in for {'; '.join(facts['stands_for'])}: fitted by least squares on "
-        f"{facts['tokens']:,} tokens; on {facts['held_out_tokens']:,} others KL(hooked ‖ baked) is "
-        f"{100 * facts['share']:.2g} % of KL(hooked ‖ base)"
+        f"stands in for {'; '.join(facts.stands_for)}: fitted by least squares on "
+        f"{facts.tokens:,} tokens; on {facts.held_out_tokens:,} others KL(hooked ‖ baked) is "
+        f"{100 * facts.share:.2g} % of KL(hooked ‖ base)"
     )

@@ -49,9 +49,10 @@ def fitted(
         UsageError, InexactPlan: nothing can be fitted.
     """
     import torch
+    from msgspec import structs
 
     from bake.approximate import Settings, approximate
-    from bake.artifact.schema import CalibrationRecord
+    from bake.artifact.schema import PromptsRecord
     from bake.verify.models import load
     from bake.verify.prompts import read_prompts
 
@@ -69,4 +70,4 @@ def fitted(
             settings=settings,
             progress=move,
         )
-    return planned, CalibrationRecord.of({**facts, "prompts": prompts.to_json()})
+    return planned, structs.replace(facts, prompts=PromptsRecord.of(prompts.to_json()))

@@ -226,7 +226,7 @@ def replan(
     if artifact.fitted is not None and record.calibration is not None:
         from bake.approximate import labelled
 
-        plan = labelled(plan, artifact.edits, record.calibration.to_json())
+        plan = labelled(plan, artifact.edits, record.calibration)
     request = Request(
         recipe, model, plan, calibration=record.calibration, recorded=record.provenance
     )
