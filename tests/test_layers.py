@@ -194,6 +194,10 @@ def test_a_list_and_a_help_load_no_heavy_package(arguments: list[str]) -> None:
     assert loaded_by(f"{invoke}; import bake.directions") >= {"torch"}  # which reads tensors
 
 
+def test_headers_records_and_jobs_are_read_without_tensors() -> None:
+    assert loaded_by("import bake.checkpoints, bake.artifact.record, bake.jobs") == set()
+
+
 def test_tensors_need_no_transformers() -> None:
     names = "bake.plan, bake.recipe, bake.steer, bake.edit_store, bake.directions"
     assert loaded_by(f"import {names}") & {"transformers", "matplotlib", "gguf", "peft"} == set()

@@ -6,11 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from jaxtyping import Shaped
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from bake.checkpoints import folder, strictjson
 from bake.checkpoints.config import CONFIG
@@ -19,6 +15,10 @@ from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
 from bake.checkpoints.source import ByteSource, LocalFiles
 from bake.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+    from torch import Tensor
 
 _CHUNK = 8 << 20
 _HEADERS_AT_ONCE = 8  # requests in flight when the headers come from the Hub
@@ -63,7 +63,7 @@ class Checkpoint:
     files: ByteSource = field(repr=False)
     harmless: tuple[str, ...] = ()
 
-    def read(self, name: str) -> Shaped[Tensor, "..."]:
+    def read(self, name: str) -> 'Shaped[Tensor, "..."]':
         """Return one tensor in its storage type, in memory of its own.
 
         Raises:
@@ -73,7 +73,7 @@ class Checkpoint:
         info = self._find(name)
         return self._read_span(info, info.start, info.stop, info.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
+    def read_rows(self, name: str, start: int, stop: int) -> 'Shaped[Tensor, "..."]':
         """Return rows ``start`` to ``stop`` along axis 0; no other bytes are read.
 
         Raises:
@@ -129,7 +129,9 @@ class Checkpoint:
 
     def _read_span(
         self, info: TensorInfo, start: int, stop: int, shape: tuple[int, ...]
-    ) -> Shaped[Tensor, "..."]:
+    ) -> 'Shaped[Tensor, "..."]':
+        import torch  # here: headers are read without it
+
         dtype = info.torch_dtype
         flat = torch.empty(stop - start, dtype=torch.uint8)
         if stop > start:

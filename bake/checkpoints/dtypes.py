@@ -1,8 +1,11 @@
 """The storage types of safetensors: their names, their widths and their torch counterparts."""
 
-import torch
+from typing import TYPE_CHECKING
 
 from bake.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # In the order of the enumeration in safetensors (`Dtype`, safetensors/src/tensor.rs): its writer
 # lays tensors out by descending position here, and the extra shard follows the same order.
@@ -59,12 +62,14 @@ _TORCH = {
 }
 
 
-def torch_dtype(name: str, *, where: str) -> torch.dtype:
+def torch_dtype(name: str, *, where: str) -> "torch.dtype":
     """Return the torch type that a header's type name stands for.
 
     Raises:
         CheckpointError: no type of the installed torch holds such elements one by one.
     """
+    import torch  # here: names and widths are read without it
+
     found = getattr(torch, _TORCH[name], None) if name in _TORCH else None
     if not isinstance(found, torch.dtype):
         raise CheckpointError(

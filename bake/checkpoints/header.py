@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bake.checkpoints import dtypes, strictjson
 from bake.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 PREFIX = 8
 """Bytes of the length field before the header's text."""
@@ -52,7 +53,7 @@ class TensorInfo:
         return self.stop - self.start
 
     @property
-    def torch_dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> "torch.dtype":
         """The storage type as torch's; a CheckpointError where torch has none."""
         return dtypes.torch_dtype(self.dtype, where=f"{self.shard}: {self.name}")
 

@@ -15,14 +15,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from bake.checkpoints.header import TensorInfo
 from bake.errors import CheckpointError
 
-Producer = Callable[[], Iterator[Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Producer = Callable[[], "Iterator[Tensor]"]
 """Yields consecutive tiles of a tensor: any split of axis 0, in the storage type.
 
 A tile may live in a buffer that the producer fills again for the next one.
@@ -127,6 +128,8 @@ def tiles(info: TensorInfo, produce: Producer) -> Iterator[memoryview]:
     Raises:
         CheckpointError: another type or shape than the tensor's, or too few or too many rows.
     """
+    import torch
+
     where = f"{info.shard}: {info.name}"
     expected, rows = (info.shape[0] if info.shape else 1), 0
     for tile in produce():

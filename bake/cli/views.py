@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from bake.jobs.exporting import Exported
+    from bake.jobs.merging import Merged
     from bake.jobs.published import Reproduction
     from bake.jobs.recorded import Replanned
     from bake.jobs.reproduce import Reproduced
     from bake.jobs.request import Request
     from bake.jobs.verifying import Verified
+    from bake.revert.checkpoint import Reverted
 
 
 def plan(request: "Request", *, verbose: bool) -> list["RenderableType"]:
@@ -90,3 +92,31 @@ def verified(result: "Verified") -> list["RenderableType"]:
         ("written", str(path)) for path in result.written if path.parent.name != "plots"
     )
     return [*render.report(result.report), Text(), files, *again]
+
+
+def reverted(result: "Reverted") -> list["RenderableType"]:
+    """Return what was restored, and how much of it is the base's to the bit."""
+    taken = f"{len(result.edited)} taken from the base ({result.bytes_from_base:,} bytes)"
+    absent = f"{', '.join(result.absent)} (an export does not carry them)"
+    rows = [
+        ("written", f"{result.path} ({result.bytes_written:,} bytes)"),
+        ("bit for bit", f"{len(result.equal)} of {len(result.files)} files"),
+        ("tensors", f"{taken}, {len(result.removed)} created ones removed"),
+        *([("left behind", ", ".join(result.left))] if result.left else []),
+        *([("not restored", absent)] if result.absent else []),
+        *(("note", note) for note in result.notes),
+    ]
+    return [render.facts(rows)]
+
+
+def merged(result: "Merged") -> list["RenderableType"]:
+    """Return what a merge wrote."""
+    written = result.artifact
+    edited = f"{written.bytes_written:,}, of which {written.bytes_edited:,} are edited"
+    rows = [
+        ("written", str(written.path)),
+        ("files", str(len(written.files))),
+        ("bytes", edited),
+        *(("note", note) for note in result.notes),
+    ]
+    return [render.facts(rows)]

@@ -2,19 +2,33 @@
 
 Nothing here prints, and neither click nor rich is imported: whoever calls hands in where progress
 goes. Reading order: ``model``, ``fitting``, ``request``, ``exporting``; ``recorded``,
-``reproduce``, ``published``.
+``reproduce``, ``published``, ``verifying``; ``merging``, ``reverting``.
 """
 
 from bake.jobs.exporting import Exported, export
+from bake.jobs.merging import Merged, merge
 from bake.jobs.model import Model, open_model
+from bake.jobs.recorded import Replanned, Source, find, replan
 from bake.jobs.request import Request, compile_request, plan_edits
+from bake.jobs.reverting import Reversal, prepare_reversal
+from bake.jobs.verifying import Verified, verify
 
 __all__ = [
     "Exported",
+    "Merged",
     "Model",
+    "Replanned",
     "Request",
+    "Reversal",
+    "Source",
+    "Verified",
     "compile_request",
     "export",
+    "find",
+    "merge",
     "open_model",
     "plan_edits",
+    "prepare_reversal",
+    "replan",
+    "verify",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,23 @@ class Reverted:
     def bit_for_bit(self) -> bool:
         """Whether every file was compared with the base's and equals it."""
         return len(self.equal) == len(self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {
+            "kind": "reverted",
+            "path": str(self.path),
+            "files": dict(self.files),
+            "bit_for_bit": self.bit_for_bit,
+            "compared": sorted(self.equal),
+            "edited": list(self.edited),
+            "removed": list(self.removed),
+            "bytes_written": self.bytes_written,
+            "bytes_from_base": self.bytes_from_base,
+            "left": list(self.left),
+            "absent": list(self.absent),
+            "notes": list(self.notes),
+        }
 
 
 @dataclass(frozen=True, slots=True)
