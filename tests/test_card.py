@@ -453,7 +453,7 @@ def test_a_gap_in_the_values_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     import jinja2
 
     with pytest.raises(jinja2.UndefinedError):
-        templates.render("checkpoint", {})
+        templates.render("checkpoint.md.jinja", {})
 
 
 @pytest.mark.parametrize(

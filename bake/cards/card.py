@@ -34,7 +34,7 @@ def render_card(out: Path, *, repo: str | None = None, unverified: bool = False)
         Destination(repo)
     facts = read_facts(_folder(out))
     values = view(facts, repo, unverified=unverified)
-    return stamp.stamped(templates.render(facts.record.kind, values))
+    return stamp.stamped(templates.render(facts.carrier.template, values))
 
 
 def write_card(

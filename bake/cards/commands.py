@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from bake.artifact.carrier import vllm_room
 from bake.cards.changes import gguf_digests, weight_files
 from bake.cards.facts import Facts
-from bake.cards.figures import DTYPES, NOT_MEASURED
-from bake.cards.text import Markdown, escape, number, printable
+from bake.cards.text import NOT_MEASURED, Markdown, escape, number, printable
 
 _SAID = {"passed": "Tested", "measured": "Measured", "failed": "**Failed**"}
 
@@ -176,7 +175,7 @@ def _compared(facts: Facts) -> bool:
     """Whether these files were run in transformers, in the storage type, beside the hooks."""
     if facts.report is None or not facts.carrier.checkpoint:
         return False
-    return DTYPES.get(facts.report.dtype, "") in facts.report.metrics
+    return facts.report.stored in facts.report.metrics
 
 
 def _expected(facts: Facts, runtime: str) -> str:

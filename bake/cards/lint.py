@@ -12,13 +12,14 @@ from urllib.parse import unquote, urlsplit
 
 from bake.artifact.frontmatter import body_of
 from bake.artifact.names import CARD, Problem, problem_of
-from bake.cards import figures, markdown
+from bake.cards import markdown
 from bake.cards.facts import Facts
 from bake.cards.lint_metadata import AGAIN, lint_metadata, short
 from bake.cards.notices import concerns_safety
 from bake.cards.stamp import without
+from bake.cards.templates import VERIFICATION_PART, render
 from bake.cards.text import escape
-from bake.cards.view import UNVERIFIED
+from bake.cards.view import UNVERIFIED, view
 from bake.errors import InputError
 from bake.seal.scan import findings
 
@@ -98,21 +99,21 @@ def _links(prose: str, facts: Facts) -> Iterator[Problem]:
 
 def _tables(prose: str, facts: Facts) -> Iterator[Problem]:
     """Compare the verification's tables with those that verify.json gives, cell by cell."""
+    if facts.report is None:
+        return
     shown = {table[0]: table[1:] for table in markdown.tables(prose) if table}
-    for wanted in figures.tables(facts.report).values():
-        if wanted is None:
-            continue
-        head = tuple(cell.strip() for cell in wanted.head)
+    part = render(VERIFICATION_PART, view(facts, None, unverified=False))
+    for head, *wanted in markdown.tables(part):
         named = next((repr(cell) for cell in head if cell), "without a head")
         if head not in shown:
             yield Problem(CARD, f"lacks the table {named}", AGAIN)
             continue
         rows = shown[head]
-        for row, right in zip(rows, wanted.rows, strict=False):
-            yield from _row(row, tuple(cell.strip() for cell in right))
-        if len(rows) != len(wanted.rows):
+        for row, right in zip(rows, wanted, strict=False):
+            yield from _row(row, right)
+        if len(rows) != len(wanted):
             what = f"has {len(rows)} rows in the table {named}"
-            yield Problem(CARD, f"{what} where verify.json gives {len(wanted.rows)}", AGAIN)
+            yield Problem(CARD, f"{what} where verify.json gives {len(wanted)}", AGAIN)
 
 
 def _row(row: tuple[str, ...], right: tuple[str, ...]) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bake.artifact.frontmatter import card_metadata
 from bake.artifact.names import CARD, Problem
-from bake.cards import figures, licences, metadata
+from bake.cards import licences, metadata
 from bake.cards.facts import Facts
 from bake.cards.text import printable
 from bake.checkpoints.hub_names import is_repository
@@ -40,7 +40,7 @@ def lint_metadata(text: str, facts: Facts) -> Iterator[Problem]:
     elif "bake" not in tags:
         yield Problem(CARD, "lacks the tag bake", AGAIN)
     yield from _licence(found, text, facts)
-    yield from _model_index(found, facts)
+    yield from _model_index(found, wanted)
 
 
 def _licence(found: Mapping[str, Any], text: str, facts: Facts) -> Iterator[Problem]:
@@ -57,16 +57,15 @@ def _licence(found: Mapping[str, Any], text: str, facts: Facts) -> Iterator[Prob
     yield from (problem for problem in checked if problem.where == CARD)
 
 
-def _model_index(found: Mapping[str, Any], facts: Facts) -> Iterator[Problem]:
-    index = found.get("model-index")
-    wanted = {metric.name: metric.value for metric in figures.metrics(facts.report)}
-    if index is None:
+def _model_index(found: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[Problem]:
+    """Compare the metrics of a model-index, where there is one, with those it should have."""
+    if found.get("model-index") is None:
         return
-    results = _within([{"model-index": index}], "model-index", "results")
-    metrics = _within(results, "metrics")
+    metrics = _metrics(found)
     if not metrics:
         yield Problem(CARD, "has a model-index without metrics", AGAIN)
         return
+    wanted = {metric["name"]: metric["value"] for metric in _metrics(right)}
     for metric in metrics:
         name, value = metric.get("name"), metric.get("value")
         if not isinstance(name, str) or name not in wanted:
@@ -76,12 +75,13 @@ def _model_index(found: Mapping[str, Any], facts: Facts) -> Iterator[Problem]:
             yield Problem(CARD, what, AGAIN)
 
 
-def _within(objects: list[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
-    """Return the objects in the lists under a key of objects, key by key."""
-    for key in keys:
-        lists = [found for item in objects if isinstance(found := item.get(key), list)]
+def _metrics(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the metrics of the results of the model-index: the objects in lists within lists."""
+    objects: list[Mapping[str, Any]] = [found]
+    for key in ("model-index", "results", "metrics"):
+        lists = [part for item in objects if isinstance(part := item.get(key), list)]
         # A list may be named again and again in YAML, within itself: no more than is looked at.
-        objects = list(islice((o for found in lists for o in found if isinstance(o, dict)), _MANY))
+        objects = list(islice((o for part in lists for o in part if isinstance(o, dict)), _MANY))
     return objects
 
 

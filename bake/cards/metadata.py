@@ -1,15 +1,19 @@
 """The metadata of a card: what the Hub files a model under."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from bake.cards.edits import edit_rows
 from bake.cards.facts import Facts
-from bake.cards.figures import metrics
 from bake.cards.fitted import fitted
 from bake.cards.methods import METHODS
 from bake.cards.notices import safety_words
-from bake.cards.text import printable
+from bake.cards.report import Interval, Report
+from bake.cards.text import escape, printable
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 PIPELINE = "text-generation"
 
@@ -20,20 +24,9 @@ def metadata(facts: Facts, repo: str | None) -> str:
     Raises:
         InputError: the record names a kind of edit or a site that is none.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    results = [
-        EvalResult(
-            task_type=PIPELINE,
-            task_name="Text Generation",
-            dataset_type="bake-verification-prompts",
-            dataset_name=_dataset_name(facts),
-            metric_type=metric.type,
-            metric_name=metric.name,
-            metric_value=metric.value,
-        )
-        for metric in metrics(facts.report)
-    ]
+    results = list(_results(facts, facts.report)) if facts.report is not None else []
     name = printable(facts.title) if repo is None else repo.rpartition("/")[2]
     data = ModelCardData(
         library_name=facts.carrier.library,
@@ -47,10 +40,43 @@ def metadata(facts: Facts, repo: str | None) -> str:
     return str(data.to_yaml()).rstrip("\n")
 
 
-def _dataset_name(facts: Facts) -> str:
+def _results(facts: Facts, report: Report) -> Iterator["EvalResult"]:
+    """Yield the numbers of the verification that the metadata states."""
+    from huggingface_hub import EvalResult
+
+    result = partial(
+        EvalResult,
+        task_type=PIPELINE,
+        task_name="Text Generation",
+        dataset_type="bake-verification-prompts",
+        dataset_name=_dataset_name(report),
+    )
+    for kind, name, value in _metrics(report):
+        if value is not None:
+            yield result(metric_type=kind, metric_name=name, metric_value=value)
+
+
+def _metrics(report: Report) -> Iterator[tuple[str, str, float | None]]:
+    """Yield type, name and value of what was measured."""
+    values = report.metrics.get(report.stored, {})
+    for key, name in (
+        ("mean_kl", "mean KL(hooked ‖ baked), nats"),
+        ("max_dlogit", "largest logit difference, hooked against baked"),
+        ("same_top", "share of tokens with the same most likely next one, hooked and baked"),
+    ):
+        yield key, name, values.get(key)
+    for served in report.runtimes:
+        label = f"largest difference of a log-probability in {escape(served.runtime)}, nats"
+        yield "max_dlogprob", label, served.largest
+    for name, models in report.effects.items():
+        kind = "perplexity" if name == "perplexity" else "score"
+        yield kind, f"{escape(name)}, baked", models.get("baked", Interval()).value
+
+
+def _dataset_name(report: Report) -> str:
     """Return what the metrics were measured on, in words."""
-    prompts = None if facts.report is None else facts.report.prompts
-    if prompts is None or not prompts.prompts or not prompts.digest:
+    prompts = report.prompts
+    if not prompts.prompts or not prompts.digest:
         return "prompts of bake verify"
     return f"{prompts.prompts} prompts, token ids {printable(prompts.digest)}"
 

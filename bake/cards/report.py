@@ -17,6 +17,8 @@ from bake.errors import InputError
 
 T = TypeVar("T")
 
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 class Row(msgspec.Struct, frozen=True):
     """One line of the report."""
@@ -63,12 +65,12 @@ class Served(msgspec.Struct, frozen=True):
     @property
     def largest(self) -> float | None:
         """The largest difference of a log-probability from the hooked model's, in nats."""
-        return finite(self.numbers.get(f"{self.runtime}: max |Δlog p|, served − hooked"))
+        return self.numbers.get(f"{self.runtime}: max |Δlog p|, served − hooked")
 
     @property
     def parted(self) -> float | None:
         """How many texts part from the hooked model's."""
-        return finite(self.numbers.get(f"{self.runtime}: texts that part from the hooked model's"))
+        return self.numbers.get(f"{self.runtime}: texts that part from the hooked model's")
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -86,10 +88,29 @@ class Report(msgspec.Struct, frozen=True):
     effects: dict[str, dict[str, Interval]] = {}
     """By score, then by model: base, hooked and baked."""
 
+    @property
+    def stored(self) -> str:
+        """The type of the base's weights as PyTorch and ``metrics`` name it, or empty."""
+        return _DTYPES.get(self.dtype, "")
 
-def finite(value: float | None) -> float | None:
-    """Return a number, or None where it is none that was measured."""
-    return value if value is not None and math.isfinite(value) else None
+    @property
+    def compared(self) -> dict[str, dict[str, float | None]]:
+        """The distances of baked from hooked by the type they ran in; those of the effect last."""
+        names = [name for name in dict.fromkeys(("float64", self.stored)) if name in self.metrics]
+        return {name: self.metrics.get(name, {}) for name in (*names, "effect")}
+
+    def measured(self, distance: str) -> bool:
+        """Tell whether a distance was measured between any two models."""
+        return any(column.get(distance) is not None for column in self.compared.values())
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with None in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def typed(content: Mapping[str, Any], kind: type[T], where: str) -> T:
@@ -115,4 +136,4 @@ def read_report(folder: Path, record: Record) -> Report | None:
     content = read_json(folder, VERIFICATION)
     if content.get("plan_digest") != record.plan.digest:
         return None
-    return typed(content, Report, VERIFICATION)
+    return typed(_finite(content), Report, VERIFICATION)

@@ -10,8 +10,17 @@ from typing import Any
 
 import bake
 from bake.artifact.carrier import KINDS
-from bake.cards.text import Markdown, code, count, escape, fenced, json_word, number, paragraphs
+from bake.cards import text
+from bake.cards.text import Markdown, escape, number
 from bake.errors import BakeError
+
+VERIFICATION_PART = "parts/verification.md.jinja"
+"""The part of every card that shows what was measured, with each number of ``verify.json``."""
+
+_FILTERS = (
+    *(text.code, text.count, text.fenced, text.json_word),
+    *(text.measured, text.paragraphs, text.versions),
+)
 
 
 def folder() -> Path:
@@ -31,11 +40,11 @@ def folder() -> Path:
     )
 
 
-def render(kind: str, values: Mapping[str, Any]) -> str:
-    """Return the card of a kind of artifact.
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Return a card, or a part of one.
 
     Args:
-        kind: of the artifact.
+        template: its file.
         values: what the template prints, by name.
     """
     from jinja2 import FileSystemLoader, StrictUndefined
@@ -50,10 +59,10 @@ def render(kind: str, values: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # finalize escapes, for Markdown; HTML's escaping would do it twice
     )
-    environment.filters |= {"code": code, "paragraphs": paragraphs, "json_word": json_word}
+    environment.filters |= {make.__name__: make for make in _FILTERS}
     # raw is for what was checked to be an id, a commit or a formula, inside links and code.
-    environment.filters |= {"count": count, "fenced": fenced, "raw": Markdown}
-    return environment.get_template(KINDS[kind].template).render(**values)
+    environment.filters["raw"] = Markdown
+    return environment.get_template(template).render(**values)
 
 
 def _printed(value: object) -> str:

@@ -5,8 +5,9 @@ heading, a link, a table's column, HTML or a formula.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 from bake.sites import span
 
@@ -22,6 +23,9 @@ class Markdown(str):
     """Text that is Markdown, and is not to be escaped again."""
 
     __slots__ = ()
+
+
+NOT_MEASURED = Markdown("not measured")
 
 
 def printable(text: str, limit: int = _LIMIT) -> str:
@@ -82,6 +86,17 @@ def number(value: float | int) -> Markdown:
     if isinstance(value, int):
         return Markdown(f"{value:,}")
     return Markdown(f"{value:.4g}")
+
+
+def measured(value: float | None) -> Markdown:
+    """Return a number as ``number`` does, or that nobody measured it."""
+    return NOT_MEASURED if value is None else number(float(value))
+
+
+def versions(environment: Mapping[str, Any]) -> Markdown:
+    """Return the versions of an environment in one line."""
+    texts = ((k, v) for k, v in environment.items() if isinstance(v, str) and k != "system")
+    return Markdown(", ".join(f"{escape(name)} {escape(value)}" for name, value in texts))
 
 
 def json_word(value: object) -> str:

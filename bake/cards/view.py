@@ -5,7 +5,7 @@ from typing import Any
 
 from bake.artifact.names import IMAGES, is_legal
 from bake.artifact.record import VERIFICATION
-from bake.cards import commands, figures, licences, metadata
+from bake.cards import commands, licences, metadata
 from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
 from bake.cards.edits import LEVELS, EditRow, amounts, direction_rows, edit_rows
 from bake.cards.facts import Facts
@@ -57,10 +57,10 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         "gguf_base": gguf_digests(facts),
         "exactness": _exactness(facts, edits),
         "plots": _plots(facts),
+        "report": facts.report,
         "reports": [name for name in (VERIFICATION, "verify.md") if name in facts.names],
         "papers": tuple(dict.fromkeys(p for kind in cited for p in METHODS[kind].papers)),
         "versions": _versions(facts),
-        **figures.tables(facts.report),
         **_commands(facts, repo),
         **_terms(facts),
     }
