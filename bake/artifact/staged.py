@@ -80,13 +80,14 @@ def check_before(out: Path, *, force: bool) -> None:
         check_free(out, force=force)
 
 
-def check_apart(out: Path, source: Path, *others: Path) -> None:
+def check_apart(out: Path, source: Path, **others: Path) -> None:
     """Require that an output is apart from what it is made of, which ``force`` could remove.
 
     Args:
         out: the output folder.
         source: a folder that is read: neither may hold the other.
-        others: further files and folders that are read, which the output may not hold.
+        others: further files and folders that are read, by what they are, which the output may not
+            hold.
 
     Raises:
         UsageError: they overlap.
@@ -98,9 +99,11 @@ def check_apart(out: Path, source: Path, *others: Path) -> None:
             why="what is read is never changed",
             fix="name an output outside of it",
         )
-    for other in others:
+    for what, other in others.items():
         if place in (other.resolve(), *other.resolve().parents):
-            raise UsageError(f"the output {out} holds {other}", fix="name another output")
+            raise UsageError(
+                f"the output {out} holds the {what} {other}", fix="name another output"
+            )
 
 
 def identity_of(facts: Iterable[object], files: Iterable[Path]) -> str:
@@ -289,11 +292,18 @@ class Stage:
         os.fsync(self._journal.fileno())
 
     def _remove(self, *names: str) -> None:
-        """Remove these folders, and last the journal, without which the rest is nobody's."""
+        """Remove these folders, in a second try where the disk refuses one call of the first."""
+        try:
+            self._remove_once(names)
+        except OSError:
+            self._remove_once(names)
+
+    def _remove_once(self, names: Iterable[str]) -> None:
         for name in names:
             if os.path.lexists(self._root / name):
-                _remove_tree(self._root / name)
-        (self._root / _JOURNAL).unlink()
+                shutil.rmtree(self._root / name)
+        # Last, since without it the rest is nobody's.
+        (self._root / _JOURNAL).unlink(missing_ok=True)
         self._root.rmdir()
 
     def _recover(self, *, complete: bool) -> None:
@@ -304,7 +314,7 @@ class Stage:
         if self.folder.exists():
             self._put_back()
         elif complete:
-            _remove_tree(aside)
+            shutil.rmtree(aside)
         else:
             raise _in_the_way(self._root)
 
@@ -343,7 +353,7 @@ class Stage:
         }
         _sweep(self.folder, {*kept, *earlier.files})
         if os.path.lexists(self._root / _WORK):
-            _remove_tree(self._root / _WORK)
+            shutil.rmtree(self._root / _WORK)
         self.folder.mkdir(exist_ok=True)
         self._journal.truncate(0)
         self._append({"format": _FORMAT, "identity": self._identity})
@@ -413,7 +423,7 @@ class Place:
         try:
             yield self.stage.work
         finally:
-            _remove_tree(self.stage.work)
+            shutil.rmtree(self.stage.work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -619,15 +629,6 @@ def _sweep(folder: Path, kept: set[str]) -> None:
                 path.unlink()
         elif not any(path.iterdir()):
             path.rmdir()
-
-
-def _remove_tree(folder: Path) -> None:
-    """Remove a folder, in a second try where the disk refuses one call of the first."""
-    try:
-        shutil.rmtree(folder)
-    except OSError:
-        if os.path.lexists(folder):
-            shutil.rmtree(folder)
 
 
 def _sync(path: Path) -> None:

@@ -82,7 +82,7 @@ def merge_adapter(
         UsageError: ``out`` exists, overlaps the base or holds the adapter.
     """
     opened = open_adapter(adapter)
-    check_apart(out, base.path, adapter)
+    check_apart(out, base.path, adapter=adapter)
     digests = BaseDigests(base)
     work = _Merger(opened, base, layout, digests).work()
     provenance = merge_provenance(opened, base, out, published=published, family=family)

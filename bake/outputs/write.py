@@ -42,7 +42,7 @@ def export(what: Export, carriers: Sequence[str], out: Path) -> tuple[Artifact, 
     """
     names = tuple(dict.fromkeys(carriers))
     writers = {name: prepare(what, name) for name in names}
-    check_apart(out, what.checkpoint.path, *([] if what.gguf is None else [what.gguf]))
+    check_apart(out, what.checkpoint.path, **({} if what.gguf is None else {"base": what.gguf}))
     folders = {name: name if len(names) > 1 else "" for name in names}
     if what.record is None:
         base = base_ref(what.checkpoint, out=out)

@@ -175,7 +175,7 @@ def revert_gguf(
         UsageError: ``out`` is in the way, or holds the artifact or the base.
     """
     parts = plan.base.parts
-    check_apart(out, plan.baked.folder, *(part.path for part in parts))
+    check_apart(out, plan.baked.folder, base=plan.base.path)
     tally = Tally(2 * sum(part.size for part in parts), progress)
 
     def write(place: Place) -> Artifact:
