@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import bake
+from bake.artifact import KINDS
 
 ROOT = Path(bake.__file__).parent
 
@@ -164,6 +166,80 @@ def test_the_walk_reaches_what_is_far() -> None:
     assert {"bake.fold", "bake.plan.stream", "bake.errors"} <= set(ways)
     assert ways["bake.plan.known"][0] == "bake.outputs.checkpoint"
     assert len(ways["bake.plan.known"]) > 3
+
+
+# One screen a function, and what a carrier is said once
+
+LONGEST, MOST = 60, 8
+
+
+def too_long(source: ast.AST) -> Iterator[str]:
+    """Yield the functions of more lines, or with more parameters, than a reader holds."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1  # without decorators
+            given = node.args
+            names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+            names += [a.arg for a in (given.vararg, given.kwarg) if a is not None]
+            count = len(names) - (names[:1] in (["self"], ["cls"]))
+            if lines > LONGEST or count > MOST:
+                yield f"{node.name}: {lines} lines, {count} parameters"
+
+
+@every_module
+def test_a_function_fits_a_screen(name: str) -> None:
+    assert list(too_long(tree(name))) == []
+
+
+def test_the_walk_counts_lines_and_parameters() -> None:
+    body = "\n".join("    pass" for _ in range(LONGEST - 1))
+    fits = ast.parse(f"@a\n@b\ndef f(self, {', '.join('abcdefgh')}):\n{body}")
+    assert list(too_long(fits)) == []
+    assert list(too_long(ast.parse(f"def f():\n{body}\n    pass"))) == ["f: 61 lines, 0 parameters"]
+    many = ast.parse("def f(a, b, c, d, e, /, g, *rest, h, **more): pass")
+    assert list(too_long(many)) == ["f: 1 lines, 9 parameters"]
+
+
+CARRIERS_KNOWN = ("bake.artifact.carrier", "bake.outputs", "bake.cli")
+
+
+def told_apart(source: ast.AST) -> Iterator[str]:
+    """Yield the comparisons with a carrier's name, and the tables that several of them key."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.Compare):
+            values = [*ast.walk(node.left), *(n for c in node.comparators for n in ast.walk(c))]
+            least = 1
+        elif isinstance(node, ast.Dict):
+            values, least = [key for key in node.keys if key is not None], 2
+        elif isinstance(node, ast.match_case):
+            values, least = [*ast.walk(node.pattern)], 1
+        else:
+            continue
+        named = [v for v in values if isinstance(v, ast.Constant) and v.value in KINDS]
+        if len(named) >= least:
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if not n.startswith(CARRIERS_KNOWN)])
+def test_no_carrier_is_told_by_its_name(name: str) -> None:
+    """What differs between carriers is a fact of ``Carrier``, or a writer of ``outputs``."""
+    assert list(told_apart(tree(name))) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kind == 'lora'",
+        "'checkpoint' in carriers",
+        "kind not in ('gguf', 'gguf-lora')",
+        "{'lora': 1, 'gguf': 2}",
+        "match kind:\n    case 'merge':\n        pass",
+    ],
+)
+def test_the_walk_sees_a_carrier_told_by_its_name(text: str) -> None:
+    assert list(told_apart(ast.parse(text)))
+    names = "|".join(sorted(KINDS, key=len, reverse=True))
+    assert not list(told_apart(ast.parse(re.sub(names, "other", text))))
 
 
 # What an import costs

@@ -12,6 +12,9 @@ from bake.errors import UsageError
 from bake.jobs.recorded import find, is_artifact, refuse_overrides, replan
 from bake.jobs.request import compile_request
 
+_EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
+"""What an export is told beyond its plan, each by itself where the command line says nothing."""
+
 
 @bake_command("export")
 @recipe_options
@@ -36,13 +39,11 @@ from bake.jobs.request import compile_request
 @click.option(
     "--outtype",
     type=click.Choice(["f32", "f16", "bf16", "q8_0"]),
-    default="f16",
     help="For --llama-cpp: the type of the weights.",
 )
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "feedback"]),
-    default="feedback",
     help="For --gguf: feedback keeps the edit, where nearest loses most of it in few bits.",
 )
 @click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
@@ -55,11 +56,6 @@ def command(
     base: str | None,
     dry_run: bool,
     force: bool,
-    gguf: Path | None,
-    llama_cpp: Path | None,
-    edited_type: str | None,
-    outtype: str,
-    rounding: str,
     **options: Any,
 ) -> None:
     """Write what RECIPE says to a new folder.
@@ -72,28 +68,28 @@ def command(
     exit code is 1 when one of them differs.
     """
     from bake.artifact.staged import check_before
+
+    check_before(out, force=force)
+    if is_artifact(recipe):
+        _make_again(output, recipe, out, base=base, dry_run=dry_run, force=force, **options)
+    elif base is not None:
+        raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
+    else:
+        _export(output, Path(recipe), out, dry_run=dry_run, force=force, **options)
+
+
+def _export(
+    output: Output, recipe: Path, out: Path, *, dry_run: bool, force: bool, **options: Any
+) -> None:
+    """Write what a recipe says, once its plan has been shown."""
     from bake.cli import views
     from bake.jobs.exporting import export, would_be
     from bake.plan.record import plan_record
 
-    check_before(out, force=force)
-    if is_artifact(recipe):
-        _make_again(
-            output, recipe, out, base, dry_run, force, gguf, llama_cpp, **options, **_given()
-        )
-        return
-    if base is not None:
-        raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
-    request = compile_request(Path(recipe), bars=output.bar, **options)
-    chosen = request.export(
-        out,
-        force=force,
-        gguf=gguf,
-        llama_cpp=llama_cpp,
-        edited_type=edited_type,
-        outtype=outtype,
-        rounding=rounding,
-    )
+    named = {name: options.pop(name) for name in _EXPORT}
+    request = compile_request(recipe, bars=output.bar, **options)
+    given = {name: value for name, value in named.items() if value is not None}
+    chosen = request.export(out, force=force, **given)
     refusal = request.refusal(chosen)
     if not output.as_json or refusal is not None:
         output.present(
@@ -115,31 +111,14 @@ def command(
     )
 
 
-def _given() -> dict[str, Any]:
-    """Return the options of a GGUF that the command line gives, which have defaults."""
-    context = click.get_current_context()
-    names = ("edited_type", "outtype", "rounding")
-    return {n: context.params[n] for n in names if _is_given(context, n)}
-
-
-def _is_given(context: click.Context, name: str) -> bool:
-    from click.core import ParameterSource
-
-    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-
-
 def _make_again(
     output: Output,
     text: str,
     out: Path,
+    *,
     base: str | None,
     dry_run: bool,
     force: bool,
-    gguf: Path | None,
-    llama_cpp: Path | None,
-    *,
-    family: Path | None,
-    assume_harmless: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Make an artifact again from its record, and compare the files."""
@@ -147,10 +126,11 @@ def _make_again(
     from bake.jobs.reproduce import recorded_options, reproduce
     from bake.plan.record import plan_record
 
+    files = {name: options.pop(name) for name in ("gguf", "llama_cpp")}
+    table = {name: options.pop(name) for name in ("family", "assume_harmless")}
     refuse_overrides(options, fix="name the base with --base, where it has moved")
-    source = find(text, weights=False)
-    replanned = replan(source, base=base, family=family, assume_harmless=assume_harmless)
-    chosen = recorded_options(replanned, out=out, gguf=gguf, llama_cpp=llama_cpp, force=force)
+    replanned = replan(find(text, weights=False), base=base, **table)
+    chosen = recorded_options(replanned, out=out, force=force, **files)
     refusal = replanned.failure() or replanned.request.refusal(chosen)
     if not output.as_json or refusal is not None or dry_run:
         output.present(

@@ -85,7 +85,8 @@ def read_claims(out: Model) -> tuple[Claims | None, str | None]:
         return None, None
     record = record_at(path, out.label)
     kind = record.kind
-    if not (KINDS[kind].checkpoint if out.checkpoint is not None else kind == "gguf"):
+    carrier = KINDS[kind]
+    if not carrier.whole or carrier.checkpoint != (out.checkpoint is not None):
         return None, f"its {RECORD} is of the kind {kind!r}, and these are other files"
     if out.gguf is not None and out.gguf.path.name not in (record.files or {}):
         return None, f"the {RECORD} beside it does not list {out.gguf.path.name}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.artifact import KINDS
 from bake.jobs.request import Request
 from bake.progress import Bars, no_bars
 
@@ -23,8 +24,6 @@ class Exported:
 
     def rounded(self, written: "Artifact") -> "Sequence[GgufTensor]":
         """Return what rounding did to the tensors of a GGUF that was edited in place."""
-        if written.kind != "gguf":
-            return ()
         from bake.artifact.record import read_record
 
         gguf = read_record(written.path).gguf
@@ -73,7 +72,7 @@ def would_be(request: Request, what: "Export", out: Path) -> dict[str, Any]:
     for carrier in carriers:
         prepare(what, carrier)
     found: dict[str, Any] = {"dry_run": True, "out": str(out), "carriers": list(carriers)}
-    if "checkpoint" in carriers:
+    if any(KINDS[carrier].checkpoint for carrier in carriers):
         size = sum(info.nbytes for info in request.model.checkpoint.tensors.values())
         found["weight_bytes"] = size + request.plan.created_bytes
     return found

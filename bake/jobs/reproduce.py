@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.artifact import KINDS
 from bake.errors import InputError, UsageError, VerificationFailed
 from bake.jobs.recorded import Replanned
 from bake.progress import Bars, no_bars
@@ -34,9 +35,11 @@ def recorded_options(
     record, kind = replanned.artifact.record, replanned.artifact.kind
     stated = record.export or ExportOptions()
     needed = needs(replanned)
-    for name, given in (("gguf", gguf), ("llama-cpp", llama_cpp)):
+    for name, given, what in (
+        ("gguf", gguf, "the base's GGUF"),
+        ("llama-cpp", llama_cpp, "the llama.cpp checkout"),
+    ):
         if given is None and needed == name:
-            what = "the base's GGUF" if name == "gguf" else "the llama.cpp checkout"
             raise UsageError(
                 f"this {kind} was made with {what}, which the artifact does not hold",
                 fix=f"name it with --{name}",
@@ -60,11 +63,11 @@ def recorded_options(
 
 def needs(replanned: Replanned) -> str | None:
     """Return which option names what the artifact was made with beside its base, or None."""
-    record, kind = replanned.artifact.record, replanned.artifact.kind
-    if kind == "gguf":
+    record = replanned.artifact.record
+    carrier = KINDS[record.kind]
+    if carrier.whole and not carrier.checkpoint:  # a model in GGUF
         return "llama-cpp" if record.gguf is not None and record.gguf.converter else "gguf"
-    has_base = record.export is not None and bool(record.export.gguf)
-    return "gguf" if kind == "gguf-lora" and has_base else None
+    return "gguf" if record.export is not None and record.export.gguf else None
 
 
 def _check_parts(gguf: Path, recorded: "Sequence[GgufFile]", replanned: Replanned) -> None:

@@ -74,7 +74,7 @@ def start(xllamacpp: Any, request: dict[str, Any], key: str) -> Any:
     params.model.path = request["model"]
     if request["adapter_kind"] == "control vector":
         add_control_vector(xllamacpp, params, request["adapter"])
-    elif request["adapter_kind"] == "lora":
+    elif request["adapter_kind"] == "factors":
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["adapter"], 1.0)]
     # The server wants one free place beyond the last token.
     params.n_ctx = longest + request["max_new_tokens"] + 1

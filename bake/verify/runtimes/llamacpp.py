@@ -20,7 +20,7 @@ def _adapter_kind(request: "RuntimeRequest") -> Mapping[str, Any]:
     if request.adapter is None:
         return {"adapter_kind": None}
     vector = open_gguf(request.adapter).arch in CONTROL_VECTORS
-    return {"adapter_kind": "control vector" if vector else "lora"}
+    return {"adapter_kind": "control vector" if vector else "factors"}
 
 
 LLAMA_CPP = Runtime(
