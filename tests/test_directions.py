@@ -1015,50 +1015,48 @@ ONE = ("direction.4", (D,), 0, VECTOR.numpy().tobytes())
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "ends inside its first word"),
-        (b"GGML" + b"\0" * 40, "its first four bytes are not GGUF"),
-        (gguf([ONE], CONTROL_VECTOR, version=1), "version 1 is none that bake reads"),
-        (gguf([ONE], CONTROL_VECTOR, count=1 << 60), "for the number of tensors; bake reads up"),
-        (gguf([ONE], CONTROL_VECTOR, count=2), "for the rank of ''; bake reads up to 4"),
-        (gguf([ONE], CONTROL_VECTOR)[:-30], "ends inside the values of 'direction.4'"),
-        (
-            gguf([ONE], CONTROL_VECTOR)[:-33],
-            "values of 'direction.4' begin after the end",
-        ),
-        (gguf([ONE], {}), "names no general.architecture"),
+        (b"", "is no GGUF file"),
+        (b"GGML" + b"\0" * 40, "is no GGUF file"),
+        (gguf([ONE], CONTROL_VECTOR, version=1), "has GGUF version 1; bake reads 2 and 3"),
+        (gguf([ONE], CONTROL_VECTOR, count=1 << 60), "announces 1152921504606846976 tensors"),
+        (gguf([ONE], CONTROL_VECTOR, count=2), "of a tensor cannot be printed"),
+        (gguf([ONE], CONTROL_VECTOR)[:-30], "is truncated: expected"),
+        (gguf([ONE], CONTROL_VECTOR)[:-33], "is truncated: expected"),
+        (gguf([ONE], {}), "does not say its general.architecture"),
         (
             gguf([ONE], {"general.architecture": string_value("llama")}),
             "is of architecture 'llama', not a control vector",
         ),
-        (gguf([], CONTROL_VECTOR), "the GGUF file holds no tensor"),
+        (gguf([], CONTROL_VECTOR), "holds no tensors"),
         (gguf([("token_embd.weight", *ONE[1:])], CONTROL_VECTOR), "is no tensor of a control"),
-        (gguf([ONE, ONE], CONTROL_VECTOR), "holds direction.4 twice"),
-        (gguf([(ONE[0], (2, 3), 0, ONE[3])], CONTROL_VECTOR), r"shape \[2, 3\] where \[d\]"),
-        (gguf([(ONE[0], (0,), 0, b"")], CONTROL_VECTOR), r"shape \[0\] where \[d\]"),
-        (gguf([(ONE[0], (1 << 62,), 0, ONE[3])], CONTROL_VECTOR), "ends inside the values"),
-        (
-            gguf([(ONE[0], (1 << 40, 1 << 40), 0, ONE[3])], CONTROL_VECTOR),
-            r"where \[d\] is meant",
-        ),
-        (gguf([(ONE[0], (D,), 8, ONE[3])], CONTROL_VECTOR), "is of GGML type 8"),
-        (gguf([(ONE[0], (1,) * 9, 0, ONE[3])], CONTROL_VECTOR), "claims 9 for the rank"),
-        (gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<I", 99)}), "unknown type 99"),
+        (gguf([ONE, ONE], CONTROL_VECTOR), "is named twice"),
+        (gguf([ONE, ("direction.04", *ONE[1:])], CONTROL_VECTOR), "holds direction.4 twice"),
+        (gguf([(ONE[0], (2, 3), 0, ONE[3])], CONTROL_VECTOR), r"shape \[3, 2\] where \[d\]"),
+        (gguf([(ONE[0], (0,), 0, b"")], CONTROL_VECTOR), r"has the sizes \[0\]"),
+        (gguf([(ONE[0], (1 << 62,), 0, ONE[3])], CONTROL_VECTOR), r"has the sizes"),
+        (gguf([(ONE[0], (1 << 40, 1 << 40), 0, ONE[3])], CONTROL_VECTOR), "has the sizes"),
+        (gguf([(ONE[0], (D,), 26, ONE[3])], CONTROL_VECTOR), "is stored as I32"),
+        (gguf([(ONE[0], (1,) * 9, 0, ONE[3])], CONTROL_VECTOR), "has 9 axes"),
+        (gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<I", 99)}), "unknown value type 99"),
         (
             gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<IIQ", 9, 0, 1 << 50)}),
-            "for the length of 'k'",
+            "truncated or hostile",
         ),
-        (gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<IIQ", 9, 9, 1)}), "arrays of arrays"),
+        (
+            gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<IIQ", 9, 9, 1)}),
+            "items of type 9",
+        ),
         (
             gguf([ONE], CONTROL_VECTOR | {"general.alignment": struct.pack("<II", 4, 3)}),
             "no power of two",
         ),
         (
             gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<IQ", 8, 2) + b"\xff\xff"}),
-            "is no UTF-8",
+            "that is no UTF-8",
         ),
         (
             gguf([ONE], CONTROL_VECTOR | {"k": struct.pack("<IQ", 8, 1 << 63)}),
-            "for the length of the value of 'k'",
+            "truncated or hostile",
         ),
     ],
 )
@@ -1071,7 +1069,7 @@ def test_a_gguf_header_is_not_believed(tmp_path: Path, data: bytes, message: str
 def test_a_doubled_key_of_a_gguf_is_refused(tmp_path: Path) -> None:
     data = gguf([ONE], CONTROL_VECTOR | {"k": string_value("a"), "q": string_value("b")})
     (tmp_path / "v.gguf").write_bytes(data.replace(text("q"), text("k")))
-    with pytest.raises(DirectionError, match="holds the key 'k' twice"):
+    with pytest.raises(DirectionError, match="names the key 'k' twice"):
         read_directions(tmp_path / "v.gguf")
 
 

@@ -283,6 +283,32 @@ def _placed(
     return tuple(found.values())
 
 
+def text_of(value: GgufValue, key: str) -> str:
+    """Return a value as text, the items of an array one after another.
+
+    Raises:
+        CheckpointError: a string of it is no UTF-8.
+    """
+    items = _items(value.raw) if value.value is None else [value.value]
+    try:
+        return ", ".join(x.decode() if isinstance(x, bytes) else str(x) for x in items)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{key} holds a string that is no UTF-8") from error
+
+
+def _items(raw: bytes) -> Sequence[int | float | bool | bytes]:
+    """Return the items of an array, whose bytes were found to hold them."""
+    kind, count = struct.unpack_from("<IQ", raw, 4)
+    if kind in _SCALARS:
+        return struct.unpack_from(f"<{count}{_SCALARS[kind]}", raw, 16)
+    items, position = [], 16
+    for _ in range(count):
+        (length,) = struct.unpack_from("<Q", raw, position)
+        position += 8 + length
+        items.append(raw[position - length : position])
+    return items
+
+
 def string_value(text: str) -> GgufValue:
     """Return a string as a metadata value."""
     raw = text.encode()
