@@ -32,6 +32,7 @@ from bake.checkpoints import (
     stream,
     writer,
 )
+from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.writer import Finished
 from bake.errors import CheckpointError, InputError, UsageError
 
@@ -142,9 +143,6 @@ def test_reads_what_safetensors_reads(tmp_path: Path, dtype: str, shards: int) -
         assert torch.equal(found, tensor)
         raw = (checkpoint.path / info.shard).read_bytes()[info.start : info.stop]
         assert checkpoint.tensor_digest(name) == hashlib.sha256(raw).hexdigest()
-    for shard in checkpoint.shards:
-        raw = (checkpoint.path / shard).read_bytes()
-        assert checkpoint.shard_digest(shard) == hashlib.sha256(raw).hexdigest()
 
 
 def test_every_type_of_torch_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
@@ -465,7 +463,7 @@ def test_tiles_may_share_a_buffer_and_be_strided(tmp_path: Path) -> None:
     again = open_checkpoint(tmp_path / "out")
     assert torch.equal(again.read("embed"), expected)
     # the hash is that of the file, not of a buffer that had moved on
-    assert written.files["model.safetensors"] == again.shard_digest("model.safetensors")
+    assert written.files["model.safetensors"] == sha256_of(again.file("model.safetensors"))
 
 
 def test_tensors_with_gradients_are_written(tmp_path: Path) -> None:
@@ -564,9 +562,9 @@ def test_the_hash_of_a_clone_is_that_of_the_output(
     monkeypatch.setattr(writer, "can_clone", lambda *_: True)
     written = write(checkpoint, tmp_path / "out")
     monkeypatch.undo()
-    copy = open_checkpoint(tmp_path / "out").shard_digest("model.safetensors")
+    copy = sha256_of(tmp_path / "out" / "model.safetensors")
     assert written.files["model.safetensors"] == copy
-    assert copy != checkpoint.shard_digest("model.safetensors")
+    assert copy != sha256_of(checkpoint.file("model.safetensors"))
 
 
 def test_progress_counts_bytes_up_to_the_total(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bake.checkpoints import open_checkpoint
+from bake.checkpoints.source import Counted
 from bake.diff import Diff, diff
-from bake.diff.bytesource import Counted, Spool
+from bake.diff.bytesource import Spool
 from bake.diff.precision import half_step
 from bake.diff.subspace import cosine
 from bake.diff.weights import CheckpointWeights

@@ -32,6 +32,7 @@ from bake import __version__
 from bake.artifact.artifact import Artifact
 from bake.artifact.carrier import CARRIERS
 from bake.artifact.record import RECORD
+from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.writer import Finished
 from bake.errors import InputError, UsageError
 
@@ -122,13 +123,8 @@ def identity_of(facts: Iterable[object], files: Iterable[Path]) -> str:
 
 def digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder, by its name there."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                name = path.relative_to(folder).as_posix()
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def write_staged(

@@ -1,8 +1,10 @@
 """Where a PEFT adapter is: a folder here, or a repository on the Hugging Face Hub."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from bake.checkpoints.hashes import sha256_of
 from bake.errors import InputError
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -59,3 +61,9 @@ def find_adapter(source: str | Path) -> FoundAdapter:
         revision = folder.name  # the second file is of the commit that the first one was
     assert folder is not None
     return FoundAdapter(folder, repo, folder.name)
+
+
+def adapter_digest(folder: Path) -> str:
+    """Return the sha256 of an adapter's two files together."""
+    parts = (bytes.fromhex(sha256_of(folder / name)) for name in FILES)
+    return hashlib.sha256(b"".join(parts)).hexdigest()

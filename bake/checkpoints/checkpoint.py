@@ -13,14 +13,13 @@ from bake.checkpoints.config import CONFIG
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
-from bake.checkpoints.source import ByteSource, LocalFiles
+from bake.checkpoints.source import ByteSource, LocalFiles, chunks
 from bake.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
     from torch import Tensor
 
-_CHUNK = 8 << 20
 _HEADERS_AT_ONCE = 8  # requests in flight when the headers come from the Hub
 
 
@@ -107,20 +106,14 @@ class Checkpoint:
 
     def tensor_digest(self, name: str) -> str:
         """Return the sha256 of one tensor's bytes, read in chunks."""
-        info = self._find(name)
-        return self._digest_span(info.shard, info.start, info.stop)
-
-    def shard_digest(self, shard: str) -> str:
-        """Return the sha256 of one shard, read in chunks."""
-        return self._digest_span(shard, 0, self.shard_sizes[shard])
+        info, digest = self._find(name), hashlib.sha256()
+        for chunk in self.chunks(info.shard, info.start, info.stop):
+            digest.update(chunk)
+        return digest.hexdigest()
 
     def chunks(self, shard: str, start: int, stop: int) -> Iterator[memoryview]:
         """Yield the bytes of a shard between two offsets; each chunk is valid until the next."""
-        buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
-        for begin in range(start, stop, _CHUNK):
-            chunk = buffer[: min(_CHUNK, stop - begin)]
-            self.files.read_into(shard, begin, chunk)
-            yield chunk
+        return chunks(self.files, shard, start, stop)
 
     def _find(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -137,12 +130,6 @@ class Checkpoint:
         if stop > start:
             self.files.read_into(info.shard, start, flat.numpy().data)
         return flat.view(dtype).reshape(shape)
-
-    def _digest_span(self, shard: str, start: int, stop: int) -> str:
-        digest = hashlib.sha256()
-        for chunk in self.chunks(shard, start, stop):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 def open_checkpoint(

@@ -6,7 +6,6 @@ what the cache holds.
 """
 
 import glob
-import hashlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from bake import __version__
 from bake.checkpoints import folder as folders
 from bake.checkpoints.config import CONFIG
+from bake.checkpoints.hashes import git_id_of, sha256_of
 from bake.checkpoints.hub_errors import first_line, translated
 from bake.checkpoints.hub_names import is_commit
 from bake.checkpoints.hub_ranges import HubFiles
@@ -181,13 +181,13 @@ def _check_blobs(path: Path, listing: folders.Listing, repo: str) -> None:
 
 def _check_blob(path: Path, name: str, repo: str) -> None:
     file = folders.regular_file(path, name)
-    link, size = path / name, file.stat().st_size
+    link = path / name
     # The first link's name, because a blob may itself link to one that all repositories share.
     expected = link.readlink().name if link.is_symlink() else file.name
     if _DIGEST.fullmatch(expected):
-        digest = hashlib.sha256()
+        found = sha256_of(file)
     elif is_commit(expected):  # the id that Git gives a file is spelled like a commit
-        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        found = git_id_of(file)
     else:
         raise HubError(
             f"cannot tell whether {name} of {repo} arrived as it was sent",
@@ -195,12 +195,9 @@ def _check_blob(path: Path, name: str, repo: str) -> None:
             why="the cache names it by something other than its hash",
             fix=f"name the folder {path} instead if you trust it",
         )
-    with file.open("rb") as handle:
-        while chunk := handle.read(8 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != expected:
+    if found != expected:
         raise HubError(
-            f"{name} of {repo} is not what the Hub states: hash {digest.hexdigest()}",
+            f"{name} of {repo} is not what the Hub states: hash {found}",
             where=str(file),
             why="it was damaged on the way or on this disk",
             fix="remove that file and run again",

@@ -1,12 +1,14 @@
 """Where a checkpoint's bytes come from: a folder here, or (in ``hub``) the Hub by range."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from bake.errors import CheckpointError
+
+_CHUNK = 8 << 20
 
 
 class ByteSource(Protocol):
@@ -19,6 +21,15 @@ class ByteSource(Protocol):
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes of ``file`` from offset ``start`` on."""
         ...
+
+
+def chunks(source: ByteSource, file: str, start: int, stop: int) -> Iterator[memoryview]:
+    """Yield the bytes of a file between two offsets; each chunk is valid until the next."""
+    buffer = memoryview(bytearray(min(_CHUNK, stop - start)))
+    for begin in range(start, stop, _CHUNK):
+        chunk = buffer[: min(_CHUNK, stop - begin)]
+        source.read_into(file, begin, chunk)
+        yield chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +70,20 @@ class LocalFiles:
                         f"ends at byte {start + done}, within a tensor", where=file
                     )
                 done += count
+
+
+@dataclass(slots=True)
+class Counted:
+    """Another source, and how many bytes were read from it."""
+
+    origin: ByteSource
+    count: int = 0
+
+    def size(self, file: str) -> int:
+        """Return a file's length in bytes."""
+        return self.origin.size(file)
+
+    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` from offset ``start`` on."""
+        self.origin.read_into(file, start, buffer)
+        self.count += len(buffer)

@@ -1,6 +1,5 @@
 """Write an edited checkpoint that differs from its base in the named tensors and nowhere else."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Protocol
 from bake.checkpoints import strictjson
 from bake.checkpoints.checkpoint import Checkpoint
 from bake.checkpoints.config import CONFIG
+from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.outline import (
     File,
     NewTensor,
@@ -189,8 +189,7 @@ def _finished(target: Target, shard: File) -> str | None:
     finished = target.finished(shard.name)
     if finished is None or finished.bytes != shard.size:
         return None
-    with (target.folder / shard.name).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(target.folder / shard.name)
     return found if found == finished.sha256 else None
 
 

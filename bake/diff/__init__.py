@@ -1,6 +1,6 @@
 """What differs between two models, proven from their bytes: which tensors, how much, in which rank.
 
-Reading order: ``bytesource``, ``hub``, ``precision``, ``weights``, ``sources``; ``tiles``,
+Reading order: ``bytesource``, ``precision``, ``weights``, ``sources``; ``tiles``,
 ``spectrum``, ``change``; ``roles``, ``subspace``; ``files``, ``record``, ``verdict``; ``report``,
 ``compare``, ``plot``. Nothing here imports the code that makes plans or folds them.
 """

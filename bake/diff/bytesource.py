@@ -1,4 +1,4 @@
-"""Count what is read, and keep what came over the network for the passes that follow.
+"""``Spool``: keep what came over the network for the passes that follow.
 
 A comparison reads a changed tensor several times. From a disk that is cheap; from the Hub it
 comes once, into a temporary file that lives as long as the comparison.
@@ -9,26 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.checkpoints.header import TensorInfo
-from bake.checkpoints.source import ByteSource
-
-_CHUNK = 8 << 20
-
-
-@dataclass(slots=True)
-class Counted:
-    """Another source, and how many bytes were read from it."""
-
-    origin: ByteSource
-    count: int = 0
-
-    def size(self, file: str) -> int:
-        """Return a file's length in bytes."""
-        return self.origin.size(file)
-
-    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` from offset ``start`` on."""
-        self.origin.read_into(file, start, buffer)
-        self.count += len(buffer)
+from bake.checkpoints.source import ByteSource, chunks
 
 
 @dataclass(slots=True)
@@ -53,12 +34,9 @@ class Spool:
         """Fetch a tensor and keep its bytes: whoever asks for it reads all of it, and again."""
         if (info.shard, info.start) in self._kept:
             return  # a head that was tied is compared with the embedding as well
-        buffer = bytearray(min(_CHUNK, info.nbytes))
         with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-            for start in range(info.start, info.stop, _CHUNK):
-                piece = memoryview(buffer)[: info.stop - start]
-                self.origin.read_into(info.shard, start, piece)
-                file.write(piece)
+            for chunk in chunks(self.origin, info.shard, info.start, info.stop):
+                file.write(chunk)
         self._kept[info.shard, info.start] = (info.stop, Path(file.name))
 
     def drop(self, info: TensorInfo) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.artifact.record import RECORD
+from bake.checkpoints.hashes import sha256_of
 from bake.diff.adapter import adapted, base_of_adapter, is_adapter
 from bake.diff.change import Change, measure, same_bytes
 from bake.diff.files import KeyChange, config_changes, file_changes, metadata_changes
@@ -18,7 +19,7 @@ from bake.diff.roles import Roles, gguf_roles, natural, roles_of
 from bake.diff.sources import Model, base_of, open_model
 from bake.diff.subspace import Subspace, given_cosines, subspaces, with_leaks
 from bake.diff.verdict import violations
-from bake.diff.weights import GgufWeights, Weights, file_digest
+from bake.diff.weights import GgufWeights, Weights
 from bake.edits import Edit
 from bake.errors import CheckpointError, FamilyError, UsageError
 from bake.families import Family, Layout, find_family, resolve
@@ -245,7 +246,7 @@ def _shard_digest(model: Model, shard: str) -> str | None:
         return model.repository.tree[shard].sha256
     if model.remote or model.checkpoint is None:
         return None
-    return file_digest(model.checkpoint, shard)
+    return sha256_of(model.checkpoint.file(shard))
 
 
 def _same_place(

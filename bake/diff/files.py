@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from bake.checkpoints import folder
 from bake.checkpoints.gguf.header import GgufValue
+from bake.checkpoints.hashes import git_id_of, sha256_of
 from bake.diff.sources import Model
 from bake.diff.weights import GgufWeights
 
@@ -156,7 +157,7 @@ def _pair(base: Model, out: Model, name: str) -> tuple[str, str]:
     ]
     if all(file is None or file.sha256 is None for file in stated) and any(stated):
         return tuple(  # type: ignore[return-value] # of two
-            _git(_local(model, name)) if file is None else f"git:{file.git_oid}"
+            f"git:{git_id_of(_local(model, name)) if file is None else file.git_oid}"
             for model, file in zip((base, out), stated, strict=True)
         )
     return _digest(base, name), _digest(out, name)
@@ -166,16 +167,7 @@ def _digest(model: Model, name: str) -> str:
     file = None if model.repository is None else model.repository.tree.get(name)
     if file is not None and file.sha256 is not None:
         return f"sha256:{file.sha256}"
-    with _local(model, name).open("rb") as handle:
-        return f"sha256:{hashlib.file_digest(handle, 'sha256').hexdigest()}"
-
-
-def _git(path: Path) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with path.open("rb") as handle:
-        while chunk := handle.read(8 << 20):
-            digest.update(chunk)
-    return f"git:{digest.hexdigest()}"
+    return f"sha256:{sha256_of(_local(model, name))}"
 
 
 def _local(model: Model, name: str) -> Path:

@@ -8,13 +8,13 @@ from bake.artifact.record import RECORD, record_at
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf.file import Gguf, open_gguf
-from bake.checkpoints.source import LocalFiles
-from bake.diff.bytesource import Counted, Spool
+from bake.checkpoints.source import Counted, LocalFiles
+from bake.diff.bytesource import Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights
 from bake.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from bake.diff.hub import Repository
+    from bake.checkpoints.hub_tree import Repository
 
 _ADAPTER = "adapter_config.json"
 _SCHEME = "hf://"
@@ -124,7 +124,7 @@ def _model_of(source: str, opened: Checkpoint, scratch: Path) -> Model:
     repository = None
     if opened.revision is not None:
         # Here, because importing the Hub's client takes longer than reading a folder's headers.
-        from bake.diff.hub import read_repository
+        from bake.checkpoints.hub_tree import read_repository
 
         name = source.removeprefix(_SCHEME).partition("@")[0]
         repository = read_repository(name, opened.revision)

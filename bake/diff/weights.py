@@ -1,6 +1,5 @@
 """The two kinds of weights that can be compared, checkpoints and GGUF files, behind one face."""
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -201,9 +200,3 @@ def _is_numeric(kind: str, shape: tuple[int, ...]) -> bool:
     if kind in GGUF_FLOATS:
         return True
     return len(shape) > 1 and kind.startswith(("Q", "IQ", "TQ", "MXFP"))
-
-
-def file_digest(checkpoint: Checkpoint, shard: str) -> str:
-    """Return the sha256 of a shard on this machine."""
-    with checkpoint.file(shard).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

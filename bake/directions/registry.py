@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from bake.checkpoints.hashes import sha256_of
 from bake.directions import (
     arditi,
     bake_format,
@@ -84,10 +85,7 @@ def digest(files: Sequence[Path]) -> str:
 
     For a folder with the files a and b, it is that of ``sha256sum a b`` run inside the folder.
     """
-    hashes: list[tuple[str, str]] = []
-    for path in files:
-        with path.open("rb") as file:
-            hashes.append((hashlib.file_digest(file, "sha256").hexdigest(), path.name))
+    hashes = [(sha256_of(path), path.name) for path in files]
     if len(hashes) == 1:
         return f"sha256:{hashes[0][0]}"
     listing = "".join(f"{value}  {name}\n" for value, name in hashes)

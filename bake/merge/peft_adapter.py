@@ -6,7 +6,6 @@ the module's path (``peft/utils/other.py: get_pattern_key``). An adapter that is
 sum, or that says anything unknown, is refused: nothing of it may be lost in silence.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -96,14 +95,6 @@ class PeftAdapter:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} holds NaN or infinity", where=str(self.path / WEIGHTS))
         return tensor
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the adapter's two files together."""
-        digest = hashlib.sha256()
-        for name in (CONFIG, WEIGHTS):
-            with (self.path / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
 
 
 def open_adapter(path: Path) -> PeftAdapter:

@@ -20,7 +20,7 @@ from bake.artifact.schema import (
     TensorChange,
 )
 from bake.checkpoints import Checkpoint
-from bake.checkpoints.adapter import FoundAdapter
+from bake.checkpoints.adapter import FoundAdapter, adapter_digest
 from bake.families import Layout
 from bake.merge.peft_adapter import PeftAdapter
 
@@ -52,7 +52,7 @@ def merge_provenance(
         adapter=AdapterRecord(
             name=on_hub or here.name,
             path=None if on_hub else os.path.relpath(here, out.resolve()),
-            sha256=adapter.digest(),
+            sha256=adapter_digest(adapter.path),
             config={**adapter.config, _BASE: _named(adapter)},
             revision=None if published is None else published.commit,
         ),
@@ -87,7 +87,7 @@ def merge_plan(
     changed = tuple(_changed(name, base, layout, sides) for name in names)
     untied = any(row.created for row in changed)
     keys = (KeyChange(key=_TIED, old=base.config.get(_TIED), new=False),) if untied else ()
-    facts = [adapter.digest(), list(names), [key.to_json() for key in keys]]
+    facts = [adapter_digest(adapter.path), list(names), [key.to_json() for key in keys]]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return PlanRecord(
         digest=f"sha256:{digest}",

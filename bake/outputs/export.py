@@ -1,6 +1,5 @@
 """``Export``: what is written and how, and what one carrier's writer is handed."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +10,7 @@ from bake.artifact.schema import ExportOptions, GgufFile, Outtype, Provenance
 from bake.artifact.staged import Place
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.gguf.file import Gguf, open_gguf
+from bake.checkpoints.hashes import sha256_of
 from bake.outputs.shared import SharedFactors
 from bake.plan import Plan
 from bake.progress import Bars, Progress, no_bars
@@ -116,5 +116,4 @@ def sha256(path: Path) -> str:
 
 @cache
 def _sha256(path: Path, size: int, time: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

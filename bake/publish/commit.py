@@ -8,10 +8,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub import errors as theirs
 
+from bake.checkpoints.hashes import Stated
 from bake.errors import HubError, InputError
 from bake.publish.failures import RAISED, explain, status_of
 from bake.publish.hub import Hub
-from bake.publish.remote import RemoteFile, differences, read_tree
+from bake.publish.remote import differences, equal, own_tree
 from bake.publish.session import ATTEMPTS, patiently, pause
 from bake.seal.manifest import FileEntry, Manifest, stamp
 
@@ -43,7 +44,7 @@ class Parts:
         return Parts((*self.add, *(file for file, _ in self.copy)), (), self.delete)
 
 
-def parts_of(manifest: Manifest, tree: dict[str, RemoteFile], base: dict[str, RemoteFile]) -> Parts:
+def parts_of(manifest: Manifest, tree: dict[str, Stated], base: dict[str, Stated]) -> Parts:
     """Return what makes a commit with the files ``tree`` hold the manifest's.
 
     Args:
@@ -52,7 +53,7 @@ def parts_of(manifest: Manifest, tree: dict[str, RemoteFile], base: dict[str, Re
         base: the files of the base's repository; a large one of equal hash is copied there.
     """
     names = {file.sha256: name for name, file in base.items() if file.sha256 is not None}
-    wanted = [f for f in manifest.files if f.name not in tree or not tree[f.name].equals(f)]
+    wanted = [f for f in manifest.files if f.name not in tree or not equal(tree[f.name], f)]
     return Parts(
         add=tuple(file for file in wanted if file.sha256 not in names),
         copy=tuple((file, names[file.sha256]) for file in wanted if file.sha256 in names),
@@ -185,7 +186,7 @@ class GuardedCommit:
             head = str(patiently(lambda: hub.api.model_info(repo, revision=hub.to.revision).sha))
             if head == self.parent:
                 return None
-            tree = patiently(lambda: read_tree(hub.api, repo, head))
+            tree = patiently(lambda: own_tree(hub.api, repo, head))
         except RAISED:
             if status_of(error) is not None:
                 return None  # the Hub has answered: nothing was committed
@@ -228,7 +229,7 @@ def find_pull_request(hub: Hub, manifest: Manifest) -> Committed | None:
     refs = patiently(lambda: hub.api.list_repo_refs(repo, include_pull_requests=True))
     for ref in reversed((refs.pull_requests or [])[-20:]):
         commit, number = str(ref.target_commit), ref.ref.rpartition("/")[2]
-        tree = patiently(lambda commit=commit: read_tree(hub.api, repo, commit))  # type: ignore[misc]
+        tree = patiently(lambda commit=commit: own_tree(hub.api, repo, commit))  # type: ignore[misc]
         if not differences(tree, manifest):
             url = f"{hub.api.endpoint}/{repo}/discussions/{number}"
             return Committed(commit, url, (), ())

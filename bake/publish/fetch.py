@@ -16,11 +16,12 @@ from bake.artifact.carrier import KINDS
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
 from bake.artifact.record import RECORD, VERIFICATION, read_record
 from bake.artifact.schema import Record
+from bake.checkpoints.hashes import Stated
 from bake.checkpoints.hub import download
 from bake.checkpoints.hub_errors import translated
 from bake.edit_store import EDITS, FITTED
 from bake.errors import HubError, InputError, VerificationFailed
-from bake.publish.remote import RemoteFile, read_tree
+from bake.publish.remote import equal, own_tree
 from bake.publish.session import client
 from bake.seal.manifest import FileEntry, entry_of, read_sums
 from bake.seal.provenance import made_by_export
@@ -86,17 +87,17 @@ def fetch(repo: str, revision: str | None, *, weights: bool) -> Fetched:
     return Fetched(repo, folder.name, folder, record, tuple(notes))
 
 
-def _there(name: str, folder: Path, tree: Mapping[str, RemoteFile] | None) -> bool:
+def _there(name: str, folder: Path, tree: Mapping[str, Stated] | None) -> bool:
     return (folder / name).is_file() if tree is None else name in tree
 
 
-def _online(repo: str, revision: str | None) -> tuple[Path, dict[str, RemoteFile]]:
+def _online(repo: str, revision: str | None) -> tuple[Path, dict[str, Stated]]:
     """Return the snapshot with the record in it, and what the Hub states of the commit."""
     api = client()
     with translated(repo, revision):
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         commit = str(info.sha)
-        tree = read_tree(api, repo, commit)
+        tree = own_tree(api, repo, commit)
         if RECORD not in tree:
             raise _no_artifact(repo, tree)
         if tree[RECORD].size > _LIMIT:
@@ -120,7 +121,7 @@ def _cached(repo: str, revision: str | None) -> Path:
     return Path(found).parent.resolve()
 
 
-def _no_artifact(repo: str, tree: Mapping[str, RemoteFile]) -> InputError:
+def _no_artifact(repo: str, tree: Mapping[str, Stated]) -> InputError:
     return InputError(
         f"{repo} holds no {RECORD}: it is {what_it_is(tree)}, and bake did not make it",
         why="the recipe, the edits and the digests that a plan and a verification need are in it",
@@ -168,7 +169,7 @@ def _check(names: Iterable[str], kind: str, where: str) -> None:
         raise InputError(f"names the file {first.where}, which {first.what}", where=where)
 
 
-def _sums(folder: Path, tree: Mapping[str, RemoteFile] | None, repo: str) -> dict[str, str]:
+def _sums(folder: Path, tree: Mapping[str, Stated] | None, repo: str) -> dict[str, str]:
     """Return what ``SHA256SUMS`` lists; nothing where the artifact was never sealed."""
     if tree is not None and SUMS in tree:
         with translated(repo, folder.name):
@@ -182,7 +183,7 @@ def _sums(folder: Path, tree: Mapping[str, RemoteFile] | None, repo: str) -> dic
     return sums
 
 
-def _require(names: Iterable[str], tree: Mapping[str, RemoteFile], repo: str) -> None:
+def _require(names: Iterable[str], tree: Mapping[str, Stated], repo: str) -> None:
     missing = [name for name in names if name not in tree]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -196,7 +197,7 @@ def _compare(
     repo: str,
     folder: Path,
     names: Iterable[str],
-    tree: Mapping[str, RemoteFile] | None,
+    tree: Mapping[str, Stated] | None,
     listed: Mapping[str, str],
     sums: Mapping[str, str],
 ) -> list[str]:
@@ -235,16 +236,14 @@ def _compare(
     return notes
 
 
-def _arrived(
-    repo: str, folder: Path, name: str, tree: Mapping[str, RemoteFile] | None
-) -> FileEntry:
+def _arrived(repo: str, folder: Path, name: str, tree: Mapping[str, Stated] | None) -> FileEntry:
     """Return the hashes of a file, once it is found to be what the Hub states of it.
 
     Raises:
         HubError: it is not; offline nobody states anything.
     """
     entry = entry_of(regular(folder, name), name)
-    if tree is not None and not tree[name].equals(entry):
+    if tree is not None and not equal(tree[name], entry):
         raise HubError(
             f"{name} of {repo} is not what the Hub states: sha256 {entry.sha256}",
             where=str(folder / name),

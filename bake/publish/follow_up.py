@@ -26,6 +26,7 @@ from bake.publish.options import PushOptions
 from bake.publish.preflight import preflight
 from bake.publish.prepare import Prepared, short_digest
 from bake.publish.push import BaseTerms, check_base, complete
+from bake.publish.remote import equal
 from bake.publish.session import listening, refuse_offline
 from bake.seal.manifest import (
     FileEntry,
@@ -176,7 +177,7 @@ def _bring_here(hub: Hub, head: Head, folder: Path) -> list[FileEntry]:
 
 def _download(hub: Hub, head: Head, name: str, folder: Path) -> None:
     hub.ask(f"downloading {name}", lambda: fetch(hub.to.repo, str(head.commit), name, folder))
-    if not head.tree[name].equals(entry_of(folder / name, name)):
+    if not equal(head.tree[name], entry_of(folder / name, name)):
         raise HubError(
             f"{name} of {hub.to.repo} is not what the Hub states",
             why="it was damaged on the way",

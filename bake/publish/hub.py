@@ -10,9 +10,10 @@ from huggingface_hub import errors as theirs
 from bake.artifact.destination import Destination
 from bake.artifact.record import RECORD
 from bake.artifact.schema import BaseRef
+from bake.checkpoints.hashes import Stated
 from bake.errors import HubError
 from bake.publish.failures import RAISED, Account, explained, status_of
-from bake.publish.remote import RemoteFile, read_tree
+from bake.publish.remote import own_tree
 from bake.publish.session import DEADLINE, client, patiently, within
 
 T = TypeVar("T")
@@ -47,13 +48,13 @@ class Hub:
         with explained(self.account, doing):
             return patiently(call)
 
-    def tree(self, doing: str, commit: str) -> dict[str, RemoteFile]:
+    def tree(self, doing: str, commit: str) -> dict[str, Stated]:
         """Return the files of a commit by name.
 
         Raises:
             HubError: the Hub refuses or fails.
         """
-        return self.ask(doing, lambda: read_tree(self.api, self.to.repo, commit))
+        return self.ask(doing, lambda: own_tree(self.api, self.to.repo, commit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Head:
 
     commit: str | None
     private: bool
-    tree: dict[str, RemoteFile]
+    tree: dict[str, Stated]
 
 
 def sign_in(to: Destination, remark: Callable[[str], None]) -> Hub:
@@ -171,13 +172,13 @@ def read_base(hub: Hub, base: BaseRef) -> Any:
         return patiently(lambda: hub.api.model_info(base.repo, revision=base.revision))
 
 
-def base_tree(hub: Hub, base: BaseRef) -> dict[str, RemoteFile]:
+def base_tree(hub: Hub, base: BaseRef) -> dict[str, Stated]:
     """Return the base's files on the Hub, for copying; none where they cannot be read."""
     if not base.on_hub or not base.pinned:
         return {}
     with explained(hub.account, "reading the base"):
         try:
-            return patiently(lambda: read_tree(hub.api, base.repo, str(base.revision)))
+            return patiently(lambda: own_tree(hub.api, base.repo, str(base.revision)))
         except RAISED as error:
             if status_of(error) in (401, 403, 404):
                 return {}  # nothing to copy from then: every file is uploaded

@@ -1,47 +1,29 @@
 """What a repository on the Hub holds, and whether that is what the manifest says."""
 
-from dataclasses import dataclass
-from typing import Any
-
 from huggingface_hub import HfApi
 
 from bake.artifact.names import HUBS_OWN
+from bake.checkpoints.hashes import Stated
+from bake.checkpoints.hub_tree import read_tree
 from bake.seal.manifest import FileEntry, Manifest
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """One file on the Hub: sha256 of a large one, and the object id that Git gives it."""
-
-    size: int
-    sha256: str | None
-    git_oid: str
-
-    def equals(self, file: FileEntry) -> bool:
-        """Tell whether these are the bytes of a local file, by hash and length."""
-        if self.size != file.size:
-            return False
-        if self.sha256 is not None:
-            return self.sha256 == file.sha256
-        return file.git_oid != "" and self.git_oid == file.git_oid
-
-
-def read_tree(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
+def own_tree(api: HfApi, repo: str, revision: str) -> dict[str, Stated]:
     """Return the files of a commit by name, without what the Hub adds by itself."""
-    tree: dict[str, RemoteFile] = {}
-    for item in api.list_repo_tree(repo, recursive=True, revision=revision):
-        blob = getattr(item, "blob_id", None)
-        if blob is not None and item.path not in HUBS_OWN:
-            tree[item.path] = _remote(item, blob)
-    return tree
+    tree = read_tree(api, repo, revision)
+    return {name: file for name, file in tree.items() if name not in HUBS_OWN}
 
 
-def _remote(item: Any, blob: str) -> RemoteFile:
-    sha256 = None if item.lfs is None else item.lfs.sha256
-    return RemoteFile(item.size, sha256, blob)
+def equal(remote: Stated, file: FileEntry) -> bool:
+    """Tell whether a file on the Hub has the bytes of a local one, by hash and length."""
+    if remote.size != file.size:
+        return False
+    if remote.sha256 is not None:
+        return remote.sha256 == file.sha256
+    return file.git_oid != "" and remote.git_oid == file.git_oid
 
 
-def differences(tree: dict[str, RemoteFile], manifest: Manifest) -> list[str]:
+def differences(tree: dict[str, Stated], manifest: Manifest) -> list[str]:
     """Return what differs between a commit and the manifest, one line each."""
     files = manifest.by_name()
     found = []
@@ -50,6 +32,6 @@ def differences(tree: dict[str, RemoteFile], manifest: Manifest) -> list[str]:
             found.append(f"{name} is on the Hub only")
         elif name not in tree:
             found.append(f"{name} is not on the Hub")
-        elif not tree[name].equals(files[name]):
+        elif not equal(tree[name], files[name]):
             found.append(f"{name} has other bytes on the Hub")
     return found

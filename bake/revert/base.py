@@ -1,35 +1,16 @@
 """The base of a revert: where it is, what is read of it, and what its files must hash to."""
 
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bake.checkpoints import Checkpoint, open_checkpoint
-from bake.checkpoints.source import ByteSource
+from bake.checkpoints.hashes import Stated, sha256_of
+from bake.checkpoints.source import Counted
 from bake.errors import BakeError, InputError
-from bake.progress import Progress
+from bake.progress import Progress, Tally
 from bake.revert.record import Revertible
-
-_CHUNK = 8 << 20
-
-
-@dataclass(slots=True)
-class Counted:
-    """A source of bytes that counts what is read of it."""
-
-    inner: ByteSource
-    count: int = 0
-
-    def size(self, file: str) -> int:
-        """Return a file's length in bytes."""
-        return self.inner.size(file)
-
-    def read_into(self, file: str, start: int, buffer: memoryview) -> None:
-        """Fill ``buffer`` with the bytes of ``file`` from offset ``start`` on."""
-        self.inner.read_into(file, start, buffer)
-        self.count += len(buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,82 +40,35 @@ class RevertBase:
         """
         if not self.on_hub or (self.checkpoint.path / name).exists():
             return self.checkpoint.file(name)
-        from huggingface_hub import hf_hub_download
+        from bake.checkpoints.hub_tree import fetch_file
 
-        from bake.checkpoints.hub_errors import translated
-
-        with translated(self._repo, self.checkpoint.revision):
-            hf_hub_download(self._repo, name, revision=self.checkpoint.revision)
+        fetch_file(self._repo, self.checkpoint.revision, name)
         return self.checkpoint.file(name)
 
     @property
     def _repo(self) -> str:
         return self.checkpoint.source.partition("@")[0]
 
-    def stated(self, names: Iterable[str], progress: Progress | None) -> dict[str, "Stated"]:
+    def stated(self, names: Iterable[str], progress: Progress | None) -> dict[str, Stated]:
         """Return what the files must hash to: by the Hub's word, or by the files that are here.
 
         Raises:
             HubError: the Hub refuses or cannot be reached.
         """
-        if self.on_hub and not _offline():
-            return self._from_hub(frozenset(names))
+        found = None
+        if self.checkpoint.revision is not None:
+            from bake.checkpoints.hub_tree import read_repository
+
+            found = read_repository(self._repo, self.checkpoint.revision)
+        if found is not None:
+            return {name: found.tree[name] for name in names if name in found.tree}
         here = [name for name in names if (self.checkpoint.path / name).exists()]
         paths = {name: self.checkpoint.file(name) for name in here}
-        total = sum(path.stat().st_size for path in paths.values())
-        done, found = 0, {}
-        for name, path in paths.items():
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-                    done += len(chunk)
-                    if progress is not None:
-                        progress(done, total)
-            found[name] = Stated(digest.hexdigest(), None)
-        return found
-
-    def _from_hub(self, names: frozenset[str]) -> dict[str, "Stated"]:
-        from huggingface_hub import HfApi
-
-        from bake import __version__
-        from bake.checkpoints.hub_errors import translated
-
-        api = HfApi(library_name="bake", library_version=__version__)
-        with translated(self._repo, self.checkpoint.revision):
-            items = list(
-                api.list_repo_tree(self._repo, recursive=True, revision=self.checkpoint.revision)
-            )
-        found = {}
-        for item in items:
-            blob = getattr(item, "blob_id", None)
-            if blob is not None and item.path in names:
-                lfs = getattr(item, "lfs", None)
-                found[item.path] = Stated(None if lfs is None else lfs.sha256, blob)
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Stated:
-    """What a file hashes to: its sha256, or for a small file on the Hub the id Git gives it."""
-
-    sha256: str | None
-    git_oid: str | None
-
-    def matches(self, path: Path, sha256: str | None = None) -> bool:
-        """Tell whether a file has these bytes; ``sha256`` is its own, where it is known."""
-        if self.sha256 is not None:
-            return self.sha256 == (_hashed(path, hashlib.sha256()) if sha256 is None else sha256)
-        size = path.stat().st_size
-        git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-        return self.git_oid == _hashed(path, git)
-
-
-def _hashed(path: Path, digest: "hashlib._Hash") -> str:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        tally = Tally(sum(sizes.values()), progress)
+        return {
+            name: Stated(sizes[name], sha256_of(path, tally), "") for name, path in paths.items()
+        }
 
 
 def _offline() -> bool:

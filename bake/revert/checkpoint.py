@@ -18,13 +18,14 @@ from bake.artifact.artifact import Artifact
 from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from bake.checkpoints.config import CONFIG
+from bake.checkpoints.hashes import Stated
 from bake.checkpoints.index import INDEX
 from bake.checkpoints.outline import File
 from bake.checkpoints.stream import Copy, Fill, Literal, Piece
 from bake.checkpoints.writer import write_files
 from bake.errors import CheckpointError, InputError
 from bake.progress import Progress
-from bake.revert.base import RevertBase, Stated
+from bake.revert.base import RevertBase
 from bake.revert.proof import prove_base
 from bake.revert.record import Revertible
 

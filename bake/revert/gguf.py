@@ -4,7 +4,6 @@ The base's header, its padding and its edited tensors come from the base; every 
 from the artifact. Each file of the result is compared with the base's by hash.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +15,13 @@ from bake.artifact.record import RECORD
 from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.file import Gguf, GgufPart, open_gguf
+from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.stream import Copy, Fill, Piece, write_file
 from bake.errors import InputError
 from bake.progress import Progress, Tally
 from bake.revert.checkpoint import KIND, Reverted
 from bake.revert.record import Revertible
 
-_CHUNK = 8 << 20
 _NOTE = "the record has no hash of the base's file: the edited tensors are those of the named one"
 
 
@@ -91,18 +90,13 @@ def _proven(baked: Revertible, base: Gguf) -> bool:
         return False
     recorded = [part.sha256 for part in options.gguf]
     for part, digest in zip_longest(base.parts, recorded):
-        if part is None or digest is None or _sha256(part.path) != digest:
+        if part is None or digest is None or sha256_of(part.path) != digest:
             raise InputError(
                 "this is not the GGUF that the artifact was made of: it has another sha256",
                 where=str(base.path if part is None else part.path),
                 fix="name the file that the artifact was made of",
             )
     return True
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _recorded(baked: Revertible) -> tuple[dict[str, str | None], list[tuple[str, int]]]:
@@ -218,12 +212,7 @@ def _pieces(plan: GgufRestoration, part: GgufPart) -> Iterator[Piece]:
 
 
 def _check(part: GgufPart, found: str, tally: Tally) -> None:
-    digest = hashlib.sha256()
-    with part.path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            tally.advance(len(chunk))
-    if digest.hexdigest() != found:
+    if sha256_of(part.path, tally) != found:
         raise InputError(
             f"the result would not be {part.path.name}",
             where=str(part.path),

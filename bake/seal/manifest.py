@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, regular, walk
+from bake.checkpoints.hashes import git_hash
 from bake.errors import CheckpointError, InputError
 from bake.progress import Progress, Tally
 
@@ -80,8 +81,10 @@ def manifest_of(files: Iterable[FileEntry]) -> Manifest:
 def entry_of_text(name: str, text: str) -> FileEntry:
     """Return the entry of a text that is not written yet."""
     data = text.encode()
-    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    return FileEntry(name, len(data), hashlib.sha256(data).hexdigest(), git, (0, 0, 0))
+    git = git_hash(len(data))
+    git.update(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return FileEntry(name, len(data), sha256, git.hexdigest(), (0, 0, 0))
 
 
 def entry_of(path: Path, name: str) -> FileEntry:
@@ -114,7 +117,7 @@ def _entry(name: str, path: Path, tally: Tally) -> FileEntry:
     before = stamp(path)
     size = before[0]
     sha256 = hashlib.sha256()
-    git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    git = git_hash(size)
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             sha256.update(chunk)

@@ -3,14 +3,13 @@
 It shares no code with ``bake merge``, which never loads a model.
 """
 
-import hashlib
 import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bake.artifact.record import RECORD
-from bake.checkpoints.adapter import FILES, find_adapter
+from bake.checkpoints.adapter import FILES, adapter_digest, find_adapter
 from bake.errors import InputError
 from bake.verify.artifact import Baked
 
@@ -41,18 +40,14 @@ def adapter_of(artifact: Baked, named: Path | None) -> Path:
     else:
         folder = find_adapter(f"{adapter.name}@{adapter.revision}").folder
     fix = "name the adapter's folder with --adapter"
-    files = [folder / name for name in FILES]
-    if not all(file.is_file() for file in files):
+    if not all((folder / name).is_file() for name in FILES):
         raise InputError("the adapter that was merged is not there", where=str(folder), fix=fix)
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    if digest.hexdigest() != adapter.sha256:
+    digest = adapter_digest(folder)
+    if digest != adapter.sha256:
         raise InputError(
             "this is not the adapter that was merged",
             where=str(folder),
-            why=f"its digest is {digest.hexdigest()}, the record has {adapter.sha256}",
+            why=f"its digest is {digest}, the record has {adapter.sha256}",
             fix=fix,
         )
     return folder

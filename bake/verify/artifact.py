@@ -1,6 +1,5 @@
 """What ``bake export`` wrote: its record, its edits, and whether its files are still the same."""
 
-import hashlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -9,13 +8,12 @@ from bake.artifact.carrier import KINDS, Carrier
 from bake.artifact.record import RECORD, read_record
 from bake.artifact.schema import Record
 from bake.checkpoints.folder import regular_file
+from bake.checkpoints.hashes import sha256_of
 from bake.edit_store import EDITS, FITTED, load_edits
 from bake.edits import Edit
 from bake.errors import InputError
 from bake.families import Family
 from bake.families.table import parse_family
-
-_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,7 @@ def changed_files(baked: Baked, only: Container[str] | None = None) -> tuple[str
             raise InputError(f"{RECORD} names the file {name}, outside the artifact")
         if not (baked.path / name).is_file():
             changed.append(name)
-        elif _sha256(_own_file(baked.path, name)) != digest.removeprefix("sha256:"):
+        elif sha256_of(_own_file(baked.path, name)) != digest.removeprefix("sha256:"):
             changed.append(name)
     return tuple(changed)
 
@@ -151,11 +149,3 @@ def _own_file(folder: Path, name: str) -> Path:
     if not (resolved / name).parent.resolve().is_relative_to(resolved):
         raise InputError(f"{name} lies outside the artifact", where=str(folder))
     return regular_file(resolved, name)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

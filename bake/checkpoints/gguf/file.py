@@ -7,7 +7,7 @@ the model's metadata are in the first (llama.cpp's src/llama-model-loader.cpp).
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from bake.checkpoints.gguf.header import GgufHeader, GgufTensor, parse_header
+from bake.checkpoints.source import LocalFiles, chunks
 from bake.errors import CheckpointError, UsageError
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_CHUNK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,12 @@ class Gguf:
     Attributes:
         parts: its files, in order.
         tensors: each tensor's place by name, in on-disk order.
+        files: where the bytes come from.
     """
 
     parts: tuple[GgufPart, ...]
     tensors: Mapping[str, GgufTensor]
+    files: LocalFiles = field(repr=False)
 
     @property
     def path(self) -> Path:
@@ -73,30 +75,14 @@ class Gguf:
         width = info.kind.row_bytes(info.shape[-1], where=name)
         first = info.start + (start + (expert or 0) * rows) * width
         flat = torch.empty((stop - start) * width, dtype=torch.uint8)
-        self._read_into(info.shard, first, flat.numpy().data)
+        self.files.read_into(info.shard, first, flat.numpy().data)
         return flat.reshape(stop - start, width)
 
     def chunks(self, name: str) -> Iterator[UInt8[Tensor, " bytes"]]:
         """Yield the bytes of a tensor; each chunk is valid until the next."""
         info = self.tensors[name]
-        buffer = torch.empty(min(_CHUNK, info.nbytes), dtype=torch.uint8)
-        for start in range(info.start, info.stop, _CHUNK):
-            chunk = buffer[: min(_CHUNK, info.stop - start)]
-            self._read_into(info.shard, start, chunk.numpy().data)
-            yield chunk
-
-    def _read_into(self, shard: str, start: int, buffer: memoryview) -> None:
-        (part,) = (part for part in self.parts if part.path.name == shard)
-        with part.path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != part.size:
-                raise CheckpointError("changed while it was in use", where=str(part.path))
-            file.seek(start)
-            done = 0
-            while done < len(buffer):
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise CheckpointError(f"ends at byte {start + done}", where=str(part.path))
-                done += count
+        for chunk in chunks(self.files, info.shard, info.start, info.stop):
+            yield torch.frombuffer(chunk, dtype=torch.uint8)
 
 
 def open_gguf(path: Path) -> Gguf:
@@ -128,7 +114,9 @@ def open_gguf(path: Path) -> Gguf:
             f"announces {announced} tensors in all its parts, which hold {len(tensors)}",
             where=str(path),
         )
-    return Gguf(parts, tensors)
+    paths = {part.path.name: part.path for part in parts}
+    sizes = {part.path.name: part.size for part in parts}
+    return Gguf(parts, tensors, LocalFiles(paths, sizes))
 
 
 def _open_part(path: Path) -> GgufPart:
