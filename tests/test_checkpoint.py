@@ -938,15 +938,11 @@ def test_the_journal_is_read_strictly() -> None:
         ('{ "a": 1 }', {"a": DELETE}, "{}"),
         ('{"a":1.50, "b" :\t[1,  2] }', {"c": 3}, '{"a":1.50, "b" :\t[1,  2], "c" :\t3 }'),
         ('{\r\n\t"a": 1\r\n}', {"b": [1]}, '{\r\n\t"a": 1,\r\n\t"b": [\r\n\t\t1\r\n\t]\r\n}'),
-        (
-            '{\n  "t": {\n    "x": 1\n  },\n  "z": 0\n}',
-            {"t.y": {"k": []}},
-            '{\n  "t": {\n    "x": 1,\n    "y": {\n      "k": []\n    }\n  },\n  "z": 0\n}',
-        ),
+        ('{\n  "z": 0\n}', {"y": {"k": []}}, '{\n  "z": 0,\n  "y": {\n    "k": []\n  }\n}'),
         ('{"a": "}\\"{", "b": {"a": 1}}', {"a": "{"}, '{"a": "{", "b": {"a": 1}}'),
         ('{"a": "\\u00e9 \u00e9", "b": 1e400}', {"b": 2}, '{"a": "\\u00e9 \u00e9", "b": 2}'),
         ('{"s": [0.0, Infinity], "a": 1}', {"a": 2}, '{"s": [0.0, Infinity], "a": 2}'),
-        ('{"a.b": 1}', {("a.b",): 2}, '{"a.b": 2}'),
+        ('{"a.b": 1}', {"a.b": 2}, '{"a.b": 2}'),
         ('{"\\u0061": 1}', {"a": 2}, '{"\\u0061": 2}'),
         (' {"a": 1} ', {"a": 1, "b": "\n"}, ' {"a": 1,"b": "\\n"} '),
     ],
@@ -965,12 +961,9 @@ def test_a_config_is_patched_where_it_changes(
         ('{"a": 1, "a": 2}', {"a": 1}, "names the key 'a' twice"),
         ('{"a": {"b": 1, "b": 1}}', {"c": 1}, "names the key 'b' twice"),
         ('{"a": 1}', {"b": DELETE}, "has no key 'b' that could be removed"),
-        ('{"a": 1}', {"a.b": 1}, "has no object 'a' to change 'b' in"),
-        ('{"a": 1}', {"t.b": 1}, "has no object 't' to change 'b' in"),
         ('{"a": 1}', {"a": float("nan")}, "cannot write nan"),
         ('{"a": 1}', {"a": object()}, "cannot write <object"),
         ('{"a": 1}', {"b": {1: 2, "1": 3}}, "names the key '1' twice"),
-        ('{"a": 1}', {(): 1}, "a change names no key"),
     ],
 )
 def test_a_change_that_makes_no_sense_is_refused(
@@ -1012,14 +1005,6 @@ LAYOUTS = st.sampled_from(
 )
 
 
-def paths_of(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yield the path of every object within a value."""
-    if isinstance(value, dict):
-        yield prefix
-        for key, inner in value.items():
-            yield from paths_of(inner, (*prefix, key))
-
-
 @given(st.dictionaries(KEYS, VALUES, max_size=5), LAYOUTS, st.data())
 def test_a_patched_config_reads_back_as_meant(
     config: dict[str, Any], layout: dict[str, Any], data: st.DataObject
@@ -1027,17 +1012,13 @@ def test_a_patched_config_reads_back_as_meant(
     text = json.dumps(config, **layout)
     if any(0xD800 <= ord(sign) < 0xE000 for sign in text):
         return  # no UTF-8 file holds it
-    scope_path = data.draw(st.sampled_from(list(paths_of(config))))
-    scope = config
-    for key in scope_path:
-        scope = scope[key]
-    key = data.draw(st.sampled_from([*scope, "new"]) | KEYS)
-    value = DELETE if key in scope and data.draw(st.booleans()) else data.draw(FINITE)
-    patched = patch_config(text, {(*scope_path, key): value})
+    key = data.draw(st.sampled_from([*config, "new"]) | KEYS)
+    value = DELETE if key in config and data.draw(st.booleans()) else data.draw(FINITE)
+    patched = patch_config(text, {key: value})
     if value is DELETE:
-        del scope[key]
+        del config[key]
     else:
-        scope[key] = value
+        config[key] = value
     assert json.dumps(json.loads(patched)) == json.dumps(config)
 
 

@@ -25,46 +25,34 @@ class _Delete(Enum):
 DELETE: Final = _Delete.DELETE
 """In place of a value: remove the key."""
 
-Key = str | tuple[str, ...]
-"""A dotted path (``"text_config.mlp_bias"``), or the same as a tuple where a key holds a dot."""
 
+def patch_config(text: str, changes: Mapping[str, Any]) -> str:
+    """Return the text of a JSON object with some of its own members changed.
 
-def patch_config(text: str, changes: Mapping[Key, Any]) -> str:
-    """Return the text of a JSON object with some members changed.
-
-    An existing key gets the new value in its place. A new key goes after the last one of its
-    object, indented as that one is. A deleted key takes its comma along.
+    An existing key gets the new value in its place. A new key goes after the last one, indented as
+    that one is. A deleted key takes its comma along.
 
     Args:
         text: a JSON object as it stands in the file.
         changes: new value, or ``DELETE``, by key.
 
     Raises:
-        CheckpointError: the text is no JSON object, a path leads through something that is no
-            object, a key to delete is absent, or a value is not JSON.
+        CheckpointError: the text is no JSON object, a key to delete is absent, or a value is not
+            JSON.
     """
     expected = strictjson.parse_object(text, where=CONFIG, constants=True)
     for key, value in changes.items():
-        path = key if isinstance(key, tuple) else tuple(key.split("."))
-        if not path:
-            raise CheckpointError("a change names no key", where=CONFIG)
-        text = _patch_one(text, path, value)
-        _apply(expected, path, value)
+        text = _patch_one(text, key, value)
+        # The same change on the parsed object, as the check of the change on the text.
+        if value is DELETE:
+            del expected[key]
+        else:
+            expected[key] = value
     patched = strictjson.parse_object(text, where=CONFIG, constants=True)
     # subtle: compared as text, because NaN differs from itself and 1 equals 1.0 and True.
     if json.dumps(patched) != json.dumps(expected):
         raise CheckpointError("the patched text does not read back as meant", where=CONFIG)
     return text
-
-
-def _apply(config: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Make the same change on the parsed object, as the check of the change on the text."""
-    for name in path[:-1]:
-        config = config[name]
-    if value is DELETE:
-        del config[path[-1]]
-    else:
-        config[path[-1]] = value
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +100,17 @@ def _scan(text: str, begin: int) -> _Object:
     return _Object(begin, position + 1, tuple(members))
 
 
-def _patch_one(text: str, path: tuple[str, ...], value: Any) -> str:
+def _patch_one(text: str, name: str, value: Any) -> str:
     scope = _scan(text, _skip(text, 0))
-    for depth, name in enumerate(path):
-        found = {member.name: position for position, member in enumerate(scope.members)}
-        last = depth == len(path) - 1
-        if not last:
-            if name not in found or text[scope.members[found[name]].value] != "{":
-                raise CheckpointError(
-                    f"has no object {'.'.join(path[: depth + 1])!r} to change {path[-1]!r} in",
-                    where=CONFIG,
-                )
-            scope = _scan(text, scope.members[found[name]].value)
-        elif value is DELETE:
-            if name not in found:
-                raise CheckpointError(
-                    f"has no key {'.'.join(path)!r} that could be removed", where=CONFIG
-                )
-            return _delete(text, scope, found[name])
-        elif name in found:
-            member = scope.members[found[name]]
-            return text[: member.value] + _dump(text, scope, value) + text[member.end :]
-    return _insert(text, scope, path[-1], value)
+    found = {member.name: position for position, member in enumerate(scope.members)}
+    if value is DELETE:
+        if name not in found:
+            raise CheckpointError(f"has no key {name!r} that could be removed", where=CONFIG)
+        return _delete(text, scope, found[name])
+    if name not in found:
+        return _insert(text, scope, name, value)
+    member = scope.members[found[name]]
+    return text[: member.value] + _dump(text, scope, value) + text[member.end :]
 
 
 def _delete(text: str, scope: _Object, position: int) -> str:

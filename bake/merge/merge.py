@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from bake.checkpoints import (
     write_checkpoint,
 )
 from bake.checkpoints.adapter import FoundAdapter
-from bake.checkpoints.config import Key
 from bake.errors import CheckpointError, InputError
 from bake.families import Layout, Linear
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
@@ -94,7 +92,7 @@ def merge_adapter(
         return {RECORD: record_text(record).encode()}
 
     def write(place: Place) -> Artifact:
-        changes: dict[Key, Any] = {("tie_word_embeddings",): False} if work.untied else {}
+        changes = {"tie_word_embeddings": False} if work.untied else {}
         config = patch_config(base.config_text, changes)
         merged = NewCheckpoint(base, work.replace, work.new, config, {})
         found = write_checkpoint(merged, place, closing=closing, progress=progress)

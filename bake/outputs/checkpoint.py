@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from bake.checkpoints import (
     patch_config,
     write_checkpoint,
 )
-from bake.checkpoints.config import Key
 from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
 from bake.fold import WeightFold, fold_bias, fold_weight
@@ -66,9 +64,7 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
 
 def edited_config(plan: Plan, checkpoint: Checkpoint) -> str:
     """Return the text of the base's ``config.json`` with the plan's changes."""
-    changes: dict[Key, Any] = {
-        (change.key,): DELETE if change.new is None else change.new for change in plan.config
-    }
+    changes = {c.key: DELETE if c.new is None else c.new for c in plan.config}
     return patch_config(checkpoint.config_text, changes)
 
 
