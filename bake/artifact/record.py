@@ -22,7 +22,6 @@ from bake.checkpoints import strictjson
 from bake.checkpoints.folder import RECORD as RECORD
 from bake.errors import InputError
 
-VERIFICATION = "verify.json"
 _LIMIT = 64_000_000
 # What version 1 could leave out, and version 2 always says.
 _ABSENT: Mapping[str, Any] = {"allow": (), "target": ()}
@@ -197,25 +196,3 @@ def has_text(record: Record, text: str) -> bool:
     """Tell whether a text is what bake writes for a record; in version 1 it had no number."""
     own = record_text(record)
     return text in (own, own.replace(f'  "schema": {VERSION},\n', "", 1))
-
-
-def unverified(folder: Path, record: Record) -> str | None:
-    """Return why an artifact does not count as verified, or None when it does.
-
-    Raises:
-        InputError: ``verify.json`` is there and malformed.
-    """
-    if not (folder / VERIFICATION).is_file():
-        return "there is no verify.json"
-    content = read_json(folder, VERIFICATION)
-    if content.get("plan_digest") != record.plan.digest:
-        return "verify.json is of another plan"
-    rows = content.get("rows", [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError("rows is no list of objects", where=VERIFICATION)
-    failed = [str(row.get("name")) for row in rows if row.get("passed") is False]
-    if content.get("passed") is not True or failed:
-        return "the verification failed" + (f": {failed[0]}" if failed else "")
-    if not any(row.get("passed") is True for row in rows):
-        return "verify.json holds no comparison that passed"
-    return None

@@ -7,10 +7,10 @@ import msgspec
 
 from bake.artifact.carrier import KINDS, Carrier
 from bake.artifact.names import walk
-from bake.artifact.record import RECORD, read_json, read_record, unverified
+from bake.artifact.record import RECORD, read_json, read_record
 from bake.artifact.schema import Record
+from bake.artifact.verification import Report, read_report, typed, unverified
 from bake.cards import licences
-from bake.cards.report import Report, read_report, typed
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
 from bake.recipe import CardSpec, Recipe, parse_recipe

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bake.artifact.verification import Interval, Report
 from bake.cards.edits import edit_rows
 from bake.cards.facts import Facts
 from bake.cards.fitted import fitted
 from bake.cards.methods import METHODS
 from bake.cards.notices import safety_words
-from bake.cards.report import Interval, Report
 from bake.cards.text import escape, printable
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bake.artifact.names import IMAGES, is_legal
-from bake.artifact.record import VERIFICATION
+from bake.artifact.verification import VERIFICATION
 from bake.cards import commands, licences, metadata
 from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
 from bake.cards.edits import LEVELS, EditRow, amounts, direction_rows, edit_rows

@@ -43,7 +43,8 @@ class Reproduction:
         Raises:
             InputError: the published verification is malformed.
         """
-        from bake.artifact.record import VERIFICATION, read_json
+        from bake.artifact.record import read_json
+        from bake.artifact.verification import VERIFICATION
         from bake.verify.agreement import agreement
 
         if not self.source.published:

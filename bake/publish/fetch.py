@@ -14,8 +14,9 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from bake.artifact.carrier import KINDS
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
-from bake.artifact.record import RECORD, VERIFICATION, read_record
+from bake.artifact.record import RECORD, read_record
 from bake.artifact.schema import Record
+from bake.artifact.verification import VERIFICATION
 from bake.checkpoints.hashes import Stated
 from bake.checkpoints.hub import download
 from bake.checkpoints.hub_errors import translated

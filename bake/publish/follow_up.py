@@ -14,8 +14,9 @@ from pathlib import Path
 
 from bake.artifact.destination import Pushed
 from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, walk
-from bake.artifact.record import RECORD, VERIFICATION, read_json, read_record
+from bake.artifact.record import RECORD, read_json, read_record
 from bake.artifact.schema import Record
+from bake.artifact.verification import VERIFICATION
 from bake.cards.card import write_card
 from bake.cards.stamp import is_bakes
 from bake.checkpoints.hub_names import is_commit

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from bake.artifact.frontmatter import card_metadata, first_line_of, read_card
 from bake.artifact.names import CARD, Problem, check_links, check_names, problem_of, walk
-from bake.artifact.record import RECORD, read_json, read_record, unverified
+from bake.artifact.record import RECORD, read_json, read_record
 from bake.artifact.schema import Record
+from bake.artifact.verification import unverified
 from bake.cards import licences
 from bake.errors import InputError, UsageError
 from bake.seal.scan import scan

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bake.artifact.names import CARD, OUTSIDE, STATEMENT
-from bake.artifact.record import VERIFICATION, read_json
+from bake.artifact.record import read_json
 from bake.artifact.schema import AdapterRecord, BaseRef, DirectionRecord, Record
+from bake.artifact.verification import VERIFICATION
 from bake.errors import InputError
 from bake.seal.manifest import Manifest
 

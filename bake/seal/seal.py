@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.artifact.names import CARD, STATEMENT, SUMS, Problem, printable, problem_of
-from bake.artifact.record import RECORD, read_record, unverified
+from bake.artifact.record import RECORD, read_record
 from bake.artifact.schema import Record
+from bake.artifact.verification import unverified
 from bake.errors import InputError
 from bake.progress import Progress
 from bake.seal.manifest import (

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bake.artifact.verification import VERIFICATION, parse_report
+from bake.artifact.verification import Report as Published
+from bake.artifact.verification import Row as PublishedRow
 from bake.errors import InputError
 from bake.verify.markdown import table_lines
 from bake.verify.report import GROUPS, SERVED_EFFECT, Report, Row
 from bake.verify.runtimes.registry import RUNTIMES
-
-WHERE = "verify.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,29 +87,29 @@ def agreement(content: Mapping[str, Any], report: Report) -> Agreement:
     Raises:
         InputError: the published one is malformed.
     """
-    rows = _rows(content)
-    there, prompts = {row.name: row for row in rows}, _texts(content, "prompts")
-    same_prompts = prompts.get("digest") == report.prompts.get("digest")
+    published = _published(content)
+    there, prompts = {row.name: _row(row) for row in published.rows}, published.prompts
+    same_prompts = prompts.digest == report.prompts.get("digest")
     pairs = tuple(
         _pair(there.get(name), row, same_prompts)
         for name, row in _both({row.name: row for row in report.rows}, there)
     )
     problems = [f"{pair.name}: {pair.problem}" for pair in pairs if pair.problem is not None]
-    if content.get("plan_digest") != report.plan_digest:
-        problems.insert(0, f"the published {WHERE} is of another plan")
-    if content.get("passed") is not True:
+    if published.plan_digest != report.plan_digest:
+        problems.insert(0, f"the published {VERIFICATION} is of another plan")
+    if not published.passed:
         problems.insert(0, "the published verification did not pass")
     notes = []
     if not same_prompts:
         notes.append(
-            f"published on other prompts ({prompts.get('source', 'not named')}, "
-            f"{prompts.get('tokens', 'an unknown number of')} tokens): the numbers are of other "
+            f"published on other prompts ({prompts.source or 'not named'}, "
+            f"{prompts.tokens or 'an unknown number of'} tokens): the numbers are of other "
             "tokens, name the same ones with --prompts or --tokens"
         )
     unasked = [p.name for p in pairs if p.published and not p.here and _elsewhere(p.published)]
     if unasked:
         notes.append(f"not measured here (--runtime): {', '.join(unasked[:4])}")
-    found = {k: str(v) for k, v in _texts(content, "environment").items()}
+    found = {name: str(version) for name, version in published.environment.items()}
     return Agreement(pairs, tuple(problems), tuple(notes), same_prompts, found, report.environment)
 
 
@@ -151,48 +152,29 @@ def _with_verdict(row: Row) -> str:
     return f"{row.value:.3g} ({'passed' if row.passed else 'failed'})"
 
 
-def _texts(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return an object of short texts and numbers.
+def _published(content: Mapping[str, Any]) -> Published:
+    """Return a published verification, of which everything that is shown can be.
 
     Raises:
-        InputError: it is no such object.
+        InputError: it is malformed.
     """
-    found = content.get(key, {})
-    if not isinstance(found, dict):
-        raise InputError(f"{key} is no object", where=WHERE)
-    for name, value in found.items():
-        if not f"{name}{value}".isprintable():
-            raise InputError(f"{key}.{name!r} cannot be shown", where=WHERE)
+    found = parse_report(content)
+    if not found.rows:
+        raise InputError("holds no rows", where=VERIFICATION)
+    names = [row.name for row in found.rows]
+    if len(set(names)) < len(names):
+        raise InputError("names a row twice", where=VERIFICATION)
+    versions = (f"{name}{version}" for name, version in found.environment.items())
+    for text in (*names, *versions, found.prompts.source or ""):
+        if not text.isprintable():
+            raise InputError(f"{text!r:.80} cannot be shown", where=VERIFICATION)
     return found
 
 
-def _rows(content: Mapping[str, Any]) -> list[Row]:
-    rows = content.get("rows")
-    if not isinstance(rows, list) or not rows:
-        raise InputError("holds no rows", where=WHERE)
-    found = [_row(row) for row in rows]
-    if len({row.name for row in found}) < len(found):
-        raise InputError("names a row twice", where=WHERE)
-    return found
-
-
-def _row(row: Any) -> Row:
-    match row:
-        case {"name": str(name), "value": value, "limit": limit, "passed": bool() | None as passed}:
-            if _number(value) and _number(limit) and name.isprintable():
-                group = row.get("group", "exact")
-                return Row(
-                    name,
-                    math.nan if value is None else float(value),
-                    None if limit is None else float(limit),
-                    passed,
-                    group=group if group in GROUPS else "exact",
-                )
-    raise InputError("holds a row that is none", where=WHERE)
-
-
-def _number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+def _row(row: PublishedRow) -> Row:
+    value = math.nan if row.value is None else row.value
+    group = row.group if row.group in GROUPS else "exact"
+    return Row(row.name, value, row.limit, row.passed, group=group)
 
 
 def markdown(found: Agreement, source: str) -> str:

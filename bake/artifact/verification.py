@@ -1,7 +1,7 @@
-"""``Report``: what a card reads of ``verify.json``, as frozen values.
+"""``Report``: what is read of ``verify.json``, as frozen values, by its one reader.
 
-Keys that a card does not show are not looked at. A number that is null or not finite is one that
-nobody measured.
+Nobody vouches for it. Keys that nobody reads are not looked at. A number that is null or not finite
+is one that nobody measured.
 """
 
 import math
@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from bake.artifact.record import VERIFICATION, read_json
+from bake.artifact.record import read_json
 from bake.artifact.schema import Count, Record
 from bake.errors import InputError
 
 T = TypeVar("T")
+
+VERIFICATION = "verify.json"
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -29,6 +31,7 @@ class Row(msgspec.Struct, frozen=True):
     passed: bool | None = None
     """None for a number that nothing is demanded of."""
     note: str = ""
+    group: str = "exact"
 
 
 class Prompts(msgspec.Struct, frozen=True):
@@ -76,6 +79,7 @@ class Served(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """A verification."""
 
+    passed: bool | None = None
     plan_digest: str | None = None
     dtype: str = ""
     """Of the base's weights, as safetensors spells it."""
@@ -136,4 +140,32 @@ def read_report(folder: Path, record: Record) -> Report | None:
     content = read_json(folder, VERIFICATION)
     if content.get("plan_digest") != record.plan.digest:
         return None
+    return parse_report(content)
+
+
+def parse_report(content: Mapping[str, Any]) -> Report:
+    """Return the verification that JSON values describe.
+
+    Raises:
+        InputError: they are malformed.
+    """
     return typed(_finite(content), Report, VERIFICATION)
+
+
+def unverified(folder: Path, record: Record) -> str | None:
+    """Return why an artifact does not count as verified, or None when it does.
+
+    Raises:
+        InputError: ``verify.json`` is there and malformed.
+    """
+    if not (folder / VERIFICATION).is_file():
+        return f"there is no {VERIFICATION}"
+    report = read_report(folder, record)
+    if report is None:
+        return f"{VERIFICATION} is of another plan"
+    failed = [row.name for row in report.rows if row.passed is False]
+    if not report.passed or failed:
+        return "the verification failed" + (f": {failed[0]}" if failed else "")
+    if not any(row.passed for row in report.rows):
+        return f"{VERIFICATION} holds no comparison that passed"
+    return None
