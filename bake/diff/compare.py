@@ -310,7 +310,7 @@ def _assemble(
         files=files,
         read={"base": base.bytes_read, "out": out.bytes_read},
         fetched=sum(model.bytes_read for model in (base, out) if model.remote),
-        plan=None if claims is None else claims.digest,
+        plan=None if claims is None else claims.record.plan.digest,
         no_plan=reason,
         violations=broken,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from bake.affine import LowRankMap
 from bake.artifact.carrier import KINDS
 from bake.artifact.record import RECORD, record_at
-from bake.artifact.schema import KeyChange, Record, TensorChange
+from bake.artifact.schema import Record, TensorChange
 from bake.diff.sources import Model
 from bake.edit_store import EDITS, load_edits
 from bake.edits import Edit, EditKind, WeightUpdate
@@ -56,22 +56,14 @@ class Claims:
     """Everything that a record says of the difference between an artifact and its base.
 
     Attributes:
-        kind: which output wrote the artifact.
-        digest: the plan's.
+        record: the record itself.
         tensors: by name.
-        config: the keys of ``config.json`` that are changed.
-        files: the files that the export wrote.
         edits: the edits, where the artifact carries them.
-        before: the sha256 of the base's edited tensors; empty in records that lack it.
     """
 
-    kind: str
-    digest: str
+    record: Record
     tensors: Mapping[str, Claim]
-    config: tuple[KeyChange, ...]
-    files: frozenset[str]
     edits: tuple[Edit, ...]
-    before: Mapping[str, str]
 
 
 def read_claims(out: Model) -> tuple[Claims | None, str | None]:
@@ -93,15 +85,7 @@ def read_claims(out: Model) -> tuple[Claims | None, str | None]:
     edits_path = out.small_file(EDITS)
     edits = () if edits_path is None else load_edits(edits_path)
     claims = _of_checkpoint(record, edits) if out.checkpoint is not None else _of_gguf(record)
-    return Claims(
-        kind=kind,
-        digest=record.plan.digest,
-        tensors={claim.name: claim for claim in claims},
-        config=() if out.checkpoint is None else record.plan.config,
-        files=frozenset(record.files or {}),
-        edits=edits,
-        before={} if out.checkpoint is None else record.base_tensors,
-    ), None
+    return Claims(record, {claim.name: claim for claim in claims}, edits), None
 
 
 def _of_checkpoint(record: Record, edits: tuple[Edit, ...]) -> list[Claim]:

@@ -57,7 +57,7 @@ def _another_base(claims: Claims, base: Model) -> Iterator[str]:
     found = base.checkpoint
     others = [
         name
-        for name, digest in claims.before.items()
+        for name, digest in claims.record.base_tensors.items()
         if name in found.tensors and f"sha256:{found.tensor_digest(name)}" != digest
     ]
     if others:
@@ -159,12 +159,12 @@ def _config(claims: Claims, base: Model, out: Model) -> Iterator[str]:
     if base.checkpoint is None or out.checkpoint is None:
         return
     expected = dict(base.checkpoint.config)
-    for planned in claims.config:
+    for planned in claims.record.plan.config:
         if planned.new is None:
             expected.pop(planned.key, None)
         else:
             expected[planned.key] = planned.new
-    keys = {planned.key for planned in claims.config}
+    keys = {planned.key for planned in claims.record.plan.config}
     for change in config_changes(expected, out.checkpoint.config):
         name = change.key.partition(".")[0]
         if change.key in keys or name in keys:
@@ -172,7 +172,7 @@ def _config(claims: Claims, base: Model, out: Model) -> Iterator[str]:
         else:
             old = "was absent" if change.old == ABSENT else f"was {change.old}"
             yield f"config.json {change.key} is {change.new} and {old}; the plan leaves it alone"
-    for planned in claims.config:
+    for planned in claims.record.plan.config:
         if base.checkpoint.config.get(planned.key) != planned.old:
             found = json.dumps(base.checkpoint.config.get(planned.key))
             made_for, key = json.dumps(planned.old), planned.key
@@ -183,7 +183,7 @@ def _files(claims: Claims, files: tuple[FileChange, ...]) -> Iterator[str]:
     for file in files:
         name = file.name.lower()
         about = name.startswith(_DOCUMENTS) or name in _PROOFS or name in _FOLDERS
-        if about or (file.status == "added" and file.name in claims.files):
+        if about or (file.status == "added" and file.name in (claims.record.files or {})):
             continue
         if file.status == "added":
             yield f"the file {plain(file.name)} was added, and the record does not list it"
