@@ -168,9 +168,6 @@ def test_names_of_layers_make_a_mapping(tmp_path: Path, suffix: str, prefix: str
         assert same(found.at_layer(layer).tensors[Role.VECTOR], tensors[f"{prefix}{layer}"])
     with pytest.raises(DirectionError, match="there is no direction for layer 3"):
         found.at_layer(3)
-    with pytest.raises(DirectionError, match="names none of them"):
-        found.select()
-    assert found.select(12) is found.at_layer(12)
 
 
 def test_whole_numbers_are_names_of_layers(tmp_path: Path) -> None:
@@ -633,7 +630,6 @@ def test_the_folder_of_refusal_direction(tmp_path: Path) -> None:
         assert same(item.tensors[Role.VECTOR], diffs[-2, 3])
         assert item.tensors[Role.VECTOR].untyped_storage().nbytes() == D * 8
         assert found.at_layer(7) is item
-        assert found.select() is item
     lines = "".join(
         f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n"
         for name in ("direction.pt", "direction_metadata.json")

@@ -186,21 +186,6 @@ class Directions:
             f"the artifact places no direction at {site}", fix=f"it holds {self._contents()}"
         )
 
-    def select(self, layer: int | None = None) -> Direction:
-        """Return the item of a layer; without one, the only item there is.
-
-        Raises:
-            DirectionError: as ``at_layer``; or several items and no layer to choose by.
-        """
-        if layer is not None:
-            return self.at_layer(layer)
-        if len(self.items) == 1:
-            return self.items[0]
-        raise self._error(
-            f"the artifact holds {len(self.items)} directions, and the request names none of them",
-            fix=f"name a layer: it holds {self._contents()}",
-        )
-
     def _contents(self) -> str:
         places = [item.place for item in self.items]
         if len(places) > 12:
