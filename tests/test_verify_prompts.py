@@ -21,7 +21,7 @@ from bake.verify.prompts import (
     random_prompts,
     read_prompts,
 )
-from bake.verify.scores import perplexity, score, share
+from bake.verify.scores import perplexity, scorer, share
 
 
 class Tokenizer:
@@ -149,13 +149,13 @@ def test_shares_have_wilsons_interval() -> None:
 
 def test_scores_of_texts(tmp_path: Path) -> None:
     texts = ["I can't do that.", "Sure, here it is.", "SURE thing"]
-    found = score("contains:sure", texts)
+    found = scorer("contains:sure")(texts)
     assert found.value == pytest.approx(2 / 3)
     script = tmp_path / "count.py"
     script.write_text(
         "import json, sys\nfor line in sys.stdin: print(len(json.loads(line).split()))\n"
     )
-    counted = score(f"{sys.executable} {script}", texts)
+    counted = scorer(f"{sys.executable} {script}")(texts)
     assert (counted.value, counted.count) == (pytest.approx(10 / 3), 3)
     half = 1.959964 * math.sqrt(((4 - 10 / 3) ** 2 * 2 + (2 - 10 / 3) ** 2) / 2 / 3)
     assert counted.high - counted.value == pytest.approx(half)
@@ -173,17 +173,17 @@ def test_scores_of_texts(tmp_path: Path) -> None:
 def test_a_command_that_gives_no_scores_is_refused(body: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(body)
     with pytest.raises(InputError, match=message):
-        score(f"{sys.executable} {tmp_path / 'bad.py'}", ["a", "b"])
+        scorer(f"{sys.executable} {tmp_path / 'bad.py'}")(["a", "b"])
 
 
 def test_scores_that_say_nothing_are_refused(tmp_path: Path) -> None:
     for spec in ("contains:", "classifier: ", " "):
         with pytest.raises(UsageError):
-            score(spec, ["a"])
+            scorer(spec)(["a"])
     with pytest.raises(InputError, match="the classifier cannot be loaded"):
-        score(f"classifier:{tmp_path}", ["a"])
+        scorer(f"classifier:{tmp_path}")(["a"])
     with pytest.raises(InputError, match="the score's command does not run"):
-        score(str(tmp_path / "absent"), ["a"])
+        scorer(str(tmp_path / "absent"))(["a"])
 
 
 def test_a_classifier_scores_texts(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_classifier_scores_texts(tmp_path: Path) -> None:
             float(model(**tokenizer(text or " ", return_tensors="pt")).logits.softmax(-1)[0, -1])
             for text in texts[:2]
         ]
-    assert score(f"classifier:{tmp_path}", texts[:2]).value == pytest.approx(sum(want) / 2)
+    assert scorer(f"classifier:{tmp_path}")(texts[:2]).value == pytest.approx(sum(want) / 2)
     assert abs(want[0] - want[1]) > 1e-4
 
 

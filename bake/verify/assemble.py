@@ -97,7 +97,7 @@ def _report(
         rows=tuple(replace(row, name=as_merge(row.name)) if merged else row for row in rows),
         environment=_environment(inputs),
         prompts=inputs.prompts.to_json(),
-        metrics={name: found.metrics.to_json() for name, found in metrics.items()},
+        metrics={name: asdict(found.metrics) for name, found in metrics.items()},
         kl=() if shown is None else shown.kl,
         points=() if shown is None else shown.points,
         kl_effect=() if effect is None else effect.kl,

@@ -1,11 +1,12 @@
 """The side effects of an edit, beside its purpose: base, hooked and baked model compared."""
 
+from dataclasses import asdict
 from typing import Any
 
 from bake.verify.evidence import Evidence
 from bake.verify.inputs import Inputs
 from bake.verify.prompts import load_tokenizer
-from bake.verify.scores import perplexity, score
+from bake.verify.scores import perplexity, scorer
 
 MODELS = ("base", "hooked", "baked")
 
@@ -24,7 +25,7 @@ def effects(evidence: Evidence, inputs: Inputs) -> dict[str, Any]:
         logits = (evidence.base.logits, exact.reference.logits, exact.baked.logits)
         values = (perplexity(table, prompts.tokens, prompts.neutral) for table in logits)
         numbers["perplexity"] = {
-            name: value.to_json()
+            name: asdict(value)
             for name, value in zip(MODELS, values, strict=True)
             if value is not None
         }
@@ -38,5 +39,6 @@ def effects(evidence: Evidence, inputs: Inputs) -> dict[str, Any]:
             for name in MODELS
         }
         for spec in scores:
-            numbers[spec] = {name: score(spec, texts[name]).to_json() for name in MODELS}
+            score = scorer(spec)
+            numbers[spec] = {name: asdict(score(texts[name])) for name in MODELS}
     return numbers

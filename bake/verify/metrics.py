@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -34,10 +34,6 @@ class LogitMetrics:
     """Share of tokens after which both find the same token most likely."""
     cosine: float
     """Least cosine of the final hidden states (the last block's output) over all tokens."""
-
-    def to_json(self) -> dict[str, float | int]:
-        """Return the numbers by name."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,10 +31,6 @@ class Interval:
     low: float
     high: float
     count: int
-
-    def to_json(self) -> dict[str, float]:
-        """Return the numbers by name."""
-        return asdict(self)
 
 
 def perplexity(
@@ -64,22 +60,12 @@ def perplexity(
     return Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
 
 
-def score(spec: str, texts: Sequence[str]) -> Interval:
-    """Return the mean score of some texts.
-
-    Raises:
-        UsageError: the score is of no known kind, or names nothing.
-        InputError: the classifier cannot be loaded, or the command fails.
-    """
-    return scorer(spec)(texts)
-
-
 def scorer(spec: str) -> Callable[[Sequence[str]], Interval]:
     """Return what scores texts, found to be there before hours are spent on the texts for it.
 
     Raises:
         UsageError: the score is of no known kind, or names nothing.
-        InputError: there is no such classifier or command.
+        InputError: there is no such classifier or command; of the scorer, a command that fails.
     """
     kind, separator, rest = spec.partition(":")
     if not spec.strip():

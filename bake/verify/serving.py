@@ -7,7 +7,7 @@ as any user's would. One that is not installed is reported as not run, never as 
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def serve_all(inputs: Inputs, runtimes: Runtimes, target: Target) -> Served:
                 "greedy_tokens": GREEDY,
                 "numbers": {row.name: row.value for row in own},
                 "limit": target.limit,
-                "metrics": compared[name].metrics.to_json(),
+                "metrics": asdict(compared[name].metrics),
             }
         )
     effect = compare_logits(reference, torch.from_numpy(target.base))
