@@ -137,7 +137,6 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     complete: bool = False,
-    token: str | bool | None = None,
 ) -> Checkpoint:
     """Open a folder, or a repository on the Hugging Face Hub.
 
@@ -150,7 +149,6 @@ def open_checkpoint(
         revision: a branch, tag or commit on the Hub.
         complete: download every file that an export copies, and check it against the hash that
             the Hub states, which reads every byte once.
-        token: a Hub token, False for none, None for the one that ``hf auth login`` stored.
 
     Raises:
         CheckpointError: no such folder, or a checkpoint that is malformed or hostile.
@@ -177,7 +175,7 @@ def open_checkpoint(
     from bake.checkpoints import hub
 
     repo, revision = parse_hub_id(text, revision)
-    found = hub.locate(repo, revision, complete=complete, token=token)
+    found = hub.locate(repo, revision, complete=complete)
     if found.files is None:
         return _open_folder(found.folder, text, found.commit, complete=complete)
     return _assemble(found.folder, text, found.commit, found.listing, found.files, complete=False)

@@ -52,7 +52,7 @@ class Located:
     files: HubFiles | None
 
 
-def locate(repo: str, revision: str | None, *, complete: bool, token: str | bool | None) -> Located:
+def locate(repo: str, revision: str | None, *, complete: bool) -> Located:
     """Resolve a revision and return where its files are, downloading them when asked.
 
     Raises:
@@ -63,7 +63,7 @@ def locate(repo: str, revision: str | None, *, complete: bool, token: str | bool
     if constants.HF_HUB_OFFLINE:
         return _offline(repo, revision, complete=complete)
     cached = _cached(repo, revision) if pinned and not complete else None
-    return cached or _online(repo, revision, complete=complete, token=token)
+    return cached or _online(repo, revision, complete=complete)
 
 
 def _cached(repo: str, revision: str | None) -> Located | None:
@@ -106,10 +106,8 @@ def _offline(repo: str, revision: str | None, *, complete: bool) -> Located:
     return found
 
 
-def _online(
-    repo: str, revision: str | None, *, complete: bool, token: str | bool | None
-) -> Located:
-    api = HfApi(token=token, library_name="bake", library_version=__version__)
+def _online(repo: str, revision: str | None, *, complete: bool) -> Located:
+    api = HfApi(library_name="bake", library_version=__version__)
     with translated(repo, revision):
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         names = [sibling.rfilename for sibling in info.siblings or []]
@@ -118,22 +116,22 @@ def _online(
             raise CheckpointError(f"has no {CONFIG}", where=repo)
         # subtle: asked for under the user's own word, so that the cache learns which commit that
         # word stands for and finds it again offline.
-        config = Path(hf_hub_download(repo, CONFIG, revision=revision, token=token))
+        config = Path(hf_hub_download(repo, CONFIG, revision=revision))
         if config.parent.name != commit:
             raise HubError(
                 f"{repo} changed while it was being read", fix="run again, or name a commit"
             )
         if INDEX in names:
-            hf_hub_download(repo, INDEX, revision=commit, token=token)
+            hf_hub_download(repo, INDEX, revision=commit)
     path = config.parent.resolve()
     index_text = folders.read_text(path, INDEX) if INDEX in names else None
     listing = folders.sort_names(names, index_text, where=repo)
     if not complete:
         here = all((path / name).exists() for name in listing.shards)
-        return Located(path, commit, listing, None if here else HubFiles(repo, commit, token))
+        return Located(path, commit, listing, None if here else HubFiles(repo, commit))
     wanted = [name for name in names if name in _wanted(listing)]
     with translated(repo, revision):
-        download(repo, commit, wanted, token)
+        download(repo, commit, wanted)
     _check_blobs(path, listing, repo)
     return Located(path, commit, listing, None)
 
@@ -143,7 +141,7 @@ def _wanted(listing: folders.Listing) -> frozenset[str]:
     return frozenset((*listing.shards, *listing.side_files, CONFIG, INDEX, "README.md"))
 
 
-def download(repo: str, commit: str, names: list[str], token: str | bool | None) -> None:
+def download(repo: str, commit: str, names: list[str]) -> None:
     """Fetch files of a commit into the cache.
 
     Raises:
@@ -154,7 +152,6 @@ def download(repo: str, commit: str, names: list[str], token: str | bool | None)
             repo,
             revision=commit,
             allow_patterns=[glob.escape(name) for name in names],
-            token=token,
             library_name="bake",
             library_version=__version__,
         )

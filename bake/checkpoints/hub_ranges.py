@@ -31,12 +31,10 @@ class HubFiles:
     Attributes:
         repo: ``owner/name``.
         commit: the commit, so that every request reads the same files.
-        token: as for ``open_checkpoint``.
     """
 
     repo: str
     commit: str
-    token: str | bool | None = field(repr=False)
     _heads: dict[str, tuple[int, bytes]] = field(default_factory=dict, repr=False)
 
     def size(self, file: str) -> int:
@@ -75,9 +73,7 @@ class HubFiles:
         raise AssertionError("the last attempt returns or raises")
 
     def _request(self, file: str, start: int, buffer: memoryview) -> int:
-        headers = build_hf_headers(
-            token=self.token, library_name="bake", library_version=__version__
-        )
+        headers = build_hf_headers(library_name="bake", library_version=__version__)
         headers["Range"] = f"bytes={start}-{start + len(buffer) - 1}"
         headers["Accept-Encoding"] = "identity"  # compressed bytes would have other offsets
         url = hf_hub_url(self.repo, file, revision=self.commit)

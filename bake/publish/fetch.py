@@ -83,7 +83,7 @@ def fetch(repo: str, revision: str | None, *, weights: bool) -> Fetched:
     if tree is not None:
         _require(wanted, tree, repo)
         with translated(repo, folder.name):
-            download(repo, folder.name, wanted, None)
+            download(repo, folder.name, wanted)
     notes = _compare(repo, folder, wanted, tree, listed, sums)
     return Fetched(repo, folder.name, folder, record, tuple(notes))
 
@@ -174,7 +174,7 @@ def _sums(folder: Path, tree: Mapping[str, Stated] | None, repo: str) -> dict[st
     """Return what ``SHA256SUMS`` lists; nothing where the artifact was never sealed."""
     if tree is not None and SUMS in tree:
         with translated(repo, folder.name):
-            download(repo, folder.name, [SUMS], None)
+            download(repo, folder.name, [SUMS])
         _arrived(repo, folder, SUMS, tree)
     if not (folder / SUMS).is_file():
         return {}
