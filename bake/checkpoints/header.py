@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from bake.checkpoints import dtypes, strictjson
@@ -204,16 +205,21 @@ def _check_layout(found: list[TensorInfo], shard: str, base: int, size: int) -> 
 
 
 def build_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, shard: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    shard: str,
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """Return the first bytes of a new file and the places of its tensors.
 
-    The layout is that of safetensors' own writer: metadata ``{"format": "pt"}``, tensors by
-    descending type and then by name, and spaces so that the data begin at a multiple of eight.
+    The layout is that of safetensors' own writer: tensors by descending type and then by name, and
+    spaces so that the data begin at a multiple of eight. Its metadata come in another order in
+    every run; here they are sorted.
 
     Args:
         tensors: dtype and shape by name.
         shard: the name of the new file.
+        metadata: texts that are kept beside the tensors.
 
     Raises:
         CheckpointError: a name, dtype or shape that the format cannot hold.
@@ -222,7 +228,7 @@ def build_header(
         _check_name(name, f"header of {shard}")
         _check_type(dtype, list(shape), f"header of {shard}: {name}")
     order = sorted(tensors, key=lambda name: (-dtypes.ORDER[tensors[name][0]], name))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for name in order:
         dtype, shape = tensors[name]

@@ -8,15 +8,13 @@ Tensors: ``<role>`` for a direction of no layer, ``<role>.<layer>`` for one of a
 ``<role>.<site>`` where one layer has several sites (``left.ln1_out.3``).
 """
 
-import json
 import os
-import struct
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bake.checkpoints.header import build_header
 from bake.directions.direction import Direction, Directions, Role
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.safetensors_file import opened
@@ -55,7 +53,10 @@ def write_directions(directions: Directions, path: Path) -> None:
     metadata.pop("site", None)
     if site is not None:
         metadata["site"] = site
-    data = _serialise(tensors, metadata)
+    forms = {name: (_DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    header, places = build_header(forms, shard=path.name, metadata=metadata)
+    values = (tensors[place.name].reshape(-1).view(torch.uint8) for place in places)
+    data = b"".join((header, *(value.numpy().tobytes() for value in values)))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)
@@ -88,29 +89,6 @@ def _suffix(item: Direction, site: str | None) -> str:
             why="the format names the place of each direction by its layer",
         )
     return f".{item.site}"
-
-
-def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file, its header sorted.
-
-    The library writes the metadata in the order of a hash map, another one in every run.
-    """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    values: list[bytes] = []
-    position = 0
-    # Wider types first keeps every tensor aligned to its own element size.
-    for name, tensor in sorted(tensors.items(), key=lambda row: (-row[1].element_size(), row[0])):
-        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + len(raw)],
-        }
-        values.append(raw)
-        position += len(raw)
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((struct.pack("<Q", len(text)), text, *values))
 
 
 def _recognises(path: Path) -> bool:
