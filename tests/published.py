@@ -10,15 +10,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+import torch
+from commands import error_of
 from exporting import written
 from harness import base_at, edit, plan_of, vector
-from hub_server import HubServer
+from hub_server import HubServer, running_hub
 
 from bake import edits as make
 from bake.artifact.base import base_ref
@@ -29,6 +33,13 @@ CLIENTS = ("newest", pytest.param("oldest", marks=pytest.mark.runtimes))
 BASE = "meta/base"
 LICENCE = "apache-2.0"
 CARD = f"---\nlicense: {LICENCE}\nbase_model: {BASE}\n---\n# A baked model\n"
+
+
+def sharded_base(path: Path) -> Path:
+    """Write a float32 Llama in several shards, so that an edit leaves some of them untouched."""
+    model = tiny.make_model("llama", dtype=torch.float32)
+    tiny.write_checkpoint(model, path, max_shard_size="20KB")
+    return path
 
 
 def base_files(path: Path) -> dict[str, bytes]:
@@ -129,8 +140,7 @@ class Outcome:
     @property
     def error(self) -> str:
         """What went wrong and where, in one line."""
-        found = self.data["error"]
-        return " | ".join(str(found[key]) for key in ("what", "where", "why", "fix") if found[key])
+        return error_of(self.data)
 
 
 WORKER = """
@@ -289,3 +299,26 @@ class Worker:
         files = [path for path in self.home.rglob("*") if path.is_file()]
         texts = [path.read_bytes().decode("latin-1") for path in files]
         return "\n".join([*texts, *self.said])
+
+
+@contextmanager
+def hub_with(base: Path | None = None) -> Iterator[HubServer]:
+    """Run a Hub with one user and, where it is given, a base in its public repository."""
+    with running_hub() as hub:
+        hub.add_user(TOKEN, "alice")
+        if base is not None:
+            hub.add_repo(BASE, base_files(base), private=False)
+        yield hub
+
+
+@contextmanager
+def worker_at(hub: HubServer, home: Path, extra: dict[str, str] | None = None) -> Iterator[Worker]:
+    """Run a worker until the end of the block, by when it has not let its token out."""
+    worker = Worker(hub, home, extra or {})
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.stop()
+    assert TOKEN not in worker.traces()
+    assert not any(request.token for request in hub.log if request.at == "store")

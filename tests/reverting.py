@@ -1,16 +1,15 @@
 """Baked checkpoints that know their base, for tests that go back to it."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import data_of, error_of, run
 from exporting import written
 from harness import base_at, plan_of
 
-from bake.cli import main
 from bake.edits import Edit
 
 
@@ -36,34 +35,20 @@ def bake_local(
 
 def revert(artifact: Path, out: Path, *args: object) -> Result:
     """Run ``bake revert``, with ``--json``."""
-    run = ["revert", str(artifact), "--out", str(out), *map(str, args), "--json"]
-    result = CliRunner().invoke(main, run)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+    return run("revert", artifact, "--out", out, *args, "--json")
 
 
 def reverted(artifact: Path, out: Path, *args: object) -> dict[str, Any]:
     """Run ``bake revert`` and return what it says."""
-    result = revert(artifact, out, *args)
-    assert result.exit_code == 0, result.stdout
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+    return data_of("revert", artifact, "--out", out, *args)
 
 
 def refused(artifact: Path, out: Path, *args: object, code: int = 4) -> str:
     """Run ``bake revert``, which fails and leaves nothing, and return what it says."""
-    result = revert(artifact, out, *args)
-    assert result.exit_code == code, result.stdout
+    said = data_of("revert", artifact, "--out", out, *args, code=code)
     assert not out.exists()
     assert not out.with_name(f".{out.name}.bake-partial").exists()
-    error = json.loads(result.stdout)["error"]
-    return " | ".join(str(error[key]) for key in ("what", "where", "why", "fix") if error[key])
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a folder."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    return error_of(said)
 
 
 def flip(path: Path, position: int) -> None:

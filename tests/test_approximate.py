@@ -5,23 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import run
 from safetensors.torch import load_file, save_file
 
-from bake.cli import main
 from bake.edit_store import EDITS, FITTED, load_edits
 from bake.edits import EditKind
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 NAME = "quickstart-one-site.toml"
 PROMPTS = RECIPES / "quickstart" / "prompts.txt"
-
-
-def run(*args: object) -> Result:
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

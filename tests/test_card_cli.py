@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 from cards import COMMIT, EXAMPLES, artifact, on_hub
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import run
 
 from bake.artifact.base import base_card, base_ref
 from bake.artifact.record import read_record
 from bake.artifact.schema import BaseCard
 from bake.checkpoints import open_checkpoint
-from bake.cli import main
 from bake.directions import read_directions
 from bake.directions.describe import direction_record
 from bake.errors import UsageError
@@ -20,14 +20,6 @@ from bake.recipe import card_of, load_recipe
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart"
-
-
-def run(*args: object) -> Result:
-    """Run a command; an exception that is no exit is an error of the test."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def failure(result: Result) -> dict[str, Any]:

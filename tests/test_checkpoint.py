@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import files_of
 from exporting import write_new
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,12 +111,6 @@ def in_tiles(tensor: Tensor, rows: int = 2) -> Callable[[], Iterator[Tensor]]:
 def write(source: Checkpoint | Path, out: Path, **options: Any) -> Artifact:
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     return write_new(opened, out, **options)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
 
 
 def differences(a: bytes, b: bytes) -> tuple[int, int] | None:

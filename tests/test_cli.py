@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from commands import RecipeFolder, run, write_recipe
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, make_model, write_checkpoint
@@ -26,18 +26,6 @@ from bake.verify.report import Report, Row
 
 FAMILIES = Path(__file__).parent.parent / "bake" / "families"
 
-RECIPE = """
-title = "Mood"
-[base]
-model = {model}
-[directions.mood]
-file = "mood.npy"
-[[edits]]
-kind = "ablate"
-direction = "mood"
-at = "resid"
-"""
-
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,40 +34,14 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A folder with a recipe for a tiny model, and the commands run in it."""
-
-    folder: Path
-    recipe: Path
-    base: Path
-
-    def run(self, *args: object) -> Result:
-        """Run one command; an exception that is no exit is an error of the test."""
-        result = CliRunner().invoke(main, [str(arg) for arg in args])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    def rewrite(self, old: str, new: str) -> None:
-        text = self.recipe.read_text(encoding="utf-8")
-        assert old in text
-        self.recipe.write_text(text.replace(old, new), encoding="utf-8")
-
-    def listing(self) -> set[str]:
-        """Every file below the folder, hidden ones too."""
-        return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*")}
+Folders = Callable[..., RecipeFolder]
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Callable[..., Bench]:
-    def make(family: str = "llama", **options: Any) -> Bench:
+def folder_of(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Folders:
+    def make(family: str = "llama", **options: Any) -> RecipeFolder:
         base = tiny_checkpoint(family, **options)
-        width = CONFIGS[family].get("hidden_size", CONFIGS[family].get("n_embd"))
-        np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(width))
-        recipe = tmp_path / "recipe.toml"
-        recipe.write_text(RECIPE.format(model=json.dumps(str(base))), encoding="utf-8")
-        return Bench(tmp_path, recipe, base)
+        return RecipeFolder(tmp_path, write_recipe(tmp_path, base, family=family), base)
 
     return make
 
@@ -119,10 +81,10 @@ def test_an_unknown_command_names_the_nearest() -> None:
 # --- plan --------------------------------------------------------------------------------------
 
 
-def test_plan_says_what_changes_and_that_it_is_exact(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_plan_says_what_changes_and_that_it_is_exact(folder_of: Folders) -> None:
+    made = folder_of()
     before = made.listing()
-    result = made.run("plan", made.recipe)
+    result = run("plan", made.recipe)
     assert result.exit_code == 0
     assert result.stderr == ""
     for fact in (
@@ -143,12 +105,12 @@ def test_plan_says_what_changes_and_that_it_is_exact(bench: Callable[..., Bench]
     assert made.listing() == before
 
 
-def test_a_verbose_plan_lists_every_tensor_that_the_json_has(bench: Callable[..., Bench]) -> None:
-    made = bench()
-    data = json.loads(made.run("plan", made.recipe, "--json").stdout)
+def test_a_verbose_plan_lists_every_tensor_that_the_json_has(folder_of: Folders) -> None:
+    made = folder_of()
+    data = json.loads(run("plan", made.recipe, "--json").stdout)
     names = [update["name"] for key in ("tensors", "biases") for update in data["plan"][key]]
     assert len(names) == 13
-    table = made.run("plan", made.recipe, "-v").stdout
+    table = run("plan", made.recipe, "-v").stdout
     for name in names:
         assert f"\n{name} " in table
     assert data["plan"]["exactness"] == "exact"
@@ -158,49 +120,49 @@ def test_a_verbose_plan_lists_every_tensor_that_the_json_has(bench: Callable[...
     assert list(data["directions"]) == ["mood"]
 
 
-def test_a_plan_that_is_impossible_exits_with_three(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_a_plan_that_is_impossible_exits_with_three(folder_of: Folders) -> None:
+    made = folder_of()
     made.rewrite('"resid"', '"resid_post.1"')
-    result = made.run("plan", made.recipe)
+    result = run("plan", made.recipe)
     assert result.exit_code == 3
     assert "impossible  ablate mood at resid_post.1" in result.stdout
     assert "error: cannot ablate 'mood' at resid_post.1: impossible" in result.stderr
-    data = json.loads(made.run("plan", made.recipe, "--json").stdout)
+    data = json.loads(run("plan", made.recipe, "--json").stdout)
     assert data["plan"]["exactness"] == "impossible"
     assert data["error"]["type"] == "InexactPlan"
     assert data["error"]["exit_code"] == 3
 
 
-def test_what_is_allowed_exits_with_zero(bench: Callable[..., Bench]) -> None:
-    made = bench("gemma2")
-    assert made.run("plan", made.recipe).exit_code == 3
-    result = made.run("plan", made.recipe, "--allow", "nulling")
+def test_what_is_allowed_exits_with_zero(folder_of: Folders) -> None:
+    made = folder_of("gemma2")
+    assert run("plan", made.recipe).exit_code == 3
+    result = run("plan", made.recipe, "--allow", "nulling")
     assert result.exit_code == 0
     assert "nulling    ablate mood" in result.stdout
     assert "plan    nulling" in result.stdout
     made.recipe.write_text(made.recipe.read_text() + '[export]\nallow = ["nulling"]\n')
-    assert made.run("plan", made.recipe).exit_code == 0
+    assert run("plan", made.recipe).exit_code == 0
 
 
-def test_a_wanted_runtime_that_refuses_exits_with_three(bench: Callable[..., Bench]) -> None:
-    made = bench("gemma2")
+def test_a_wanted_runtime_that_refuses_exits_with_three(folder_of: Folders) -> None:
+    made = folder_of("gemma2")
     made.rewrite('"resid"', '"embed"')
-    assert made.run("plan", made.recipe).exit_code == 0
-    result = made.run("plan", made.recipe, "--target", "vllm")
+    assert run("plan", made.recipe).exit_code == 0
+    result = run("plan", made.recipe, "--target", "vllm")
     assert result.exit_code == 3
     assert re.search(r"\nvllm +refused +yes +it refuses an output head", result.stdout)
     assert "the target vllm would not serve this checkpoint as it is meant" in result.stderr
 
 
-def test_a_recast_shows_the_family_of_the_base(bench: Callable[..., Bench]) -> None:
-    made = bench("qwen2")
+def test_a_recast_shows_the_family_of_the_base(folder_of: Folders) -> None:
+    made = folder_of("qwen2")
     made.rewrite('"ablate"', '"offset"')
     made.rewrite('"resid"', '["attn_out.*", "mlp_out.*"]')
-    refused = made.run("plan", made.recipe)
+    refused = run("plan", made.recipe)
     assert refused.exit_code == 3
     # one row for all layers
     assert flat(refused.stdout).count("model.layers.0-2.mlp.down_proj is built without bias") == 1
-    result = made.run("plan", made.recipe, "--allow", "recast")
+    result = run("plan", made.recipe, "--allow", "recast")
     assert result.exit_code == 0
     assert "family  qwen2: Qwen2" in result.stdout
     assert '["Qwen2ForCausalLM"]' in result.stdout and '["LlamaForCausalLM"]' in result.stdout
@@ -208,28 +170,28 @@ def test_a_recast_shows_the_family_of_the_base(bench: Callable[..., Bench]) -> N
 
 
 def test_another_model_may_be_named(
-    bench: Callable[..., Bench], tiny_checkpoint: Callable[..., Path]
+    folder_of: Folders, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    made = bench()
+    made = folder_of()
     other = tiny_checkpoint("qwen3")
-    result = made.run("plan", made.recipe, "--model", other)
+    result = run("plan", made.recipe, "--model", other)
     assert result.exit_code == 0
     assert f"model{other}family" in tight(result.stdout)
     assert "family  qwen3" in result.stdout
 
 
-def test_a_table_of_the_users_own(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_a_table_of_the_users_own(folder_of: Folders) -> None:
+    made = folder_of()
     text = (FAMILIES / "llama.toml").read_text(encoding="utf-8")
     own = made.folder / "own.toml"
     own.write_text(text.replace('title = "Llama,', 'title = "My own,'), encoding="utf-8")
-    assert "family  llama: My own," in made.run("plan", made.recipe, "--family", own).stdout
+    assert "family  llama: My own," in run("plan", made.recipe, "--family", own).stdout
     own.write_text(text.replace("LlamaForCausalLM", "OtherForCausalLM"), encoding="utf-8")
-    result = made.run("plan", made.recipe, "--family", own)
+    result = run("plan", made.recipe, "--family", own)
     assert result.exit_code == 4
     assert "is for OtherForCausalLM, and the model is a LlamaForCausalLM" in flat(result.stderr)
     own.write_text(text.replace("[embed]", "[embde]"), encoding="utf-8")
-    assert "the key 'embed' is missing" in made.run("plan", made.recipe, "--family", own).stderr
+    assert "the key 'embed' is missing" in run("plan", made.recipe, "--family", own).stderr
 
 
 def flat(text: str) -> str:
@@ -248,13 +210,13 @@ def tight(text: str) -> str:
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
 def test_tables_fit_their_width_and_cut_nothing_off(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, width: int, family: str
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch, width: int, family: str
 ) -> None:
-    made = bench(family)
+    made = folder_of(family)
     made.rewrite('"ablate"', '"affine"')
-    wide = made.run("plan", made.recipe, "-v").stdout
+    wide = run("plan", made.recipe, "-v").stdout
     monkeypatch.setenv("COLUMNS", str(width))
-    text = made.run("plan", made.recipe, "-v").stdout
+    text = run("plan", made.recipe, "-v").stdout
     assert max(len(line) for line in text.splitlines()) <= width
     assert "…" not in text and "..." not in text
     assert all(line == line.rstrip() for line in text.splitlines())
@@ -266,29 +228,29 @@ def test_tables_fit_their_width_and_cut_nothing_off(
 
 
 def test_a_pipe_gets_no_colours_and_a_terminal_does(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = bench()
-    assert "\x1b[" not in made.run("plan", made.recipe).stdout
+    made = folder_of()
+    assert "\x1b[" not in run("plan", made.recipe).stdout
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert "\x1b[32mexact" in made.run("plan", made.recipe).stdout
+    assert "\x1b[32mexact" in run("plan", made.recipe).stdout
 
 
-def test_brackets_in_a_message_are_no_markup(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_brackets_in_a_message_are_no_markup(folder_of: Folders) -> None:
+    made = folder_of()
     made.rewrite('at = "resid"', 'at = "resid"\nbold = 1')
-    assert "recipe.toml[[edits]]1" in tight(made.run("plan", made.recipe).stderr)
+    assert "recipe.toml[[edits]]1" in tight(run("plan", made.recipe).stderr)
 
 
-def test_quiet_prints_nothing_but_errors(bench: Callable[..., Bench]) -> None:
-    made = bench()
-    result = made.run("plan", made.recipe, "-q")
+def test_quiet_prints_nothing_but_errors(folder_of: Folders) -> None:
+    made = folder_of()
+    result = run("plan", made.recipe, "-q")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     made.rewrite('"resid"', '"resid_post.1"')
-    result = made.run("plan", made.recipe, "-q")
+    result = run("plan", made.recipe, "-q")
     assert (result.exit_code, result.stdout) == (3, "")
     assert "cannot ablate 'mood'" in result.stderr
-    assert made.run("plan", made.recipe, "-q", "-v").exit_code == 2
+    assert run("plan", made.recipe, "-q", "-v").exit_code == 2
 
 
 def test_control_characters_of_others_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,10 +284,10 @@ def test_texts_are_merged_only_where_that_says_no_more() -> None:
 # --- export ------------------------------------------------------------------------------------
 
 
-def test_export_writes_the_checkpoint_that_the_plan_names(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_export_writes_the_checkpoint_that_the_plan_names(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.folder / "out"
-    result = made.run("export", made.recipe, "--out", out, "-v")
+    result = run("export", made.recipe, "--out", out, "-v")
     assert result.exit_code == 0
     assert result.stderr == ""
     assert f"written{out}carriercheckpointsize" in tight(result.stdout)
@@ -347,96 +309,94 @@ def test_export_writes_the_checkpoint_that_the_plan_names(bench: Callable[..., B
     assert f"edited   {edited:,} bytes of tensors" in result.stdout
 
 
-def test_a_dry_run_writes_nothing(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_a_dry_run_writes_nothing(folder_of: Folders) -> None:
+    made = folder_of()
     before = made.listing()
-    result = made.run("export", made.recipe, "--out", made.folder / "out", "--dry-run")
+    result = run("export", made.recipe, "--out", made.folder / "out", "--dry-run")
     assert result.exit_code == 0
     assert "dry run:" in result.stdout
-    data = made.run("export", made.recipe, "--out", made.folder / "out", "--dry-run", "--json")
+    data = run("export", made.recipe, "--out", made.folder / "out", "--dry-run", "--json")
     assert json.loads(data.stdout)["dry_run"] is True
     assert made.listing() == before
     made.rewrite('"resid"', '"resid_post.1"')
-    result = made.run("export", made.recipe, "--out", made.folder / "out", "--dry-run")
+    result = run("export", made.recipe, "--out", made.folder / "out", "--dry-run")
     assert result.exit_code == 3
 
 
-def test_export_as_json_prints_one_object(bench: Callable[..., Bench]) -> None:
-    made = bench()
-    result = made.run("export", made.recipe, "--out", made.folder / "out", "--json")
+def test_export_as_json_prints_one_object(folder_of: Folders) -> None:
+    made = folder_of()
+    result = run("export", made.recipe, "--out", made.folder / "out", "--json")
     data = json.loads(result.stdout)
     assert result.stderr == ""
     assert (data["kind"], data["path"]) == ("checkpoint", str(made.folder / "out"))
     assert set(data["files"]) >= {"bake.json", "config.json", "model.safetensors"}
-    quiet = made.run("export", made.recipe, "--out", made.folder / "quiet", "-q")
+    quiet = run("export", made.recipe, "--out", made.folder / "quiet", "-q")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
     assert (made.folder / "quiet" / "model.safetensors").is_file()
 
 
-def test_nothing_existing_is_overwritten_without_force(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_nothing_existing_is_overwritten_without_force(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.folder / "out"
     out.mkdir()
     (out / "config.json").write_text("mine")
     before = made.listing()
-    result = made.run("export", made.recipe, "--out", out)
+    result = run("export", made.recipe, "--out", out)
     assert result.exit_code == 2
     assert f"{out}existsandisnotempty" in tight(result.stderr)
     assert "use --force" in result.stderr
     assert made.listing() == before
     assert (out / "config.json").read_text() == "mine"
     # Nor with it, unless bake wrote what is there.
-    result = made.run("export", made.recipe, "--out", out, "--force")
+    result = run("export", made.recipe, "--out", out, "--force")
     assert result.exit_code == 2 and "wasnotwrittenbybake" in tight(result.stderr)
     assert made.listing() == before
     (out / "bake.json").write_text("{}")
-    assert made.run("export", made.recipe, "--out", out, "--force").exit_code == 0
+    assert run("export", made.recipe, "--out", out, "--force").exit_code == 0
     assert (out / "bake.json").is_file()
     (made.folder / "file").write_text("mine")
-    result = made.run("export", made.recipe, "--out", made.folder / "file", "--force")
+    result = run("export", made.recipe, "--out", made.folder / "file", "--force")
     assert result.exit_code == 2
     assert (made.folder / "file").read_text() == "mine"
 
 
 def test_progress_is_told_in_bytes_on_a_terminal_only(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = bench()
-    assert made.run("export", made.recipe, "--out", made.folder / "pipe").stderr == ""
+    made = folder_of()
+    assert run("export", made.recipe, "--out", made.folder / "pipe").stderr == ""
     total = (made.folder / "pipe" / "model.safetensors").stat().st_size
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
     shown = Text.from_ansi(
-        made.run("export", made.recipe, "--out", made.folder / "terminal").stderr
+        run("export", made.recipe, "--out", made.folder / "terminal").stderr
     ).plain
     assert "writing terminal" in shown
     assert f"{total / 1000:.1f}/{total / 1000:.1f} kB" in shown
-    quiet = made.run("export", made.recipe, "--out", made.folder / "quiet", "-q")
+    quiet = run("export", made.recipe, "--out", made.folder / "quiet", "-q")
     assert quiet.stderr == ""
 
 
-def test_a_refused_plan_writes_nothing(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_a_refused_plan_writes_nothing(folder_of: Folders) -> None:
+    made = folder_of()
     made.rewrite('"resid"', '"resid_post.1"')
     before = made.listing()
-    result = made.run("export", made.recipe, "--out", made.folder / "deep" / "out")
+    result = run("export", made.recipe, "--out", made.folder / "deep" / "out")
     assert result.exit_code == 3
     assert "impossible  ablate mood at resid_post.1" in result.stdout
     assert "error: cannot ablate 'mood' at resid_post.1" in result.stderr
-    data = json.loads(
-        made.run("export", made.recipe, "--out", made.folder / "out", "--json").stdout
-    )
+    data = json.loads(run("export", made.recipe, "--out", made.folder / "out", "--json").stdout)
     assert data["error"]["exit_code"] == 3
     assert data["plan"]["findings"][0]["exactness"] == "impossible"
     assert made.listing() == before
 
 
 def test_an_interrupted_export_says_what_it_kept(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from contextlib import contextmanager
 
-    made = bench()
+    made = folder_of()
     sharded = made.folder / "sharded"
     write_checkpoint(make_model("llama"), sharded, max_shard_size="60KB")
     made.rewrite(str(made.base), str(sharded))
@@ -453,22 +413,22 @@ def test_an_interrupted_export_says_what_it_kept(
 
     monkeypatch.setattr(render, "progress", interrupting)
     limit = 0.0
-    result = made.run("export", made.recipe, "--out", out, "-q")
+    result = run("export", made.recipe, "--out", out, "-q")
     assert result.exit_code == 130
     assert result.stderr == "\ninterrupted: nothing was written\n"
     assert not out.exists()
     limit = 0.9
-    result = made.run("export", made.recipe, "--out", out, "-q")
+    result = run("export", made.recipe, "--out", out, "-q")
     assert result.exit_code == 130
     assert f"interrupted: {out} was not written" in result.stderr
     assert str(made.folder / ".out.bake-partial") in result.stderr
     assert not out.exists()
     monkeypatch.undo()
     assert render.progress is real
-    assert made.run("export", made.recipe, "--out", out, "-q").exit_code == 0
+    assert run("export", made.recipe, "--out", out, "-q").exit_code == 0
     assert not (made.folder / ".out.bake-partial").exists()
     whole = made.folder / "whole"
-    assert made.run("export", made.recipe, "--out", whole, "-q").exit_code == 0
+    assert run("export", made.recipe, "--out", whole, "-q").exit_code == 0
     for path in out.glob("*.safetensors"):
         assert path.read_bytes() == (whole / path.name).read_bytes()
 
@@ -477,64 +437,64 @@ def test_an_interrupted_export_says_what_it_kept(
 
 
 def test_verify_passes_what_export_wrote_and_fails_what_was_changed_since(
-    bench: Callable[..., Bench],
+    folder_of: Folders,
 ) -> None:
-    made = bench()
+    made = folder_of()
     out = made.folder / "out"
-    assert made.run("export", made.recipe, "--out", out, "-q").exit_code == 0
-    result = made.run("verify", out)
+    assert run("export", made.recipe, "--out", out, "-q").exit_code == 0
+    result = run("verify", out)
     assert result.exit_code == 0
     assert "verification  passed" in result.stdout
     assert "base and hooked model" in result.stderr
     weights = load_file(out / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    result = made.run("verify", out)
+    result = run("verify", out)
     assert result.exit_code == 1
     assert "FAIL" in result.stdout and "verification  failed" in result.stdout
     assert "was changed after the export (changed: model.safetensors)" in flat(result.stderr)
-    data = json.loads(made.run("verify", out, "--json").stdout)
+    data = json.loads(run("verify", out, "--json").stdout)
     assert data["passed"] is False
     assert data["error"]["exit_code"] == 1
 
 
 def test_verify_needs_an_artifact_and_its_base(
-    bench: Callable[..., Bench], tiny_checkpoint: Callable[..., Path]
+    folder_of: Folders, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    made = bench()
-    result = made.run("verify", made.base)
+    made = folder_of()
+    result = run("verify", made.base)
     assert result.exit_code == 4
     assert "this is no artifact of bake" in flat(result.stderr)
     out = made.folder / "out"
-    assert made.run("export", made.recipe, "--out", out, "-q").exit_code == 0
-    result = made.run("verify", out, "--base", tiny_checkpoint("qwen3"))
+    assert run("export", made.recipe, "--out", out, "-q").exit_code == 0
+    result = run("verify", out, "--base", tiny_checkpoint("qwen3"))
     assert result.exit_code == 4
     assert "is not the base that the artifact was made from" in flat(result.stderr)
     (made.folder / "prompts.txt").write_text("Once upon a time\n")
-    result = made.run("verify", out, "--prompts", made.folder / "prompts.txt")
+    result = run("verify", out, "--prompts", made.folder / "prompts.txt")
     assert result.exit_code == 4
     assert "the artifact has no tokenizer that transformers loads" in flat(result.stderr)
-    result = made.run("verify", out, "--prompts", made.folder / "absent.txt")
+    result = run("verify", out, "--prompts", made.folder / "absent.txt")
     assert "the prompts cannot be read" in flat(result.stderr)
     (made.folder / "prompts.txt").write_text("\n\n")
-    result = made.run("verify", out, "--prompts", made.folder / "prompts.txt")
+    result = run("verify", out, "--prompts", made.folder / "prompts.txt")
     assert "the file holds no prompt" in flat(result.stderr)
 
 
 def test_prompts_reach_the_comparison_as_the_file_they_are_in(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading and tokenising them is the library's: its tests have every kind of file."""
     from bake.verify import compare
 
-    made = bench()
+    made = folder_of()
     seen: dict[str, Any] = {}
     report = Report("out", "base", "sha256:0", "exact", "F64", (Row("a", 1.0, 0.0, True),), {})
     monkeypatch.setattr(
         compare, "compare", lambda asked: seen.update(prompts=asked.prompts) or report
     )
     texts = made.folder / "prompts.txt"
-    made.run("verify", made.folder / "out", "--prompts", texts)
+    run("verify", made.folder / "out", "--prompts", texts)
     assert seen["prompts"] == texts
 
 
@@ -585,9 +545,9 @@ def test_families_lists_the_tables() -> None:
     assert {table["family"] for table in listed} == set(CONFIGS)
 
 
-def test_families_checks_a_model_against_its_table(bench: Callable[..., Bench]) -> None:
-    made = bench("gemma2")
-    result = made.run("families", made.base)
+def test_families_checks_a_model_against_its_table(folder_of: Folders) -> None:
+    made = folder_of("gemma2")
+    result = run("families", made.base)
     assert result.exit_code == 0
     assert "47 claimed, 0 left as they are" in result.stdout
     assert "ln2_post_out.0-2" in result.stdout
@@ -595,7 +555,7 @@ def test_families_checks_a_model_against_its_table(bench: Callable[..., Bench]) 
         r"self_attn\.o_proj +present +attention_bias +transformers, vllm, sglang\n", result.stdout
     )
     assert re.search(r"mlp\.down_proj +never\n", result.stdout)
-    data = json.loads(made.run("families", made.base, "--json").stdout)
+    data = json.loads(run("families", made.base, "--json").stdout)
     assert (data["family"], data["tied"], data["untouched"]) == ("gemma2", True, [])
     # A table that does not know one of the model's tensors does not fit.
     own = made.folder / "own.toml"
@@ -603,7 +563,7 @@ def test_families_checks_a_model_against_its_table(bench: Callable[..., Bench]) 
     row = '    { module = "mlp.up_proj", sites = ["mlp_up"], bias = "never" },\n'
     assert row in text
     own.write_text(text.replace(row, "").partition("[gguf]")[0], encoding="utf-8")
-    result = made.run("families", made.base, "--family", own)
+    result = run("families", made.base, "--family", own)
     assert result.exit_code == 4
     assert "mlp.up_proj.weight is not in the table" in flat(result.stderr)
 
@@ -682,25 +642,25 @@ def spoil_config(base: Path, **changes: Any) -> Path:
 )
 @pytest.mark.parametrize("command", ["plan", "export"])
 def test_bad_input_says_what_and_leaves_nothing(
-    bench: Callable[..., Bench],
+    folder_of: Folders,
     command: str,
-    spoil: Callable[[Bench], object],
+    spoil: Callable[[RecipeFolder], object],
     code: int,
     fragments: list[str],
 ) -> None:
-    made = bench()
+    made = folder_of()
     spoil(made)
     before = made.listing()
     arguments = [command, made.recipe]
     if command == "export":
         arguments += ["--out", made.folder / "out"]
-    result = made.run(*arguments)
+    result = run(*arguments)
     assert result.exit_code == code
     assert result.stdout == ""
     for fragment in fragments:
         assert tight(fragment) in tight(result.stderr)
-        assert fragment in told(made.run(*arguments, "--json"))
-    error = json.loads(made.run(*arguments, "--json").stdout)["error"]
+        assert fragment in told(run(*arguments, "--json"))
+    error = json.loads(run(*arguments, "--json").stdout)["error"]
     assert error["exit_code"] == code
     assert error["what"]
     assert made.listing() == before
@@ -713,16 +673,16 @@ def told(result: Result) -> str:
     return f"{error['what']} {error['where']} {error['why']} {error['fix']}"
 
 
-def test_a_wrong_option_is_json_too(bench: Callable[..., Bench]) -> None:
-    made = bench()
-    result = made.run("plan", made.recipe, "--jsonn")
+def test_a_wrong_option_is_json_too(folder_of: Folders) -> None:
+    made = folder_of()
+    result = run("plan", made.recipe, "--jsonn")
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
-    result = made.run("plan", made.recipe, "--json", "--no-such")
+    result = run("plan", made.recipe, "--json", "--no-such")
     assert result.exit_code == 2
     assert result.stderr == ""
     assert "No such option '--no-such'" in json.loads(result.stdout)["error"]["what"]
-    assert made.run("export", made.recipe).exit_code == 2  # without --out
+    assert run("export", made.recipe).exit_code == 2  # without --out
 
 
 def subclasses(kind: type[BakeError]) -> list[type[BakeError]]:
@@ -731,17 +691,17 @@ def subclasses(kind: type[BakeError]) -> list[type[BakeError]]:
 
 @pytest.mark.parametrize("kind", subclasses(BakeError))
 def test_every_error_leaves_by_its_exit_code(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, kind: type[BakeError]
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch, kind: type[BakeError]
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise kind("what", where="where [x]", why="why", fix="fix")
 
-    made = bench()
+    made = folder_of()
     monkeypatch.setattr("bake.plan.compile.compile_plan", fail)
-    result = made.run("plan", made.recipe)
+    result = run("plan", made.recipe)
     assert result.exit_code == kind.exit_code
     assert result.stderr == "error: what\nwhere: where [x]\n  why: why\n  fix: fix\n"
-    data = json.loads(made.run("plan", made.recipe, "--json").stdout)
+    data = json.loads(run("plan", made.recipe, "--json").stdout)
     assert data == {
         "error": {
             "type": kind.__name__,
@@ -755,11 +715,11 @@ def test_every_error_leaves_by_its_exit_code(
 
 
 def test_what_the_machine_refuses_is_no_traceback_and_a_defect_is_one(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+    folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
 
-    made = bench()
+    made = folder_of()
 
     def fail_with(error: Exception) -> None:
         def fail(*_: Any, **__: Any) -> None:
@@ -768,20 +728,20 @@ def test_what_the_machine_refuses_is_no_traceback_and_a_defect_is_one(
         monkeypatch.setattr("bake.outputs.write.prepare", fail)
 
     fail_with(OSError(errno.ENOSPC, "No space left on device", "/disk/file"))
-    result = made.run("export", made.recipe, "--out", made.folder / "out", "-q")
+    result = run("export", made.recipe, "--out", made.folder / "out", "-q")
     assert result.exit_code == errors.InputError.exit_code
     assert "the machine refuses: No space left on device" in result.stderr
     assert "/disk/file" in result.stderr
     fail_with(ZeroDivisionError("a defect"))
     with pytest.raises(ZeroDivisionError, match="a defect"):
-        made.run("export", made.recipe, "--out", made.folder / "out", "-q")
+        run("export", made.recipe, "--out", made.folder / "out", "-q")
     fail_with(FileNotFoundError(errno.ENOENT, "No such file", "x"))
     with pytest.raises(FileNotFoundError):
-        made.run("export", made.recipe, "--out", made.folder / "out", "-q")
+        run("export", made.recipe, "--out", made.folder / "out", "-q")
 
 
-def test_the_command_runs_as_a_process(bench: Callable[..., Bench]) -> None:
-    made = bench()
+def test_the_command_runs_as_a_process(folder_of: Folders) -> None:
+    made = folder_of()
     code = "from bake.cli import main; main()"
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -6,26 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import run, write_recipe
 
 from bake.artifact import CARRIERS
-from bake.cli import main
 from bake.families import RUNTIMES
 
-RECIPE = """title = "Mood"
-[base]
-model = "{model}"
-[directions.mood]
-file = "mood.npy"
-[[edits]]
-kind = "{kind}"
-direction = "mood"
-at = "{at}"
-[export]
-to = {to}
-"""
 Plan = Callable[..., Result]
 
 
@@ -33,15 +20,14 @@ Plan = Callable[..., Result]
 def plan(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Plan:
     """Return a function that plans one edit of a tiny model for some carriers."""
 
-    def run(family: str, kind: str, at: str, to: list[str], *args: str, **options: Any) -> Result:
-        np.save(tmp_path / "mood.npy", np.linspace(-1, 1, 24, dtype=np.float32))
-        model = tiny_checkpoint(family, **options)
-        text = RECIPE.format(model=model, kind=kind, at=at, to=json.dumps(to))
-        (tmp_path / "recipe.toml").write_text(text, encoding="utf-8")
-        command = ["plan", str(tmp_path / "recipe.toml"), *args]
-        return CliRunner(env={"COLUMNS": "200"}).invoke(main, command)
+    def planned(
+        family: str, kind: str, at: str, to: list[str], *args: str, **options: Any
+    ) -> Result:
+        model, more = tiny_checkpoint(family, **options), f"[export]\nto = {json.dumps(to)}\n"
+        recipe = write_recipe(tmp_path, model, kind=kind, at=at, more=more)
+        return run("plan", recipe, *args, columns=200)
 
-    return run
+    return planned
 
 
 def section(text: str, title: str) -> str:

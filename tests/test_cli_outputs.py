@@ -8,33 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf_files
-import numpy as np
 import pytest
 import tiny
 from adapters import factors_of, rewritten
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import RecipeFolder, files_of, run, write_recipe
 from harness import base_at
 from test_merge import trained
 
 from bake.checkpoints import open_checkpoint
-from bake.cli import main
 from bake.outputs.gguf.modelfile import MODELFILE
 
-RECIPE = """
-title = "Mood"
-[base]
-model = {model}
-[directions.mood]
-file = "mood.npy"
-[[edits]]
-kind = "ablate"
-direction = "mood"
-at = "resid"
-"""
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 Checkpoints = Callable[..., Path]
 
@@ -46,121 +33,94 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def run(*args: object) -> Result:
-    """Run one command; an exception that is no exit is an error of the test."""
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 def told(result: Result) -> str:
     """Return an error as it is shown, without the folding of its lines."""
     return " ".join(result.stderr.split())
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-@dataclass(frozen=True)
-class Bench:
+class AdapterFolder(RecipeFolder):
     """A base, an adapter of it and a recipe for it, in one folder."""
 
-    folder: Path
-    base: Path
-    adapter: Path
-    recipe: Path
-
     @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    def listing(self) -> set[str]:
-        return {path.name for path in self.folder.iterdir()}
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_checkpoint: Checkpoints) -> Bench:
+def work(tmp_path: Path, tiny_checkpoint: Checkpoints) -> AdapterFolder:
     base = tiny_checkpoint("llama", **NO_BIAS)
-    np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(24))
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(RECIPE.format(model=json.dumps(str(base))), encoding="utf-8")
-    return Bench(tmp_path, base, trained(base_at(base), tmp_path / "adapter"), recipe)
+    trained(base_at(base), tmp_path / "adapter")
+    return AdapterFolder(tmp_path, write_recipe(tmp_path, base), base)
 
 
 # --- merge -------------------------------------------------------------------------------------
 
 
-def test_merge_writes_a_checkpoint_that_verifies(bench: Bench) -> None:
-    result = run("merge", bench.adapter, bench.base, "--out", bench.out)
+def test_merge_writes_a_checkpoint_that_verifies(work: AdapterFolder) -> None:
+    result = run("merge", work.adapter, work.base, "--out", work.out)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "written" in result.stdout and "of which" in result.stdout
-    record = json.loads((bench.out / "bake.json").read_text())
-    assert (bench.out / record["adapter"]["path"]).resolve() == bench.adapter.resolve()
-    assert record["base"]["tensors"] == len(open_checkpoint(bench.base).tensors)
+    record = json.loads((work.out / "bake.json").read_text())
+    assert (work.out / record["adapter"]["path"]).resolve() == work.adapter.resolve()
+    assert record["base"]["tensors"] == len(open_checkpoint(work.base).tensors)
     # A label for others, and not a place on this machine.
-    assert record["base"]["model"] == bench.base.name
-    result = run("verify", bench.out, "--generate", "2", "--no-plots", "--json")
+    assert record["base"]["model"] == work.base.name
+    result = run("verify", work.out, "--generate", "2", "--no-plots", "--json")
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert report["passed"] is True and report["plan_digest"] == record["plan"]["digest"]
-    result = run("check", bench.out, "--seal", "--base", bench.base, "--json")
+    result = run("check", work.out, "--seal", "--base", work.base, "--json")
     found = json.loads(result.stdout)
     assert (result.exit_code, found["kind"], found["verified"]) == (0, "merge", True)
 
 
-def test_merge_as_json_and_quiet(bench: Bench) -> None:
-    result = run("merge", bench.adapter, bench.base, "--out", bench.out, "--json")
+def test_merge_as_json_and_quiet(work: AdapterFolder) -> None:
+    result = run("merge", work.adapter, work.base, "--out", work.out, "--json")
     data = json.loads(result.stdout)
-    assert (data["kind"], data["path"], result.stderr) == ("merge", str(bench.out), "")
+    assert (data["kind"], data["path"], result.stderr) == ("merge", str(work.out), "")
     assert set(data["files"]) >= {"bake.json", "config.json", "model.safetensors"}
     assert 0 < data["bytes_edited"] < data["bytes_written"]
-    quiet = run("merge", bench.adapter, bench.base, "--out", bench.folder / "quiet", "-q")
+    quiet = run("merge", work.adapter, work.base, "--out", work.folder / "quiet", "-q")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
-def test_merge_into_another_base_than_the_adapter_names(bench: Bench) -> None:
+def test_merge_into_another_base_than_the_adapter_names(work: AdapterFolder) -> None:
     """Shapes do not tell a base from its finetunes, so the merge says what the adapter names."""
-    own = run("merge", bench.adapter, bench.base, "--out", bench.out, "--json")
+    own = run("merge", work.adapter, work.base, "--out", work.out, "--json")
     assert json.loads(own.stdout)["notes"] == []
-    factors = factors_of(bench.adapter)
+    factors = factors_of(work.adapter)
     named = {"base_model_name_or_path": "owner/name"}
-    adapter = rewritten(bench.adapter, bench.folder / "named", factors, **named)
-    result = run("merge", adapter, bench.base, "--out", bench.folder / "other")
+    adapter = rewritten(work.adapter, work.folder / "named", factors, **named)
+    result = run("merge", adapter, work.base, "--out", work.folder / "other")
     assert result.exit_code == 0
     assert "the adapter names owner/name as its base" in " ".join(result.stdout.split())
 
 
-def wrong_rank(bench: Bench) -> tuple[object, object]:
-    changed = rewritten(bench.adapter, bench.folder / "wrong", factors_of(bench.adapter), r=4)
-    return changed, bench.base
+def wrong_rank(work: AdapterFolder) -> tuple[object, object]:
+    changed = rewritten(work.adapter, work.folder / "wrong", factors_of(work.adapter), r=4)
+    return changed, work.base
 
 
-def dora(bench: Bench) -> tuple[object, object]:
-    factors = factors_of(bench.adapter)
-    return rewritten(bench.adapter, bench.folder / "wrong", factors, use_dora=True), bench.base
+def dora(work: AdapterFolder) -> tuple[object, object]:
+    factors = factors_of(work.adapter)
+    return rewritten(work.adapter, work.folder / "wrong", factors, use_dora=True), work.base
 
 
-def other_base(bench: Bench) -> tuple[object, object]:
-    other = bench.folder / "other"
+def other_base(work: AdapterFolder) -> tuple[object, object]:
+    other = work.folder / "other"
     tiny.write_checkpoint(tiny.make_model("llama", hidden_size=32, **NO_BIAS), other)
-    return bench.adapter, other
+    return work.adapter, other
 
 
-def pickled(bench: Bench) -> tuple[object, object]:
-    folder = bench.folder / "wrong"
+def pickled(work: AdapterFolder) -> tuple[object, object]:
+    folder = work.folder / "wrong"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (folder / "adapter_model.bin").write_bytes(b"\x80")
-    return folder, bench.base
+    return folder, work.base
 
 
-WRONG: dict[str, tuple[Callable[[Bench], tuple[object, object]], int, str]] = {
+WRONG: dict[str, tuple[Callable[[AdapterFolder], tuple[object, object]], int, str]] = {
     "no adapter": (lambda b: (b.base, b.base), 4, "this is no PEFT adapter"),
     "no folder": (
         lambda b: (b.folder / "none", b.base),
@@ -178,14 +138,14 @@ WRONG: dict[str, tuple[Callable[[Bench], tuple[object, object]], int, str]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.parametrize("as_json", [False, True])
-def test_merge_of_what_does_not_fit(case: str, as_json: bool, bench: Bench) -> None:
+def test_merge_of_what_does_not_fit(case: str, as_json: bool, work: AdapterFolder) -> None:
     make, code, message = WRONG[case]
-    adapter, base = make(bench)
-    before = bench.listing()
+    adapter, base = make(work)
+    before = work.listing()
     json_option = ["--json"] if as_json else []
-    result = run("merge", adapter, base, "--out", bench.folder / "deep" / "out", *json_option)
+    result = run("merge", adapter, base, "--out", work.folder / "deep" / "out", *json_option)
     assert result.exit_code == code
-    assert bench.listing() == before
+    assert work.listing() == before
     if as_json:
         error = json.loads(result.stdout)["error"]
         assert error["exit_code"] == code and result.stderr == ""
@@ -194,62 +154,66 @@ def test_merge_of_what_does_not_fit(case: str, as_json: bool, bench: Bench) -> N
         assert "error: " in result.stderr and message in told(result)
 
 
-def test_merge_of_an_adapter_on_the_hub(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_of_an_adapter_on_the_hub(
+    work: AdapterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its id, as the cache holds it; the record names the commit and no path of this machine."""
-    commit, cache = "c0ffee" + "0" * 34, bench.folder / "cache"
+    commit, cache = "c0ffee" + "0" * 34, work.folder / "cache"
     place = cache / "models--owner--style"
-    shutil.copytree(bench.adapter, place / "snapshots" / commit)
+    shutil.copytree(work.adapter, place / "snapshots" / commit)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    result = run("merge", "owner/style", bench.base, "--out", bench.out)
+    result = run("merge", "owner/style", work.base, "--out", work.out)
     assert (result.exit_code, result.stderr) == (0, "")
-    told_of = json.loads((bench.out / "bake.json").read_text())["adapter"]
+    told_of = json.loads((work.out / "bake.json").read_text())["adapter"]
     assert (told_of["name"], told_of["revision"]) == ("owner/style", commit)
     assert told_of["path"] is None and str(cache) not in json.dumps(told_of)
-    assert run("verify", bench.out, "--generate", "0", "--no-plots", "-q").exit_code == 0
-    by_commit = run("merge", f"owner/style@{commit}", bench.base, "--out", bench.folder / "c", "-q")
+    assert run("verify", work.out, "--generate", "0", "--no-plots", "-q").exit_code == 0
+    by_commit = run("merge", f"owner/style@{commit}", work.base, "--out", work.folder / "c", "-q")
     assert by_commit.exit_code == 0
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(bench.folder))
-    result = run("verify", bench.out, "--generate", "0", "--no-plots", "-q")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work.folder))
+    result = run("verify", work.out, "--generate", "0", "--no-plots", "-q")
     assert result.exit_code == 5 and "owner/style" in told(result)
 
 
-def test_a_repository_without_an_adapter(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_an_adapter(
+    work: AdapterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     def missing(*args: object, **options: object) -> str:
         raise EntryNotFoundError("404")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
-    result = run("merge", "owner/style", bench.base, "--out", bench.out)
+    result = run("merge", "owner/style", work.base, "--out", work.out)
     assert result.exit_code == 4
     assert "owner/style holds no adapter_config.json" in told(result)
-    assert not bench.out.exists()
+    assert not work.out.exists()
 
 
-def test_merge_into_what_is_there(bench: Bench) -> None:
-    bench.out.mkdir()
-    (bench.out / "mine.txt").write_text("mine")
-    result = run("merge", bench.adapter, bench.base, "--out", bench.out)
+def test_merge_into_what_is_there(work: AdapterFolder) -> None:
+    work.out.mkdir()
+    (work.out / "mine.txt").write_text("mine")
+    result = run("merge", work.adapter, work.base, "--out", work.out)
     assert result.exit_code == 2 and "exists and is not empty" in told(result)
-    result = run("merge", bench.adapter, bench.base, "--out", bench.out, "--force")
+    result = run("merge", work.adapter, work.base, "--out", work.out, "--force")
     assert result.exit_code == 2 and "was not written by bake, so it is not replaced" in told(
         result
     )
-    assert contents(bench.out) == {"mine.txt": b"mine"}
-    (bench.out / "mine.txt").unlink()
-    assert run("merge", bench.adapter, bench.base, "--out", bench.out, "-q").exit_code == 0
-    first = contents(bench.out)
-    assert run("merge", bench.adapter, bench.base, "--out", bench.out, "-q").exit_code == 2
-    result = run("merge", bench.adapter, bench.base, "--out", bench.out, "-q", "--force")
-    assert result.exit_code == 0 and contents(bench.out) == first
-    inside = bench.out / "adapter"
-    shutil.copytree(bench.adapter, inside)
-    for place in (bench.out, inside):
-        result = run("merge", inside, bench.base, "--out", place, "--force")
+    assert files_of(work.out) == {"mine.txt": b"mine"}
+    (work.out / "mine.txt").unlink()
+    assert run("merge", work.adapter, work.base, "--out", work.out, "-q").exit_code == 0
+    first = files_of(work.out)
+    assert run("merge", work.adapter, work.base, "--out", work.out, "-q").exit_code == 2
+    result = run("merge", work.adapter, work.base, "--out", work.out, "-q", "--force")
+    assert result.exit_code == 0 and files_of(work.out) == first
+    inside = work.out / "adapter"
+    shutil.copytree(work.adapter, inside)
+    for place in (work.out, inside):
+        result = run("merge", inside, work.base, "--out", place, "--force")
         assert result.exit_code == 2 and "holds the adapter" in told(result)
-    result = run("merge", bench.adapter, bench.base, "--out", bench.base / "out")
+    result = run("merge", work.adapter, work.base, "--out", work.base / "out")
     assert result.exit_code == 2 and "overlap" in told(result)
 
 
@@ -287,23 +251,23 @@ def kill(after: int, *args: object) -> None:
     child.stdout.close()
 
 
-def test_a_killed_merge_is_taken_up(bench: Bench) -> None:
-    sharded = bench.folder / "sharded"
+def test_a_killed_merge_is_taken_up(work: AdapterFolder) -> None:
+    sharded = work.folder / "sharded"
     model = tiny.make_model("llama", **NO_BIAS)
     tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
-    kill(2, "merge", bench.adapter, sharded, "--out", bench.out, "-q")
-    partial = bench.folder / ".out.bake-partial"
+    kill(2, "merge", work.adapter, sharded, "--out", work.out, "-q")
+    partial = work.folder / ".out.bake-partial"
     finished = sorted((partial / "files").glob("*.safetensors"))[:2]
     stamps = {path.name: path.stat().st_mtime_ns for path in finished}
-    assert not bench.out.exists() and len(stamps) == 2
+    assert not work.out.exists() and len(stamps) == 2
     time.sleep(0.01)
-    assert run("merge", bench.adapter, sharded, "--out", bench.out, "-q").exit_code == 0
+    assert run("merge", work.adapter, sharded, "--out", work.out, "-q").exit_code == 0
     assert not partial.exists()
     for name, stamp in stamps.items():
-        assert (bench.out / name).stat().st_mtime_ns == stamp
-    whole = bench.folder / "new"
-    assert run("merge", bench.adapter, sharded, "--out", whole, "-q").exit_code == 0
-    one, other = contents(bench.out), contents(whole)
+        assert (work.out / name).stat().st_mtime_ns == stamp
+    whole = work.folder / "new"
+    assert run("merge", work.adapter, sharded, "--out", whole, "-q").exit_code == 0
+    one, other = files_of(work.out), files_of(whole)
     assert one == other
 
 
@@ -312,46 +276,46 @@ def test_a_killed_merge_is_taken_up(bench: Bench) -> None:
 BOTH = ("--to", "lora", "--to", "checkpoint")
 
 
-def test_export_of_several_carriers(bench: Bench) -> None:
-    result = run("export", bench.recipe, "--out", bench.out, *BOTH)
+def test_export_of_several_carriers(work: AdapterFolder) -> None:
+    result = run("export", work.recipe, "--out", work.out, *BOTH)
     assert (result.exit_code, result.stderr) == (0, "")
     for carrier in ("checkpoint", "lora"):
-        alone = bench.folder / "one" / carrier
-        assert run("export", bench.recipe, "--out", alone, "--to", carrier, "-q").exit_code == 0
-        assert contents(bench.out / carrier) == contents(alone)
-        assert str(bench.out / carrier) in result.stdout.replace("\n", "")
-    assert {path.name for path in bench.out.iterdir()} == {"checkpoint", "lora"}
-    assert run("verify", bench.out / "checkpoint", "--generate", "0", "-q").exit_code == 0
+        alone = work.folder / "one" / carrier
+        assert run("export", work.recipe, "--out", alone, "--to", carrier, "-q").exit_code == 0
+        assert files_of(work.out / carrier) == files_of(alone)
+        assert str(work.out / carrier) in result.stdout.replace("\n", "")
+    assert {path.name for path in work.out.iterdir()} == {"checkpoint", "lora"}
+    assert run("verify", work.out / "checkpoint", "--generate", "0", "-q").exit_code == 0
 
 
-def test_several_carriers_from_the_recipe_as_json(bench: Bench) -> None:
-    text = bench.recipe.read_text() + '[export]\nto = ["checkpoint", "lora", "gguf-lora"]\n'
-    bench.recipe.write_text(text)
-    result = run("export", bench.recipe, "--out", bench.out, "--json")
+def test_several_carriers_from_the_recipe_as_json(work: AdapterFolder) -> None:
+    text = work.recipe.read_text() + '[export]\nto = ["checkpoint", "lora", "gguf-lora"]\n'
+    work.recipe.write_text(text)
+    result = run("export", work.recipe, "--out", work.out, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     made = json.loads(result.stdout)["artifacts"]
     assert [artifact["kind"] for artifact in made] == ["checkpoint", "lora", "gguf-lora"]
     for artifact in made:
         path = Path(artifact["path"])
-        assert path == bench.out / artifact["kind"]
-        assert set(artifact["files"]) == set(contents(path))
+        assert path == work.out / artifact["kind"]
+        assert set(artifact["files"]) == set(files_of(path))
     assert len({artifact["plan_digest"] for artifact in made}) == 1
-    quiet = run("export", bench.recipe, "--out", bench.folder / "quiet", "-q")
+    quiet = run("export", work.recipe, "--out", work.folder / "quiet", "-q")
     assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
-def test_a_dry_run_tries_everything_but_writing(bench: Bench) -> None:
-    before = bench.listing()
-    result = run("export", bench.recipe, "--out", bench.out, *BOTH, "--dry-run", "--json")
+def test_a_dry_run_tries_everything_but_writing(work: AdapterFolder) -> None:
+    before = work.listing()
+    result = run("export", work.recipe, "--out", work.out, *BOTH, "--dry-run", "--json")
     data = json.loads(result.stdout)
     assert (data["dry_run"], data["carriers"]) == (True, ["lora", "checkpoint"])
-    result = run("export", bench.recipe, "--out", bench.out, "--to", "lora", "--dry-run")
+    result = run("export", work.recipe, "--out", work.out, "--to", "lora", "--dry-run")
     assert "would hold lora" in result.stdout and "bytes of weights" not in result.stdout
-    wrong = bench.folder / "mood.npy"
+    wrong = work.folder / "mood.npy"
     to = ("--to", "checkpoint", "--to", "gguf")
-    result = run("export", bench.recipe, "--out", bench.out, *to, "--gguf", wrong, "--dry-run")
+    result = run("export", work.recipe, "--out", work.out, *to, "--gguf", wrong, "--dry-run")
     assert result.exit_code == 4 and "mood.npy" in told(result)
-    assert bench.listing() == before
+    assert work.listing() == before
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
@@ -380,100 +344,102 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_carrier_that_refuses_leaves_none(case: str, bench: Bench) -> None:
+def test_a_carrier_that_refuses_leaves_none(case: str, work: AdapterFolder) -> None:
     options, code, message = REFUSED[case]
-    before = bench.listing()
-    result = run("export", bench.recipe, "--out", bench.folder / "deep" / "out", *options, "-q")
+    before = work.listing()
+    result = run("export", work.recipe, "--out", work.folder / "deep" / "out", *options, "-q")
     assert result.exit_code == code
     assert message in told(result)
-    assert bench.listing() == before
+    assert work.listing() == before
 
 
-def test_several_into_what_is_there(bench: Bench) -> None:
-    (bench.out / "lora").mkdir(parents=True)
-    (bench.out / "lora" / "mine.txt").write_text("mine")
-    result = run("export", bench.recipe, "--out", bench.out, *BOTH)
+def test_several_into_what_is_there(work: AdapterFolder) -> None:
+    (work.out / "lora").mkdir(parents=True)
+    (work.out / "lora" / "mine.txt").write_text("mine")
+    result = run("export", work.recipe, "--out", work.out, *BOTH)
     assert result.exit_code == 2 and "exists and is not empty" in told(result)
-    result = run("export", bench.recipe, "--out", bench.out, *BOTH, "--force")
+    result = run("export", work.recipe, "--out", work.out, *BOTH, "--force")
     assert result.exit_code == 2 and "holds lora, which bake did not write" in told(result)
-    assert contents(bench.out) == {"lora/mine.txt": b"mine"}
-    place = bench.folder / "new"
-    assert run("export", bench.recipe, "--out", place, *BOTH, "-q").exit_code == 0
-    first = contents(place)
-    assert run("export", bench.recipe, "--out", place, *BOTH, "-q", "--force").exit_code == 0
-    assert contents(place) == first
+    assert files_of(work.out) == {"lora/mine.txt": b"mine"}
+    place = work.folder / "new"
+    assert run("export", work.recipe, "--out", place, *BOTH, "-q").exit_code == 0
+    first = files_of(place)
+    assert run("export", work.recipe, "--out", place, *BOTH, "-q", "--force").exit_code == 0
+    assert files_of(place) == first
     to = ("--to", "lora", "--to", "gguf-lora")
-    assert run("export", bench.recipe, "--out", place, *to, "-q", "--force").exit_code == 0
+    assert run("export", work.recipe, "--out", place, *to, "-q", "--force").exit_code == 0
     assert {path.name for path in place.iterdir()} == {"lora", "gguf-lora"}
 
 
 @pytest.mark.parametrize("to", ["lora", "gguf-lora", "control-vector", "gguf"])
-def test_a_base_is_not_replaced_by_what_is_made_from_it(to: str, bench: Bench) -> None:
+def test_a_base_is_not_replaced_by_what_is_made_from_it(to: str, work: AdapterFolder) -> None:
     """A base that bake wrote itself has a record, which is what --force looks for."""
-    base, gguf = bench.folder / "baked", bench.folder / "base.gguf"
-    assert run("merge", bench.adapter, bench.base, "--out", base, "-q").exit_code == 0
+    base, gguf = work.folder / "baked", work.folder / "base.gguf"
+    assert run("merge", work.adapter, work.base, "--out", base, "-q").exit_code == 0
     gguf_files.write(gguf, base)
     if to == "control-vector":
-        text = bench.recipe.read_text().replace('"ablate"', '"offset"')
-        bench.recipe.write_text(text.replace('"resid"', '"resid_post.1"'))
-    before = contents(base)
+        text = work.recipe.read_text().replace('"ablate"', '"offset"')
+        work.recipe.write_text(text.replace('"resid"', '"resid_post.1"'))
+    before = files_of(base)
     options = ("--model", base, "--to", to, "-q", "--force")
     options = (*options, "--gguf", gguf) if to == "gguf" else options
-    for out in (base, base / "out", bench.folder):
-        result = run("export", bench.recipe, "--out", out, *options)
+    for out in (base, base / "out", work.folder):
+        result = run("export", work.recipe, "--out", out, *options)
         assert result.exit_code == 2
         assert "overlap" in told(result) or "was not written by bake" in told(result)
-    assert contents(base) == before
-    assert run("export", bench.recipe, "--out", bench.out, *options).exit_code == 0
+    assert files_of(base) == before
+    assert run("export", work.recipe, "--out", work.out, *options).exit_code == 0
 
 
-def test_a_killed_export_of_several_is_taken_up(bench: Bench) -> None:
-    sharded = bench.folder / "sharded"
+def test_a_killed_export_of_several_is_taken_up(work: AdapterFolder) -> None:
+    sharded = work.folder / "sharded"
     model = tiny.make_model("llama", **NO_BIAS)
     tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
-    args = ("export", bench.recipe, "--out", bench.out, *BOTH, "--model", sharded, "-q")
+    args = ("export", work.recipe, "--out", work.out, *BOTH, "--model", sharded, "-q")
     kill(2, *args)
-    stage = bench.folder / ".out.bake-partial" / "files" / "checkpoint"
+    stage = work.folder / ".out.bake-partial" / "files" / "checkpoint"
     stamps = {
         path.name: path.stat().st_mtime_ns for path in sorted(stage.glob("*.safetensors"))[:2]
     }
-    assert not bench.out.exists() and len(stamps) == 2
+    assert not work.out.exists() and len(stamps) == 2
     time.sleep(0.01)
     result = run(*args)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert not (bench.folder / ".out.bake-partial").exists()
+    assert not (work.folder / ".out.bake-partial").exists()
     for name, stamp in stamps.items():
-        assert (bench.out / "checkpoint" / name).stat().st_mtime_ns == stamp
-    whole = bench.folder / "new"
-    again = ("export", bench.recipe, "--out", whole, *BOTH, "--model", sharded, "-q")
+        assert (work.out / "checkpoint" / name).stat().st_mtime_ns == stamp
+    whole = work.folder / "new"
+    again = ("export", work.recipe, "--out", whole, *BOTH, "--model", sharded, "-q")
     assert run(*again).exit_code == 0
-    assert contents(bench.out) == contents(whole)
+    assert files_of(work.out) == files_of(whole)
 
 
-def test_an_interrupt_says_what_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_says_what_is_kept(
+    work: AdapterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupting(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bake.outputs.lora.close_artifact", interrupting)
-    result = run("export", bench.recipe, "--out", bench.out, *BOTH, "-q")
+    result = run("export", work.recipe, "--out", work.out, *BOTH, "-q")
     assert result.exit_code == 130
-    assert str(bench.folder / ".out.bake-partial") in result.stderr
+    assert str(work.folder / ".out.bake-partial") in result.stderr
     assert "the same command takes them up" in result.stderr
     monkeypatch.undo()
-    assert run("export", bench.recipe, "--out", bench.out, *BOTH, "-q").exit_code == 0
+    assert run("export", work.recipe, "--out", work.out, *BOTH, "-q").exit_code == 0
 
 
-def test_the_record_finds_the_base_from_behind_a_link(bench: Bench) -> None:
+def test_the_record_finds_the_base_from_behind_a_link(work: AdapterFolder) -> None:
     """The system walks ".." in the folder that a link leads to, and not where the link stands."""
-    far = bench.folder / "far" / "away"
+    far = work.folder / "far" / "away"
     far.mkdir(parents=True)
-    (bench.folder / "link").symlink_to(far)
-    (bench.folder / "base").symlink_to(bench.base)
-    out = bench.folder / "link" / "out"
-    result = run("export", bench.recipe, "--model", bench.folder / "base", "--out", out)
+    (work.folder / "link").symlink_to(far)
+    (work.folder / "base").symlink_to(work.base)
+    out = work.folder / "link" / "out"
+    result = run("export", work.recipe, "--model", work.folder / "base", "--out", out)
     assert (result.exit_code, result.stderr) == (0, "")
     path = json.loads((out / "bake.json").read_text())["base"]["path"]
-    assert (out / path).resolve() == bench.base.resolve()
+    assert (out / path).resolve() == work.base.resolve()
     assert run("verify", out, "--generate", "2", "--no-plots").exit_code == 0
 
 
@@ -486,22 +452,22 @@ def shown(result: Result) -> str:
     return result.stdout.partition("\nwritten ")[2]
 
 
-def test_only_a_checkpoint_says_what_it_copied(bench: Bench) -> None:
-    text = shown(run("export", bench.recipe, "--out", bench.out))
-    sizes = {n: t.nbytes for n, t in open_checkpoint(bench.base).tensors.items()}
+def test_only_a_checkpoint_says_what_it_copied(work: AdapterFolder) -> None:
+    text = shown(run("export", work.recipe, "--out", work.out))
+    sizes = {n: t.nbytes for n, t in open_checkpoint(work.base).tensors.items()}
     copied = int(re.search(r"copied +([\d,]+) bytes", text)[1].replace(",", ""))
     edited = int(re.search(r"edited +([\d,]+) bytes", text)[1].replace(",", ""))
     assert 0 < edited < copied and copied + edited == sum(sizes.values())
-    text = shown(run("export", bench.recipe, "--to", "lora", "--out", bench.folder / "lora"))
+    text = shown(run("export", work.recipe, "--to", "lora", "--out", work.folder / "lora"))
     assert re.match(r"[^\n]+\ncarrier +lora\nsize +[\d,]+ bytes in 4 files\n$", text)
 
 
-def test_a_gguf_says_what_rounding_left(bench: Bench, tmp_path: Path) -> None:
+def test_a_gguf_says_what_rounding_left(work: AdapterFolder, tmp_path: Path) -> None:
     """One row of the worst for each type; with -v every tensor, as the record has it."""
     file = tmp_path / "base.gguf"
-    gguf_files.write(file, bench.base, kind="F16")
-    out = bench.folder / "rounded"
-    text = shown(run("export", bench.recipe, "--to", "gguf", "--gguf", file, "--out", out))
+    gguf_files.write(file, work.base, kind="F16")
+    out = work.folder / "rounded"
+    text = shown(run("export", work.recipe, "--to", "gguf", "--gguf", file, "--out", out))
     record = json.loads((out / "bake.json").read_text())["gguf"]["tensors"]
     worst = max(tensor["leak"] for tensor in record)
     assert len(record) == 7 and worst > 0
@@ -511,7 +477,7 @@ def test_a_gguf_says_what_rounding_left(bench: Bench, tmp_path: Path) -> None:
     assert row.split()[:4] == ["7", "F16", "feedback", "100.0%"]
     assert row.split()[4] == f"{worst:.1e}"
     args = ("--to", "gguf", "--gguf", file, "--rounding", "nearest", "-v", "--force")
-    text = shown(run("export", bench.recipe, *args, "--out", out))
+    text = shown(run("export", work.recipe, *args, "--out", out))
     record = json.loads((out / "bake.json").read_text())["gguf"]["tensors"]
     for tensor in record:
         pattern = rf"\n{re.escape(tensor['name'])} +F16 +nearest +[\d.]+% +{tensor['leak']:.1e} "
@@ -541,15 +507,15 @@ def commands_of(text: str, folder: Path) -> dict[str, Path]:
     return found
 
 
-def test_modelfiles(bench: Bench, tiny_checkpoint: Checkpoints) -> None:
-    models = bench.folder / "my models"
+def test_modelfiles(work: AdapterFolder, tiny_checkpoint: Checkpoints) -> None:
+    models = work.folder / "my models"
     models.mkdir()
     gguf = models / "base f32.gguf"
-    gguf_files.write(gguf, bench.base)
+    gguf_files.write(gguf, work.base)
     to = ("--to", "gguf", "--to", "gguf-lora")
-    result = run("export", bench.recipe, "--out", bench.out, *to, "--gguf", gguf, "-q")
+    result = run("export", work.recipe, "--out", work.out, *to, "--gguf", gguf, "-q")
     assert (result.exit_code, result.stderr) == (0, "")
-    edited, adapter = bench.out / "gguf", bench.out / "gguf-lora"
+    edited, adapter = work.out / "gguf", work.out / "gguf-lora"
     found = commands_of((edited / MODELFILE).read_text(), edited)
     assert found == {"FROM": (edited / "base f32.gguf").resolve()}
     found = commands_of((adapter / MODELFILE).read_text(), adapter)
@@ -557,12 +523,12 @@ def test_modelfiles(bench: Bench, tiny_checkpoint: Checkpoints) -> None:
     record = json.loads((adapter / "bake.json").read_text())
     assert MODELFILE in record["files"]
     # Alone it is the same, and without a GGUF there is none.
-    alone = bench.folder / "one" / "gguf-lora"
+    alone = work.folder / "one" / "gguf-lora"
     options = ("--to", "gguf-lora", "-q")
-    assert run("export", bench.recipe, "--out", alone, *options, "--gguf", gguf).exit_code == 0
-    assert contents(alone) == contents(adapter)
-    unknown = bench.folder / "unknown"
-    assert run("export", bench.recipe, "--out", unknown, *options).exit_code == 0
+    assert run("export", work.recipe, "--out", alone, *options, "--gguf", gguf).exit_code == 0
+    assert files_of(alone) == files_of(adapter)
+    unknown = work.folder / "unknown"
+    assert run("export", work.recipe, "--out", unknown, *options).exit_code == 0
     assert not (unknown / MODELFILE).exists()
     # The control: what the parser here is strict about.
     for text in ("FROM base.gguf\n", "FROM ./none.gguf\n", "ADAPTER ./lora.gguf\n", "TEMPLATE x\n"):
@@ -571,29 +537,28 @@ def test_modelfiles(bench: Bench, tiny_checkpoint: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("to", [("gguf-lora",), ("gguf",), ("checkpoint", "gguf-lora")])
-def test_a_name_that_a_modelfile_cannot_hold(to: tuple[str, ...], bench: Bench) -> None:
+def test_a_name_that_a_modelfile_cannot_hold(to: tuple[str, ...], work: AdapterFolder) -> None:
     """It is refused before the first byte, and not once a large file is written."""
-    gguf = bench.folder / 'a"b.gguf'
-    gguf_files.write(gguf, bench.base)
+    gguf = work.folder / 'a"b.gguf'
+    gguf_files.write(gguf, work.base)
     carriers = [word for carrier in to for word in ("--to", carrier)]
     options = (*carriers, "--gguf", gguf, "-q")
-    result = run("export", bench.recipe, "--out", bench.out, *options, "--dry-run")
+    result = run("export", work.recipe, "--out", work.out, *options, "--dry-run")
     assert result.exit_code == 2 and "cannot be named in a Modelfile" in told(result)
-    result = run("export", bench.recipe, "--out", bench.out, *options)
+    result = run("export", work.recipe, "--out", work.out, *options)
     assert result.exit_code == 2 and "cannot be named in a Modelfile" in told(result)
-    assert bench.listing() == {'a"b.gguf', "mood.npy", "recipe.toml", "adapter"}
+    names = {path.name for path in work.folder.iterdir()}
+    assert names == {'a"b.gguf', "mood.npy", "recipe.toml", "adapter"}
 
 
-def test_a_control_vector_has_no_modelfile(bench: Bench) -> None:
+def test_a_control_vector_has_no_modelfile(work: AdapterFolder) -> None:
     text = (
-        bench.recipe.read_text()
-        .replace('"ablate"', '"offset"')
-        .replace('"resid"', '"resid_post.1"')
+        work.recipe.read_text().replace('"ablate"', '"offset"').replace('"resid"', '"resid_post.1"')
     )
-    bench.recipe.write_text(text)
-    result = run("export", bench.recipe, "--out", bench.out, "--to", "control-vector", "-q")
+    work.recipe.write_text(text)
+    result = run("export", work.recipe, "--out", work.out, "--to", "control-vector", "-q")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert set(contents(bench.out)) == {
+    assert set(files_of(work.out)) == {
         "control-vector.gguf",
         "bake.json",
         "bake/edits.safetensors",

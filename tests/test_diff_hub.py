@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hub_server import HubServer, running_hub
-from published import BASE, TOKEN, Worker, base_files, copy_of, make_artifact, rewrite
+from commands import files_of
+from hub_server import HubServer
+from published import BASE, Worker, copy_of, hub_with, make_artifact, rewrite, worker_at
 from safetensors.torch import load_file, save_file
 
 OUT = "alice/out"
 EDITED = ("model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.o_proj.bias")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +36,7 @@ def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(base: Path, artifact: Path) -> Iterator[HubServer]:
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
-        state.add_repo(BASE, base_files(base), private=False)
+    with hub_with(base) as state:
         state.add_repo(OUT, files_of(artifact), private=False)
         yield state
 
@@ -53,11 +44,9 @@ def hub(base: Path, artifact: Path) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A process whose cache never holds weights: they are read by range."""
-    made = Worker(hub, tmp_path_factory.mktemp("home") / "home")
-    yield made
-    made.stop()
-    assert not list(made.home.rglob("model*.safetensors"))
-    assert TOKEN not in made.traces()
+    with worker_at(hub, tmp_path_factory.mktemp("home") / "home") as worker:
+        yield worker
+        assert not list(worker.home.rglob("model*.safetensors"))
 
 
 def weights_sent(hub: HubServer, since: int) -> int:
@@ -151,11 +140,10 @@ def test_a_lie_on_the_hub_is_found(
 
 
 def test_what_the_cache_holds_is_compared_offline(hub: HubServer, tmp_path: Path) -> None:
-    worker = Worker(hub, tmp_path / "home")
-    for repo in (BASE, OUT):
-        worker.download(repo)
-    done = worker.run("diff", BASE, OUT, offline=True)
-    worker.stop()
+    with worker_at(hub, tmp_path / "home") as worker:
+        for repo in (BASE, OUT):
+            worker.download(repo)
+        done = worker.run("diff", BASE, OUT, offline=True)
     assert done.code == 0, done.err
     assert done.data["as_recorded"] is True and done.data["bytes_fetched"] == 0
 

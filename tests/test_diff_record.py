@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 from adapters import NO_BIAS
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import run
 from exporting import written
 from harness import bake, base_at, edit, orthogonal, plan_of, vector
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bake import edits as make
-from bake.cli import main
 from bake.diff import Diff, diff
 from bake.diff.record import read_claims
 from bake.diff.sources import open_model
@@ -28,12 +28,8 @@ from bake.merge.merge import merge_adapter
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
-def run(*args: object) -> Result:
-    """Run ``bake diff``; an exception that is no exit is an error of the test."""
-    result = CliRunner(env={"COLUMNS": "120"}).invoke(main, ["diff", *map(str, args)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+def run_diff(*args: object) -> Result:
+    return run("diff", *args, columns=120)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +44,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2))
     recipe = RECIPES / "quickstart.toml"
-    args = ["export", str(recipe), "--model", str(base), "--out", str(out)]
-    result = CliRunner(env={"COLUMNS": "120"}).invoke(main, args)
+    result = run("export", recipe, "--model", base, "--out", out)
     assert result.exit_code == 0, result.output
     return base, out
 
@@ -83,7 +78,9 @@ def patch(path: Path, change: Callable[[Any], object]) -> None:
 
 def test_the_quickstart_is_what_its_record_says(half: tuple[Path, Path]) -> None:
     base, out = half
-    result = run(base, out, "--json", "--direction", RECIPES / "quickstart" / "mood.safetensors")
+    result = run_diff(
+        base, out, "--json", "--direction", RECIPES / "quickstart" / "mood.safetensors"
+    )
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["as_recorded"] is True and data["violations"] == []
@@ -103,7 +100,7 @@ def test_the_quickstart_is_what_its_record_says(half: tuple[Path, Path]) -> None
 
 def test_the_base_is_found_in_the_record(half: tuple[Path, Path]) -> None:
     base, out = half
-    result = run(out)
+    result = run_diff(out)
     assert result.exit_code == 0, result.output
     for told in (
         str(base.resolve()),
@@ -119,9 +116,9 @@ def test_the_base_is_found_in_the_record(half: tuple[Path, Path]) -> None:
 
 
 def test_verbose_lists_every_tensor(half: tuple[Path, Path]) -> None:
-    joined = run(*half, "-v").stdout.replace("\n", "")
+    joined = run_diff(*half, "-v").stdout.replace("\n", "")
     assert joined.count("down_proj") >= 6 and "layers.0-5" not in joined
-    assert run(*half, "-q").stdout == ""
+    assert run_diff(*half, "-q").stdout == ""
 
 
 # --- dishonest ones -----------------------------------------------------------------------------
@@ -129,7 +126,7 @@ def test_verbose_lists_every_tensor(half: tuple[Path, Path]) -> None:
 
 def expect(base: Path, out: Path, *told: str) -> None:
     """Expect exactly these violations, each with a line that holds the fragment."""
-    result = run(base, out, "--json", "--no-rank")
+    result = run_diff(base, out, "--json", "--no-rank")
     assert result.exit_code == 1, result.output
     data = json.loads(result.stdout)
     assert data["as_recorded"] is False
@@ -149,7 +146,7 @@ def test_one_flipped_bit_is_found(half: tuple[Path, Path], spoiled: Path) -> Non
     raw[info.start + 1001] ^= 1
     path.write_bytes(raw)
     expect(half[0], spoiled, f"{name} differs in 1 value, and the plan does not edit it")
-    shown = run(half[0], spoiled)
+    shown = run_diff(half[0], spoiled)
     assert shown.exit_code == 1
     assert "NO: 1 difference from the record" in shown.stdout
     assert name in shown.stderr.replace("\n", "")
@@ -358,7 +355,7 @@ def test_a_malformed_record_is_refused(
     half: tuple[Path, Path], spoiled: Path, content: str
 ) -> None:
     (spoiled / "bake.json").write_text(content)
-    result = run(half[0], spoiled)
+    result = run_diff(half[0], spoiled)
     assert result.exit_code == 4
     assert "bake.json" in result.stderr
 
@@ -387,13 +384,13 @@ def test_wrong_input_is_refused(half: tuple[Path, Path], tmp_path: Path) -> None
         ((base, out, "--family", tmp_path / "absent.toml"), 4, "cannot be read"),
         ((base, base / "tokenizer.json"), 4, "is a file; a checkpoint is a folder"),
     ):
-        result = run(*args)
+        result = run_diff(*args)
         assert result.exit_code == code, (args, result.output)
         assert told in " ".join(result.stderr.split()), (args, result.stderr)
 
 
 def test_nothing_is_drawn_where_nothing_changed(half: tuple[Path, Path], tmp_path: Path) -> None:
-    result = run(half[0], half[0], "--plot", tmp_path / "x.png")
+    result = run_diff(half[0], half[0], "--plot", tmp_path / "x.png")
     assert result.exit_code == 0 and "nothing is drawn" in result.stderr
     assert "identical  every tensor, and the config" in result.stdout
     assert not (tmp_path / "x.png").exists()
@@ -404,7 +401,7 @@ def test_a_strangers_text_does_not_reach_the_terminal(
 ) -> None:
     patch(spoiled / "config.json", lambda c: c.update({"a\x1b[2J": "b\x1b]0;x\x07\x9b"}))
     (spoiled / "na\x1bme.txt").write_text("x")
-    result = run(half[0], spoiled)
+    result = run_diff(half[0], spoiled)
     assert result.exit_code == 1
     assert not {"\x1b", "\x07", "\x9b"} & set(result.stdout + result.stderr)
     assert "a\\x1b[2J" in result.stdout
@@ -412,7 +409,7 @@ def test_a_strangers_text_does_not_reach_the_terminal(
 
 def test_the_plot_is_drawn(half: tuple[Path, Path], tmp_path: Path) -> None:
     for name in ("a.png", "a.svg", "b.svg"):
-        assert run(*half, "--plot", tmp_path / name).exit_code == 0
+        assert run_diff(*half, "--plot", tmp_path / name).exit_code == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "a.svg").read_text()
     assert svg == (tmp_path / "b.svg").read_text()

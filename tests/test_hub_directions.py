@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer, running_hub
-from published import TOKEN, Worker
+from hub_server import HubServer
+from published import Worker, hub_with, worker_at
 
 REPO = "alice/refusal"
 METADATA = {"pos": -2, "layer": 3}
@@ -31,17 +31,15 @@ def hub() -> Iterator[HubServer]:
         "plain/direction.pt": vector,
         "half/direction_metadata.json": metadata,
     }
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
+    with hub_with() as state:
         state.add_repo(REPO, files, private=False)
         yield state
 
 
 @pytest.fixture(scope="module")
 def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    made = Worker(hub, tmp_path_factory.mktemp("home") / "home")
-    yield made
-    made.stop()
+    with worker_at(hub, tmp_path_factory.mktemp("home") / "home") as worker:
+        yield worker
 
 
 @pytest.mark.parametrize("at", ["deep/run", "deep/run/", "deep/run@main", "deep/run/direction.pt"])
@@ -76,13 +74,12 @@ def test_a_folder_of_no_format(worker: Worker, at: str) -> None:
 
 def test_metadata_that_cannot_be_fetched_is_no_lone_file(hub: HubServer, tmp_path: Path) -> None:
     """A direction without its metadata would be another artifact: no site, another digest."""
-    fresh = Worker(hub, tmp_path / "home")
-    hub.fault("GET", "direction_metadata.json", 500, times=20)
-    hub.fault("HEAD", "direction_metadata.json", 500, times=20)
-    try:
-        done = fresh.run("directions", f"hf://{REPO}/deep/run/direction.pt")
-    finally:
-        hub.faults.clear()
-        fresh.stop()
+    with worker_at(hub, tmp_path / "home") as fresh:
+        hub.fault("GET", "direction_metadata.json", 500, times=20)
+        hub.fault("HEAD", "direction_metadata.json", 500, times=20)
+        try:
+            done = fresh.run("directions", f"hf://{REPO}/deep/run/direction.pt")
+        finally:
+            hub.faults.clear()
     assert done.code == 5
     assert "cannot be fetched" in done.data["error"]["what"]

@@ -18,8 +18,8 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from hub_server import HubServer, running_hub
-from published import BASE, CARD, TOKEN, base_files, make_artifact, rewrite
+from hub_server import HubServer
+from published import BASE, CARD, TOKEN, hub_with, make_artifact, rewrite
 
 from bake.artifact.destination import Destination
 from bake.errors import InputError
@@ -38,9 +38,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, P
     tiny.write_checkpoint(model, folder / "base", max_shard_size="12KB")
     out = make_artifact(folder / "base", folder / "out")
     seal(out)
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
-        state.add_repo(BASE, base_files(folder / "base"), private=False)
+    with hub_with(folder / "base") as state:
         yield state, out
 
 

@@ -4,13 +4,18 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
-from published import copy_of, make_artifact, record_again, rewrite, write_verification
+from published import (
+    copy_of,
+    make_artifact,
+    record_again,
+    rewrite,
+    sharded_base,
+    write_verification,
+)
 from safetensors.torch import load_file, save_file
 
 from bake.artifact.names import SUMS
@@ -24,14 +29,9 @@ STATEMENT = "bake/provenance.json"
 
 
 @pytest.fixture(scope="module")
-def base(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base in several shards, so that some of them are untouched."""
-    import tiny
-
-    path = tmp_path_factory.mktemp("sharded") / "base"
-    model = tiny.make_model("llama", dtype=torch.float32)
-    tiny.write_checkpoint(model, path, max_shard_size="20KB")
-    return path
+    return sharded_base(tmp_path_factory.mktemp("sharded") / "base")
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import torch
-from published import CARD, copy_of, make_artifact, record_again, rewrite, write_verification
+from published import (
+    CARD,
+    copy_of,
+    make_artifact,
+    record_again,
+    rewrite,
+    sharded_base,
+    write_verification,
+)
 from safetensors.torch import load_file, save_file
 
 from bake.artifact.destination import Destination
@@ -34,9 +40,7 @@ SHARD = "model-00001-of-00005.safetensors"
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preflight")
-    model = tiny.make_model("llama", dtype=torch.float32)
-    tiny.write_checkpoint(model, folder / "base", max_shard_size="20KB")
-    return make_artifact(folder / "base", folder / "out")
+    return make_artifact(sharded_base(folder / "base"), folder / "out")
 
 
 @pytest.fixture

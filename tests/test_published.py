@@ -13,33 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
-from hub_server import HubServer, running_hub
-from published import BASE, CARD, TOKEN, Worker, base_files, make_artifact, rewrite
+from commands import files_of, recipe_text, write_recipe
+from hub_server import HubServer
+from published import (
+    BASE,
+    CARD,
+    Worker,
+    base_files,
+    hub_with,
+    make_artifact,
+    rewrite,
+    sharded_base,
+    worker_at,
+)
 
 from bake.seal.seal import seal
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--no-plots", "--generate", "0", "--tokens", "12")
-RECIPE = """
-title = "Mood"
-[base]
-model = "{base}"
-[directions.mood]
-file = "mood.npy"
-[[edits]]
-kind = "ablate"
-direction = "mood"
-at = "resid"
-"""
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,7 @@ class Site:
             change(copy)
             if sealed:
                 seal(copy)
-        self.hub.add_repo(repo, files(copy), private=False)
+        self.hub.add_repo(repo, files_of(copy), private=False)
 
     def verify(self, repo: str, report: Path, *args: object, **options: Any) -> Any:
         return self.worker.run("verify", repo, "--report", report, *QUICK, *args, **options)
@@ -72,18 +66,11 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    base = folder / "base"
-    model = tiny.make_model("llama", dtype=torch.float32)
-    tiny.write_checkpoint(model, base, max_shard_size="20KB")
-    np.save(folder / "mood.npy", np.random.default_rng(0).standard_normal(24))
-    (folder / "recipe.toml").write_text(RECIPE.format(base=BASE))
-    with running_hub() as hub:
-        hub.add_user(TOKEN, "alice")
-        hub.add_repo(BASE, base_files(base), private=False)
-        worker = Worker(hub, folder / "home")
-        worker.start()
+    base = sharded_base(folder / "base")
+    recipe = write_recipe(folder, BASE)
+    with hub_with(base) as hub, worker_at(hub, folder / "home") as worker:
         out = folder / "out"
-        made = worker.run("export", folder / "recipe.toml", "--out", out)
+        made = worker.run("export", recipe, "--out", out)
         assert made.code == 0, made.out
         measured = worker.run("verify", out, *QUICK)
         assert measured.code == 0, measured.out
@@ -93,9 +80,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         shutil.rmtree(base)  # what is on the Hub has to do
         (folder / "mood.npy").unlink()
         yield Site(hub, worker, folder, out)
-        worker.stop()
-        assert TOKEN not in worker.traces()
-        assert not any(request.token for request in hub.log if request.at == "store")
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +110,7 @@ def test_a_published_model_is_verified_from_its_name_alone(site: Site, tmp_path:
     assert effect["published"]["value"] == pytest.approx(effect["here"]["value"], abs=1e-9)
     assert effect["published"]["value"] > 0.01
     assert all(row["published"] and row["here"] for row in pairs.values())
-    written = files(tmp_path / "report")
+    written = files_of(tmp_path / "report")
     assert set(written) == {"verify.json", "verify.md", "reproduction.json", "reproduction.md"}
     assert "| published | measured here |" in written["reproduction.md"].decode()
     for name, content in written.items():
@@ -143,12 +127,12 @@ def test_the_cache_is_read_and_never_written_to(site: Site, tmp_path: Path) -> N
     }
     cache = site.folder / "home" / "hub" / "models--alice--mood" / "snapshots"
     (snapshot,) = cache.iterdir()
-    assert set(files(snapshot)) <= held
-    before = {n: (snapshot / n).stat().st_mtime_ns for n in files(snapshot)}
+    assert set(files_of(snapshot)) <= held
+    before = {n: (snapshot / n).stat().st_mtime_ns for n in files_of(snapshot)}
     done = site.worker.run("verify", "alice/mood", *QUICK, cwd=tmp_path)
     assert done.code == 0, done.out
     assert (tmp_path / "verify-mood" / "reproduction.json").is_file()
-    assert {n: (snapshot / n).stat().st_mtime_ns for n in files(snapshot)} == before
+    assert {n: (snapshot / n).stat().st_mtime_ns for n in files_of(snapshot)} == before
 
 
 def test_a_commit_or_a_tag_names_one_state(site: Site, tmp_path: Path) -> None:
@@ -223,7 +207,7 @@ def test_the_plan_of_a_published_artifact(site: Site) -> None:
 def test_a_published_artifact_is_made_again_byte_for_byte(site: Site, tmp_path: Path) -> None:
     done = site.worker.run("export", "hf://alice/mood", "--out", tmp_path / "again")
     assert done.code == 0, done.out
-    made = files(tmp_path / "again")
+    made = files_of(tmp_path / "again")
     held = site.hub.repos["alice/mood"].files()
     later = {"README.md", "SHA256SUMS", "bake/provenance.json", "verify.json", "verify.md"}
     assert made == {name: data for name, data in held.items() if name not in later}
@@ -237,7 +221,7 @@ def test_files_that_are_not_those_of_the_record_are_named(site: Site, tmp_path: 
 
     def spoil(out: Path) -> None:
         name = "model-00001-of-00003.safetensors"
-        names = [n for n in files(out) if n.startswith("model-")]
+        names = [n for n in files_of(out) if n.startswith("model-")]
         name = sorted(names)[0]
         data = bytearray((out / name).read_bytes())
         data[-3] ^= 64
@@ -261,14 +245,13 @@ def test_a_published_adapter_is_verified_in_peft(site: Site, tmp_path: Path) -> 
     model = tiny.make_model("mistral", dtype=torch.float32, num_hidden_layers=1)
     tiny.write_checkpoint(model, tmp_path / "base")
     commit = site.hub.add_repo("meta/small", base_files(tmp_path / "base"), private=False)
-    np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(24))
-    text = RECIPE.format(base="meta/small").replace('"resid"', '["attn_out.*", "mlp_out.*"]')
-    (tmp_path / "recipe.toml").write_text(text + '[export]\nto = ["lora"]\n')
+    at, more = ("attn_out.*", "mlp_out.*"), '[export]\nto = ["lora"]\n'
+    recipe = write_recipe(tmp_path, "meta/small", at=at, more=more)
     out, run = tmp_path / "out", site.worker.run
-    assert run("export", tmp_path / "recipe.toml", "--out", out).code == 0
+    assert run("export", recipe, "--out", out).code == 0
     assert run("verify", out, "--runtime", "peft").code == 0
     seal(out)
-    site.hub.add_repo("alice/adapter", files(out), private=False)
+    site.hub.add_repo("alice/adapter", files_of(out), private=False)
     done = site.verify("alice/adapter", tmp_path / "report", "--rebake")
     assert done.code == 0, done.out
     again = done.data["reproduction"]
@@ -376,7 +359,7 @@ def test_a_base_that_cannot_be_read_is_one_clear_line(site: Site, tmp_path: Path
     tiny.write_checkpoint(model, tmp_path / "base")
     out = make_artifact(tmp_path / "base", tmp_path / "out", model="meta/closed")
     seal(out)
-    site.hub.add_repo("alice/closed", files(out), private=False)
+    site.hub.add_repo("alice/closed", files_of(out), private=False)
     done = site.worker.run("plan", "alice/closed")
     assert (
         done.code == 5
@@ -399,7 +382,7 @@ def test_a_base_that_cannot_be_read_is_one_clear_line(site: Site, tmp_path: Path
     rewrite(out / "bake.json", lost)
     (out / "SHA256SUMS").unlink()
     (out / "bake" / "provenance.json").unlink()
-    site.hub.add_repo("alice/lost", files(out), private=False)
+    site.hub.add_repo("alice/lost", files_of(out), private=False)
     done = site.worker.run("plan", "alice/lost")
     assert done.code == 5 and f"meta/closed has no revision '{'1' * 40}'" in done.error
 
@@ -493,7 +476,7 @@ def test_a_recipe_inside_reads_no_file(site: Site, tmp_path: Path) -> None:
     """Paths in the recipe of an artifact mean nothing here: none of them is opened."""
     canary = tmp_path / "canary.npy"
     os.mkfifo(canary)  # opening it would wait for ever
-    text = RECIPE.format(base=tmp_path).replace("mood.npy", str(canary))
+    text = recipe_text(tmp_path).replace("mood.npy", str(canary))
 
     def change(out: Path) -> None:
         def tell(found: dict[str, Any]) -> None:
@@ -562,7 +545,7 @@ def test_the_quickstart_is_published_and_reproduced(site: Site, tmp_path: Path) 
     assert run("verify", out, *QUICK).code == 0
     card = CARD.replace(BASE, "lab/storyteller")
     (out / "README.md").write_text(card, encoding="utf-8")
-    assert not any(str(tmp_path).encode() in data for data in files(out).values())
+    assert not any(str(tmp_path).encode() in data for data in files_of(out).values())
     dry = run("push", out, "alice/cheerful", "--dry-run", offline=True)
     assert dry.code == 0, dry.out
     assert site.worker.push(out, "alice/cheerful").code == 0

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import RecipeFolder, data_of, files_of, recipe_text, run, write_recipe
 from harness import base_at, plan_of, vector
 from harness import edit as edit_at
 from hub_server import sha256
 from published import rewrite
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS
 
 from bake import edits as make
-from bake.cli import main
 from bake.edits import Edit, EditKind
 from bake.errors import InputError, UsageError
 from bake.families.fit import layout_of
@@ -36,69 +33,24 @@ from bake.verify.report import Report, Row
 
 FAMILIES = Path(__file__).parent.parent / "bake" / "families"
 
-RECIPE = """
-title = "Mood"
-[base]
-model = {model}
-[directions.mood]
-file = "mood.npy"
-[[edits]]
-kind = "{kind}"
-direction = "mood"
-at = {at}
-"""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A folder with a recipe for a tiny model, and the commands run in it."""
-
-    folder: Path
-    recipe: Path
-    base: Path
-
-    def run(self, *args: object) -> Result:
-        """Run one command; an exception that is no exit is an error of the test."""
-        result = CliRunner().invoke(main, [str(arg) for arg in args])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    def data(self, *args: object, code: int = 0) -> dict[str, Any]:
-        """Return what a command prints as JSON."""
-        result = self.run(*args, "--json")
-        assert result.exit_code == code, result.stdout + result.stderr
-        found: dict[str, Any] = json.loads(result.stdout)
-        return found
-
-    def export(self, name: str = "out", *args: object) -> Path:
-        """Write the recipe's artifact."""
-        self.data("export", self.recipe, "--out", self.folder / name, *args)
-        return self.folder / name
-
-
-Benches = Callable[..., Bench]
+Folders = Callable[..., RecipeFolder]
 
 
 @pytest.fixture
-def bench(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Benches:
+def folder_of(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Folders:
     def made(
-        family: str = "llama", *, kind: str = "ablate", at: str = '"resid"', **options: Any
-    ) -> Bench:
+        family: str = "llama",
+        *,
+        kind: str = "ablate",
+        at: str | Sequence[str] = "resid",
+        **options: Any,
+    ) -> RecipeFolder:
         base = tmp_path / "base"
         shutil.copytree(tiny_checkpoint(family, **options), base)
-        width = CONFIGS[family].get("hidden_size", CONFIGS[family].get("n_embd"))
-        np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(width))
-        recipe = tmp_path / "recipe.toml"
-        recipe.write_text(RECIPE.format(model='"base"', kind=kind, at=at), encoding="utf-8")
-        return Bench(tmp_path, recipe, base)
+        recipe = write_recipe(tmp_path, "base", kind=kind, at=at, family=family)
+        return RecipeFolder(tmp_path, recipe, base)
 
     return made
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def spoil(path: Path, place: int = -1) -> None:
@@ -110,26 +62,26 @@ def spoil(path: Path, place: int = -1) -> None:
 
 # --- every kind, byte for byte -----------------------------------------------------------------
 
-EVERYWHERE = '["attn_out.*", "mlp_out.*"]'
+EVERYWHERE = ("attn_out.*", "mlp_out.*")
 KINDS = {
-    "checkpoint": ("ablate", '"resid"', {}),
+    "checkpoint": ("ablate", "resid", {}),
     "lora": ("ablate", EVERYWHERE, {"family": "mistral"}),  # an adapter holds no biases
     "gguf-lora": ("ablate", EVERYWHERE, {"family": "mistral"}),
-    "control-vector": ("offset", '"resid_post.1"', {}),
+    "control-vector": ("offset", "resid_post.1", {}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_artifact_is_made_again_byte_for_byte(bench: Benches, kind: str) -> None:
+def test_an_artifact_is_made_again_byte_for_byte(folder_of: Folders, kind: str) -> None:
     edit, at, options = KINDS[kind]
-    made = bench(kind=edit, at=at, **options)
+    made = folder_of(kind=edit, at=at, **options)
     out = made.export("out", "--to", kind)
     made.recipe.unlink()
     (made.folder / "mood.npy").unlink()  # what is inside has to do
     again = made.folder / "elsewhere" / "again"
-    data = made.data("export", out, "--out", again)
-    assert files(again) == files(out)
-    count = len(files(out))
+    data = data_of("export", out, "--out", again)
+    assert files_of(again) == files_of(out)
+    count = len(files_of(out))
     assert data["reproduced"] == {
         "identical": count,
         "of": count,
@@ -138,12 +90,12 @@ def test_an_artifact_is_made_again_byte_for_byte(bench: Benches, kind: str) -> N
     }
     assert data["kind"] == kind and data["again"]["same"] is True
     shutil.rmtree(again)
-    told = made.run("export", out, "--out", again).stdout
+    told = run("export", out, "--out", again).stdout
     assert f"{count} of {count} files identical" in told
 
 
-def test_an_edited_gguf_is_made_again_from_the_same_gguf(bench: Benches) -> None:
-    made = bench(at=EVERYWHERE)
+def test_an_edited_gguf_is_made_again_from_the_same_gguf(folder_of: Folders) -> None:
+    made = folder_of(at=EVERYWHERE)
     model = made.folder / "model.gguf"
     gguf_files.write(model, made.base)
     out = made.export("out", "--to", "gguf", "--gguf", model, "--rounding", "nearest")
@@ -151,38 +103,38 @@ def test_an_edited_gguf_is_made_again_from_the_same_gguf(bench: Benches) -> None
     stated = {"name": "model.gguf", "sha256": sha256(model.read_bytes())}
     assert record["export"] == {"gguf": [stated], "edited_type": None, "rounding": "nearest"}
     again = made.folder / "again"
-    asked = made.data("export", out, "--out", again, code=2)
+    asked = data_of("export", out, "--out", again, code=2)
     assert "was made with the base's GGUF, which the artifact does not hold" in str(asked["error"])
     assert asked["error"]["fix"] == "name it with --gguf"
     other = made.folder / "other"
     other.mkdir()
     shutil.copy(model, other / "model.gguf")
     spoil(other / "model.gguf")
-    wrong = made.data("export", out, "--out", again, "--gguf", other / "model.gguf", code=4)
+    wrong = data_of("export", out, "--out", again, "--gguf", other / "model.gguf", code=4)
     assert "is not the GGUF that" in wrong["error"]["what"] and not again.exists()
-    data = made.data("export", out, "--out", again, "--gguf", model)
-    assert files(again) == files(out) and data["reproduced"]["differing"] == []
+    data = data_of("export", out, "--out", again, "--gguf", model)
+    assert files_of(again) == files_of(out) and data["reproduced"]["differing"] == []
     # and the option decided something
     feedback = made.export("feedback", "--to", "gguf", "--gguf", model)
-    assert files(feedback)["bake.json"] != files(out)["bake.json"]
+    assert files_of(feedback)["bake.json"] != files_of(out)["bake.json"]
 
 
-def test_an_adapter_for_a_gguf_is_made_again_from_it(bench: Benches) -> None:
-    made = bench("mistral", at=EVERYWHERE)
+def test_an_adapter_for_a_gguf_is_made_again_from_it(folder_of: Folders) -> None:
+    made = folder_of("mistral", at=EVERYWHERE)
     model = made.folder / "model.gguf"
     gguf_files.write(model, made.base)
     out = made.export("out", "--to", "gguf-lora", "--gguf", model)
     again = made.folder / "again"
-    assert made.run("export", out, "--out", again).exit_code == 2
-    made.data("export", out, "--out", again, "--gguf", model)
-    assert files(again) == files(out)
+    assert run("export", out, "--out", again).exit_code == 2
+    data_of("export", out, "--out", again, "--gguf", model)
+    assert files_of(again) == files_of(out)
     plain = made.export("plain", "--to", "gguf-lora")
-    refused = made.data("export", plain, "--out", made.folder / "x", "--gguf", model, code=2)
+    refused = data_of("export", plain, "--out", made.folder / "x", "--gguf", model, code=2)
     assert "was not made with --gguf" in refused["error"]["what"]
 
 
-def test_several_carriers_record_their_own_options(bench: Benches) -> None:
-    made = bench(at=EVERYWHERE)
+def test_several_carriers_record_their_own_options(folder_of: Folders) -> None:
+    made = folder_of(at=EVERYWHERE)
     model = made.folder / "model.gguf"
     gguf_files.write(model, made.base)
     out = made.export("out", "--to", "checkpoint", "--to", "gguf", "--gguf", model)
@@ -192,15 +144,15 @@ def test_several_carriers_record_their_own_options(bench: Benches) -> None:
     assert "export" not in records["checkpoint"] and "gguf" in records["gguf"]["export"]
     for kind, more in (("checkpoint", ()), ("gguf", ("--gguf", model))):
         again = made.folder / kind
-        made.data("export", out / kind, "--out", again, *more)
-        assert files(again) == files(out / kind)
+        data_of("export", out / kind, "--out", again, *more)
+        assert files_of(again) == files_of(out / kind)
 
 
 # --- the controls: what is not the same is said ------------------------------------------------
 
 
-def test_another_base_is_told_by_its_digest(bench: Benches) -> None:
-    made = bench()
+def test_another_base_is_told_by_its_digest(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     again = made.folder / "again"
     weights = load_file(made.base / "model.safetensors")
@@ -210,7 +162,7 @@ def test_another_base_is_told_by_its_digest(bench: Benches) -> None:
         "model.layers.0.mlp.down_proj.weight": -weights["model.layers.0.mlp.down_proj.weight"],
     }
     save_file(changed, made.base / "model.safetensors", metadata=metadata)
-    data = made.data("export", out, "--out", again, code=1)
+    data = data_of("export", out, "--out", again, code=1)
     assert [row["file"] for row in data["reproduced"]["differing"]] == [
         "model.safetensors",
         "bake.json",
@@ -223,37 +175,37 @@ def test_another_base_is_told_by_its_digest(bench: Benches) -> None:
         {**weights, "extra": torch.zeros(2)}, made.base / "model.safetensors", metadata=metadata
     )
     shutil.rmtree(again)
-    data = made.data("export", out, "--out", again, code=4)
+    data = data_of("export", out, "--out", again, code=4)
     assert "is not the base that the artifact was made from" in data["error"]["what"]
 
 
-def test_other_edits_are_another_plan(bench: Benches) -> None:
-    made = bench()
+def test_other_edits_are_another_plan(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
-    assert made.data("plan", out)["again"]["same"] is True
+    assert data_of("plan", out)["again"]["same"] is True
     np.save(made.folder / "mood.npy", np.load(made.folder / "mood.npy")[::-1])
     other = made.export("other")
     shutil.copy(other / "bake" / "edits.safetensors", out / "bake")
-    data = made.data("plan", out, code=1)
+    data = data_of("plan", out, code=1)
     assert data["again"]["same"] is False
     assert "bake/edits.safetensors is not the file that bake.json lists" in data["error"]["why"]
     assert "would get other values" in data["error"]["why"]
-    data = made.data("export", out, "--out", made.folder / "again", code=1)
+    data = data_of("export", out, "--out", made.folder / "again", code=1)
     assert "is not the recorded one" in data["error"]["what"]
     assert not (made.folder / "again").exists()
 
 
-def test_the_rounding_of_another_processor_is_no_other_plan(bench: Benches) -> None:
+def test_the_rounding_of_another_processor_is_no_other_plan(folder_of: Folders) -> None:
     """A digest is over every bit; the sketch tells rounding from another edit."""
-    made = bench()
+    made = folder_of()
     out = made.export()
     record = (out / "bake.json").read_text()
     rewrite(out / "bake.json", lambda found: found["plan"].update(digest="sha256:other"))
-    data = made.data("plan", out)
+    data = data_of("plan", out)
     assert data["again"]["same"] is True and data["again"]["digest"] != data["again"]["recorded"]
     assert "within the rounding of this processor and torch" in data["again"]["notes"][0]
-    assert "the plan of the record, within rounding" in made.run("plan", out).stdout
-    told = made.data("export", out, "--out", made.folder / "again", code=1)
+    assert "the plan of the record, within rounding" in run("plan", out).stdout
+    told = data_of("export", out, "--out", made.folder / "again", code=1)
     assert told["reproduced"]["record_differs_at"] == ["plan.digest"]
     assert [row["file"] for row in told["reproduced"]["differing"]] == ["bake.json"]
     assert "every other file is the same" in told["error"]["why"]
@@ -263,15 +215,15 @@ def test_the_rounding_of_another_processor_is_no_other_plan(bench: Benches) -> N
     other["sketch"][first][0] *= 1.001
     other["plan"]["digest"] = "sha256:0"
     (out / "bake.json").write_text(json.dumps(other))
-    error = made.data("plan", out, code=1)["error"]
+    error = data_of("plan", out, code=1)["error"]
     assert f"{first} would get other values" in error["why"]
     for value, code in (("x", 4), (None, 4), ([], 1), ({}, 4), ([None], 4)):
         other["sketch"][first] = value
         (out / "bake.json").write_text(json.dumps(other))
-        assert made.data("plan", out, code=code)["error"]["exit_code"] == code
+        assert data_of("plan", out, code=code)["error"]["exit_code"] == code
     del other["sketch"]
     (out / "bake.json").write_text(json.dumps(other))
-    assert "the record does not say which" in made.data("plan", out, code=1)["error"]["why"]
+    assert "the record does not say which" in data_of("plan", out, code=1)["error"]["why"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -304,8 +256,8 @@ def test_a_sketch_sees_every_tensor(
     assert changed == {name for name, numbers in kept.items() if any(numbers)} != set()
 
 
-def test_a_recipe_that_says_something_else_is_told(bench: Benches) -> None:
-    made = bench()
+def test_a_recipe_that_says_something_else_is_told(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     text = made.recipe.read_text()
 
@@ -316,13 +268,11 @@ def test_a_recipe_that_says_something_else_is_told(bench: Benches) -> None:
                 record["recipe"]["digest"] = "sha256:" + sha256(new.encode())
 
         rewrite(out / "bake.json", change)
-        why: str = made.data("plan", out, code=1)["error"]["why"]
+        why: str = data_of("plan", out, code=1)["error"]["why"]
         return why
 
     assert "the recipe's digest is" in tell(text + "# more\n", digest=False)
-    assert "acts at other sites, first resid_mid.0" in tell(
-        text.replace('"resid"', '"resid_pre.*"')
-    )
+    assert "acts at other sites, first resid_mid.0" in tell(text.replace('"resid"', '"resid_pre.*"'))
     assert "edit 1 of the recipe (affine mood) is ablate mood" in tell(
         text.replace('"ablate"', '"affine"')
     )
@@ -338,11 +288,11 @@ def test_a_recipe_that_says_something_else_is_told(bench: Benches) -> None:
         record["recipe"]["digest"] = "sha256:" + sha256(tell_again.encode())
 
     rewrite(out / "bake.json", change)
-    assert made.data("plan", out)["again"]["same"] is True  # the same edits in other words
+    assert data_of("plan", out)["again"]["same"] is True  # the same edits in other words
 
 
-def test_the_record_that_another_bake_wrote_is_named(bench: Benches) -> None:
-    made = bench()
+def test_the_record_that_another_bake_wrote_is_named(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
 
     def change(record: dict[str, Any]) -> None:
@@ -350,57 +300,57 @@ def test_the_record_that_another_bake_wrote_is_named(bench: Benches) -> None:
         record["plan"]["notes"] = ["in other words"]
 
     rewrite(out / "bake.json", change)
-    data = made.data("export", out, "--out", made.folder / "again", code=1)
+    data = data_of("export", out, "--out", made.folder / "again", code=1)
     assert data["reproduced"]["record_differs_at"] == ["bake", "plan.notes"]
     assert "made by bake 0.0.9" in data["error"]["why"]
     assert [row["file"] for row in data["reproduced"]["differing"]] == ["bake.json"]
 
 
-def test_what_the_record_decides_is_not_asked_for(bench: Benches) -> None:
-    made = bench()
+def test_what_the_record_decides_is_not_asked_for(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     for command in ("plan", "export"):
         place = ("--out", made.folder / "x") if command == "export" else ()
         for option in (("--model", "a/b"), ("--allow", "recast"), ("--target", "vllm")):
-            error = made.data(command, out, *place, *option, code=2)["error"]
+            error = data_of(command, out, *place, *option, code=2)["error"]
             assert f"{option[0]} is for recipes, and this is an artifact" in error["what"]
     for option in (("--to", "lora"), ("--rounding", "nearest"), ("--outtype", "f32")):
-        error = made.data("export", out, "--out", made.folder / "x", *option, code=2)["error"]
+        error = data_of("export", out, "--out", made.folder / "x", *option, code=2)["error"]
         assert f"{option[0]} is for recipes" in error["what"]
-    error = made.data("plan", made.recipe, "--base", made.base, code=2)["error"]
+    error = data_of("plan", made.recipe, "--base", made.base, code=2)["error"]
     assert "--base is for artifacts" in error["what"]
 
 
-def test_a_base_that_has_moved_is_asked_for(bench: Benches) -> None:
-    made = bench()
+def test_a_base_that_has_moved_is_asked_for(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     moved = made.base.rename(made.folder / "moved")
     for command in (("plan", out), ("export", out, "--out", made.folder / "x"), ("verify", out)):
-        error = made.data(*command, code=4)["error"]
+        error = data_of(*command, code=4)["error"]
         assert "the base base is not where it was" in error["what"]
         assert error["fix"] == "name it with --base"
-    data = made.data("export", out, "--out", made.folder / "x", "--base", moved)
+    data = data_of("export", out, "--out", made.folder / "x", "--base", moved)
     assert data["reproduced"]["differing"] == []
-    assert made.data("plan", out, "--base", moved)["again"]["same"] is True
+    assert data_of("plan", out, "--base", moved)["again"]["same"] is True
 
 
-def test_what_is_no_artifact_is_called_what_it_is(bench: Benches) -> None:
-    made = bench()
+def test_what_is_no_artifact_is_called_what_it_is(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     (out / "bake.json").unlink()
     for folder, what in ((made.base, "a checkpoint"), (out, "a checkpoint")):
         for command in ("plan", "verify"):
-            error = made.data(command, folder, code=4)["error"]
+            error = data_of(command, folder, code=4)["error"]
             assert f"this is no artifact of bake: it is {what}" in error["what"]
-    error = made.data("plan", made.folder / "absent.toml", code=4)["error"]
+    error = data_of("plan", made.folder / "absent.toml", code=4)["error"]
     assert "the recipe cannot be read" in error["what"]
 
 
 # --- the user's own table ----------------------------------------------------------------------
 
 
-def test_the_users_own_table_travels_in_the_record(bench: Benches) -> None:
-    made = bench()
+def test_the_users_own_table_travels_in_the_record(folder_of: Folders) -> None:
+    made = folder_of()
     text = (FAMILIES / "llama.toml").read_text(encoding="utf-8")
     config = json.loads((made.base / "config.json").read_text())
     config["architectures"] = ["MyCausalLM"]
@@ -412,23 +362,23 @@ def test_the_users_own_table_travels_in_the_record(bench: Benches) -> None:
     assert record["family"]["text"] == own.read_text() and record["family"]["file"] == "own.toml"
     own.unlink()
     again = made.folder / "again"
-    assert made.data("export", out, "--out", again)["reproduced"]["differing"] == []
-    assert files(again) == files(out)
+    assert data_of("export", out, "--out", again)["reproduced"]["differing"] == []
+    assert files_of(again) == files_of(out)
     deep = {"file": "own.toml", "digest": "sha256:0", "text": "x = " + "[" * 5000}
     rewrite(out / "bake.json", lambda found: {**found, "family": deep})
-    assert "nests too deeply" in made.data("plan", out, code=4)["error"]["what"]
+    assert "nests too deeply" in data_of("plan", out, code=4)["error"]["what"]
     rewrite(out / "bake.json", lambda found: {k: v for k, v in found.items() if k != "family"})
-    error = made.data("plan", out, code=4)["error"]
+    error = data_of("plan", out, code=4)["error"]
     assert "bake has no family table for MyCausalLM" in error["what"]
     assert "--family FILE" in error["fix"]
 
 
-def test_a_table_of_another_class_is_refused(bench: Benches, tiny_checkpoint: Any) -> None:
+def test_a_table_of_another_class_is_refused(folder_of: Folders, tiny_checkpoint: Any) -> None:
     from bake.checkpoints import open_checkpoint
     from bake.errors import FamilyError
     from bake.families import family_named
 
-    base = open_checkpoint(bench().base)
+    base = open_checkpoint(folder_of().base)
     table = family_named("qwen2")
     with pytest.raises(FamilyError, match="the table qwen2 is for Qwen2ForCausalLM"):
         layout_of(base, table)
@@ -439,13 +389,13 @@ def test_a_table_of_another_class_is_refused(bench: Benches, tiny_checkpoint: An
 # --- the limit that a recipe asks for ----------------------------------------------------------
 
 
-def test_the_recipe_sets_the_limit_of_the_divergence(bench: Benches) -> None:
-    made = bench()
+def test_the_recipe_sets_the_limit_of_the_divergence(folder_of: Folders) -> None:
+    made = folder_of()
     text = made.recipe.read_text()
     name = "mean KL(hooked ‖ baked) / mean KL(hooked ‖ base)"
 
     def rows(out: Path, *args: object, code: int = 0) -> dict[str, Any]:
-        found = made.data("verify", out, "--no-plots", "--generate", "0", *args, code=code)
+        found = data_of("verify", out, "--no-plots", "--generate", "0", *args, code=code)
         return {row["name"]: row for row in found["rows"]}
 
     plain = rows(made.export("plain"))[name]
@@ -470,7 +420,7 @@ def test_the_recipe_sets_the_limit_of_the_divergence(bench: Benches) -> None:
     ],
 )
 def test_a_limit_that_is_none(line: str, what: str, tmp_path: Path) -> None:
-    text = RECIPE.format(model='"base"', kind="ablate", at='"resid"') + f"[verify]\n{line}\n"
+    text = recipe_text("base") + f"[verify]\n{line}\n"
     with pytest.raises(UsageError, match=what):
         parse_recipe(text.encode(), tmp_path / "recipe.toml")
 
@@ -479,21 +429,21 @@ def test_a_limit_that_is_none(line: str, what: str, tmp_path: Path) -> None:
 
 
 def test_nothing_that_is_written_names_a_place_of_this_machine(
-    bench: Benches, tmp_path: Path
+    folder_of: Folders, tmp_path: Path
 ) -> None:
-    made = bench()
+    made = folder_of()
     out = made.export()
     # the base is named by its place, as on a command line
-    made.data("export", made.recipe, "--model", made.base, "--out", made.folder / "named")
+    data_of("export", made.recipe, "--model", made.base, "--out", made.folder / "named")
     for folder in (out, made.folder / "named"):
-        before = set(files(folder))
-        made.data("verify", folder, "--html", "--generate", "0", "--rebake")
-        written = {n: d for n, d in files(folder).items() if n not in before}
+        before = set(files_of(folder))
+        data_of("verify", folder, "--html", "--generate", "0", "--rebake")
+        written = {n: d for n, d in files_of(folder).items() if n not in before}
         assert {"verify.json", "verify.md", "verify.html", "reproduction.json"} <= set(written)
         for name, data in written.items():
             assert str(tmp_path).encode() not in data, name
             assert tmp_path.name.encode() not in data, name
-    assert not any(str(tmp_path).encode() in data for data in files(out).values())
+    assert not any(str(tmp_path).encode() in data for data in files_of(out).values())
     report = json.loads((made.folder / "named" / "verify.json").read_text())
     assert (report["artifact"], report["base"]) == ("named", "base")
 
@@ -599,15 +549,15 @@ def raise_where(content: dict[str, Any]) -> None:
 
 # --- recipe and edits --------------------------------------------------------------------------
 
-TWO = RECIPE.format(model='"base"', kind="ablate", at='["attn_out.0", "attn_out.1"]') + (
+TWO = recipe_text("base", at=["attn_out.0", "attn_out.1"]) + (
     '[[edits]]\nkind = "offset"\ndirection = "mood"\nat = "resid_post.1"\n'
 )
 
 
-def test_edits_are_those_of_the_recipe(bench: Benches) -> None:
+def test_edits_are_those_of_the_recipe(folder_of: Folders) -> None:
     from bake.checkpoints import open_checkpoint
 
-    layout = layout_of(open_checkpoint(bench().base))
+    layout = layout_of(open_checkpoint(folder_of().base))
     recipe = parse_recipe(TWO.encode(), Path("recipe.toml"))
     vector = torch.ones(layout.hidden, dtype=torch.float64)
 
@@ -663,28 +613,28 @@ def test_names_that_lead_out_of_an_artifact(name: str) -> None:
         {"family": "text"},
     ],
 )
-def test_a_malformed_record_is_one_line(bench: Benches, change: dict[str, Any]) -> None:
-    made = bench()
+def test_a_malformed_record_is_one_line(folder_of: Folders, change: dict[str, Any]) -> None:
+    made = folder_of()
     out = made.export()
     rewrite(out / "bake.json", lambda found: {**found, **change})
     for command in ("plan", "verify"):
-        error = made.data(command, out, code=4)["error"]
+        error = data_of(command, out, code=4)["error"]
         assert error["type"] == "InputError" and "\x1b" not in str(error)
 
 
-def test_a_record_that_names_a_key_twice_or_nests_is_refused(bench: Benches) -> None:
-    made = bench()
+def test_a_record_that_names_a_key_twice_or_nests_is_refused(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     text = (out / "bake.json").read_text()
     for spoiled in ('{"kind": "x", ' + text.lstrip()[1:], "[" * 100_000, "[]", "", "\ufeff" + text):
         (out / "bake.json").write_text(spoiled)
-        assert made.data("plan", out, code=4)["error"]["exit_code"] == 4
+        assert data_of("plan", out, code=4)["error"]["exit_code"] == 4
     (out / "bake.json").write_bytes(b"\xff\xfe" + text.encode())
-    assert made.data("plan", out, code=4)["error"]["exit_code"] == 4
+    assert data_of("plan", out, code=4)["error"]["exit_code"] == 4
 
 
-def test_links_out_of_an_artifact_are_not_followed(bench: Benches, tmp_path: Path) -> None:
-    made = bench()
+def test_links_out_of_an_artifact_are_not_followed(folder_of: Folders, tmp_path: Path) -> None:
+    made = folder_of()
     out = made.export()
     for name in ("bake.json", "bake/edits.safetensors"):
         kept = (out / name).read_bytes()
@@ -692,18 +642,18 @@ def test_links_out_of_an_artifact_are_not_followed(bench: Benches, tmp_path: Pat
         outside.write_bytes(kept)
         (out / name).unlink()
         (out / name).symlink_to(outside)
-        error = made.data("plan", out, code=4)["error"]
+        error = data_of("plan", out, code=4)["error"]
         assert "link out of the folder" in str(error)
         (out / name).unlink()
         (out / name).write_bytes(kept)
     (out / "bake").rename(tmp_path / "moved")
     (out / "bake").symlink_to(tmp_path / "moved")
-    assert "lies outside the artifact" in made.data("plan", out, code=4)["error"]["what"]
+    assert "lies outside the artifact" in data_of("plan", out, code=4)["error"]["what"]
 
 
-def test_hostile_edits_are_refused_or_another_plan(bench: Benches) -> None:
+def test_hostile_edits_are_refused_or_another_plan(folder_of: Folders) -> None:
     """No flipped byte of the edits' file ends in anything but one clear line."""
-    made = bench()
+    made = folder_of()
     out = made.export()
     path = out / "bake" / "edits.safetensors"
     sound = path.read_bytes()
@@ -714,19 +664,19 @@ def test_hostile_edits_are_refused_or_another_plan(bench: Benches) -> None:
         for place in rng.integers(0, 8 + header, size=3):
             data[place] = int(rng.integers(0, 256))
         path.write_bytes(bytes(data))
-        result = made.run("plan", out, "--json")
+        result = run("plan", out, "--json")
         assert result.exit_code in (0, 1, 2, 3, 4), result.stdout
         if result.exit_code:
             assert "error" in json.loads(result.stdout)
     for cut in (b"", sound[:7], sound[:20], sound[: 8 + header], sound[:-1], sound + b"x"):
         path.write_bytes(cut)
-        assert made.run("plan", out).exit_code == 4
+        assert run("plan", out).exit_code == 4
 
 
-def test_the_base_that_an_artifact_names_is_read_and_nothing_else(bench: Benches) -> None:
-    made = bench()
+def test_the_base_that_an_artifact_names_is_read_and_nothing_else(folder_of: Folders) -> None:
+    made = folder_of()
     out = made.export()
     artifact = open_baked(out)
     assert open_base(artifact, None).path == made.base.resolve()
     rewrite(out / "bake.json", lambda found: found["base"].update(path="../../../etc"))
-    assert "is not where it was" in made.data("plan", out, code=4)["error"]["what"]
+    assert "is not where it was" in data_of("plan", out, code=4)["error"]["what"]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hub_server import HubServer, running_hub
+from commands import files_of
+from hub_server import HubServer
 from published import (
     BASE,
     CARD,
@@ -28,9 +29,11 @@ from published import (
     client_of,
     copy_of,
     environment,
+    hub_with,
     make_artifact,
     record_again,
     rewrite,
+    sharded_base,
     write_verification,
 )
 from safetensors.torch import load_file, save_file
@@ -45,10 +48,7 @@ LFS = {"HF_HUB_DISABLE_XET": "1"}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("push") / "base"
-    model = tiny.make_model("llama", dtype=torch.float32)
-    tiny.write_checkpoint(model, path, max_shard_size="20KB")
-    return path
+    return sharded_base(tmp_path_factory.mktemp("push") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,10 @@ def client(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def hub(base: Path, client: dict[str, str]) -> Iterator[HubServer]:
-    with running_hub() as state:
+    with hub_with(base) as state:
         state.add_user(TOKEN, "alice", orgs=("lab",))
         state.add_user(READER, "reader", role="read")
         state.add_user(STRANGER, "stranger")
-        state.add_repo(BASE, base_files(base), private=False)
         yield state
 
 
@@ -127,11 +126,6 @@ def commits(hub: HubServer, repo: str) -> int:
     return len(hub.repos[repo].titles) - 1
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    found = (p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
-
-
 # --- it arrives --------------------------------------------------------------------------------
 
 
@@ -146,13 +140,13 @@ def test_round_trip(
     assert done.code == 0, done.out
     told, held = done.data, hub.repos[repo]
 
-    assert held.files() == files(out)  # byte for byte, and nothing else
+    assert held.files() == files_of(out)  # byte for byte, and nothing else
     assert held.private and not told["public"] and commits(hub, repo) == 1
     assert held.tags == {told["tag"]: told["commit"]} and told["tag"].startswith("bake-")
     assert told["tag"].removeprefix("bake-") == told["digest"][:12]
-    shards = [name for name in files(out) if name.startswith("model-")]
+    shards = [name for name in files_of(out) if name.startswith("model-")]
     assert len(told["copied"]) == len(shards) - 1  # one shard was edited
-    assert set(told["uploaded"]) | set(told["copied"]) == set(files(out))
+    assert set(told["uploaded"]) | set(told["copied"]) == set(files_of(out))
     order = [
         r.path.partition("?")[0].split("/")[-2 if "/commit/" in r.path else -1]
         for r in hub.log[start:]
@@ -171,7 +165,7 @@ def test_round_trip(
     assert not any("preupload" in r.path or r.at == "store" for r in hub.log[start:])
 
     there = worker.download(repo)
-    assert {n: d for n, d in files(there).items() if n != ".gitattributes"} == files(out)
+    assert {n: d for n, d in files_of(there).items() if n != ".gitattributes"} == files_of(out)
     checked = worker.run("check", there)
     assert checked.code == 0 and checked.data["digest"] == told["digest"], checked.out
     assert tiny.load(there, torch.float32).config.model_type == "llama"
@@ -194,7 +188,7 @@ def test_a_change_is_a_second_commit_of_what_changed(
     third = xet.push(out, "lab/change")
     assert third.data["deleted"] == ["notes.md"]
     assert commits(hub, "lab/change") == 3 and len(hub.repos["lab/change"].tags) == 3
-    assert hub.repos["lab/change"].files() == files(out)
+    assert hub.repos["lab/change"].files() == files_of(out)
 
 
 def test_public_comes_last_and_when_asked(xet: Worker, hub: HubServer, out: Path) -> None:
@@ -220,7 +214,7 @@ def test_public_comes_last_and_when_asked(xet: Worker, hub: HubServer, out: Path
 def test_a_branch_and_a_pull_request(xet: Worker, hub: HubServer, out: Path) -> None:
     repo = "alice/branches"
     assert xet.push(out, repo, "--revision", "v2").code == 0
-    assert hub.repos[repo].files("v2") == files(out) and hub.repos[repo].files("main") == {}
+    assert hub.repos[repo].files("v2") == files_of(out) and hub.repos[repo].files("main") == {}
     assert xet.push(out, repo, "--revision", "v2").data["unchanged"]
 
     hub.add_repo("other/theirs", {"README.md": b"# theirs", "x.txt": b"x"}, private=False)
@@ -230,7 +224,7 @@ def test_a_branch_and_a_pull_request(xet: Worker, hub: HubServer, out: Path) -> 
     assert proposed.data["url"].endswith("/other/theirs/discussions/1")
     theirs = hub.repos["other/theirs"]
     assert theirs.branches["main"] == before and theirs.tags == {}
-    assert theirs.files("refs/pr/1") == files(out)
+    assert theirs.files("refs/pr/1") == files_of(out)
     again = xet.push(out, "other/theirs", "--create-pr")
     assert again.data["url"] == proposed.data["url"] and len(theirs.pulls) == 1
 
@@ -243,13 +237,13 @@ def test_a_branch_and_a_pull_request(xet: Worker, hub: HubServer, out: Path) -> 
 
 
 def test_a_dry_run_writes_nothing(xet: Worker, hub: HubServer, artifact: Path) -> None:
-    before, start = files(artifact), len(hub.log)
+    before, start = files_of(artifact), len(hub.log)
     done = xet.push(artifact, "alice/dry", "--dry-run")
     assert done.code == 0 and done.data["dry_run"] and done.data["commit"] == ""
     assert "alice/dry would be created, private" in done.data["notes"]
     assert len(done.data["copied"]) == 4 and "SHA256SUMS" in done.data["uploaded"]
     assert {r.method for r in hub.log[start:]} == {"GET"}
-    assert "alice/dry" not in hub.repos and files(artifact) == before
+    assert "alice/dry" not in hub.repos and files_of(artifact) == before
     assert not (artifact.parent / "out.push.json").exists()
     start = len(hub.log)
     offline = xet.push(artifact, "alice/dry", "--dry-run", offline=True)
@@ -285,7 +279,7 @@ def test_of_two_at_once_one_wins(
     assert sorted(codes.values()) == [0, 5]
     winner, loser = sorted(codes, key=lambda way: codes[way])
     assert "somebody has committed to lab/race since; nothing was changed" in ended[loser].error
-    assert hub.repos[repo].files() == files(pairs[winner]) and commits(hub, repo) == 2
+    assert hub.repos[repo].files() == files_of(pairs[winner]) and commits(hub, repo) == 2
     assert workers[loser].push(pairs[loser], repo).code == 0  # and run again, it works
 
 
@@ -294,7 +288,7 @@ def test_the_same_artifact_at_once_is_a_success(xet: Worker, hub: HubServer, out
 
     def somebody_pushes_the_same() -> None:
         held = hub.repos[repo]
-        stored = {name: hub.keep(held, name, data) for name, data in files(out).items()}
+        stored = {name: hub.keep(held, name, data) for name, data in files_of(out).items()}
         held.commit({**held.commits[held.branches["main"]], **stored}, "the same")
 
     hub.fault("POST", "twins/commit/", somebody_pushes_the_same)
@@ -342,7 +336,7 @@ def test_bytes_that_come_back_changed_are_told(lfs: Worker, hub: HubServer, out:
     done = lfs.push(out, repo, "--verify-download", "--public")
     assert done.code == 5, done.out
     assert "alice/changed is published but unverified: 1 files came back" in done.error
-    (name,) = (n for n in files(out) if f"other bytes, {n} |" in done.error)
+    (name,) = (n for n in files_of(out) if f"other bytes, {n} |" in done.error)
     assert name.endswith(".safetensors") and held.private and held.tags == {}
     receipt = json.loads((out.parent / "out.push.json").read_text())
     assert receipt["outcome"] == "published but unverified"
@@ -391,15 +385,15 @@ def test_code_of_the_base_never_runs(
 
 def test_a_card_is_generated_where_there_is_none(xet: Worker, hub: HubServer, out: Path) -> None:
     (out / "README.md").unlink()
-    before = files(out)
+    before = files_of(out)
     dry = xet.push(out, "alice/carded", "--dry-run")
     assert dry.code == 0 and "README.md" in dry.data["uploaded"], dry.out
-    assert files(out) == before
+    assert files_of(out) == before
     done = xet.push(out, "alice/carded")
     assert done.code == 0, done.out
     assert done.data["digest"] == dry.data["digest"]
     held = hub.repos["alice/carded"].files()
-    assert held == files(out) and b"alice/carded" in held["README.md"]
+    assert held == files_of(out) and b"alice/carded" in held["README.md"]
     assert not admits(held["README.md"])
     assert xet.push(out, "alice/carded").data["unchanged"]
 
@@ -429,7 +423,7 @@ def test_a_signature_is_made_last_and_never_out_of_date(
     assert done.code == 0, done.out
     assert "model.sig" in done.data["uploaded"]
     held = hub.repos["alice/signed"].files()
-    assert held == files(out) and key.read_bytes() not in held.values()
+    assert held == files_of(out) and key.read_bytes() not in held.values()
     there = xet.download("alice/signed")
     checked = xet.run("check", there, "--key", key.with_suffix(".pub"))
     assert checked.code == 0 and checked.data["signature"]["status"] == "valid", checked.out
@@ -460,7 +454,7 @@ def test_the_token_is_in_nothing_that_is_written(xet: Worker, hub: HubServer, ou
     (out / "README.md").unlink()
     done = xet.push(out, "alice/written", "--verify-download")
     assert done.code == 0, done.out
-    written = files(out.parent)
+    written = files_of(out.parent)
     assert {"out.push.json", "out/README.md", "out/SHA256SUMS"} <= set(written)
     assert not any(TOKEN.encode() in data for data in written.values())
     assert "Send: curl" in xet.log.read_text(errors="replace")  # the control: it does log
@@ -499,7 +493,7 @@ def test_what_passes_is_waited_out_without_a_second_commit(
     hub.fault(method, path, action, times, Retry_After="1")
     done = lfs.push(out, repo)
     assert done.code == 0, done.out
-    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files_of(out)
     assert len(hub.repos[repo].tags) == 1
 
 
@@ -519,7 +513,7 @@ def test_xet_uploads_are_tried_again(
     hub.fault("GET" if "token" in path else "POST", path, 503)
     done = xet.push(out, repo)
     assert done.code == 0, done.out
-    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files_of(out)
 
 
 def test_a_xet_upload_that_lasts_is_one_clear_line(xet: Worker, hub: HubServer, out: Path) -> None:
@@ -646,7 +640,7 @@ def test_a_base_that_cannot_be_copied_from(xet: Worker, hub: HubServer, out: Pat
     hub.copying = False
     done = xet.push(out, "alice/refused")
     assert done.code == 0 and done.data["copied"] == []
-    assert hub.repos["alice/refused"].files() == files(out)
+    assert hub.repos["alice/refused"].files() == files_of(out)
     assert commits(hub, "alice/refused") == 1
 
 
@@ -656,7 +650,7 @@ def test_a_gated_base(xet: Worker, hub: HubServer, out: Path) -> None:
     assert done.code == 0 and done.data["copied"] == []  # its files cannot be read
     assert "the base is gated (manual): keep to its terms" in done.data["notes"]
     held = hub.repos["alice/gated"]
-    assert not held.private and held.gated == "manual" and held.files() == files(out)
+    assert not held.private and held.gated == "manual" and held.files() == files_of(out)
 
 
 def test_a_base_that_is_not_there(xet: Worker, hub: HubServer, out: Path) -> None:
@@ -714,7 +708,7 @@ def test_other_bytes_on_the_hub_are_neither_tagged_nor_shown(
     held = hub.repos["alice/spoiled"]
     assert held.private and held.tags == {}
     again = lfs.push(out, "alice/spoiled", "--public")
-    assert again.code == 0 and held.files() == files(out) and not held.private
+    assert again.code == 0 and held.files() == files_of(out) and not held.private
 
 
 def test_a_body_that_is_corrupted_on_the_way_down_is_found(
@@ -784,7 +778,7 @@ def test_a_killed_upload_is_taken_up(
     done = second.push(out, repo)
     second.stop()
     assert done.code == 0, done.out
-    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files(out)
+    assert commits(hub, repo) == 1 and hub.repos[repo].files() == files_of(out)
     if way == "lfs":  # what arrived is not sent again
         assert len([r for r in hub.log[start:] if r.method == "PUT"]) < 4
     assert [p for p in out.parent.iterdir() if p.name.startswith(".out")] == []
@@ -849,4 +843,4 @@ def test_bytes_sent_for_a_partial_edit_over_xet(
     sent = hub.uploaded() - before
     print(f"{kind}: edited {size / total:.4%}, sent {sent / total:.4%} of {total:,} bytes")
     assert size * 0.5 < sent < limit * total, (sent / total, size / total)
-    assert hub.repos[f"alice/part-{kind}"].files() == files(out)
+    assert hub.repos[f"alice/part-{kind}"].files() == files_of(out)

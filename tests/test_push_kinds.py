@@ -1,35 +1,18 @@
 """Every kind of artifact: published, downloaded, the same bytes, and loaded as a user loads it."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_files
-import numpy as np
 import pytest
 import tiny
 import torch
 from adapters import NO_BIAS, peft_model
-from hub_server import HubServer, running_hub
-from published import BASE, CARD, TOKEN, Worker, base_files
-
-WIDTH = 24  # of every tiny model
-RECIPE = """
-title = "Less of it"
-[base]
-model = "meta/base"
-[directions.mood]
-file = "mood.npy"
-[[edits]]
-kind = "{kind}"
-direction = "mood"
-at = {at}
-{more}
-[export]
-to = ["{carrier}"]
-{allow}
-"""
+from commands import files_of, write_recipe
+from hub_server import HubServer
+from published import BASE, CARD, Worker, hub_with, worker_at
 
 
 @pytest.fixture(scope="module")
@@ -42,40 +25,26 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(base: Path) -> Iterator[HubServer]:
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
-        state.add_repo(BASE, base_files(base), private=False)
+    with hub_with(base) as state:
         yield state
 
 
 @pytest.fixture(scope="module")
 def worker(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    made = Worker(hub, tmp_path_factory.mktemp("home"))
-    made.start()
-    yield made
-    made.stop()
-    assert TOKEN not in made.traces()
+    with worker_at(hub, tmp_path_factory.mktemp("home")) as worker:
+        yield worker
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != ".gitattributes")
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+    return {name: data for name, data in files_of(folder).items() if name != ".gitattributes"}
 
 
-def recipe(folder: Path, carrier: str, kind: str = "ablate", at: tuple[str, ...] = ()) -> Path:
-    """Write a recipe, with a direction of the tiny model's width."""
-    np.save(folder / "mood.npy", np.random.default_rng(0).normal(size=WIDTH))
-    path = folder / "recipe.toml"
-    more = "coefficient = 0.5" if kind == "offset" else ""
-    places = json.dumps(list(at or ("attn_out.0", "mlp_out.1")))
-    text = RECIPE.format(kind=kind, at=places, more=more, carrier=carrier, allow="")
-    path.write_text(text)
-    return path
-
-
-def exported(worker: Worker, folder: Path, carrier: str, *args: object, **options: object) -> Path:
+def exported(worker: Worker, folder: Path, carrier: str, *args: object, **edit: Any) -> Path:
+    edit = {"at": ("attn_out.0", "mlp_out.1"), **edit}
+    more = "coefficient = 0.5\n" if edit.get("kind") == "offset" else ""
+    recipe = write_recipe(folder, BASE, more=f'{more}[export]\nto = ["{carrier}"]\n', **edit)
     out = folder / carrier
-    made = worker.run("export", recipe(folder, carrier, **options), "--out", out, *args)  # type: ignore[arg-type]
+    made = worker.run("export", recipe, "--out", out, *args)
     assert made.code == 0, made.out
     return out
 

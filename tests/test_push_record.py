@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import torch
-from hub_server import HubServer, running_hub
+from hub_server import HubServer
 from published import (
     BASE,
     CLIENTS,
-    TOKEN,
     Worker,
     base_files,
     client_of,
     copy_of,
+    hub_with,
     make_artifact,
     record_again,
     rewrite,
+    sharded_base,
+    worker_at,
 )
 
 from bake.artifact.frontmatter import first_line_of
@@ -33,9 +33,7 @@ QUICKSTART = Path(__file__).parents[1] / "recipes"
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact that nobody has verified, and that has no card."""
     folder = tmp_path_factory.mktemp("record")
-    model = tiny.make_model("llama", dtype=torch.float32)
-    tiny.write_checkpoint(model, folder / "base", max_shard_size="20KB")
-    out = make_artifact(folder / "base", folder / "out")
+    out = make_artifact(sharded_base(folder / "base"), folder / "out")
     (out / "verify.json").unlink()
     (out / "README.md").unlink()
     return out
@@ -46,15 +44,9 @@ def hub(
     request: pytest.FixtureRequest, artifact: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[HubServer, Worker]]:
     """A server and a process, with both generations of the Hub's client."""
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
-        state.add_repo(BASE, base_files(artifact.parent / "base"), private=False)
-        home = tmp_path_factory.mktemp("home")
-        worker = Worker(state, home, client_of(request.param))
-        yield state, worker
-        worker.stop()
-        assert TOKEN not in worker.traces()
-        assert not any(seen.token for seen in state.log if seen.at == "store")
+    home, extra = tmp_path_factory.mktemp("home"), client_of(request.param)
+    with hub_with(artifact.parent / "base") as hub, worker_at(hub, home, extra) as worker:
+        yield hub, worker
 
 
 def report_of(folder: Path, hub: HubServer, repo: str, **changes: Any) -> Path:

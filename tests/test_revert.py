@@ -16,11 +16,11 @@ import tiny
 import torch
 from cards import EXAMPLES
 from click.testing import CliRunner
+from commands import files_of
 from exporting import written
 from harness import base_at, edit, plan_of, vector
-from hub_server import running_hub
-from published import BASE, TOKEN, Worker, base_files, make_artifact, rewrite
-from reverting import bake_local, files_of, flip, refused, revert, reverted
+from published import Worker, base_files, hub_with, make_artifact, rewrite, worker_at
+from reverting import bake_local, flip, refused, revert, reverted
 from safetensors.torch import save_file
 
 from bake import edits as make
@@ -435,13 +435,8 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Worker, P
     tiny.write_checkpoint(model, home / "base")
     (home / "base" / "tokenizer.json").write_text('{"version": "1.0"}\n')
     artifact = make_artifact(home / "base", home / "out")
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
-        state.add_repo(BASE, base_files(home / "base"), private=False)
-        worker = Worker(state, home / "home")
-        worker.start()
+    with hub_with(home / "base") as state, worker_at(state, home / "home") as worker:
         yield worker, home / "base", artifact
-        worker.stop()
 
 
 def test_a_base_on_the_hub_is_read_by_range(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import NO_BIAS
+from commands import files_of
 from harness import Base, base_at, edit, matrix, plan_of, vector
 
 from bake import edits as make
@@ -81,14 +82,6 @@ def both(
     return together, alone
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 Maker = Callable[[Base], list[Edit]]
 EDITS: dict[str, Maker] = {
     "ablate": lambda base: [edit(base, "ablate", make.ablate(vector(24)), "resid")],
@@ -140,7 +133,7 @@ def test_bytes_are_those_of_separate_runs(
     assert [a.kind for a in together] == list(ALL)
     for carrier, one, other in zip(ALL, together, alone, strict=True):
         assert one.path == tmp_path / "all" / carrier
-        assert contents(one.path) == contents(other.path)
+        assert files_of(one.path) == files_of(other.path)
         assert (one.files, one.bytes_written, one.bytes_edited) == (
             other.files,
             other.bytes_written,
@@ -155,7 +148,7 @@ def test_control_vector_and_checkpoint(tiny_checkpoint: Checkpoints, tmp_path: P
     plan = plan_of(base, [edit(base, "offset", make.offset(vector(24)), "resid_post.1")])
     together, alone = both(base, plan, tmp_path, ("control-vector", "checkpoint"))
     for one, other in zip(together, alone, strict=True):
-        assert contents(one.path) == contents(other.path)
+        assert files_of(one.path) == files_of(other.path)
 
 
 CONVERTER = """
@@ -180,7 +173,7 @@ def test_a_converted_file_is_made_from_the_checkpoint_of_the_run(
     carriers = ("gguf", "checkpoint")
     together, alone = both(base, plan, tmp_path, carriers, llama_cpp=llama_cpp)
     for one, other in zip(together, alone, strict=True):
-        assert contents(one.path) == contents(other.path)
+        assert files_of(one.path) == files_of(other.path)
     text = (tmp_path / "all" / "gguf" / "gguf-F16.gguf").read_text()
     digest = together[1].files["model.safetensors"]
     assert text == f"GGUF gguf{digest}"
@@ -279,7 +272,7 @@ def test_a_failure_in_the_middle_leaves_nothing(
     plan = plan_of(base, EDITS["ablate"](base))
     out = tmp_path / "out"
     run(base, plan, ["lora"], out)
-    before = contents(out)
+    before = files_of(out)
     written: list[str] = []
 
     broken = ""
@@ -302,12 +295,12 @@ def test_a_failure_in_the_middle_leaves_nothing(
             with pytest.raises(InputError, match="the disk refuses"):
                 run(base, plan, ALL, place, force=force)
             assert {path.name for path in tmp_path.iterdir()} == {"out"}
-            assert contents(out) == before
+            assert files_of(out) == before
     assert set(written) == {"checkpoint", "lora"}  # gguf-lora is the last
     monkeypatch.undo()
     run(base, plan, ALL, out, force=True)
     assert {path.name for path in out.iterdir()} == set(ALL)
-    assert contents(out / "lora").keys() == before.keys()
+    assert files_of(out / "lora").keys() == before.keys()
 
 
 def test_what_is_in_the_way(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -376,7 +369,7 @@ def test_an_interrupted_run_is_taken_up(tiny_checkpoint: Checkpoints, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     whole = run(base, plan, ALL, tmp_path / "whole")
     assert [replace(a, path=out) for a in made] == [replace(a, path=out) for a in whole]
-    assert contents(out) == contents(tmp_path / "whole")
+    assert files_of(out) == files_of(tmp_path / "whole")
     # Another request takes nothing up.
     out = tmp_path / "again"
     stop = "gguf-lora"

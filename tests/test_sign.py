@@ -10,26 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import torch
-from click.testing import CliRunner, Result
+from commands import data_of, error_of, run
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from hub_server import running_hub
 from model_signing import hashing, signing
 from published import (
-    BASE,
-    TOKEN,
     Worker,
-    base_files,
     copy_of,
+    hub_with,
     make_artifact,
     rewrite,
+    sharded_base,
+    worker_at,
     write_verification,
 )
 
 from bake.artifact.names import SIGNATURE, SUMS
-from bake.cli import main
 from bake.errors import UsageError
 from bake.publish.preflight import Terms, preflight
 from bake.seal import seal, sign
@@ -69,10 +65,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base"
-    model = tiny.make_model("llama", dtype=torch.float32)
-    tiny.write_checkpoint(model, path, max_shard_size="20KB")
-    return path
+    return sharded_base(tmp_path_factory.mktemp("base") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -92,25 +85,13 @@ def out(signed: Path, tmp_path: Path) -> Path:
     return copy_of(signed, tmp_path / "out")
 
 
-def run(out: Path, *args: object, **options: Any) -> Result:
-    result = CliRunner().invoke(main, ["check", str(out), *map(str, args), "--json"], **options)
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 def checked(out: Path, *args: object) -> dict[str, Any]:
-    result = run(out, *args)
-    assert result.exit_code == 0, result.stdout
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+    return data_of("check", out, *args)
 
 
 def wrong(out: Path, *args: object, code: int = 4) -> str:
     """Return everything that ``bake check`` says of a folder that is not as it should be."""
-    result = run(out, *args)
-    assert result.exit_code == code, result.stdout
-    error = json.loads(result.stdout)["error"]
-    return " | ".join(str(error[key]) for key in ("what", "where", "why", "fix") if error[key])
+    return error_of(data_of("check", out, *args, code=code))
 
 
 def public(key: Path) -> Path:
@@ -203,7 +184,7 @@ def test_a_spoiled_artifact(out: Path, keys: dict[str, Path], what: str) -> None
     spoil(out)
     said = wrong(out, "--key", public(keys["ours"]))
     assert expected in said.replace(": is ", " is ")
-    found = json.loads(run(out, "--key", public(keys["ours"])).stdout)
+    found = data_of("check", out, "--key", public(keys["ours"]), code=4)
     assert found["signature"] == {"status": "invalid"}
 
 
@@ -414,7 +395,7 @@ def test_an_encrypted_key(
     said = wrong(out, "--sign", keys["encrypted"])
     assert "the passphrase is wrong" in said and "horse" not in said
     monkeypatch.setenv("BAKE_SIGNING_PASSPHRASE", SECRET.decode())
-    result = run(out, "--sign", keys["encrypted"])
+    result = run("check", out, "--sign", keys["encrypted"], "--json")
     assert result.exit_code == 0 and SECRET.decode() not in result.output
     assert checked(out, "--key", public(keys["ours"]))["signature"]["status"] == "valid"
     everything = b"".join(p.read_bytes() for p in out.rglob("*") if p.is_file())
@@ -467,13 +448,9 @@ def test_a_signed_artifact_may_be_published(out: Path, keys: dict[str, Path]) ->
 
 @pytest.fixture(scope="module")
 def worker(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    with running_hub() as state:
-        state.add_user(TOKEN, "alice")
-        state.add_repo(BASE, base_files(base), private=False)
-        made = Worker(state, tmp_path_factory.mktemp("home") / "home")
-        made.start()
-        yield made
-        made.stop()
+    home = tmp_path_factory.mktemp("home") / "home"
+    with hub_with(base) as state, worker_at(state, home) as worker:
+        yield worker
 
 
 def test_a_signature_survives_the_hub(

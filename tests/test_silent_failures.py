@@ -36,7 +36,7 @@ DAMAGE = 1e-2  # of the effect: what a trap does at least
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrapBases:
     """Tiny checkpoints, and a folder to write to."""
 
     checkpoint: Callable[..., Path]
@@ -122,23 +122,23 @@ def refused(
 # --- biases that a runtime has no slot for -------------------------------------------------------
 
 
-def bias_dropped(bench: Bench) -> float:
-    base = bench.base("qwen3", attention_bias=False)
-    return served(base, offset(base, "attn_out.1"), bench.folder / "out", zeroed(r"o_proj\.bias"))
+def bias_dropped(bases: TrapBases) -> float:
+    base = bases.base("qwen3", attention_bias=False)
+    return served(base, offset(base, "attn_out.1"), bases.folder / "out", zeroed(r"o_proj\.bias"))
 
 
-def bias_dropped_guard(bench: Bench) -> None:
-    base = bench.base("qwen3", attention_bias=False)
+def bias_dropped_guard(bases: TrapBases) -> None:
+    base = bases.base("qwen3", attention_bias=False)
     edits = offset(base, "attn_out.1")
     refused(
         base,
         edits,
         "vllm",
         r"silently drops model\.layers\.1\.self_attn\.o_proj\.bias",
-        bench.folder,
+        bases.folder,
     )
     # Also where it is the base's own bias, which no edit touches, and beside an adapter.
-    own = bench.base("qwen3")
+    own = bases.base("qwen3")
     plan = plan_of(own, ablation(own, "mlp_out.1"), targets=["vllm"])
     for carrier in ("checkpoint", "lora"):
         assert "silently drops" in judged(plan, carrier, "vllm")[1]
@@ -146,17 +146,17 @@ def bias_dropped_guard(bench: Bench) -> None:
             refuse(plan, carrier)
 
 
-def mlp_bias_dropped(bench: Bench) -> float:
-    base = bench.base("llama", mlp_bias=False)
+def mlp_bias_dropped(bases: TrapBases) -> float:
+    base = bases.base("llama", mlp_bias=False)
     return served(
-        base, offset(base, "resid_post.1"), bench.folder / "out", zeroed(r"mlp\..*\.bias")
+        base, offset(base, "resid_post.1"), bases.folder / "out", zeroed(r"mlp\..*\.bias")
     )
 
 
-def mlp_bias_dropped_guard(bench: Bench) -> None:
-    base = bench.base("llama", mlp_bias=False)
+def mlp_bias_dropped_guard(bases: TrapBases) -> None:
+    base = bases.base("llama", mlp_bias=False)
     said = r"silently drops model\.layers\.1\.mlp\.down_proj\.bias"
-    refused(base, offset(base, "resid_post.1"), "sglang", said, bench.folder)
+    refused(base, offset(base, "resid_post.1"), "sglang", said, bases.folder)
     # The attention's half of the flags is applied.
     plan = plan_of(base, offset(base, "resid_mid.1"), targets=["sglang"])
     assert judged(plan, "checkpoint", "sglang")[0] == "not tested"
@@ -165,14 +165,14 @@ def mlp_bias_dropped_guard(bench: Bench) -> None:
 # --- slots that a flag opens and no tensor fills -------------------------------------------------
 
 
-def slot_uninitialised(bench: Bench) -> float:
-    base = bench.base("llama", mlp_bias=False)
+def slot_uninitialised(bases: TrapBases) -> float:
+    base = bases.base("llama", mlp_bias=False)
 
     def leave(name: str, parameter: Tensor) -> None:
         if "mlp" in name and name.endswith(".bias") and not bool(parameter.any()):
             parameter.fill_(UNINITIALISED)  # as without the zeros that bake writes
 
-    found = served(base, offset(base, "resid_post.1"), bench.folder / "out", leave)
+    found = served(base, offset(base, "resid_post.1"), bases.folder / "out", leave)
     return math.inf if math.isnan(found) else found
 
 
@@ -188,14 +188,14 @@ OPENED: list[tuple[str, dict[str, bool], str, list[str]]] = [
 ]
 
 
-def slot_uninitialised_guard(bench: Bench) -> None:
+def slot_uninitialised_guard(bases: TrapBases) -> None:
     for number, (family, options, at, allow) in enumerate(OPENED):
-        base = bench.base(family, **options)
+        base = bases.base(family, **options)
         width = base.layout.width(plan_site(base, at))
         edits = [edit(base, "offset", make.offset(vector(width)), at)]
         plan = plan_of(base, edits, allow=allow)
         assert any(bias.create for bias in plan.biases)
-        out = bake(base, plan, bench.folder / str(number), allow=frozenset(allow))
+        out = bake(base, plan, bases.folder / str(number), allow=frozenset(allow))
         # The class itself says which biases it has now; tiny.load asserts that none is missing.
         model, stored = tiny.load(out), tiny.tensors_of(out)
         biases = {name for name in dict(model.named_parameters()) if name.endswith(".bias")}
@@ -220,11 +220,11 @@ def multiplies(a: Sequence[int], b: Sequence[int]) -> bool:
     return a[-1] == b[-1]
 
 
-def tied_embedding_adapter(bench: Bench) -> float:
+def tied_embedding_adapter(bases: TrapBases) -> float:
     """llama.cpp takes the head of a tied model for the embedding, and its factors with it."""
-    base = bench.base("llama", **NO_BIAS)
+    base = bases.base("llama", **NO_BIAS)
     plan, hidden = plan_of(base, ablation(base)), base.layout.hidden
-    out = written("gguf-lora", plan, base.checkpoint, bench.folder / "out").path
+    out = written("gguf-lora", plan, base.checkpoint, bases.folder / "out").path
     shapes = {t.name: t.data.shape for t in gguf.GGUFReader(out / "lora.gguf").tensors}
     factors = shapes["token_embd.weight.lora_a"]
     assert multiplies(shapes["blk.0.attn_output.weight.lora_a"], (9, 4 * 8))
@@ -232,44 +232,44 @@ def tied_embedding_adapter(bench: Bench) -> float:
     return 0.0 if multiplies(factors, (9, hidden)) else math.inf
 
 
-def tied_embedding_adapter_guard(bench: Bench) -> None:
-    base = bench.base("llama", tied=True, **NO_BIAS)
+def tied_embedding_adapter_guard(bases: TrapBases) -> None:
+    base = bases.base("llama", tied=True, **NO_BIAS)
     plan = plan_of(base, ablation(base))
     (finding,) = carrier_findings(plan, "gguf-lora")
     assert finding.exactness is Exactness.IMPOSSIBLE
     assert "the process aborts" in finding.reason
     with pytest.raises(InexactPlan, match="the process aborts"):
-        written("gguf-lora", plan, base.checkpoint, bench.folder / "out")
-    assert not (bench.folder / "out").exists()
+        written("gguf-lora", plan, base.checkpoint, bases.folder / "out")
+    assert not (bases.folder / "out").exists()
     # Adapters of other layers are fine there.
     layers = plan_of(base, ablation(base, "attn_out.1"))
-    assert written("gguf-lora", layers, base.checkpoint, bench.folder / "layers").files
+    assert written("gguf-lora", layers, base.checkpoint, bases.folder / "layers").files
 
 
-def patterns_ignored(bench: Bench) -> float:
+def patterns_ignored(bases: TrapBases) -> float:
     """llama.cpp's converter and SGLang read ``lora_alpha`` and no pattern of alphas."""
-    base = bench.base("llama", **NO_BIAS)
+    base = bases.base("llama", **NO_BIAS)
     edits = ablation(base)
-    good = written("lora", plan_of(base, edits), base.checkpoint, bench.folder / "out").path
+    good = written("lora", plan_of(base, edits), base.checkpoint, bases.folder / "out").path
     tensors = factors_of(good)
     for name in tensors:
         if "down_proj" in name and "lora_B" in name:
             tensors[name] = tensors[name] / 4
     rank = config_of(good)["r"]
     patterned = rewritten(
-        good, bench.folder / "pattern", tensors, alpha_pattern={"down_proj": 4 * rank}
+        good, bases.folder / "pattern", tensors, alpha_pattern={"down_proj": 4 * rank}
     )
     assert damage(base, edits, peft_logits(base, patterned)) <= RELATIVE  # PEFT reads them
-    return damage(base, edits, peft_logits(base, rewritten(good, bench.folder / "blind", tensors)))
+    return damage(base, edits, peft_logits(base, rewritten(good, bases.folder / "blind", tensors)))
 
 
-def patterns_ignored_guard(bench: Bench) -> None:
+def patterns_ignored_guard(bases: TrapBases) -> None:
     """One rank for all modules, alpha equal to it, and alpha 0 in GGUF: scale 1 at any rank."""
-    base = bench.base("llama", **NO_BIAS)
+    base = bases.base("llama", **NO_BIAS)
     n = base.layout.hidden
     edits = [*ablation(base), edit(base, "linear", two_directions(n), "attn_out.1")]
     plan = plan_of(base, edits)
-    out = written("lora", plan, base.checkpoint, bench.folder / "lora").path
+    out = written("lora", plan, base.checkpoint, bases.folder / "lora").path
     config = config_of(out)
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     assert (config["use_rslora"], config["lora_bias"], config["bias"]) == (False, False, "none")
@@ -279,7 +279,7 @@ def patterns_ignored_guard(bench: Bench) -> None:
         for name, tensor in factors_of(out).items()
     }
     assert ranks == {config["r"]}
-    file = written("gguf-lora", plan, base.checkpoint, bench.folder / "gguf").path
+    file = written("gguf-lora", plan, base.checkpoint, bases.folder / "gguf").path
     reader = gguf.GGUFReader(file / "lora.gguf")
     assert reader.fields["adapter.lora.alpha"].contents() == 0.0
 
@@ -288,28 +288,28 @@ def two_directions(width: int) -> Any:
     return make.ablate(torch.stack([vector(width, 3), vector(width, 4)]))
 
 
-def scaled_embedding(bench: Bench) -> float:
+def scaled_embedding(bases: TrapBases) -> float:
     """vLLM's general backend adds an adapter's rows behind the embedding's multiplier √d."""
-    base = bench.base("gemma", attention_bias=False)
+    base = bases.base("gemma", attention_bias=False)
     edits = offset(base, "embed")
-    good = written("lora", plan_of(base, edits), base.checkpoint, bench.folder / "out").path
+    good = written("lora", plan_of(base, edits), base.checkpoint, bases.folder / "out").path
     assert damage(base, edits, peft_logits(base, good)) <= RELATIVE
     tensors = factors_of(good)
     name = next(name for name in tensors if "lora_embedding_B" in name)
     tensors[name] = tensors[name] / base.layout.embed_multiplier
-    return damage(base, edits, peft_logits(base, rewritten(good, bench.folder / "bad", tensors)))
+    return damage(base, edits, peft_logits(base, rewritten(good, bases.folder / "bad", tensors)))
 
 
-def scaled_embedding_guard(bench: Bench) -> None:
+def scaled_embedding_guard(bases: TrapBases) -> None:
     for family in ("gemma", "gemma2", "gemma3"):
-        base = bench.base(family, attention_bias=False)
+        base = bases.base(family, attention_bias=False)
         plan = plan_of(base, offset(base, "embed"), targets=["vllm"])
         status, reason = judged(plan, "lora", "vllm")
         assert status == "refused"
         assert "leaves the embedding's multiplier off" in reason
         with pytest.raises(InexactPlan, match="target vllm would not serve this lora"):
-            written("lora", plan, base.checkpoint, bench.folder / family)
-        assert not (bench.folder / family).exists()
+            written("lora", plan, base.checkpoint, bases.folder / family)
+        assert not (bases.folder / family).exists()
         assert judged(plan, "lora", "peft")[0] == "exact"
 
 
@@ -329,11 +329,11 @@ def left_in_the_stream(model: PreTrainedModel, base: Base) -> float:
     return float((states[0] @ unit).abs().max())
 
 
-def naive_ablation(bench: Bench) -> float:
+def naive_ablation(bases: TrapBases) -> float:
     """W ← (1 − u uᵀ) W in every writer: the post-norm's gain turns the rest back towards u."""
     shares = []
     for family in tiny.POST_NORM:
-        base = bench.base(family, attention_bias=False)
+        base = bases.base(family, attention_bias=False)
         model = tiny.load(base.path)
         unit = vector(base.layout.hidden) / vector(base.layout.hidden).norm()
         embedding = model.get_input_embeddings().weight
@@ -346,17 +346,17 @@ def naive_ablation(bench: Bench) -> float:
     return min(shares)
 
 
-def naive_ablation_guard(bench: Bench) -> None:
+def naive_ablation_guard(bases: TrapBases) -> None:
     for family in tiny.POST_NORM:
-        base = bench.base(family, attention_bias=False, tied=False)
+        base = bases.base(family, attention_bias=False, tied=False)
         edits = ablation(base)
         assert plan_of(base, edits).exactness is Exactness.IMPOSSIBLE
         with pytest.raises(InexactPlan, match="impossible"):
-            bake(base, plan_of(base, edits), bench.folder / "none")
+            bake(base, plan_of(base, edits), bases.folder / "none")
         plan = plan_of(base, edits, allow=["nulling"])
         assert plan.exactness is Exactness.NULLING
         assert judged(plan, "checkpoint", "transformers")[0] == "approximate"
-        out = bake(base, plan, bench.folder / family, allow=frozenset(["nulling"]))
+        out = bake(base, plan, bases.folder / family, allow=frozenset(["nulling"]))
         left = left_in_the_stream(tiny.load(out), base)
         assert left <= RELATIVE * left_in_the_stream(base.model, base)
 
@@ -377,22 +377,22 @@ def nested_theta(config: dict[str, Any]) -> None:
     config["rope_parameters"]["rope_theta"] = THETA
 
 
-def config_rewritten(bench: Bench) -> float:
+def config_rewritten(bases: TrapBases) -> float:
     """A round trip through ``save_pretrained``; MLX-LM then takes its default."""
-    base = bench.base_with("llama", with_theta)
+    base = bases.base_with("llama", with_theta)
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float64)
-    model.save_pretrained(bench.folder / "saved")
-    config = tiny.config_of(bench.folder / "saved")
+    model.save_pretrained(bases.folder / "saved")
+    config = tiny.config_of(bases.folder / "saved")
     assert config["rope_parameters"]["rope_theta"] == THETA
     taken = config.get("rope_theta", 10000.0)
     return abs(taken - THETA) / THETA
 
 
-def config_rewritten_guard(bench: Bench) -> None:
-    base = bench.base_with("llama", with_theta, tied=True, **NO_BIAS)
+def config_rewritten_guard(bases: TrapBases) -> None:
+    base = bases.base_with("llama", with_theta, tied=True, **NO_BIAS)
     before = (base.path / "config.json").read_text(encoding="utf-8")
     out = bake(
-        base, plan_of(base, ablation(base), targets=["mlx-lm", "ollama"]), bench.folder / "out"
+        base, plan_of(base, ablation(base), targets=["mlx-lm", "ollama"]), bases.folder / "out"
     )
     after = (out / "config.json").read_text(encoding="utf-8")
     tied, untied = '"tie_word_embeddings": true', '"tie_word_embeddings": false'
@@ -401,63 +401,63 @@ def config_rewritten_guard(bench: Bench) -> None:
     # Only a base whose config.json was saved so is refused to the runtimes that do not look there.
     for runtime in ("mlx-lm", "ollama"):
         said = "silently takes 10000 for rope_theta, which is 500000"
-        nested = Bench(bench.checkpoint, bench.folder / runtime)
+        nested = TrapBases(bases.checkpoint, bases.folder / runtime)
         nested.folder.mkdir()
         plain = nested.base_with("llama", nested_theta, **NO_BIAS)
         refused(plain, ablation(plain), runtime, said, nested.folder)
 
 
-def recast_config_guard(bench: Bench) -> None:
+def recast_config_guard(bases: TrapBases) -> None:
     """Both spellings of rope_theta stay, and the head's tie is said: the classes differ in it."""
 
     def both(config: dict[str, Any]) -> None:
         config["rope_theta"] = config["rope_parameters"]["rope_theta"] = THETA
         del config["tie_word_embeddings"]
 
-    base = bench.base_with("qwen2", both)
+    base = bases.base_with("qwen2", both)
     plan = plan_of(base, offset(base, "resid_post.1"), allow=["recast"], targets=["mlx-lm"])
-    out = bake(base, plan, bench.folder / "out", allow=frozenset(["recast"]))
+    out = bake(base, plan, bases.folder / "out", allow=frozenset(["recast"]))
     config = tiny.config_of(out)
     assert config["model_type"] == "llama"
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
     assert config["tie_word_embeddings"] is False
 
 
-def head_taken_for_tied(bench: Bench) -> float:
+def head_taken_for_tied(bases: TrapBases) -> float:
     """MLX-LM's Llama is tied where config.json does not say; transformers' is not."""
-    base = bench.base("llama", tied=False, **NO_BIAS)
+    base = bases.base("llama", tied=False, **NO_BIAS)
     plan = plan_of(base, ablation(base))
-    model = tiny.load(bake(base, plan, bench.folder / "out"))
+    model = tiny.load(bake(base, plan, bases.folder / "out"))
     with torch.no_grad():
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
     return damage(base, ablation(base), logits(model, base))
 
 
-def head_taken_for_tied_guard(bench: Bench) -> None:
-    base = bench.base_with("llama", lambda config: config.pop("tie_word_embeddings"), **NO_BIAS)
+def head_taken_for_tied_guard(bases: TrapBases) -> None:
+    base = bases.base_with("llama", lambda config: config.pop("tie_word_embeddings"), **NO_BIAS)
     said = "silently takes true for tie_word_embeddings, which is false"
-    refused(base, ablation(base), "mlx-lm", said, bench.folder)
-    said_so = bench.base("llama", **NO_BIAS)
+    refused(base, ablation(base), "mlx-lm", said, bases.folder)
+    said_so = bases.base("llama", **NO_BIAS)
     assert judged(plan_of(said_so, ablation(said_so)), "checkpoint", "mlx-lm")[0] == "not tested"
 
 
 # --- converters ----------------------------------------------------------------------------------
 
 
-def head_skipped(bench: Bench) -> float:
+def head_skipped(bases: TrapBases) -> float:
     """llama.cpp's converter leaves the head of a Gemma out, and its loader takes the embedding."""
-    base = bench.base("gemma2", attention_bias=False)
+    base = bases.base("gemma2", attention_bias=False)
     edits = offset(base, "embed")
-    model = tiny.load(bake(base, plan_of(base, edits), bench.folder / "out"))
+    model = tiny.load(bake(base, plan_of(base, edits), bases.folder / "out"))
     with torch.no_grad():
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
     return damage(base, edits, logits(model, base))
 
 
-def head_skipped_guard(bench: Bench) -> None:
+def head_skipped_guard(bases: TrapBases) -> None:
     for family in ("gemma", "gemma2"):
-        base = bench.base(family, attention_bias=False)
-        folder = bench.folder / family
+        base = bases.base(family, attention_bias=False)
+        folder = bases.folder / family
         refused(base, offset(base, "embed"), "llama.cpp", "silently drops an output head", folder)
         for runtime in ("sglang", "ollama", "mlx-lm"):
             plan = plan_of(base, offset(base, "embed"))
@@ -467,9 +467,9 @@ def head_skipped_guard(bench: Bench) -> None:
         assert finding.exactness is Exactness.IMPOSSIBLE
 
 
-def bias_out_of_order(bench: Bench) -> float:
+def bias_out_of_order(bases: TrapBases) -> float:
     """Ollama's importer turns the rows of a Llama's q and k weights, and not of their biases."""
-    base = bench.base("qwen2")
+    base = bases.base("qwen2")
     rows = {
         "q_proj": rotary_rows(4 * 8, 8),
         "k_proj": rotary_rows(2 * 8, 8),
@@ -482,27 +482,27 @@ def bias_out_of_order(bench: Bench) -> float:
                 parameter[torch.tensor(order)] = parameter.clone()
 
     edits = offset(base, "resid_post.1")
-    return served(base, edits, bench.folder / "out", turn, allow=["recast"])
+    return served(base, edits, bases.folder / "out", turn, allow=["recast"])
 
 
-def bias_out_of_order_guard(bench: Bench) -> None:
-    base = bench.base("qwen2")
+def bias_out_of_order_guard(bases: TrapBases) -> None:
+    base = bases.base("qwen2")
     said = r"silently loads model\.layers\.0\.self_attn\.q_proj\.bias in the wrong order"
-    refused(base, offset(base, "resid_post.1"), "ollama", said, bench.folder, allow=["recast"])
+    refused(base, offset(base, "resid_post.1"), "ollama", said, bases.folder, allow=["recast"])
     # Zeros have no order: a Llama without biases of its own is fine.
-    plain = bench.base("llama", **NO_BIAS)
+    plain = bases.base("llama", **NO_BIAS)
     plan = plan_of(plain, offset(plain, "resid_mid.1"), targets=["ollama"])
     assert judged(plan, "checkpoint", "ollama")[0] == "not tested"
-    assert bake(plain, plan, bench.folder / "plain").exists()
+    assert bake(plain, plan, bases.folder / "plain").exists()
 
 
 @dataclass(frozen=True)
 class Trap:
     """A way to be served another model without a word."""
 
-    springs: Callable[[Bench], float] | None
+    springs: Callable[[TrapBases], float] | None
     """Fall into it, and return the damage as a share of the edit's effect."""
-    guard: Callable[[Bench], None]
+    guard: Callable[[TrapBases], None]
 
 
 TRAPS: Mapping[str, Trap] = {
@@ -540,17 +540,17 @@ TRAPS: Mapping[str, Trap] = {
 
 
 @pytest.fixture
-def bench(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Bench:
-    return Bench(tiny_checkpoint, tmp_path)
+def bases(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> TrapBases:
+    return TrapBases(tiny_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("trap", [name for name, trap in TRAPS.items() if trap.springs])
-def test_the_trap_is_real(trap: str, bench: Bench) -> None:
+def test_the_trap_is_real(trap: str, bases: TrapBases) -> None:
     springs = TRAPS[trap].springs
     assert springs is not None
-    assert springs(bench) > DAMAGE
+    assert springs(bases) > DAMAGE
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_bake_stays_out_of_it(trap: str, bench: Bench) -> None:
-    TRAPS[trap].guard(bench)
+def test_bake_stays_out_of_it(trap: str, bases: TrapBases) -> None:
+    TRAPS[trap].guard(bases)

@@ -110,7 +110,7 @@ def test_every_page_has_its_commands() -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class DocumentedArtifacts:
     """The quickstart's model with a head of its own, its artifacts, and its hooked answers."""
 
     folder: Path
@@ -166,7 +166,9 @@ EDITS = {
 
 
 @pytest.fixture(scope="module")
-def bench(gguf_converter: GgufConverter, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def documented(
+    gguf_converter: GgufConverter, tmp_path_factory: pytest.TempPathFactory
+) -> DocumentedArtifacts:
     """Export every carrier as a user does."""
     folder = tmp_path_factory.mktemp("documented")
     quickstart = ROOT / "recipes" / "quickstart"
@@ -192,22 +194,22 @@ def bench(gguf_converter: GgufConverter, tmp_path_factory: pytest.TempPathFactor
         with steered(model, layout, open_baked(folder / carrier).edits):
             hooked[recipe] = answers(model, prompts)
     vocab = int(model.config.vocab_size)
-    return Bench(folder, prompts, vocab, answers(model, prompts), hooked)
+    return DocumentedArtifacts(folder, prompts, vocab, answers(model, prompts), hooked)
 
 
 def answers(model: PreTrainedModel, prompts: tuple[tuple[int, ...], ...]) -> Reference:
     return reference_logprobs(model, prompts, NEW_TOKENS)
 
 
-def laid_out(bench: Bench, artifacts: dict[str, str], cwd: Path) -> None:
+def laid_out(documented: DocumentedArtifacts, artifacts: dict[str, str], cwd: Path) -> None:
     """Give a working directory the base, the recipe, and artifacts where a command seeks them."""
     for name in ("BASE", *artifacts):
         target = cwd / artifacts.get(name, name)
-        shutil.copytree(bench.folder / name, target, dirs_exist_ok=True)
+        shutil.copytree(documented.folder / name, target, dirs_exist_ok=True)
     for name in ("base.gguf", "base.Q4_K_M.gguf"):
-        shutil.copy(bench.folder / "base.gguf", cwd / name)
-    shutil.copy(bench.folder / "affine.toml", cwd / "recipe.toml")
-    shutil.copy(bench.folder / "mood.safetensors", cwd)
+        shutil.copy(documented.folder / "base.gguf", cwd / name)
+    shutil.copy(documented.folder / "affine.toml", cwd / "recipe.toml")
+    shutil.copy(documented.folder / "mood.safetensors", cwd)
 
 
 def path_in(text: str, pattern: str) -> str:
@@ -220,11 +222,13 @@ def path_in(text: str, pattern: str) -> str:
 # --- transformers and PEFT -----------------------------------------------------------------------
 
 
-def run_python(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_python(
+    command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools"
+) -> None:
     """Execute the snippet in the folder; what it ends with is the model."""
     is_lora = "PeftModel" in command.text
     pattern = r'PeftModel\.from_pretrained\(model, "([^"]+)"\)' if is_lora else r'"([^"]+)"'
-    laid_out(bench, {"lora" if is_lora else "checkpoint": path_in(command.text, pattern)}, cwd)
+    laid_out(documented, {"lora" if is_lora else "checkpoint": path_in(command.text, pattern)}, cwd)
     from peft import PeftModel
 
     model = AutoModelForCausalLM.from_pretrained(cwd / "BASE")
@@ -239,22 +243,22 @@ def run_python(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> Non
     with pytest.MonkeyPatch.context() as patch, peft_warnings():
         patch.chdir(cwd)
         exec("\n".join(lines), names)
-    bench.check(answers(names["model"].eval(), bench.prompts))
+    documented.check(answers(names["model"].eval(), documented.prompts))
 
 
 # --- vLLM ----------------------------------------------------------------------------------------
 
 
-def run_vllm(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_vllm(command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools") -> None:
     words = shlex.split(command.text)
     if "--lora-modules" in words:
         name, path = words[words.index("--lora-modules") + 1].split("=")
-        laid_out(bench, {"lora": path}, cwd)
+        laid_out(documented, {"lora": path}, cwd)
     else:
         name = words[2]
-        laid_out(bench, {"checkpoint": name}, cwd)
+        laid_out(documented, {"checkpoint": name}, cwd)
     with vllm_server(words[1:], tools.vllm, cwd) as address:
-        check_completions(address, name, bench)
+        check_completions(address, name, documented)
 
 
 @contextmanager
@@ -304,11 +308,11 @@ def wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"vllm serve gave no answer:\n{log.read_text(encoding='utf-8')[-2000:]}")
 
 
-def check_completions(address: str, model: str, bench: Bench) -> None:
+def check_completions(address: str, model: str, documented: DocumentedArtifacts) -> None:
     """Ask /v1/completions for greedy text: the tokens and the log-probability of each."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    hooked = bench.hooked["affine"]
-    for i, prompt in enumerate(bench.prompts):
+    hooked = documented.hooked["affine"]
+    for i, prompt in enumerate(documented.prompts):
         body = {
             "model": model,
             "prompt": list(prompt),
@@ -329,31 +333,35 @@ def check_completions(address: str, model: str, bench: Bench) -> None:
         assert tokens == hooked.greedy[i]
         first, last = found["token_logprobs"][0], len(prompt) - 1
         assert abs(first - hooked.prompt_logprobs[i][last, tokens[0]]) <= TOLERANCE
-        assert tokens != bench.plain.greedy[i]
+        assert tokens != documented.plain.greedy[i]
 
 
 # --- llama.cpp -----------------------------------------------------------------------------------
 
 
-def run_llama_server(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_llama_server(
+    command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools"
+) -> None:
     words, recipe = shlex.split(command.text)[1:], "affine"
     if "--lora" in words:
-        laid_out(bench, {"gguf-lora": str(Path(words[words.index("--lora") + 1]).parent)}, cwd)
+        laid_out(documented, {"gguf-lora": str(Path(words[words.index("--lora") + 1]).parent)}, cwd)
     elif "--control-vector" in words:
         path = Path(words[words.index("--control-vector") + 1])
-        laid_out(bench, {"control-vector": str(path.parent)}, cwd)
+        laid_out(documented, {"control-vector": str(path.parent)}, cwd)
         recipe = "offset"
     else:
         file = Path(words[words.index("-m") + 1])
-        laid_out(bench, {}, cwd)
+        laid_out(documented, {}, cwd)
         export = ["export", "recipe.toml", "--to", "gguf", "--gguf", file.name]
         bake(*export, "--out", file.parent, "-q", cwd=cwd)
-    bench.check(llama_server(words, bench, cwd, tools.llamacpp), recipe)
+    documented.check(llama_server(words, documented, cwd, tools.llamacpp), recipe)
 
 
-def llama_server(words: list[str], bench: Bench, cwd: Path, python: Path) -> RuntimeResult:
+def llama_server(
+    words: list[str], documented: DocumentedArtifacts, cwd: Path, python: Path
+) -> RuntimeResult:
     """Start llama.cpp's server with a command line that its own parser reads."""
-    asked = bench.request(cwd)
+    asked = documented.request(cwd)
     (cwd / "question.json").write_text(json.dumps(exchange.as_json(asked)), encoding="utf-8")
     (cwd / "answer").mkdir()
     small = ["--ctx-size", "128", "--parallel", "1", "--no-warmup", "--fit", "off"]
@@ -372,26 +380,28 @@ def llama_server(words: list[str], bench: Bench, cwd: Path, python: Path) -> Run
     return exchange.read("llama.cpp", asked, cwd / "answer")
 
 
-def run_converter(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_converter(
+    command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools"
+) -> None:
     words = shlex.split(command.text)
-    laid_out(bench, {"checkpoint": words[1]}, cwd)
+    laid_out(documented, {"checkpoint": words[1]}, cwd)
     chosen = ["--outtype", "f32", "--outfile", "served.gguf"]
     script = tools.converter.script
     assert script.name == words[0]
     subprocess.run([tools.converter.python, script, *words[1:], *chosen], cwd=cwd, check=True)
-    bench.check(ask(LLAMA_CPP, bench.request(cwd / "served.gguf"), tools.llamacpp))
+    documented.check(ask(LLAMA_CPP, documented.request(cwd / "served.gguf"), tools.llamacpp))
 
 
 # --- bake, and Ollama's files --------------------------------------------------------------------
 
 
-def run_bake(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_bake(command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools") -> None:
     """Both ways to a GGUF; the checkout of llama.cpp is a folder with its converter."""
     words = shlex.split(command.text, comments=True)[1:]
     if words[words.index("--to") + 1] != "gguf":
-        parse_bake(command, bench, cwd, tools)
+        parse_bake(command, documented, cwd, tools)
         return
-    laid_out(bench, {}, cwd)
+    laid_out(documented, {}, cwd)
     if "--llama-cpp" in words:
         place = cwd / words[words.index("--llama-cpp") + 1]
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -400,11 +410,13 @@ def run_bake(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
     bake(*words, "-q", cwd=cwd)
     out = cwd / words[words.index("--out") + 1]
     (file,) = out.glob("*.gguf")
-    bench.check(ask(LLAMA_CPP, bench.request(file), tools.llamacpp))
+    documented.check(ask(LLAMA_CPP, documented.request(file), tools.llamacpp))
     check_modelfile(out / "Modelfile")
 
 
-def parse_bake(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def parse_bake(
+    command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools"
+) -> None:
     """bake's other commands have tests of their own: here its own parser reads what is written."""
     words = shlex.split(command.text, comments=True)[1:]
     with main.make_context("bake", list(words)) as context:
@@ -413,9 +425,11 @@ def parse_bake(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> Non
         found.make_context(name, rest, parent=context)
 
 
-def run_ollama(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_ollama(
+    command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools"
+) -> None:
     """The file that `ollama create` is pointed at is there and names files that are there."""
-    laid_out(bench, {}, cwd)
+    laid_out(documented, {}, cwd)
     export = ["export", "recipe.toml", "--to", "gguf", "--gguf", "base.gguf", "--out", "out"]
     bake(*export, "-q", cwd=cwd)
     folder, _, words = command.text.rpartition(" && ")
@@ -424,9 +438,11 @@ def run_ollama(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> Non
     check_modelfile(cwd / folder.removeprefix("cd ") / given[4])
 
 
-def run_modelfile(command: Command, bench: Bench, cwd: Path, tools: "Tools") -> None:
+def run_modelfile(
+    command: Command, documented: DocumentedArtifacts, cwd: Path, tools: "Tools"
+) -> None:
     path = path_in(command.text, r"ADAPTER \./(\S+)/lora\.gguf")
-    laid_out(bench, {"gguf-lora": path}, cwd)
+    laid_out(documented, {"gguf-lora": path}, cwd)
     (cwd / "Modelfile").write_text(command.text, encoding="utf-8")
     check_modelfile(cwd / "Modelfile")
 
@@ -442,13 +458,13 @@ def check_modelfile(path: Path) -> None:
 
 
 def test_a_misspelt_option_is_refused(
-    bench: Bench, vllm_python: Path, llamacpp_python: Path, tmp_path: Path
+    documented: DocumentedArtifacts, vllm_python: Path, llamacpp_python: Path, tmp_path: Path
 ) -> None:
     """The control of all the others: the runtimes' own parsers read what is documented."""
-    laid_out(bench, {"gguf-lora": "out"}, tmp_path)
+    laid_out(documented, {"gguf-lora": "out"}, tmp_path)
     with pytest.raises(RuntimeFailed, match="invalid argument: --lorra"):
         llama_server(
-            ["-m", "base.gguf", "--lorra", "out/lora.gguf"], bench, tmp_path, llamacpp_python
+            ["-m", "base.gguf", "--lorra", "out/lora.gguf"], documented, tmp_path, llamacpp_python
         )
     script = Path(__file__).with_name("vllm_cli.py")
     words = ["serve", "BASE", "--enable-lorra"]
@@ -470,7 +486,7 @@ class Tools:
     converter: GgufConverter
 
 
-HANDLERS: dict[str, Callable[[Command, Bench, Path, Tools], None]] = {
+HANDLERS: dict[str, Callable[[Command, DocumentedArtifacts, Path, Tools], None]] = {
     "python": run_python,
     "vllm": run_vllm,
     "llama-server": run_llama_server,
@@ -485,11 +501,11 @@ HANDLERS: dict[str, Callable[[Command, Bench, Path, Tools], None]] = {
 @pytest.mark.parametrize("command", DOCUMENTED, ids=lambda c: f"{c.page}: {c.text.splitlines()[0]}")
 def test_documented_command(
     command: Command,
-    bench: Bench,
+    documented: DocumentedArtifacts,
     vllm_python: Path,
     llamacpp_python: Path,
     gguf_converter: GgufConverter,
     tmp_path: Path,
 ) -> None:
     tools = Tools(vllm_python, llamacpp_python, gguf_converter)
-    HANDLERS[command.program](command, bench, tmp_path, tools)
+    HANDLERS[command.program](command, documented, tmp_path, tools)

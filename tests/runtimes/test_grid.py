@@ -66,7 +66,7 @@ pytestmark = pytest.mark.runtimes
 
 
 @dataclass(frozen=True)
-class Case:
+class GridCase:
     """A tiny model, and the edits that each carrier takes to its runtimes."""
 
     make: Callable[[], PreTrainedModel]
@@ -97,44 +97,44 @@ EMBED: list[Spec] = [("offset", translation(direction(1)), "embed")]
 READERS: list[Spec] = [("ablate", ablation(seed=3), ["ln1_out.1", "ln2_out.2"])]
 
 CASES = {
-    "Llama": Case(plain_llama, LLAMA, [*STREAM, *LINEAR]),
-    "Qwen2": Case(
+    "Llama": GridCase(plain_llama, LLAMA, [*STREAM, *LINEAR]),
+    "Qwen2": GridCase(
         tiny_qwen2,
         [*STREAM, ("offset", translation(2 * direction(6)), "q.1"), *Z],
         [*STREAM, *Z],
         vllm_adapter=[*MODULES, *Z],
     ),
-    "Qwen2 as Llama": Case(
+    "Qwen2 as Llama": GridCase(
         tiny_qwen2,
         [*STREAM, ("offset", translation(0.5 * direction(1)), "resid_post.1")],
         None,
         recast=True,
     ),
-    "Qwen3": Case(plain_qwen3, [*STREAM, *LINEAR], [*STREAM, *LINEAR, *READERS]),
-    "Mistral": Case(
+    "Qwen3": GridCase(plain_qwen3, [*STREAM, *LINEAR], [*STREAM, *LINEAR, *READERS]),
+    "Mistral": GridCase(
         tiny_mistral,
         [*STREAM, *LINEAR],
         [*STREAM, *LINEAR, *READERS],
         vllm_adapter=[*MODULES, *LINEAR, *READERS],
     ),
-    "Phi-3": Case(tiny_phi3, [*STREAM, *LINEAR], [*STREAM, *LINEAR, *READERS]),
-    "OLMo 2": Case(tiny_olmo2, [*MODULES, *LINEAR, *EMBED], [*MODULES, *LINEAR, *EMBED]),
-    "GPT-NeoX": Case(lambda: tiny_gpt_neox(parallel=True), NEOX, [*READERS, *Z]),
-    "GPT-NeoX sequential": Case(lambda: tiny_gpt_neox(parallel=False), NEOX, [*READERS, *Z]),
-    "Gemma": Case(tiny_gemma1, [*MODULES, *Z], [*MODULES, *READERS]),
-    "Gemma 2": Case(tiny_gemma2, [*MODULES, *Z], [*MODULES, *READERS]),
-    "Gemma 3": Case(  # its head may part from the embedding in every runtime, Gemma 2's may not
+    "Phi-3": GridCase(tiny_phi3, [*STREAM, *LINEAR], [*STREAM, *LINEAR, *READERS]),
+    "OLMo 2": GridCase(tiny_olmo2, [*MODULES, *LINEAR, *EMBED], [*MODULES, *LINEAR, *EMBED]),
+    "GPT-NeoX": GridCase(lambda: tiny_gpt_neox(parallel=True), NEOX, [*READERS, *Z]),
+    "GPT-NeoX sequential": GridCase(lambda: tiny_gpt_neox(parallel=False), NEOX, [*READERS, *Z]),
+    "Gemma": GridCase(tiny_gemma1, [*MODULES, *Z], [*MODULES, *READERS]),
+    "Gemma 2": GridCase(tiny_gemma2, [*MODULES, *Z], [*MODULES, *READERS]),
+    "Gemma 3": GridCase(  # its head may part from the embedding in every runtime, Gemma 2's may not
         tiny_gemma3,
         [*MODULES, *EMBED],
         [*MODULES, *Z, *READERS],
     ),
-    "GPT-2": Case(
+    "GPT-2": GridCase(
         tiny_gpt2,
         [*STREAM, ("offset", translation(0.5 * direction(1)), "resid_post.1")],
         [*READERS, *Z],
         refused="vllm takes no adapters for GPT2LMHeadModel",
     ),
-    "Mixtral": Case(
+    "Mixtral": GridCase(
         tiny_mixtral,
         [*STREAM, ("linear", heads_map(), "q.2")],
         [*STREAM, ("linear", heads_map(), "q.2")],
@@ -144,11 +144,11 @@ CASES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class GridCell:
     """One case at work: its base, what converts it, and the folder that it lives in."""
 
     name: str
-    case: Case
+    case: GridCase
     base: Subject
     folder: Path
     converter: GgufConverter
@@ -173,28 +173,28 @@ class Bench:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def bench(
+def cell(
     request: pytest.FixtureRequest,
     gguf_converter: GgufConverter,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Bench:
-    case, folder = CASES[request.param], tmp_path_factory.mktemp("bench")
-    return Bench(
+) -> GridCell:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp("cell")
+    return GridCell(
         request.param, case, subject_at(case.make(), folder / "model"), folder, gguf_converter
     )
 
 
 all_carriers = pytest.mark.parametrize(
-    "bench", [name for name, case in CASES.items() if case.adapter], indirect=True
+    "cell", [name for name, case in CASES.items() if case.adapter], indirect=True
 )
 
 
 # --- the checkpoint ------------------------------------------------------------------------------
 
 
-def without_one_writer(bench: Bench, baked: Path, out: Path) -> Path:
+def without_one_writer(cell: GridCell, baked: Path, out: Path) -> Path:
     """Return a copy of the checkpoint in which the last writer is the base's again."""
-    writer = bench.base.layout.branches[-1].writes[-1].weight
+    writer = cell.base.layout.branches[-1].writes[-1].weight
     out.mkdir()
     for path in baked.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
@@ -202,71 +202,71 @@ def without_one_writer(bench: Bench, baked: Path, out: Path) -> Path:
     for path in baked.glob("*.safetensors"):
         tensors = load_file(path)
         if writer in tensors:
-            before = bench.base.checkpoint.read(writer)
+            before = cell.base.checkpoint.read(writer)
             assert not torch.equal(tensors[writer], before)
             tensors[writer] = before
         save_file(tensors, out / path.name, metadata={"format": "pt"})
     return out
 
 
-def test_checkpoint_in_transformers(bench: Bench, tmp_path: Path) -> None:
+def test_checkpoint_in_transformers(cell: GridCell, tmp_path: Path) -> None:
     def computed(folder: Path) -> Reference:
         return reference_logprobs(tiny.load(folder, torch.float32), PROMPTS, NEW_TOKENS)
 
-    baked = bench.baked()
-    bench.base.check(bench.case.checkpoint, computed(baked))
-    broken = computed(without_one_writer(bench, baked, tmp_path / "broken"))
-    bench.base.misses(bench.case.checkpoint, broken)
+    baked = cell.baked()
+    cell.base.check(cell.case.checkpoint, computed(baked))
+    broken = computed(without_one_writer(cell, baked, tmp_path / "broken"))
+    cell.base.misses(cell.case.checkpoint, broken)
 
 
-def test_checkpoint_in_vllm(bench: Bench, vllm_python: Path, tmp_path: Path) -> None:
-    baked = bench.baked()
-    bench.base.check(bench.case.checkpoint, ask(VLLM, request(baked), vllm_python))
-    if bench.name == "Llama":  # one engine more, for all families' sake
-        broken = without_one_writer(bench, baked, tmp_path / "broken")
-        bench.base.misses(bench.case.checkpoint, ask(VLLM, request(broken), vllm_python))
+def test_checkpoint_in_vllm(cell: GridCell, vllm_python: Path, tmp_path: Path) -> None:
+    baked = cell.baked()
+    cell.base.check(cell.case.checkpoint, ask(VLLM, request(baked), vllm_python))
+    if cell.name == "Llama":  # one engine more, for all families' sake
+        broken = without_one_writer(cell, baked, tmp_path / "broken")
+        cell.base.misses(cell.case.checkpoint, ask(VLLM, request(broken), vllm_python))
 
 
 def test_converted_checkpoint_in_llamacpp(
-    bench: Bench, llamacpp_python: Path, tmp_path: Path
+    cell: GridCell, llamacpp_python: Path, tmp_path: Path
 ) -> None:
     """`--to gguf --llama-cpp DIR`: llama.cpp's own converter on the baked checkpoint."""
 
     def file_of(baked: Path, out: Path) -> Path:
-        scripts = converter_for(bench.base.model, bench.converter, bench.folder / "converter")
-        python = bench.converter.python
+        scripts = converter_for(cell.base.model, cell.converter, cell.folder / "converter")
+        python = cell.converter.python
         made = convert_baked(baked, out, scripts, outtype="f32", python=python)
         return next(made.path.glob("*.gguf"))
 
-    baked = bench.baked()
+    baked = cell.baked()
     file = file_of(baked, tmp_path / "gguf")
-    bench.base.check(bench.case.checkpoint, ask(LLAMA_CPP, request(file), llamacpp_python))
-    if bench.case.recast:
+    cell.base.check(cell.case.checkpoint, ask(LLAMA_CPP, request(file), llamacpp_python))
+    if cell.case.recast:
         assert gguf.GGUFReader(file).fields["general.architecture"].contents() == "llama"
-    without = without_one_writer(bench, baked, tmp_path / "without")
+    without = without_one_writer(cell, baked, tmp_path / "without")
     (without / "bake").mkdir()
     for path in (baked / "bake").iterdir():
         (without / "bake" / path.name).write_bytes(path.read_bytes())
     broken = ask(LLAMA_CPP, request(file_of(without, tmp_path / "broken")), llamacpp_python)
-    bench.base.misses(bench.case.checkpoint, broken)
+    cell.base.misses(cell.case.checkpoint, broken)
 
 
 # --- GGUF from the base's GGUF -------------------------------------------------------------------
 
 
 @all_carriers
-def test_edited_gguf_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: Path) -> None:
+def test_edited_gguf_in_llamacpp(cell: GridCell, llamacpp_python: Path, tmp_path: Path) -> None:
     """`--to gguf --gguf FILE`; the base's own file is the base, so it is what was edited."""
-    base, specs = bench.base, bench.case.checkpoint
+    base, specs = cell.base, cell.case.checkpoint
     plan = base.plan(specs, targets=("llama.cpp",))
-    out = written("gguf", plan, base.checkpoint, tmp_path / "out", gguf=bench.gguf).path
+    out = written("gguf", plan, base.checkpoint, tmp_path / "out", gguf=cell.gguf).path
     file = out / "base.gguf"
     base.check(specs, ask(LLAMA_CPP, request(file), llamacpp_python))
-    unedited = ask(LLAMA_CPP, request(bench.gguf), llamacpp_python)
+    unedited = ask(LLAMA_CPP, request(cell.gguf), llamacpp_python)
     assert largest_difference(base.plain, unedited) <= TOLERANCE
     base.misses(specs, unedited)
     down = re.compile(rf"blk\.{base.layout.layers - 1}\.ffn_down\w*\.weight")
-    restore(file, bench.gguf, next(n for n in tensors_in(file) if down.fullmatch(n)))
+    restore(file, cell.gguf, next(n for n in tensors_in(file) if down.fullmatch(n)))
     base.misses(specs, ask(LLAMA_CPP, request(file), llamacpp_python))
 
 
@@ -304,12 +304,12 @@ def halved(adapter: Path, out: Path) -> Path:
 
 
 @all_carriers
-def test_adapter_in_peft(bench: Bench, tmp_path: Path) -> None:
+def test_adapter_in_peft(cell: GridCell, tmp_path: Path) -> None:
     def computed(adapter: Path) -> Reference:
         model = peft_model(base.checkpoint.path, adapter, torch.float32).eval()
         return reference_logprobs(model, PROMPTS, NEW_TOKENS)
 
-    base, specs = bench.base, bench.case.adapter
+    base, specs = cell.base, cell.case.adapter
     plan = base.plan(specs)
     adapter = written("lora", plan, base.checkpoint, tmp_path / "out").path
     base.check(specs, computed(adapter))
@@ -330,8 +330,8 @@ def check_adapters_in_vllm(base: Subject, specs: Sequence[Spec], python: Path, o
 
 
 @all_carriers
-def test_adapter_in_vllm(bench: Bench, vllm_python: Path, tmp_path: Path) -> None:
-    base, case = bench.base, bench.case
+def test_adapter_in_vllm(cell: GridCell, vllm_python: Path, tmp_path: Path) -> None:
+    base, case = cell.base, cell.case
     if not case.refused:
         check_adapters_in_vllm(base, case.vllm_adapter or case.adapter, vllm_python, tmp_path)
         return
@@ -351,12 +351,12 @@ def test_adapter_of_a_tied_embedding_in_vllm(vllm_python: Path, tmp_path: Path) 
 
 
 @all_carriers
-def test_gguf_adapter_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: Path) -> None:
-    base, specs = bench.base, bench.case.adapter
+def test_gguf_adapter_in_llamacpp(cell: GridCell, llamacpp_python: Path, tmp_path: Path) -> None:
+    base, specs = cell.base, cell.case.adapter
     plan = base.plan(specs, targets=("llama.cpp",))
     out = written("gguf-lora", plan, base.checkpoint, tmp_path / "out").path
     file = out / "lora.gguf"
-    base.check(specs, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
+    base.check(specs, ask(LLAMA_CPP, request(cell.gguf, file), llamacpp_python))
     # Alpha 0 stands for scale 1; another alpha is divided by the rank.
     reader = gguf.GGUFReader(file, "r+")
     rank = next(t for t in reader.tensors if t.name.endswith("attn_output.weight.lora_a")).shape[1]
@@ -364,18 +364,18 @@ def test_gguf_adapter_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path:
     assert alpha.contents() == 0
     alpha.parts[alpha.data[0]][0] = rank / 2
     alpha.parts[alpha.data[0]].base.flush()
-    base.misses(specs, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
+    base.misses(specs, ask(LLAMA_CPP, request(cell.gguf, file), llamacpp_python))
 
 
 @all_carriers
-def test_control_vector_in_llamacpp(bench: Bench, llamacpp_python: Path, tmp_path: Path) -> None:
+def test_control_vector_in_llamacpp(cell: GridCell, llamacpp_python: Path, tmp_path: Path) -> None:
     """Also where no checkpoint can hold the offset: Qwen3, Gemma and Mixtral have no slot."""
-    base = bench.base
+    base = cell.base
     out = written("control-vector", base.plan(OFFSETS), base.checkpoint, tmp_path / "out").path
     file = out / "control-vector.gguf"
-    base.check(OFFSETS, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
+    base.check(OFFSETS, ask(LLAMA_CPP, request(cell.gguf, file), llamacpp_python))
     reader = gguf.GGUFReader(file, "r+")
     one = next(t for t in reader.tensors if t.name == "direction.2")
     one.data[:] = 0
     one.data.base.flush()
-    base.misses(OFFSETS, ask(LLAMA_CPP, request(bench.gguf, file), llamacpp_python))
+    base.misses(OFFSETS, ask(LLAMA_CPP, request(cell.gguf, file), llamacpp_python))
