@@ -1,9 +1,11 @@
 """Load adapters as a user does, with PEFT on a live base model, and read their files."""
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +35,25 @@ def peft_warnings() -> Iterator[None]:
 
 def peft_model(base: Path, adapter: Path, dtype: torch.dtype = torch.float64) -> Any:
     """Return the base with the adapter, every tensor of the adapter in its place."""
+    return with_adapter(tiny.load(base, dtype), adapter)
+
+
+def with_adapter(model: Any, adapter: Path) -> Any:
+    """Return a live model with the adapter, every tensor of the adapter in its place."""
     from peft import PeftModel
 
     with peft_warnings():
-        return PeftModel.from_pretrained(
-            tiny.load(base, dtype), str(adapter), autocast_adapter_dtype=False
-        )
+        return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+
+
+@cache
+def _loaded(base: Path, dtype: torch.dtype) -> Any:
+    return tiny.load(base, dtype)
 
 
 def peft_logits(base: Base, adapter: Path, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the logits of the standard tokens from the base with the adapter."""
-    model = peft_model(base.path, adapter, dtype)
-    return logits_of(model)
+    return logits_of(with_adapter(copy.deepcopy(_loaded(base.path, dtype)), adapter))
 
 
 def logits_of(model: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """What every test runs under: fixed seeds, one thread, no network, tiny checkpoints on demand."""
 
+import os
 import random
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from tiny import make_model, write_checkpoint
 settings.register_profile("bake", derandomize=True, deadline=None, database=None)
 settings.load_profile("bake")
 torch.set_num_threads(1)
+# A tiny model is read sooner than a thread starts; transformers asks for this at every load.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
 
@@ -24,6 +27,12 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test cuts the power: what was written is read back from memory."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(autouse=True)

@@ -104,9 +104,15 @@ def logits(model: PreTrainedModel, base: Base, edits: Sequence[Edit] = ()) -> Te
     return result
 
 
+@cache
+def plain_logits(base: Base) -> Tensor:
+    """Return the base model's logits of the standard tokens, computed once."""
+    return logits(base.model, base)
+
+
 def measure(base: Base, edits: Sequence[Edit], baked: Path) -> Measured:
     """Return effect (hooked − base) and error (baked − hooked)."""
     hooked = logits(base.model, base, edits)
-    effect = float((hooked - logits(base.model, base)).abs().max())
+    effect = float((hooked - plain_logits(base)).abs().max())
     error = float((logits(tiny.load(baked), base) - hooked).abs().max())
     return Measured(effect, error)

@@ -1,6 +1,7 @@
 """The shipped tables, a table of the user's own, and which of them is for a model."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from bake.families.section import Json
 from bake.families.table import Family, configured, parse_family
 
 
+@cache
 def load_families() -> tuple[Family, ...]:
-    """Return the tables that ship with bake, by name."""
+    """Return the tables that ship with bake, by name: read once, since they do not change."""
     files = (f for f in resources.files(__package__).iterdir() if f.name.endswith(".toml"))
     return tuple(
         parse_family(file.read_text(encoding="utf-8"), f"bake/families/{file.name}")
