@@ -53,7 +53,7 @@ def run_tests(*, quick: bool) -> int:
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],
         [python, "-m", "mypy"],
-        [python, "-m", "pytest", "-n", "2", "-q"],
+        [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"],
     ]
     if not quick:
         jobs.append([python, "-m", "pytest", "-q", "-m", "runtimes or slow"])

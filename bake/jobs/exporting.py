@@ -55,8 +55,11 @@ def export(
     """
     from bake.outputs.write import export
 
-    # The plan needed headers only; the files are fetched once it is known to be exact.
-    whole = replace(what or request.export(out), checkpoint=request.model.complete(), bars=bars)
+    # The plan needed headers only; the files are fetched once it is known to be exact, and what the
+    # base's card states, which comes with them, is recorded after that.
+    checkpoint = request.model.complete()
+    whole = replace(what or request.export(out), checkpoint=checkpoint, bars=bars)
+    whole = replace(whole, record=request.provenance(out))
     return Exported(request, export(whole, request.recipe.export.to, out))
 
 
