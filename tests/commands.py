@@ -70,12 +70,6 @@ def write_recipe(
     return recipe
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file below a folder."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
-
-
 @dataclass(frozen=True)
 class RecipeFolder:
     """A folder with a recipe for a tiny model."""

@@ -49,10 +49,3 @@ def refused(artifact: Path, out: Path, *args: object, code: int = 4) -> str:
     assert not out.exists()
     assert not out.with_name(f".{out.name}.bake-partial").exists()
     return error_of(said)
-
-
-def flip(path: Path, position: int) -> None:
-    """Flip the lowest bit of one byte; a negative position counts from the end."""
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)

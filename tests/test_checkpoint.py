@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import files_of
 from exporting import write_new
+from folders import files_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open

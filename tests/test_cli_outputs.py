@@ -15,7 +15,8 @@ import pytest
 import tiny
 from adapters import factors_of, rewritten
 from click.testing import Result
-from commands import RecipeFolder, files_of, run, write_recipe
+from commands import RecipeFolder, run, write_recipe
+from folders import files_of
 from harness import base_at
 from test_merge import trained
 

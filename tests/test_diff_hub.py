@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from commands import files_of
+from folders import files_of
 from hub_server import HubServer
 from published import BASE, Worker, copy_of, hub_with, make_artifact, rewrite, worker_at
 from safetensors.torch import load_file, save_file

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from commands import files_of, recipe_text, write_recipe
+from commands import recipe_text, write_recipe
+from folders import files_of
 from hub_server import HubServer
 from published import (
     BASE,

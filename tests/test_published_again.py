@@ -10,7 +10,8 @@ import gguf_files
 import numpy as np
 import pytest
 import torch
-from commands import RecipeFolder, data_of, files_of, recipe_text, run, write_recipe
+from commands import RecipeFolder, data_of, recipe_text, run, write_recipe
+from folders import files_of, flip
 from harness import base_at, plan_of, vector
 from harness import edit as edit_at
 from hub_server import sha256
@@ -51,13 +52,6 @@ def folder_of(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> Folders:
         return RecipeFolder(tmp_path, recipe, base)
 
     return made
-
-
-def spoil(path: Path, place: int = -1) -> None:
-    """Flip a bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(bytes(data))
 
 
 # --- every kind, byte for byte -----------------------------------------------------------------
@@ -109,7 +103,7 @@ def test_an_edited_gguf_is_made_again_from_the_same_gguf(folder_of: Folders) -> 
     other = made.folder / "other"
     other.mkdir()
     shutil.copy(model, other / "model.gguf")
-    spoil(other / "model.gguf")
+    flip(other / "model.gguf")
     wrong = data_of("export", out, "--out", again, "--gguf", other / "model.gguf", code=4)
     assert "is not the GGUF that" in wrong["error"]["what"] and not again.exists()
     data = data_of("export", out, "--out", again, "--gguf", model)
@@ -272,7 +266,9 @@ def test_a_recipe_that_says_something_else_is_told(folder_of: Folders) -> None:
         return why
 
     assert "the recipe's digest is" in tell(text + "# more\n", digest=False)
-    assert "acts at other sites, first resid_mid.0" in tell(text.replace('"resid"', '"resid_pre.*"'))
+    assert "acts at other sites, first resid_mid.0" in tell(
+        text.replace('"resid"', '"resid_pre.*"')
+    )
     assert "edit 1 of the recipe (affine mood) is ablate mood" in tell(
         text.replace('"ablate"', '"affine"')
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import files_of
+from folders import files_of
 from hub_server import HubServer
 from published import (
     BASE,

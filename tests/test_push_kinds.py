@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 from adapters import NO_BIAS, peft_model
-from commands import files_of, write_recipe
+from commands import write_recipe
+from folders import files_of
 from hub_server import HubServer
 from published import BASE, CARD, Worker, hub_with, worker_at
 

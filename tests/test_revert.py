@@ -16,11 +16,11 @@ import tiny
 import torch
 from cards import EXAMPLES
 from click.testing import CliRunner
-from commands import files_of
 from exporting import written
+from folders import files_of, flip
 from harness import base_at, edit, plan_of, vector
 from published import Worker, base_files, hub_with, make_artifact, rewrite, worker_at
-from reverting import bake_local, flip, refused, revert, reverted
+from reverting import bake_local, refused, revert, reverted
 from safetensors.torch import save_file
 
 from bake import edits as make

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import gguf_files
 import pytest
-from commands import files_of
 from exporting import written
+from folders import files_of, flip
 from harness import base_at, edit, plan_of, vector
 from published import rewrite
-from reverting import flip, refused, revert, reverted
+from reverting import refused, revert, reverted
 
 from bake import edits as make
 from bake.checkpoints.gguf.file import open_gguf

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import NO_BIAS
-from commands import files_of
+from folders import files_of
 from harness import Base, base_at, edit, matrix, plan_of, vector
 
 from bake import edits as make

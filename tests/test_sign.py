@@ -13,6 +13,7 @@ import pytest
 from commands import data_of, error_of, run
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from folders import flip
 from model_signing import hashing, signing
 from published import (
     Worker,
@@ -170,12 +171,6 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a missing file": (lambda out: (out / "verify.json").unlink(), "verify.json is missing"),
 }
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize("what", SPOILED)
