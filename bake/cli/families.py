@@ -88,8 +88,7 @@ def _family(table: "Family") -> dict[str, Any]:
 def _slots(layout: "Layout") -> list[dict[str, Any]]:
     """Return the bias slot of every linear layer of a block, and of the head, one row each."""
     slots: dict[str, dict[str, Any]] = {}
-    linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
-    for linear in (*linears, layout.unembed):
+    for linear in (*layout.linears, layout.unembed):
         able = linear.bias.state != "never"
         applied = [
             name

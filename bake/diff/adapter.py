@@ -120,6 +120,5 @@ def _factors(opened: PeftAdapter, module: Module) -> tuple[Tensor, Tensor]:
 
 def _paths(layout: Layout) -> dict[str, str]:
     """Return the tensor on disk by the path of the module in a live model."""
-    linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
-    found = {x.live: x.weight for x in (*linears, layout.unembed) if x.live is not None}
+    found = {x.live: x.weight for x in (*layout.linears, layout.unembed) if x.live is not None}
     return {**found, layout.embed_live: layout.embed}

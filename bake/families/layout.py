@@ -116,6 +116,11 @@ class Layout:
         return self.dims["layers"]
 
     @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of all branches, what each reads before what it writes."""
+        return tuple(x for branch in self.branches for x in (*branch.reads, *branch.writes))
+
+    @property
     def head_is_stored(self) -> bool:
         """Whether the head is a tensor of the checkpoint; of a tied one, the embedding's copy."""
         return self.unembed.weight in self.shapes

@@ -28,7 +28,7 @@ from bake.checkpoints import (
 )
 from bake.checkpoints.adapter import FoundAdapter
 from bake.errors import CheckpointError, InputError
-from bake.families import Layout, Linear
+from bake.families import Layout
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.merge.record import merge_plan, merge_provenance
 from bake.progress import Progress
@@ -170,7 +170,7 @@ class _Merger:
         """Whether the base stores the weight as [in, out]; a table's rows are its inputs."""
         if module.is_table:
             return True
-        layers = [] if self.layout is None else _linears(self.layout)
+        layers = [] if self.layout is None else (self.layout.unembed, *self.layout.linears)
         for linear in layers:
             if linear.weight == self._disk(module.path, "weight"):
                 return linear.output_axis == 1
@@ -309,19 +309,12 @@ class _Merger:
         )
 
 
-def _linears(layout: Layout) -> list[Linear]:
-    found = [layout.unembed]
-    for branch in layout.branches:
-        found += [*branch.reads, *branch.writes]
-    return found
-
-
 def _names(layout: Layout) -> dict[str, str]:
     """Return the stem of a module's tensors in the base, by the module's path in a live model."""
     names = {layout.embed_live: layout.embed.removesuffix(".weight")}
     for table, name in zip(layout.family.embed.positions, layout.positions, strict=True):
         names[table] = name.removesuffix(".weight")
-    for linear in _linears(layout):
+    for linear in (layout.unembed, *layout.linears):
         if linear.live is not None:
             names[linear.live] = linear.weight.removesuffix(".weight")
     norms = [norm for b in layout.branches for norm in (b.norm_in, b.norm_out) if norm is not None]

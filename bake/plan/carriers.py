@@ -219,8 +219,7 @@ def _no_slot(plan: Plan, loader: str) -> Iterator[_Obstacle]:
         reason = f"the table {layout.family.name!r} says nothing of {loader}"
         yield _Obstacle(range(len(plan.edits)), reason)
         return
-    linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
-    modules = {linear.bias.name: linear.module for linear in linears}
+    modules = {linear.bias.name: linear.module for linear in layout.linears}
     for bias in plan.biases:
         if bias.create and not bias.is_zero() and modules.get(bias.name) not in runtime.biases:
             reason = f"{loader} has no slot for {bias.name} ({runtime.source})"

@@ -116,11 +116,9 @@ def _companions(
 ) -> Iterator[BiasUpdate]:
     """Yield explicit zeros for every other slot that a flag opens."""
     names = {bias.name for bias in biases}
-    for branch in layout.branches:
-        for linear in (*branch.reads, *branch.writes):
-            slot = linear.bias
-            if slot.state == "closed" and slot.flag in flags and slot.name not in names:
-                yield BiasUpdate(slot.name, slot.size, create=True)
+    for slot in (linear.bias for linear in layout.linears):
+        if slot.state == "closed" and slot.flag in flags and slot.name not in names:
+            yield BiasUpdate(slot.name, slot.size, create=True)
 
 
 def _own_changes(

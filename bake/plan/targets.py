@@ -161,8 +161,7 @@ def model_hindrance(
     if not runtime.checkpoint:
         return f"it loads no {layout.family.architectures[0]} ({runtime.source})"
     changed = {bias.name: bias for bias in biases}
-    linears = [x for branch in layout.branches for x in (*branch.reads, *branch.writes)]
-    for linear in (*linears, layout.unembed):
+    for linear in (*layout.linears, layout.unembed):
         reason = _bias_hindrance(linear, runtime, changed.get(linear.bias.name), companions)
         if reason is not None:
             return reason

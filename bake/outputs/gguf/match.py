@@ -70,8 +70,7 @@ def check_loadable(plan: Plan, gguf: Gguf) -> None:
 
 
 def _modules(layout: Layout) -> Mapping[str, str]:
-    linears = (x for branch in layout.branches for x in (*branch.reads, *branch.writes))
-    return {linear.bias.name: linear.module for linear in linears}
+    return {linear.bias.name: linear.module for linear in layout.linears}
 
 
 def check_tensors(
