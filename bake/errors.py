@@ -91,3 +91,8 @@ class ExactnessBug(BakeError):
     """A plan said EXACT and the measurement disagrees: a defect of bake, never a warning."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

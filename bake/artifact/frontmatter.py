@@ -6,7 +6,7 @@ from typing import Any
 
 from bake.artifact.names import CARD, regular
 from bake.checkpoints import strictjson
-from bake.errors import InputError
+from bake.errors import InputError, first_line
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
@@ -42,8 +42,8 @@ def card_metadata(text: str) -> dict[str, Any]:
     try:
         found = yaml.safe_load(match[1])
     except (yaml.YAMLError, RecursionError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"has metadata that is no YAML: {first}", where=CARD) from error
+        said = f"has metadata that is no YAML: {first_line(error)}"
+        raise InputError(said, where=CARD) from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise InputError("has metadata that is no mapping of names", where=CARD)
     return found

@@ -26,11 +26,11 @@ from bake import __version__
 from bake.checkpoints import folder as folders
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.hashes import git_id_of, sha256_of
-from bake.checkpoints.hub_errors import first_line, translated
+from bake.checkpoints.hub_errors import translated
 from bake.checkpoints.hub_names import is_commit
 from bake.checkpoints.hub_ranges import HubFiles
 from bake.checkpoints.index import INDEX
-from bake.errors import CheckpointError, HubError
+from bake.errors import CheckpointError, HubError, first_line
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

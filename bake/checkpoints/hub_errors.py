@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from huggingface_hub import constants
 from huggingface_hub import errors as theirs
 
-from bake.errors import HubError
+from bake.errors import HubError, first_line
 
 # What the client raises for a connection that fails: its name differs between the generations of
 # huggingface_hub, and the base of HfHubHTTPError is the one that they share.
@@ -69,8 +69,3 @@ def _translate_status(error: Exception, status: int, repo: str, login: str) -> H
     if status == 429:
         return HubError("the Hub limits the rate of your requests", fix="wait, then run again")
     return HubError(f"the Hub answered {status} for {repo}: {first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

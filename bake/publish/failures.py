@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from huggingface_hub import constants, get_token
 from huggingface_hub import errors as theirs
 
-from bake.checkpoints.hub_errors import CLIENT_ERROR, first_line
-from bake.errors import HubError
+from bake.checkpoints.hub_errors import CLIENT_ERROR
+from bake.errors import HubError, first_line
 
 RAISED = (CLIENT_ERROR, OSError, RuntimeError, ValueError, theirs.FileDuplicationError)
 """Everything that the client is known to raise for a failure of the Hub or of the network."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem, regular
 from bake.checkpoints import strictjson
-from bake.errors import CheckpointError, InputError
+from bake.errors import CheckpointError, InputError, first_line
 from bake.progress import Progress
 from bake.seal.keys import load_private, load_public, module, public_pem
 from bake.seal.manifest import Manifest, compare_hashes, read_manifest, write_text
@@ -169,8 +169,7 @@ def check_signature(folder: Path, manifest: Manifest, key: Path) -> list[Problem
         if "Key mismatch" in str(error):
             what = "was made with another key than the one that is named"
             return [_problem(what, "use the public key of whoever you trust to have signed")]
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        return [_problem(f"is refused by model-signing: {first}", "sign again")]
+        return [_problem(f"is refused by model-signing: {first_line(error)}", "sign again")]
     return []
 
 

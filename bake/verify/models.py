@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bake.checkpoints import Checkpoint
-from bake.errors import InputError
+from bake.errors import InputError, first_line
 from bake.families import Layout, fit
 from bake.verify.memory import give_back
 from bake.verify.units import Read, Unit, drop_unit, load_unit, units_of
@@ -147,20 +147,16 @@ def _loading(checkpoint: Checkpoint, device_map: str | None = None) -> Iterator[
         yield
     except (ValueError, OSError, ImportError) as error:
         raise InputError(
-            f"transformers does not load this checkpoint: {_first_line(error)}",
+            f"transformers does not load this checkpoint: {first_line(error)}",
             where=str(checkpoint.path),
         ) from error
     except (RuntimeError, AssertionError) as error:
         if device_map is None:
             raise
         raise InputError(
-            f"the model cannot be placed by the device map {device_map!r}: {_first_line(error)}",
+            f"the model cannot be placed by the device map {device_map!r}: {first_line(error)}",
             fix="leave --device-map out to run on the processor",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
