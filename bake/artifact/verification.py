@@ -108,12 +108,12 @@ class Report(msgspec.Struct, frozen=True):
         return any(column.get(distance) is not None for column in self.compared.values())
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return JSON values with None in place of every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -149,7 +149,7 @@ def parse_report(content: Mapping[str, Any]) -> Report:
     Raises:
         InputError: they are malformed.
     """
-    return typed(_finite(content), Report, VERIFICATION)
+    return typed(finite(content), Report, VERIFICATION)
 
 
 def unverified(folder: Path, record: Record) -> str | None:

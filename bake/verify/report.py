@@ -1,9 +1,10 @@
 """``Report``: what a verification measured, against which limits."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from bake.artifact.verification import finite
 
 SERVED_EFFECT = "effect: hooked − base, max |Δlog p|"
 """The row beside those of the runtimes: of the tokens that they are asked for."""
@@ -84,14 +85,5 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; a number that is not finite becomes null."""
-        content = {**asdict(self), "passed": self.passed}
-        finite: dict[str, Any] = _finite(content)
-        return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        content: dict[str, Any] = finite({**asdict(self), "passed": self.passed})
+        return content
