@@ -140,8 +140,8 @@ def _model_of(source: str, opened: Checkpoint, scratch: Path) -> Model:
 def _open_gguf(path: Path) -> Model:
     found = open_gguf(path)
     kind = found.parts[0].header.text("general.type")
-    if kind == "adapter" or found.arch == "controlvector":
-        what = "a control vector" if found.arch == "controlvector" else "an adapter"
+    if kind == "adapter" or found.is_vector:
+        what = "a control vector" if found.is_vector else "an adapter"
         raise UsageError(
             f"{path} is {what} and no model",
             why="it holds what a runtime adds, and no weights that could be compared",

@@ -13,14 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.checkpoints.gguf.codec import FLOATS
-from bake.checkpoints.gguf.file import Gguf, open_gguf
+from bake.checkpoints.gguf.file import CONTROL_VECTORS, Gguf, open_gguf
 from bake.checkpoints.gguf.header import GgufTensor, text_of
 from bake.directions.arrays import layered
 from bake.directions.reader import Content, Reader, Request
 from bake.errors import CheckpointError, DirectionError, UsageError
 from bake.sites import SiteKind
-
-ARCHITECTURES = ("controlvector", "steeringvector")
 
 _TENSOR = re.compile(r"direction\.(\d{1,5})")
 
@@ -37,10 +35,10 @@ def _read(request: Request) -> Content:
 
 
 def _content(model: Gguf) -> Content:
-    if model.arch not in ARCHITECTURES:
+    if not model.is_vector:
         raise DirectionError(
             f"the GGUF file is of architecture {model.arch!r}, not a control vector",
-            why=f"control vectors are of architecture {' or '.join(ARCHITECTURES)}",
+            why=f"control vectors are of architecture {' or '.join(CONTROL_VECTORS)}",
         )
     vectors: dict[int, Tensor] = {}
     for info in model.tensors.values():

