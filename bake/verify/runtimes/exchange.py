@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,8 @@ def _check_model(runtime: Runtime, model: Path) -> None:
 
 def as_json(request: RuntimeRequest) -> dict[str, Any]:
     """Return the request as the worker reads it, the model's path made absolute."""
-    return {
-        "model": str(request.model.resolve()),
-        "prompts": request.prompts,
-        "max_new_tokens": request.max_new_tokens,
-        "vocab_size": request.vocab_size,
-        "dtype": request.dtype,
-        "adapter": None if request.adapter is None else str(request.adapter.resolve()),
-        "unadapted": request.unadapted,
-    }
+    adapter = None if request.adapter is None else str(request.adapter.resolve())
+    return {**asdict(request), "model": str(request.model.resolve()), "adapter": adapter}
 
 
 def read(name: str, request: RuntimeRequest, folder: Path) -> RuntimeResult:
