@@ -11,12 +11,16 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from directions_artifacts import gguf as one_gguf
+from directions_artifacts import string_value as text_value
 from exporting import written
 from harness import base_at, edit, plan_of, vector
 
 from bake import edits as make
+from bake.checkpoints.gguf.file import CONTROL_VECTORS
 from bake.cli import main
 from bake.diff import diff
+from bake.diff.sources import open_model
 from bake.errors import CheckpointError, UsageError
 
 SIZES = {"hidden_size": 128, "intermediate_size": 160, "vocab_size": 96}
@@ -148,3 +152,16 @@ def test_the_command_line_takes_gguf_files(base: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "nothing differs but what the plan names" in done.stdout
     assert "Metadata" in done.stdout
+
+
+@pytest.mark.parametrize("arch", [*CONTROL_VECTORS, "llama"])
+def test_a_control_vector_is_no_model_to_compare(tmp_path: Path, arch: str) -> None:
+    path = tmp_path / "v.gguf"
+    path.write_bytes(
+        one_gguf([("direction.1", (4,), 0, bytes(16))], {"general.architecture": text_value(arch)})
+    )
+    if arch == "llama":  # the control
+        assert open_model(str(path), tmp_path).gguf is not None
+        return
+    with pytest.raises(UsageError, match="is a control vector and no model"):
+        open_model(str(path), tmp_path)
