@@ -1344,7 +1344,7 @@ def test_describe_says_what_is_in_an_artifact(tmp_path: Path) -> None:
     assert rows[0].cosine is None
     assert rows[1].cosine == 0.0
     assert rows[3].cosine == pytest.approx(-1.0, abs=tolerance(3))
-    assert (rows[0].concept, rows[0].role, rows[0].shape) == ("v", Role.VECTOR, (3,))
+    assert (rows[0].role, rows[0].shape) == (Role.VECTOR, (3,))
     assert (rows[0].dtype, rows[0].site, rows[0].singular_values) == ("float32", None, ())
     (row,) = describe(read_directions(tmp_path / "v.npy", shape="subspace"))
     expected = (150**0.5, 2.0, 0.0)  # three of the four rows lie on one line

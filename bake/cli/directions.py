@@ -1,5 +1,6 @@
 """``bake directions``: what is in an artifact."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -39,7 +40,7 @@ def command(
             "digest": found.digest,
             "width": found.width,
             "metadata": dict(found.metadata),
-            "rows": [row.to_json() for row in rows],
+            "rows": [asdict(row) for row in rows],
         },
         view=lambda: render.directions(found, rows),
     )

@@ -14,7 +14,6 @@ from bake.directions.direction import Direction, Directions, Role
 class Row:
     """One tensor of one direction."""
 
-    concept: str
     layer: int | None
     site: str | None
     role: Role
@@ -22,23 +21,10 @@ class Row:
     dtype: str
     norm: float
     """Euclidean, over all entries."""
-    singular_values: tuple[float, ...]
-    """Of a subspace, largest first: a small one says that its rows repeat each other."""
     cosine: float | None
     """Of a vector to that of the item before it; None for the first and for what is no vector."""
-
-    def to_json(self) -> dict[str, object]:
-        """Return the row as JSON values; the concept is the artifact's."""
-        return {
-            "layer": self.layer,
-            "site": self.site,
-            "role": str(self.role),
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "norm": self.norm,
-            "cosine": self.cosine,
-            "singular_values": list(self.singular_values),
-        }
+    singular_values: tuple[float, ...]
+    """Of a subspace, largest first: a small one says that its rows repeat each other."""
 
 
 def describe(directions: Directions) -> tuple[Row, ...]:
@@ -46,7 +32,7 @@ def describe(directions: Directions) -> tuple[Row, ...]:
     rows: list[Row] = []
     before: Direction | None = None
     for item in directions.items:
-        rows += [_row(directions.concept, item, role, before) for role in item.tensors]
+        rows += [_row(item, role, before) for role in item.tensors]
         before = item
     return tuple(rows)
 
@@ -65,20 +51,13 @@ def direction_record(directions: Directions, file: str) -> DirectionRecord:
         digest=directions.digest,
         metadata=dict(sorted(directions.metadata.items())),
         tensors=tuple(
-            FittedTensor(
-                layer=row.layer,
-                site=row.site,
-                role=str(row.role),
-                shape=row.shape,
-                dtype=row.dtype,
-                norm=row.norm,
-            )
+            FittedTensor(**{name: getattr(row, name) for name in FittedTensor.__struct_fields__})
             for row in describe(directions)
         ),
     )
 
 
-def _row(concept: str, item: Direction, role: Role, before: Direction | None) -> Row:
+def _row(item: Direction, role: Role, before: Direction | None) -> Row:
     tensor = item.tensors[role]
     values = tensor.to(torch.float64)
     singular: tuple[float, ...] = ()
@@ -86,7 +65,6 @@ def _row(concept: str, item: Direction, role: Role, before: Direction | None) ->
         singular = tuple(torch.linalg.svdvals(values).tolist())
     neighbour = None if before is None else before.tensors.get(role)
     return Row(
-        concept=concept,
         layer=item.layer,
         site=item.site,
         role=role,
