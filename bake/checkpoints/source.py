@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -61,15 +62,25 @@ class LocalFiles:
                     f"changed while it was in use: it had {self.sizes[file]} bytes, now {found}",
                     where=str(self.paths[file]),
                 )
-            handle.seek(start)
-            done = 0
-            while done < len(buffer):
-                count = handle.readinto(buffer[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"ends at byte {start + done}, within a tensor", where=file
-                    )
-                done += count
+            read_at(handle, start, buffer)
+
+
+def read_at(file: FileIO, start: int, buffer: memoryview) -> None:
+    """Fill ``buffer`` from offset ``start`` of an open file on.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    file.seek(start)
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise CheckpointError(
+                f"became shorter while it was read: it ends at byte {start + done}",
+                where=str(file.name),
+            )
+        done += count
 
 
 @dataclass(slots=True)

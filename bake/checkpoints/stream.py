@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.checkpoints.header import TensorInfo
+from bake.checkpoints.source import read_at
 from bake.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _stretches(pieces: Sequence[Piece], reader: FileIO) -> Iterator[tuple[memory
             case Copy(start, stop):
                 for begin in range(start, stop, _CHUNK):
                     chunk = buffer[: min(_CHUNK, stop - begin)]
-                    _read_at(reader, begin, chunk)
+                    read_at(reader, begin, chunk)
                     yield chunk, True
 
 
@@ -151,19 +152,6 @@ def tiles(info: TensorInfo, produce: Producer) -> Iterator[memoryview]:
     if rows != expected:
         more = "more than " if rows > expected else f"{rows} of "
         raise CheckpointError(f"the producer gave {more}{expected} rows", where=where)
-
-
-def _read_at(file: FileIO, position: int, buffer: memoryview) -> None:
-    file.seek(position)
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise CheckpointError(
-                f"became shorter while it was copied: it ends at byte {position + done}",
-                where=str(file.name),
-            )
-        done += count
 
 
 def _write_at(file: FileIO, position: int, data: memoryview) -> None:

@@ -223,7 +223,15 @@ def _check_space(folder: Path, pending: list[File], files: tuple[File, ...]) -> 
         shard.origin is not None and can_clone(shard.origin, folder) for shard in pending[:1]
     )
     needed = _SLACK + sum(shard.fresh if cloned else shard.size for shard in pending)
-    needed += sum(file.size for file in files)
+    require_space(folder, needed + sum(file.size for file in files))
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Require room on the disk of a folder that is written to.
+
+    Raises:
+        CheckpointError: there is too little.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(

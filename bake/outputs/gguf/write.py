@@ -1,6 +1,5 @@
 """Write the files of a GGUF model that differs from its base in some tensors and two keys."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from bake.checkpoints.gguf.file import Gguf, GgufPart
 from bake.checkpoints.gguf.header import GgufTensor, GgufValue, build_header, like, string_value
 from bake.checkpoints.gguf.types import GgmlType
 from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
+from bake.checkpoints.writer import require_space
 from bake.edit_store import edit_files
-from bake.errors import CheckpointError
 from bake.families.gguf import gguf_names
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
 from bake.outputs.gguf.tensor import Measure
@@ -59,13 +58,7 @@ def write_parts(
         for part in model.parts
     }
     total = sum(tensor.nbytes for table in tables.values() for tensor in table)
-    free = shutil.disk_usage(folder).free
-    if free < total:
-        raise CheckpointError(
-            f"the disk is too small: needed {total} bytes, free {free}",
-            where=str(folder.parent.parent),
-            fix="free some space, or name an output on another disk",
-        )
+    require_space(folder, total)
     done = 0
 
     def advance(count: int) -> None:
