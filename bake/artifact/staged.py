@@ -72,13 +72,14 @@ def check_free(out: Path, *, force: bool) -> None:
 def check_before(out: Path, *, force: bool) -> None:
     """Refuse an output that is in the way, before anything is read or downloaded.
 
-    Where an earlier run has left something beside it, what that was decides later.
+    Where an earlier run has left something beside it, what that was decides later. So does what
+    ``force`` may not remove: a folder that is read is named as such then.
 
     Raises:
         UsageError: as ``check_free``.
     """
-    if not os.path.lexists(partial_of(out)):
-        check_free(out, force=force)
+    if not force and not os.path.lexists(partial_of(out)):
+        check_free(out, force=False)
 
 
 def check_apart(out: Path, source: Path, **others: Path) -> None:
