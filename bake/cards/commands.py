@@ -1,4 +1,4 @@
-"""The commands of a card: to load an artifact, to make it again, to undo it and to check it."""
+"""The commands of a card that load an artifact, and what is known of each."""
 
 import json
 import shlex
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bake.artifact.carrier import vllm_room
-from bake.cards.changes import gguf_digests, weight_files
+from bake.cards.changes import weight_files
 from bake.cards.facts import Facts
 from bake.cards.text import NOT_MEASURED, Markdown, escape, number, printable
 
@@ -52,7 +52,7 @@ def commands(facts: Facts, repo: str | None) -> tuple[Command, ...]:
 
 def _words(facts: Facts, repo: str | None) -> Mapping[str, str]:
     """Return what stands for the words in braces of ``bake.artifact.loading``, quoted."""
-    here, folder, file = repo or ".", _folder(repo), _file(facts)
+    here, place, file = repo or ".", folder(repo), _file(facts)
     base = facts.base_repo or printable(facts.record.base.model)
     python = json.dumps(base) + (f", revision={json.dumps(facts.commit)}" if facts.commit else "")
     rank = None if facts.adapter is None else facts.adapter.r
@@ -60,75 +60,14 @@ def _words(facts: Facts, repo: str | None) -> Mapping[str, str]:
     return {
         "here": here,
         "here_text": json.dumps(here),
-        "folder": folder,
-        "download": _download(repo),
-        "weights": shlex.quote(f"{folder}/{file}"),
-        "modelfile": shlex.quote(f"FROM ./base.gguf\\nADAPTER ./{folder}/{file}\\n"),
+        "folder": place,
+        "download": download(repo),
+        "weights": shlex.quote(f"{place}/{file}"),
+        "modelfile": shlex.quote(f"FROM ./base.gguf\\nADAPTER ./{place}/{file}\\n"),
         "base": shlex.quote(base) + (f" --revision {facts.commit}" if facts.commit else ""),
         "base_text": python,
         "max_rank": "" if most is None else f" --max-lora-rank {most}",
     }
-
-
-def reproduce(facts: Facts, repo: str | None) -> str:
-    """Return the command that makes the artifact again."""
-    if (adapter := facts.record.adapter) is not None:
-        name = f"{adapter.name}@{adapter.revision}" if adapter.revision else adapter.name
-        base = f"{facts.base_repo}@{facts.commit}" if facts.commit else facts.record.base.model
-        words = (shlex.quote(printable(word)) for word in (name, base))
-        return f"bake merge {' '.join(words)} --out again\n"
-    needs = ""
-    if base_files := gguf_digests(facts):
-        needs = f" --gguf {shlex.quote(printable(base_files[0][0]))}"
-    elif converter(facts):
-        needs = " --llama-cpp llama.cpp"
-    if repo is not None and facts.base_repo is not None:
-        return f"bake export hf://{repo} --out again{needs}\n"
-    to = "" if facts.carrier.checkpoint else f" --to {facts.record.kind}"
-    return f"bake export recipe.toml{to} --out again{needs}{_options(facts)}\n"
-
-
-def _options(facts: Facts) -> str:
-    """Return the options of the export that decide the bytes, as the record has them."""
-    found = {} if facts.record.export is None else facts.record.export.to_json()
-    parts = []
-    for key, option, usual in (
-        ("edited_type", "--edited-type", None),
-        ("rounding", "--rounding", "feedback"),
-        ("outtype", "--outtype", "f16"),
-    ):
-        if found.get(key) not in (None, "", usual):
-            parts.append(f" {option} {shlex.quote(printable(found[key]))}")
-    return "".join(parts)
-
-
-def undo(facts: Facts, repo: str | None) -> str:
-    """Return the command that gives the base back, for an artifact that holds weights of it."""
-    base = gguf_digests(facts)
-    named = f" --base {shlex.quote(printable(base[0][0]))}" if base else ""
-    out = "../base" if repo is None else "base"
-    return f"{_download(repo)}bake revert {_folder(repo)}{named} --out {out}\n"
-
-
-def download_base(facts: Facts) -> str:
-    """Return the command that fetches the base at its commit; empty for a folder."""
-    if facts.commit is None:
-        return ""
-    return f"hf download {facts.base_repo} --revision {facts.commit} --local-dir base\n"
-
-
-def check(repo: str | None) -> str:
-    """Return the commands that compare the files with their sums."""
-    enter = "" if repo is None else f"cd {_folder(repo)}\n"
-    return f"{enter}bake check .\nsha256sum -c SHA256SUMS\n"
-
-
-def converter(facts: Facts) -> str:
-    """Return what of llama.cpp converted a baked checkpoint; empty where nothing did."""
-    gguf = facts.record.gguf
-    if gguf is None or not gguf.converter or not gguf.outtype:
-        return ""
-    return f"{gguf.converter} --outtype {gguf.outtype}"
 
 
 def _file(facts: Facts) -> str:
@@ -139,12 +78,14 @@ def _file(facts: Facts) -> str:
     return printable(names[0]) if names else "model.gguf"
 
 
-def _folder(repo: str | None) -> str:
+def folder(repo: str | None) -> str:
+    """Return the folder that a download of the artifact is in, as the commands name it."""
     return "." if repo is None else repo.rpartition("/")[2]
 
 
-def _download(repo: str | None) -> str:
-    return "" if repo is None else f"hf download {repo} --local-dir {_folder(repo)}\n"
+def download(repo: str | None) -> str:
+    """Return the command that fetches the artifact; empty where it has no repository."""
+    return "" if repo is None else f"hf download {repo} --local-dir {folder(repo)}\n"
 
 
 def tried(facts: Facts, runtime: str, how: str = "") -> Markdown:

@@ -69,6 +69,12 @@ class Facts:
         return self.record.base.revision if self.base_repo and self.record.base.pinned else None
 
     @property
+    def converted(self) -> bool:
+        """Whether llama.cpp's converter made it from a baked checkpoint."""
+        gguf = self.record.gguf
+        return gguf is not None and bool(gguf.converter and gguf.outtype)
+
+    @property
     def title(self) -> str:
         """What the recipe calls it, or what was done."""
         recipe, merged = self.record.recipe, self.record.adapter

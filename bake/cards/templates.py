@@ -19,7 +19,7 @@ VERIFICATION_PART = "parts/verification.md.jinja"
 
 _FILTERS = (
     *(text.code, text.count, text.fenced, text.json_word),
-    *(text.measured, text.paragraphs, text.versions),
+    *(text.measured, text.paragraphs, text.quoted, text.versions),
 )
 
 

@@ -5,6 +5,7 @@ heading, a link, a table's column, HTML or a formula.
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -62,6 +63,11 @@ def code(text: str) -> Markdown:
         return Markdown(f"`{line}`")
     entities = re.sub(r"[^\w .:/=-]", lambda m: f"&#{ord(m[0])};", line)
     return Markdown(f"<code>{entities.replace('_', '&#95;')}</code>")
+
+
+def quoted(text: str) -> Markdown:
+    """Return a text as one word of a command for a shell, in a block of code."""
+    return Markdown(shlex.quote(printable(text)))
 
 
 def fenced(text: str, language: str) -> Markdown:

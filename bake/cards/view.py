@@ -11,7 +11,7 @@ from bake.cards.edits import LEVELS, EditRow, amounts, direction_rows, edit_rows
 from bake.cards.facts import Facts
 from bake.cards.fitted import Fitted, fitted
 from bake.cards.licences import LICENCES
-from bake.cards.methods import METHODS, READERS
+from bake.cards.methods import METHODS
 from bake.cards.notices import concerns_safety, safety_words
 from bake.cards.text import Markdown, code, count, escape, fenced, linkable, showable
 from bake.checkpoints.hub_names import is_commit, is_repository
@@ -33,12 +33,9 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
     kinds = tuple(dict.fromkeys(row.kind for row in edits))
     cited = dict.fromkeys((*asked, *(row.kind for row in edits if not row.stand_in)))
     return {
+        "facts": facts,
         "record": facts.record,
-        "carrier": facts.carrier,
-        "spec": facts.spec,
-        "title": facts.title,
-        "base_repo": facts.base_repo or "",
-        "adapter": facts.adapter,
+        "report": facts.report,
         "metadata": Markdown(metadata.metadata(facts, repo)),
         "warning": warning(facts, unverified=unverified),
         "headline": _headline(facts, edits, calibrated),
@@ -48,7 +45,6 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         "methods": [METHODS[kind] for kind in kinds],
         "fitted": calibrated,
         "asked": [METHODS[kind] for kind in asked],
-        "readers": Markdown(READERS),
         "directions": direction_rows(facts),
         "base": base_link(facts),
         "merged": _merged_name(facts),
@@ -57,7 +53,6 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         "gguf_base": gguf_digests(facts),
         "exactness": _exactness(facts, edits),
         "plots": _plots(facts),
-        "report": facts.report,
         "reports": [name for name in (VERIFICATION, "verify.md") if name in facts.names],
         "papers": tuple(dict.fromkeys(p for kind in cited for p in METHODS[kind].papers)),
         "versions": _versions(facts),
@@ -71,11 +66,8 @@ def _commands(facts: Facts, repo: str | None) -> dict[str, Any]:
     return {
         "repo": repo or "",
         "commands": commands.commands(facts, repo),
-        "reproduce": commands.reproduce(facts, repo),
-        "undo": commands.undo(facts, repo),
-        "download_base": commands.download_base(facts),
-        "converter": commands.converter(facts),
-        "check": commands.check(repo),
+        "download": Markdown(commands.download(repo)),
+        "folder": Markdown(commands.folder(repo)),
         "weights": weight_files(facts),
         "recipe": fenced(text, "toml") if text and showable(text) else Markdown(""),
     }
