@@ -55,16 +55,16 @@ def test_a_sealed_artifact_passes_and_the_same_export_gives_the_same_bytes(
 ) -> None:
     found = check(out)
     assert found.problems == () and found.unverified is None and found.failure() is None
-    assert found.digest == hashlib.sha256((out / SUMS).read_bytes()).hexdigest()
-    assert found.digest == read_manifest(out).digest
+    assert found.manifest.digest == hashlib.sha256((out / SUMS).read_bytes()).hexdigest()
+    assert found.manifest.digest == read_manifest(out).digest
 
     again = make_artifact(base, tmp_path / "again")
-    assert seal(again).digest == found.digest
+    assert seal(again).digest == found.manifest.digest
     seal(again)  # and sealing twice changes nothing
     for name in (SUMS, STATEMENT):
         assert (again / name).read_bytes() == (out / name).read_bytes()
     other = make_artifact(base, tmp_path / "other", at=("attn_out.1",))
-    assert seal(other).digest != found.digest  # the control: another edit
+    assert seal(other).digest != found.manifest.digest  # the control: another edit
 
 
 def test_sha256sum_reads_the_sums(out: Path) -> None:

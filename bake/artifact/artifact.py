@@ -1,7 +1,7 @@
 """``Artifact``: what an output wrote."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,4 @@ class Artifact:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {
-            "kind": self.kind,
-            "path": str(self.path),
-            "files": dict(self.files),
-            "bytes_written": self.bytes_written,
-            "bytes_edited": self.bytes_edited,
-        }
+        return asdict(self) | {"path": str(self.path), "files": dict(self.files)}

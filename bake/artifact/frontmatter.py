@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bake.artifact.names import CARD, regular
+from bake.artifact.names import CARD
 from bake.checkpoints import strictjson
+from bake.checkpoints.folder import regular_file
 from bake.errors import InputError, first_line
 
 _BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -22,7 +23,7 @@ def read_card(folder: Path) -> str | None:
     """
     if not (folder / CARD).is_file():
         return None
-    path = regular(folder.resolve(), CARD)
+    path = regular_file(folder.resolve(), CARD)
     if path.stat().st_size > LIMIT:
         raise InputError(f"is {path.stat().st_size} bytes long; the limit is {LIMIT}", where=CARD)
     return strictjson.decode(path.read_bytes(), where=CARD)

@@ -87,15 +87,6 @@ def walk(folder: Path) -> tuple[list[str], list[Problem]]:
     return sorted(names, key=os.fsencode), problems
 
 
-def regular(folder: Path, name: str) -> Path:
-    """Return the path of a file to be checked, through a link of the Hub's cache at most.
-
-    Raises:
-        CheckpointError: the file is missing, or a link out of the folder.
-    """
-    return folders.regular_file(folder, name)
-
-
 def check_links(folder: Path, names: list[str]) -> list[Problem]:
     """Return the links, symbolic and hard: published, they would be copies of other files."""
     problems = []

@@ -16,10 +16,11 @@ import msgspec
 
 from bake import __version__
 from bake.artifact.carrier import KINDS
-from bake.artifact.names import printable, regular
+from bake.artifact.names import printable
 from bake.artifact.schema import VERSION, GgufRecord, PlanRecord, Provenance, Record
 from bake.checkpoints import strictjson
 from bake.checkpoints.folder import RECORD as RECORD
+from bake.checkpoints.folder import regular_file
 from bake.errors import InputError
 
 _LIMIT = 64_000_000
@@ -39,7 +40,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: it is missing, too long or malformed.
     """
-    return _read(regular(folder.resolve(), name), name)
+    return _read(regular_file(folder.resolve(), name), name)
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def read_record(folder: Path) -> Record:
     if not folder.is_dir():
         raise InputError("this is no artifact of bake: there is no such folder", where=str(folder))
     try:
-        path = regular(folder.resolve(), RECORD)
+        path = regular_file(folder.resolve(), RECORD)
     except (InputError, OSError) as error:
         raise _unreadable(error, str(folder)) from error
     return record_at(path, str(folder))

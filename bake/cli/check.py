@@ -73,11 +73,11 @@ def command(
 def _data(found: "Check", signature: dict[str, Any]) -> dict[str, Any]:
     return {
         "folder": found.folder,
-        "kind": found.kind,
-        "plan_digest": found.plan_digest,
-        "digest": found.digest,
-        "files": found.files,
-        "bytes": found.size,
+        "kind": found.record.kind,
+        "plan_digest": found.record.plan.digest,
+        "digest": found.manifest.digest,
+        "files": len(found.manifest.files),
+        "bytes": found.manifest.size,
         "verified": found.unverified is None,
         "signature": signature,
         "problems": [str(problem) for problem in found.problems],
@@ -89,10 +89,10 @@ def _facts(found: "Check", signature: dict[str, Any]) -> "RenderableType":
 
     return render.facts(
         [
-            ("artifact", f"{found.folder} ({found.kind})"),
-            ("files", f"{found.files} with {found.size:,} bytes"),
-            ("digest", found.digest),
-            ("plan", found.plan_digest),
+            ("artifact", f"{found.folder} ({found.record.kind})"),
+            ("files", f"{len(found.manifest.files)} with {found.manifest.size:,} bytes"),
+            ("digest", found.manifest.digest),
+            ("plan", found.record.plan.digest),
             ("verified", "yes" if found.unverified is None else f"no: {found.unverified}"),
             ("signed", _words(signature)),
             ("intact", "no" if found.problems else "yes"),

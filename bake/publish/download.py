@@ -19,7 +19,7 @@ TOGETHER = 1 << 30
 
 
 def compare_download(
-    account: Account, commit: str, manifest: Manifest, *, place: Path, together: int = TOGETHER
+    account: Account, commit: str, manifest: Manifest, *, place: Path
 ) -> list[str]:
     """Download a commit and return the names of the files that are not what the manifest says.
 
@@ -27,14 +27,13 @@ def compare_download(
         account: who asks, and the repository.
         commit: to download.
         manifest: what its files have to be.
-        place: a folder on a disk with room for the longest file, or for ``together``.
-        together: bytes up to which the whole artifact is kept here for the check of its seal.
+        place: a folder on a disk with room for the longest file, or for ``TOGETHER``.
 
     Raises:
         HubError: the Hub refuses or fails.
         InputError: the bytes are those that were sent, and they are no sound artifact.
     """
-    keep = manifest.size <= together
+    keep = manifest.size <= TOGETHER
     wrong = []
     with tempfile.TemporaryDirectory(prefix=".bake-download-", dir=place) as temporary:
         folder = Path(temporary) / "files"

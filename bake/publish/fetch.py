@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from bake.artifact.carrier import KINDS
-from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable, regular
+from bake.artifact.names import CARD, SIGNATURE, STATEMENT, SUMS, check_names, printable
 from bake.artifact.record import RECORD, read_record
 from bake.artifact.schema import Record
 from bake.artifact.verification import VERIFICATION
+from bake.checkpoints.folder import regular_file
 from bake.checkpoints.hashes import Stated
 from bake.checkpoints.hub import download
 from bake.checkpoints.hub_errors import translated
@@ -243,7 +244,7 @@ def _arrived(repo: str, folder: Path, name: str, tree: Mapping[str, Stated] | No
     Raises:
         HubError: it is not; offline nobody states anything.
     """
-    entry = entry_of(regular(folder, name), name)
+    entry = entry_of(regular_file(folder, name), name)
     if tree is not None and not equal(tree[name], entry):
         raise HubError(
             f"{name} of {repo} is not what the Hub states: sha256 {entry.sha256}",

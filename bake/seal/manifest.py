@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, regular, walk
+from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, walk
+from bake.checkpoints.folder import regular_file
 from bake.checkpoints.hashes import git_hash
 from bake.errors import CheckpointError, InputError
 from bake.progress import Progress, Tally
@@ -107,7 +108,7 @@ def read_manifest(folder: Path, progress: Progress | None = None) -> Manifest:
     if problems:
         raise InputError(str(problems[0]), where=str(folder))
     names = [name for name in found if name not in HUBS_OWN]
-    paths = [regular(folder, name) for name in names]
+    paths = [regular_file(folder, name) for name in names]
     tally = Tally(sum(path.stat().st_size for path in paths), progress)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return Manifest(tuple(pool.map(lambda name, path: _entry(name, path, tally), names, paths)))
@@ -144,7 +145,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     where = str(folder / SUMS)
     try:
-        path = regular(folder.resolve(), SUMS)
+        path = regular_file(folder.resolve(), SUMS)
     except (CheckpointError, OSError) as error:
         raise InputError(
             f"there is no {SUMS}: nothing says what these files should be",

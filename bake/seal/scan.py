@@ -10,12 +10,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from bake.artifact.names import TEXT, Problem, problem_of, regular
+from bake.artifact.names import TEXT, Problem, problem_of
 from bake.checkpoints import strictjson
+from bake.checkpoints.folder import regular_file
 from bake.errors import InputError
 from bake.seal.weights import metadata
 
-MAX_JSON = 64_000_000
 MAX_FILE = 50_000_000_000
 MAX_TEXT = 64_000_000
 MAX_FILES = 1000
@@ -67,7 +67,7 @@ def scan(folder: Path, names: list[str], *, paths: bool = False) -> list[Problem
 
 
 def _scan_file(folder: Path, name: str, *, paths: bool) -> Iterator[Problem]:
-    path = regular(folder, name)
+    path = regular_file(folder, name)
     size = path.stat().st_size
     suffix = PurePosixPath(name).suffix.lower()
     if size > MAX_FILE:
@@ -77,7 +77,7 @@ def _scan_file(folder: Path, name: str, *, paths: bool) -> Iterator[Problem]:
     if suffix == ".safetensors":
         # Their format is checked strictly, to the last byte; only the metadata is free text.
         text = "\n".join(f"{key} {value}" for key, value in metadata(folder, name).items())
-        yield from _findings(name, text, paths=paths, place="its metadata")
+        yield from findings(name, text, paths=paths, place="its metadata")
         return
     with path.open("rb") as file:
         head = file.read(512)
@@ -98,7 +98,7 @@ def _scan_text(path: Path, name: str, size: int, *, paths: bool) -> Iterator[Pro
         yield Problem(name, "holds the character NUL and is no text")
     if name.endswith(".json"):
         _check_json(text, name)
-    yield from _findings(name, text, paths=paths)
+    yield from findings(name, text, paths=paths)
 
 
 def _check_json(text: str, name: str) -> None:
@@ -108,12 +108,18 @@ def _check_json(text: str, name: str) -> None:
     strictjson.parse_object(text, where=name, constants=True)
 
 
-def findings(name: str, text: str, *, paths: bool = False) -> list[Problem]:
-    """Return the secrets and, unless they are allowed, the private names in a text."""
-    return list(_findings(name, text, paths=paths))
+def findings(
+    name: str, text: str, *, paths: bool = False, place: str | None = None
+) -> Iterator[Problem]:
+    """Yield the secrets and, unless they are allowed, the private names in a text.
 
+    Args:
+        name: of the file.
+        text: of it, or in it.
+        paths: allow the private names.
+        place: where in the file the text is; its line when None.
+    """
 
-def _findings(name: str, text: str, *, paths: bool, place: str | None = None) -> Iterator[Problem]:
     def at(match: re.Match[str]) -> str:
         return place or f"line {_line(text, match)}"
 

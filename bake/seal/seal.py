@@ -34,25 +34,17 @@ class Check:
 
     Attributes:
         folder: where it is.
-        kind: of the artifact.
-        plan_digest: of the plan that it executes.
-        digest: the sha256 of ``SHA256SUMS``, over every file.
-        files: how many there are.
-        size: bytes of all files.
+        record: what it says of itself.
+        manifest: every file with its hashes.
         unverified: why the artifact does not count as verified, or None.
         problems: everything that is wrong, one line each.
-        manifest: every file with its hashes.
     """
 
     folder: str
-    kind: str
-    plan_digest: str
-    digest: str
-    files: int
-    size: int
+    record: Record = field(repr=False)
+    manifest: Manifest = field(repr=False)
     unverified: str | None
     problems: tuple[Problem, ...]
-    manifest: Manifest = field(repr=False)
 
     def failure(self) -> InputError | None:
         """Return the problems as one error, or None when there are none."""
@@ -174,17 +166,7 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
         reason = unverified(folder, record)
     except InputError as error:
         problems.append(problem_of(error, "verify.json"))
-    return Check(
-        folder=str(folder),
-        kind=record.kind,
-        plan_digest=record.plan.digest,
-        digest=manifest.digest,
-        files=len(manifest.files),
-        size=manifest.size,
-        unverified=reason,
-        problems=tuple(problems),
-        manifest=manifest,
-    )
+    return Check(str(folder), record, manifest, reason, tuple(problems))
 
 
 def _unlike_record(record: Record, manifest: Manifest) -> list[Problem]:

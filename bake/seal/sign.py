@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem, regular
+from bake.artifact.names import CARD, HUBS_OWN, SIGNATURE, SUMS, Problem
 from bake.checkpoints import strictjson
+from bake.checkpoints.folder import regular_file
 from bake.errors import CheckpointError, InputError, first_line
 from bake.progress import Progress
 from bake.seal.keys import load_private, load_public, module, public_pem
@@ -131,13 +132,9 @@ def check_signed(folder: Path, found: Check, key: Path | None) -> tuple[Signed |
         signed, problems = verify(folder, key, found.manifest)
     elif SIGNATURE in found.manifest.by_name():
         problems = out_of_date(folder, found.manifest)
-    fresh = [problem for problem in problems if problem.where not in _named(found)]
+    known = {problem.where for problem in found.problems}
+    fresh = [problem for problem in problems if problem.where not in known]
     return signed, replace(found, problems=(*found.problems, *fresh))
-
-
-def _named(found: Check) -> set[str]:
-    """Return the files of which a check has said already that they are not as they should be."""
-    return {problem.where for problem in found.problems}
 
 
 def _refuse_inside(folder: Path, key: Path, why: str) -> None:
@@ -200,7 +197,7 @@ def _stated(folder: Path) -> Mapping[str, str]:
         InputError: there is none, or it is malformed.
     """
     try:
-        path = regular(folder.resolve(), SIGNATURE)
+        path = regular_file(folder.resolve(), SIGNATURE)
     except (CheckpointError, OSError) as error:
         raise InputError("is missing: the artifact is not signed") from error
     if path.stat().st_size > _LIMIT:

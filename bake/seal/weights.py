@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from bake.artifact.carrier import KINDS
-from bake.artifact.names import Problem, problem_of, regular, walk
+from bake.artifact.names import Problem, problem_of, walk
 from bake.artifact.record import RECORD
 from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
+from bake.checkpoints.folder import regular_file
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
 from bake.errors import InputError
@@ -61,7 +62,7 @@ def _read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
     Raises:
         InputError: the header is malformed, or too long for the Hub.
     """
-    path = regular(folder, name)
+    path = regular_file(folder, name)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = header_length(file.read(64), shard=name, size=size)
@@ -74,7 +75,7 @@ def _read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
 
 
 def _check_gguf(folder: Path, name: str) -> None:
-    with regular(folder, name).open("rb") as file:
+    with regular_file(folder, name).open("rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError("does not begin as a GGUF file does", where=name)
 
@@ -86,7 +87,7 @@ def metadata(folder: Path, name: str) -> dict[str, Any]:
         InputError: its header is malformed.
     """
     _read_header(folder, name)
-    with regular(folder, name).open("rb") as file:
+    with regular_file(folder, name).open("rb") as file:
         length = int.from_bytes(file.read(PREFIX), "little")
         content = json.loads(file.read(length))
     found: dict[str, Any] = content.get("__metadata__", {})
