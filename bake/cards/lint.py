@@ -19,7 +19,7 @@ from bake.cards.notices import concerns_safety
 from bake.cards.stamp import without
 from bake.cards.templates import VERIFICATION_PART, render
 from bake.cards.text import escape
-from bake.cards.view import UNVERIFIED, view
+from bake.cards.view import view
 from bake.errors import InputError
 from bake.seal.scan import findings
 
@@ -61,7 +61,7 @@ def lint(text: str, facts: Facts) -> tuple[Problem, ...]:
 
 def _first_line(body: str, facts: Facts) -> Iterator[Problem]:
     first = next((line for line in body.splitlines() if line.strip()), "")
-    if facts.reason is not None and not first.startswith(UNVERIFIED):
+    if facts.reason is not None and not first.startswith("**Unverified.**"):
         yield Problem(
             CARD, f"does not say in its first line that it is unverified: {facts.reason}", AGAIN
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bake.artifact.verification import Interval, Report
 from bake.cards.edits import edit_rows
 from bake.cards.facts import Facts
-from bake.cards.fitted import fitted
+from bake.cards.fitted import asked_edits
 from bake.cards.methods import METHODS
 from bake.cards.notices import safety_words
 from bake.cards.text import escape, printable
@@ -84,8 +84,7 @@ def _dataset_name(report: Report) -> str:
 def _tags(facts: Facts) -> tuple[str, ...]:
     """Return the tags, without repeats."""
     kinds = [row.kind for row in edit_rows(facts) if not row.stand_in]
-    calibrated = fitted(facts)
-    kinds += [] if calibrated is None else [edit.kind for edit in calibrated.asked]
+    kinds += [edit.kind for edit in asked_edits(facts)]
     found = ["bake", *(["steering"] if kinds else []), *(METHODS[kind].tag for kind in kinds)]
     found += facts.carrier.tags
     if "ablate" in kinds and any(word.startswith("refus") for word in safety_words(facts)):

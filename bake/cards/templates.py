@@ -12,6 +12,7 @@ import bake
 from bake.artifact.carrier import KINDS
 from bake.cards import text
 from bake.cards.text import Markdown, escape, number
+from bake.checkpoints.hub_names import is_commit, is_repository
 from bake.errors import BakeError
 
 VERIFICATION_PART = "parts/verification.md.jinja"
@@ -60,6 +61,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         autoescape=False,  # finalize escapes, for Markdown; HTML's escaping would do it twice
     )
     environment.filters |= {make.__name__: make for make in _FILTERS}
+    environment.tests |= {"commit": is_commit, "repository": is_repository}
     # raw is for what was checked to be an id, a commit or a formula, inside links and code.
     environment.filters["raw"] = Markdown
     return environment.get_template(template).render(**values)

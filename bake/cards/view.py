@@ -7,17 +7,12 @@ from bake.artifact.names import IMAGES, is_legal
 from bake.artifact.verification import VERIFICATION
 from bake.cards import commands, licences, metadata
 from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
-from bake.cards.edits import LEVELS, EditRow, amounts, direction_rows, edit_rows
+from bake.cards.edits import LEVELS, EditRow, direction_rows, edit_rows
 from bake.cards.facts import Facts
-from bake.cards.fitted import Fitted, fitted
+from bake.cards.fitted import asked_edits
 from bake.cards.licences import LICENCES
-from bake.cards.methods import METHODS
 from bake.cards.notices import concerns_safety, safety_words
-from bake.cards.text import Markdown, code, count, escape, fenced, linkable, showable
-from bake.checkpoints.hub_names import is_commit, is_repository
-
-UNVERIFIED = "**Unverified.**"
-"""How the first line of a card begins whose artifact has no verification that passed."""
+from bake.cards.text import Markdown, fenced, linkable, showable
 
 
 def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
@@ -28,33 +23,26 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         repo: its id on the Hub, or None.
         unverified: it is published without relying on its verification.
     """
-    edits, calibrated = edit_rows(facts), fitted(facts)
-    asked = () if calibrated is None else tuple(dict.fromkeys(e.kind for e in calibrated.asked))
-    kinds = tuple(dict.fromkeys(row.kind for row in edits))
-    cited = dict.fromkeys((*asked, *(row.kind for row in edits if not row.stand_in)))
+    edits, asked = edit_rows(facts), asked_edits(facts)
+    cited = [row.method for row in asked] + [row.method for row in edits if not row.stand_in]
     return {
         "facts": facts,
         "record": facts.record,
         "report": facts.report,
         "metadata": Markdown(metadata.metadata(facts, repo)),
-        "warning": warning(facts, unverified=unverified),
-        "headline": _headline(facts, edits, calibrated),
+        "unverified": unverified,
         "safety": concerns_safety(facts),
         "safety_words": Markdown(", ".join(f"*{word}*" for word in safety_words(facts))),
         "edits": edits,
-        "methods": [METHODS[kind] for kind in kinds],
-        "fitted": calibrated,
-        "asked": [METHODS[kind] for kind in asked],
+        "asked": asked,
         "directions": direction_rows(facts),
-        "base": base_link(facts),
-        "merged": _merged_name(facts),
         "changes": changes(facts),
         "gguf_types": gguf_types(facts),
         "gguf_base": gguf_digests(facts),
         "exactness": _exactness(facts, edits),
         "plots": _plots(facts),
         "reports": [name for name in (VERIFICATION, "verify.md") if name in facts.names],
-        "papers": tuple(dict.fromkeys(p for kind in cited for p in METHODS[kind].papers)),
+        "papers": tuple(dict.fromkeys(paper for method in cited for paper in method.papers)),
         "versions": _versions(facts),
         **_commands(facts, repo),
         **_terms(facts),
@@ -86,62 +74,6 @@ def _terms(facts: Facts) -> dict[str, Any]:
         "attribution": "" if found is None else found.notice or "",
         "licence_remark": licences.remark(governing) or "",
     }
-
-
-def warning(facts: Facts, *, unverified: bool) -> Markdown:
-    """Return the first line of a card that has to warn, or nothing."""
-    if facts.reason is not None:
-        return Markdown(
-            f"{UNVERIFIED} Nothing shows that this artifact does what it is meant to: "
-            f"{escape(facts.reason)}."
-        )
-    if unverified:
-        return Markdown(
-            f"{UNVERIFIED} It was published without relying on a verification; what is measured "
-            "below was not demanded."
-        )
-    return Markdown("")
-
-
-def base_link(facts: Facts) -> Markdown:
-    """Return the base: a link to its commit, or its name where it is a folder."""
-    repo = facts.base_repo
-    if repo is None:
-        return code(facts.record.base.model)
-    if facts.commit is None:
-        return Markdown(f"[{escape(repo)}](https://huggingface.co/{repo})")
-    return _commit_link(repo, facts.commit)
-
-
-def _commit_link(repo: str, commit: str) -> Markdown:
-    page = f"https://huggingface.co/{repo}/tree/{commit}"
-    return Markdown(f"[{escape(repo)} at commit {commit[:12]}]({page})")
-
-
-def _headline(facts: Facts, edits: tuple[EditRow, ...], calibrated: Fitted | None) -> Markdown:
-    """Return what was done, in one sentence."""
-    if facts.record.adapter is not None:
-        return Markdown(f"{base_link(facts)} with {_merged_name(facts)} merged into its weights.")
-    done = []
-    for row in edits:
-        if not row.stand_in:
-            values = f" ({'; '.join(row.amounts)})" if any(row.amounts) else ""
-            did = f"*{escape(row.concept)}* {row.method.did}{values}"
-            done.append(f"{did} at {count(len(row.sites), 'site')}, {row.places}")
-    for asked in () if calibrated is None else calibrated.asked:
-        values = "; ".join(amounts(facts, asked.kind, asked.concept))
-        done.append(f"{asked.words}{values and f' ({values})'}, **approximately**")
-    return Markdown(f"{base_link(facts)} with " + "; ".join(done) + ".")
-
-
-def _merged_name(facts: Facts) -> Markdown:
-    """Return the adapter of a merge, a link to its commit or its name; empty for other kinds."""
-    adapter = facts.record.adapter
-    if adapter is None:
-        return Markdown("")
-    if adapter.revision is not None and is_commit(adapter.revision) and is_repository(adapter.name):
-        return _commit_link(adapter.name, adapter.revision)
-    return Markdown(f"the adapter {code(adapter.name)}")
 
 
 def _exactness(facts: Facts, edits: tuple[EditRow, ...]) -> str:
