@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bake.cards.markdown import Block
+from markdown_it import MarkdownIt
 
 EXAMPLES = Path(__file__).parents[1] / "model_cards" / "examples"
 KINDS = ("checkpoint", "adapter", "gguf")
@@ -67,6 +68,20 @@ def with_licence(**stated: Any) -> Change:
         content["base"]["card"] = stated
 
     return change
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code between fences."""
+
+    language: str
+    text: str
+
+
+def blocks_of(text: str) -> list[Block]:
+    """Return the blocks of code of a card, as a reader of Markdown finds them."""
+    tokens = MarkdownIt().parse(text)
+    return [Block(token.info, token.content) for token in tokens if token.type == "fence"]
 
 
 def not_of_its_language(block: Block) -> str | None:

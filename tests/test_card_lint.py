@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cards import BASE, COMMIT, KINDS, artifact, not_of_its_language, on_hub
+from cards import BASE, COMMIT, KINDS, artifact, blocks_of, not_of_its_language, on_hub
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -118,7 +118,7 @@ def test_a_recipe_with_fences_stays_in_its_block(tmp_path: Path) -> None:
     text = render_card(out)
     assert "`````toml\n" in text
     assert lint_card(text, out) == ()
-    recipe = next(b for b in markdown.split(text)[1] if b.language == "toml")
+    recipe = next(b for b in blocks_of(text) if b.language == "toml")
     assert "[out](gone.md)" in recipe.text
 
 
@@ -128,7 +128,7 @@ def test_every_block_of_code_is_of_its_language(
     kind: str, repo: str | None, tmp_path: Path
 ) -> None:
     out = artifact(tmp_path / "out", kind, record=on_hub)
-    blocks = markdown.split(render_card(out, repo=repo))[1]
+    blocks = blocks_of(render_card(out, repo=repo))
     assert {"sh", "toml"} <= {block.language for block in blocks}
     assert [why for block in blocks if (why := not_of_its_language(block))] == []
 
@@ -138,7 +138,7 @@ def test_every_block_of_code_is_of_its_language(
 )
 def test_a_block_that_does_not_parse_is_seen(block: str) -> None:
     """The control of the test above."""
-    (found,) = markdown.split(f"```{block}\n```\n")[1]
+    (found,) = blocks_of(f"```{block}\n```\n")
     assert not_of_its_language(found)
 
 
@@ -161,8 +161,8 @@ def test_hosts(host: str, public: bool) -> None:
 
 @given(st.text(max_size=400))
 def test_any_text_is_read(text: str) -> None:
-    prose, blocks = markdown.split(text)
-    assert len(prose) + sum(len(block.text) for block in blocks) <= len(text)
+    prose = markdown.prose_of(text)
+    assert len(prose) <= len(text)
     list(markdown.targets(prose))
     markdown.tables(prose)
 

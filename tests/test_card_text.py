@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cards import artifact, on_hub
+from cards import artifact, blocks_of, on_hub
 from huggingface_hub import ModelCard
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -106,8 +106,8 @@ def test_a_block_holds_its_text(text: str) -> None:
     assert [t.type for t in tokens].count("fence") == 1
     block = next(t for t in tokens if t.type == "fence")
     assert block.content.rstrip("\n") == text.rstrip("\n")
-    blocks = markdown.split(f"before\n\n{fenced(text, 'toml')}\n\nafter\n")[1]
-    assert len(blocks) == 1 and blocks[0].text.rstrip("\n") == text.rstrip("\n")
+    prose = markdown.prose_of(f"before\n\n{fenced(text, 'toml')}\n\nafter\n")
+    assert prose == "before\n\n\n\nafter\n"
 
 
 @given(st.text(max_size=50))
@@ -184,11 +184,11 @@ def test_code_of_commands_is_quoted(tmp_path: Path) -> None:
         content["base"]["model"] = 'models/a b"; rm -rf $(pwd) `id`'
 
     text = render_card(artifact(tmp_path / "out", "adapter", record=change))
-    blocks = {b.language: b.text for b in markdown.split(text)[1]}
-    tree = ast.parse(next(b.text for b in markdown.split(text)[1] if b.language == "python"))
+    blocks = {b.language: b.text for b in blocks_of(text)}
+    tree = ast.parse(next(b.text for b in blocks_of(text) if b.language == "python"))
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
     assert 'models/a b"; rm -rf $(pwd) `id`' in strings
-    serve = next(b.text for b in markdown.split(text)[1] if b.text.startswith("vllm"))
+    serve = next(b.text for b in blocks_of(text) if b.text.startswith("vllm"))
     assert serve.startswith("vllm serve 'models/a b\"; rm -rf $(pwd) `id`' --enable-lora")
     assert blocks
 

@@ -37,22 +37,19 @@ def render_card(out: Path, *, repo: str | None = None, unverified: bool = False)
     return stamp.stamped(templates.render(facts.carrier.template, values))
 
 
-def write_card(
-    out: Path, *, repo: str | None = None, unverified: bool = False, force: bool = False
-) -> Path:
+def write_card(out: Path, *, repo: str | None = None, force: bool = False) -> Path:
     """Write the card of an artifact to its ``README.md``, as a whole or not at all.
 
     Args:
         out: what ``bake export`` wrote.
         repo: as for ``render_card``.
-        unverified: as for ``render_card``.
         force: replace a card that bake did not write, or that was edited since.
 
     Raises:
         UsageError: there is such a card, and ``force`` is not given.
         InputError: the folder is no artifact, a record is malformed, or the card would be wrong.
     """
-    text = render_card(out, repo=repo, unverified=unverified)
+    text = render_card(out, repo=repo)
     problems = lint_card(text, out)
     raise_problems(problems, str(out / CARD))
     return save_card(text, out / CARD, force=force)

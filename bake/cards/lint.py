@@ -40,7 +40,7 @@ def lint(text: str, facts: Facts) -> tuple[Problem, ...]:
         facts: of the artifact.
     """
     body = without(body_of(text))
-    prose, _ = markdown.split(body)
+    prose = markdown.prose_of(body)
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
         lambda: lint_metadata(text, facts),
         lambda: _first_line(body, facts),

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-_FENCE = re.compile(r"^(?P<fence>`{3,}|~{3,})(?P<language>[\w+-]*)[^\n`]*\n", re.MULTILINE)
+_FENCE = re.compile(r"^(`{3,}|~{3,})[^\n`]*\n", re.MULTILINE)
 _LINK = re.compile(r"(?<!\\)\]\(\s*<?([^()\s<>]+)")
 _HTML_LINK = re.compile(
     r"""<\w[^<>]{0,1000}?\b(?:src|href)\s*=\s*["']?([^"'\s>]+)""", re.IGNORECASE
@@ -12,27 +11,15 @@ _HTML_LINK = re.compile(
 _REFERENCE = re.compile(r"^ {0,3}\[[^\]]+\]:\s*<?(\S+?)>?\s*$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A block of code between fences."""
-
-    language: str
-    text: str
-
-
-def split(text: str) -> tuple[str, tuple[Block, ...]]:
-    """Return the text without its blocks of code, and the blocks."""
+def prose_of(text: str) -> str:
+    """Return a text without its blocks of code."""
     prose: list[str] = []
-    blocks: list[Block] = []
     position = 0
     while match := _FENCE.search(text, position):
         prose.append(text[position : match.start()])
-        fence = re.escape(match["fence"])
-        end = re.compile(rf"^{fence}+[ \t]*$", re.MULTILINE).search(text, match.end())
-        stop = len(text) if end is None else end.start()
-        blocks.append(Block(match["language"].lower(), text[match.end() : stop]))
-        position = stop if end is None else end.end()
-    return "".join([*prose, text[position:]]), tuple(blocks)
+        end = re.compile(rf"^{match[1]}+[ \t]*$", re.MULTILINE).search(text, match.end())
+        position = len(text) if end is None else end.end()
+    return "".join([*prose, text[position:]])
 
 
 def tables(prose: str) -> tuple[tuple[tuple[str, ...], ...], ...]:

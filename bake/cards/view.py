@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bake.artifact.names import IMAGES, is_legal
-from bake.artifact.verification import VERIFICATION
+from bake.artifact.verification import VERIFICATION, Report
 from bake.cards import commands, licences, metadata
 from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
 from bake.cards.edits import LEVELS, EditRow, direction_rows, edit_rows
@@ -12,7 +12,7 @@ from bake.cards.facts import Facts
 from bake.cards.fitted import asked_edits
 from bake.cards.licences import LICENCES
 from bake.cards.notices import concerns_safety, safety_words
-from bake.cards.text import Markdown, fenced, linkable, showable
+from bake.cards.text import Markdown, linkable, showable
 
 
 def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         repo: its id on the Hub, or None.
         unverified: it is published without relying on its verification.
     """
+    text = "" if facts.record.recipe is None else facts.record.recipe.text
     edits, asked = edit_rows(facts), asked_edits(facts)
     cited = [row.method for row in asked] + [row.method for row in edits if not row.stand_in]
     return {
@@ -44,20 +45,13 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         "reports": [name for name in (VERIFICATION, "verify.md") if name in facts.names],
         "papers": tuple(dict.fromkeys(paper for method in cited for paper in method.papers)),
         "versions": _versions(facts),
-        **_commands(facts, repo),
-        **_terms(facts),
-    }
-
-
-def _commands(facts: Facts, repo: str | None) -> dict[str, Any]:
-    text = "" if facts.record.recipe is None else facts.record.recipe.text
-    return {
         "repo": repo or "",
         "commands": commands.commands(facts, repo),
         "download": Markdown(commands.download(repo)),
         "folder": Markdown(commands.folder(repo)),
         "weights": weight_files(facts),
-        "recipe": fenced(text, "toml") if text and showable(text) else Markdown(""),
+        "recipe": text if showable(text) else "",
+        **_terms(facts),
     }
 
 
@@ -94,14 +88,8 @@ def _plots(facts: Facts) -> tuple[tuple[str, str], ...]:
 
 def _versions(facts: Facts) -> tuple[tuple[str, str], ...]:
     """Return every version that the records name, and what it is of."""
-    found: dict[tuple[str, str], None] = {}
-    if facts.record.bake:
-        found["bake, which wrote the artifact", facts.record.bake] = None
-    if facts.report is not None:
-        for name, version in facts.report.environment.items():
-            if isinstance(version, str):
-                found[f"{name}, in the verification", version] = None
-        for served in facts.report.runtimes:
-            if served.version:
-                found[f"{served.runtime}, as a runtime", served.version] = None
-    return tuple(found)
+    report = facts.report or Report()
+    found: list[tuple[str, Any]] = [("bake, which wrote the artifact", facts.record.bake)]
+    found += [(f"{name}, in the verification", found) for name, found in report.environment.items()]
+    found += [(f"{served.runtime}, as a runtime", served.version) for served in report.runtimes]
+    return tuple(dict.fromkeys(row for row in found if isinstance(row[1], str) and row[1]))
