@@ -69,6 +69,12 @@ class Facts:
         return self.record.base.revision if self.base_repo and self.record.base.pinned else None
 
     @property
+    def compared(self) -> bool:
+        """Whether these files were run in transformers, in the storage type, beside the hooks."""
+        found = self.report
+        return found is not None and self.carrier.checkpoint and found.stored in found.metrics
+
+    @property
     def converted(self) -> bool:
         """Whether llama.cpp's converter made it from a baked checkpoint."""
         gguf = self.record.gguf

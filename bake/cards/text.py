@@ -26,9 +26,6 @@ class Markdown(str):
     __slots__ = ()
 
 
-NOT_MEASURED = Markdown("not measured")
-
-
 def printable(text: str, limit: int = _LIMIT) -> str:
     """Return a text as one line of characters that can be seen, cut where it is too long.
 
@@ -96,7 +93,7 @@ def number(value: float | int) -> Markdown:
 
 def measured(value: float | None) -> Markdown:
     """Return a number as ``number`` does, or that nobody measured it."""
-    return NOT_MEASURED if value is None else number(float(value))
+    return Markdown("not measured") if value is None else number(float(value))
 
 
 def versions(environment: Mapping[str, Any]) -> Markdown:
