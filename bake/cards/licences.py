@@ -22,8 +22,8 @@ class Licence:
             have a lower one than its base.
         notice: what NOTICE has to say, or None.
         shown: words that the card has to show, or None.
-        name: pattern that the repository's name has to begin with, or None.
-        spelled: the same for people.
+        prefix: what the repository's name has to begin with, a space standing for ``.``, ``_`` or
+            ``-`` too; or None.
         copy: whether a copy of the licence has to travel.
     """
 
@@ -31,8 +31,7 @@ class Licence:
     rank: int
     notice: str | None = None
     shown: str | None = None
-    name: str | None = None
-    spelled: str = ""
+    prefix: str | None = None
     copy: bool = False
 
 
@@ -44,8 +43,7 @@ def _llama(version: str, *, shown: str = "Built with Llama", prefix: str = "Llam
         notice=f"{family} {version} is licensed under the {family} {version} Community License, "
         "Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
         shown=shown,
-        name=re.escape(prefix).replace(r"\ ", "[ ._-]"),
-        spelled=prefix,
+        prefix=prefix,
         copy=True,
     )
 
@@ -168,12 +166,12 @@ def _duties(
         problems.append(Problem("NOTICE", f'has to say: "{found.notice}"', f"add it, {fix}"))
     if found.shown is not None and card is not None and found.shown not in card:
         problems.append(Problem("README.md", f'has to show "{found.shown}"', f"add it, {fix}"))
-    name = repo.rpartition("/")[2]
-    if found.name is not None and re.match(found.name, name) is None:
+    spelled = re.escape(found.prefix or "").replace(r"\ ", "[ ._-]")
+    if re.match(spelled, repo.rpartition("/")[2]) is None:
         problems.append(
             Problem(
                 repo,
-                f"a model made from one under {base} has a name that begins with {found.spelled!r}",
+                f"a model made from one under {base} has a name that begins with {found.prefix!r}",
                 f"choose another name, {fix}",
             )
         )

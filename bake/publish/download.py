@@ -6,11 +6,8 @@ The client does not compare: it takes a byte that flipped on the way for the rig
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-
-from bake import __version__
 from bake.publish.failures import Account, explained
-from bake.publish.session import patiently
+from bake.publish.session import client, patiently
 from bake.seal.manifest import Manifest, entry_of
 from bake.seal.seal import check
 
@@ -56,13 +53,11 @@ def compare_download(
 def fetch(repo: str, commit: str, name: str, folder: Path) -> Path:
     """Download one file to a folder, from the Hub and never from the cache on this machine."""
     return Path(
-        hf_hub_download(
+        client().hf_hub_download(
             repo,
             name,
             revision=commit,
             local_dir=folder,
             cache_dir=folder / ".cache" / "none",
-            library_name="bake",
-            library_version=__version__,
         )
     )

@@ -5,7 +5,7 @@ It needs no network. What only the Hub can say (the base's licence) is checked b
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +102,7 @@ def preflight(
     problems += more
     card, more = _check_card(folder, record, terms, reason, card)
     problems += more
-    problems += _gather(lambda: _check_code(folder, terms), "config.json")
+    problems += [] if "code" in terms.allow else _check_code(folder)
     if record.base.on_hub and not record.base.pinned:
         problems.append(
             Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
@@ -110,13 +110,6 @@ def preflight(
     notes = tuple(_notes(record, terms, reason))
     problems = list(dict.fromkeys(problems))
     return Preflight(folder, record, tuple(names), card, notes, tuple(problems), reason)
-
-
-def _gather(check: Callable[[], list[Problem]], name: str) -> list[Problem]:
-    try:
-        return check()
-    except InputError as error:
-        return [problem_of(error, name)]
 
 
 def _check_card(
@@ -140,13 +133,16 @@ def _check_card(
     return card, []
 
 
-def _check_code(folder: Path, terms: Terms) -> list[Problem]:
+def _check_code(folder: Path) -> list[Problem]:
     """Report a config that has a reader fetch and run Python code."""
     problems = []
     for name in ("config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file() or "code" in terms.allow:
+        try:
+            found = read_json(folder, name).get("auto_map") if (folder / name).is_file() else None
+        except InputError as error:
+            problems.append(problem_of(error, name))
             continue
-        if found := read_json(folder, name).get("auto_map"):
+        if found:
             what = f"names code that a reader would run (auto_map: {found})"
             problems.append(Problem(name, what, "remove it, or --allow code"))
     return problems

@@ -213,7 +213,8 @@ def _stated(folder: Path) -> Mapping[str, str]:
         ]
         whole = payload["predicateType"] == _PREDICATE and len(envelope["signatures"]) == 1
     except (CheckpointError, binascii.Error, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"is no signature of a model ({_brief(error)})") from error
+        brief = (error.what if isinstance(error, CheckpointError) else first_line(error))[:120]
+        raise InputError(f"is no signature of a model ({brief})") from error
     texts = all(isinstance(value, str) for row in resources for value in row)
     names = {name for name, _, _ in resources}
     if not whole or not texts or not hint or len(names) != len(resources):
@@ -227,11 +228,6 @@ def _stated(folder: Path) -> Mapping[str, str]:
 
 def _object(data: bytes) -> dict[str, Any]:
     return strictjson.parse_object(strictjson.decode(data, where=SIGNATURE), where=SIGNATURE)
-
-
-def _brief(error: BaseException) -> str:
-    text = getattr(error, "what", None) or str(error)
-    return next(iter(str(text).splitlines()), type(error).__name__)[:120]
 
 
 def _hashing() -> Any:
