@@ -79,7 +79,8 @@ class Served(msgspec.Struct, frozen=True):
 class Report(msgspec.Struct, frozen=True):
     """A verification."""
 
-    passed: bool | None = None
+    passed: Any = None
+    """True where nothing failed; whatever else a file may say there is no pass."""
     plan_digest: str | None = None
     dtype: str = ""
     """Of the base's weights, as safetensors spells it."""
@@ -164,7 +165,7 @@ def unverified(folder: Path, record: Record) -> str | None:
     if report is None:
         return f"{VERIFICATION} is of another plan"
     failed = [row.name for row in report.rows if row.passed is False]
-    if not report.passed or failed:
+    if report.passed is not True or failed:
         return "the verification failed" + (f": {failed[0]}" if failed else "")
     if not any(row.passed for row in report.rows):
         return f"{VERIFICATION} holds no comparison that passed"
