@@ -494,9 +494,10 @@ def test_a_closed_bias_flag_is_opened_with_zeros_everywhere(
     base = base_at(tiny_checkpoint(family, **tiny.unbiased(family)))
     edits = [edit(base, "offset", make.offset(vector(base.layout.hidden)), "attn_out.1")]
     plan = plan_of(base, edits)
-    assert sum(bias.is_zero() for bias in plan.biases) == 4 * base.layout.layers - 1
+    flag, linears = tiny.OPENED.get(family, tiny.OPENED_BY_MOST)
+    assert sum(bias.is_zero() for bias in plan.biases) == linears * base.layout.layers - 1
     check(base, edits, exact=True, out=tmp_path / "out")
-    assert tiny.config_of(tmp_path / "out")["attention_bias"] is True
+    assert tiny.config_of(tmp_path / "out")[flag] is True
 
 
 def test_square_projections_are_folded_on_the_right_side(

@@ -239,6 +239,8 @@ QKV = (SiteKind.Q, SiteKind.K, SiteKind.V)
 INNER = (*LLAMA_READERS, SiteKind.Z, SiteKind.MLP_ACT)
 
 
+# How the linear layers of a block are called, by hand: a family whose names are not Llama's has a
+# branch in ``reader`` and in ``writer``.
 def reader(family: str, kind: SiteKind) -> tuple[str, list[int] | None]:
     """Return the module of a block, and the rows of its output, that a site is."""
     if family == "gpt2":  # [q | k | v], each 24 wide

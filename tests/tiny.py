@@ -95,8 +95,12 @@ BIASES = {
     "mixtral": NONE,
     "smollm3": ALL,
 }
+# The flag that an offset at ``attn_out`` opens, and how many layers of a block it gives a bias.
+OPENED: dict[str, tuple[str, int]] = {}
+OPENED_BY_MOST = ("attention_bias", 4)
 POST_NORM = ("gemma2", "gemma3", "olmo2")  # a norm follows the writers
-LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_sequential")  # it subtracts the mean, and has a bias
+# It subtracts the mean, and has a bias.
+LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 UNGATED = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 PARALLEL = ("gpt_neox",)  # both branches read what the block reads
 MIXTURES = ("mixtral",)
