@@ -582,10 +582,21 @@ def documented(code: str) -> bool:
 
 @pytest.mark.parametrize("carrier", CARRIER_FACTS.values(), ids=lambda carrier: carrier.name)
 def test_the_docs_show_the_commands_that_cards_print(carrier: Carrier) -> None:
-    assert carrier.loading
+    assert bool(carrier.loading) == bool(carrier.readers)  # what nothing reads yet is not loaded
     assert {way.runtime for way in carrier.loading} <= set(carrier.readers)
     for way in carrier.loading:
         assert way.language in ("python", "sh")
         if way.language == "sh":
             assert documented(way.code), way.code
     assert not documented("llama-server -m {weights} --no-such-option {weights}")  # the control
+
+
+def test_a_template_of_several_kinds_has_words_for_each() -> None:
+    """A kind that it does not know would be told the words of another: rendering stops instead."""
+    text = (ROOT / "model_cards" / "adapter.md.jinja").read_text(encoding="utf-8")
+    kinds = [name for name, facts in CARRIER_FACTS.items() if facts.template == "adapter.md.jinja"]
+    assert len(kinds) == 3
+    assert [name for name in kinds if f'record.kind == "{name}"' not in text] == []
+    assert 'record.kind == "some-other"' not in text  # the control
+    lead = text[: text.index("{% endset %}")]
+    assert lead.count("{% else %}") == 1 and "words_for[record.kind]" in lead

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from bake.artifact.carrier import CARRIERS
 from bake.cli.options import PATH, recipe_options
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
@@ -23,8 +24,8 @@ _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
     "--to",
     multiple=True,
     metavar="CARRIER",
-    help="What to write, instead of the recipe's list: checkpoint, lora, gguf-lora, "
-    "control-vector or gguf. May be repeated; several go to folders below --out.",
+    help=f"What to write, instead of the recipe's list: {', '.join(CARRIERS)}. May be repeated; "
+    "several go to folders below --out.",
 )
 @click.option("--gguf", type=PATH, metavar="FILE", help="For gguf: the base's GGUF, to be edited.")
 @click.option(

@@ -111,7 +111,12 @@ def _verdict(
 def _unread(name: str, kind: Carrier) -> tuple[Status, str]:
     """Return the verdict on a runtime that a carrier is not for."""
     reason = kind.unread.get(name) or kind.unread_otherwise
-    return ("not tested", _UNTRIED) if reason is None else ("refused", reason)
+    if reason is not None:
+        return "refused", reason
+    untried = (
+        _UNTRIED if kind.suffix == ".gguf" else f"nobody has tried whether it reads a {kind.name}"
+    )
+    return "not tested", untried
 
 
 def converted_runtimes(

@@ -92,8 +92,10 @@ class Verification:
                     where=where,
                 )
         if self.runtimes is None:
+            names = ", ".join(serving(kind))
             raise UsageError(
                 f"a {kind} is verified in a runtime that loads it",
                 where=where,
-                fix=f"name one with --runtime: {', '.join(serving(kind))}",
+                why=None if names else "no runtime that bake can ask loads one",
+                fix=f"name one with --runtime: {names}" if names else None,
             )
