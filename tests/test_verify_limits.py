@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exporting import written
 from harness import Base, bake, base_at, edit, plan_of, vector
 from test_verify import EXACT, baked, edits_of
 from transformers import AutoModelForCausalLM
 
 from bake import edits as make
 from bake.edits import Edit
-from bake.outputs.lora import export_lora
 from bake.steer import steered
 from bake.verify import serving
 from bake.verify.compare import compare
@@ -117,7 +117,9 @@ def test_a_runtime_is_held_to_the_derived_limit(
     base = base_at(tiny_checkpoint("mistral", dtype=dtype))
     edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), ["attn_out.*"])]
     record = {"base": {"model": str(base.path)}}
-    out = export_lora(plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record).path
+    out = written(
+        "lora", plan_of(base, edits), base.checkpoint, tmp_path / "out", record=record
+    ).path
 
     exact = hooked(base, edits, torch.float64)
     narrow = (hooked(base, edits, narrower) for narrower in {torch.float32, dtype})
