@@ -3,6 +3,7 @@
 These tests need no runtime: the programs are this Python's own, so they run by default.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -15,10 +16,12 @@ import pytest
 from bake.converter import convert
 from bake.errors import CheckpointError, UsageError
 from bake.process import EXIT_MISSING, RuntimeFailed, RuntimeMissing, run_script
-from bake.verify.runtimes import _llamacpp_worker, _vllm_worker, exchange
+from bake.verify.runtimes import exchange
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
+from bake.verify.runtimes.registry import RUNTIMES
 from bake.verify.runtimes.request import RuntimeRequest
+from bake.verify.runtimes.runtime import Runtime
 from bake.verify.runtimes.vllm import VLLM
 
 PYTHON = Path(sys.executable)
@@ -80,9 +83,11 @@ def test_runtime_that_is_not_installed(tmp_path: Path) -> None:
         ask(VLLM, request(folder), tmp_path / "bin" / "python")
 
 
-def test_workers_and_parent_agree_on_the_status() -> None:
+@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=lambda runtime: runtime.name)
+def test_workers_and_parent_agree_on_the_status(runtime: Runtime) -> None:
     """The workers cannot import it, so each states it."""
-    assert _vllm_worker.EXIT_MISSING == _llamacpp_worker.EXIT_MISSING == EXIT_MISSING
+    module = f"bake.verify.runtimes.{runtime.worker.removesuffix('.py')}"
+    assert importlib.import_module(module).EXIT_MISSING == EXIT_MISSING
 
 
 def run(folder: Path, source: str, *, timeout: float = 60.0) -> None:
