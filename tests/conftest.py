@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,16 @@ import pytest
 import torch
 from hypothesis import settings
 from tiny import make_model, write_checkpoint
+
+# A suite that was started in the background inherits signals that are ignored, and so would every
+# program that a test starts and stops.
+for number, usual in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 settings.register_profile("bake", derandomize=True, deadline=None, database=None)
 settings.load_profile("bake")

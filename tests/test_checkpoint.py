@@ -479,7 +479,7 @@ def test_memory_is_bounded_and_an_edited_tensor_is_not_read(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "base", tensors, files={}))
     reads: list[tuple[int, int]] = []
     writes: list[int] = []
-    read_at, write_at = stream._read_at, stream._write_at
+    read_at, write_at = stream.read_at, stream._write_at
 
     def spy_read(file: Any, position: int, buffer: memoryview) -> None:
         reads.append((position, position + len(buffer)))
@@ -490,7 +490,7 @@ def test_memory_is_bounded_and_an_edited_tensor_is_not_read(
         write_at(file, position, data)
 
     monkeypatch.setattr(stream, "_CHUNK", chunk)
-    monkeypatch.setattr(stream, "_read_at", spy_read)
+    monkeypatch.setattr(stream, "read_at", spy_read)
     monkeypatch.setattr(stream, "_write_at", spy_write)
     live = []
 

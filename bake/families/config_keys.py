@@ -22,6 +22,8 @@ HARMLESS = frozenset(
         *("_name_or_path", "_commit_hash", "transformers_version", "tokenizer_class", "prefix"),
         *("transformers.js_config", "unsloth_fixed", "unsloth_version", "finetuning_task"),
         "_model_name_or_path",  # transformers, of a model that it read from a GGUF
+        # Code of the repository, which nothing runs: ``architectures`` is a class of transformers.
+        "auto_map",
         # How the model is loaded and run, not what it computes.
         *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "tf_legacy_loss", "use_cache"),
         *("cache_implementation", "_attn_implementation_autoset", "attn_implementation"),
