@@ -216,7 +216,7 @@ FOREIGN: dict[str, Callable[[Path, Path], None]] = {
     "a link in the folder's place": _root_link,
     "files/ that is a link": _inner_link("files"),
     "old/ that is a link": _inner_link("old"),
-    "work/ that is a link": _inner_link("work"),
+    "scratch/ that is a link": _inner_link("scratch"),
     "a folder of somebody's": _folder_of_somebody,
     "a journal of somebody's": _journal_of_somebody,
     "old/ of no run": _old_without_a_run,

@@ -3,7 +3,7 @@
     .NAME.bake-partial/journal    what the run makes and what of it is finished; also the lock
     .NAME.bake-partial/files/     becomes NAME by one rename
     .NAME.bake-partial/old/       what --force replaces, for the moment of that rename
-    .NAME.bake-partial/work/      what a writer needs for a moment only
+    .NAME.bake-partial/scratch/   what a writer needs for a moment only
 
 A run that fails leaves nothing. One that is killed or interrupted leaves the folder above, and the
 next run of the same request takes up what is finished, once its hashes have been checked; another
@@ -36,7 +36,7 @@ from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.writer import Finished
 from bake.errors import InputError, UsageError
 
-_JOURNAL, _FILES, _OLD, _WORK = "journal", "files", "old", "work"
+_JOURNAL, _FILES, _OLD, _SCRATCH = "journal", "files", "old", "scratch"
 _FORMAT = 2
 _BEGINS = b'{"format": '
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -236,7 +236,7 @@ class Stage:
     @property
     def work(self) -> Path:
         """A folder on the same disk, for what is needed for a moment only; it never appears."""
-        found = self._root / _WORK
+        found = self._root / _SCRATCH
         found.mkdir(exist_ok=True)
         return found
 
@@ -265,7 +265,7 @@ class Stage:
             self._published = True
         # The output is complete, whatever becomes of the rest: the next run here removes it.
         try:
-            self._remove(_FILES, _WORK, _OLD)
+            self._remove(_FILES, _SCRATCH, _OLD)
         except OSError:
             pass
 
@@ -273,7 +273,7 @@ class Stage:
         """Remove what this run has made, and the parents that it had to make."""
         held = self._journal is not None and not (self._published or self._untouched)
         if held and not os.path.lexists(self._root / _OLD):  # what cannot be put back stays
-            self._remove(_FILES, _WORK)
+            self._remove(_FILES, _SCRATCH)
         for parent in self._new_parents:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
@@ -349,8 +349,8 @@ class Stage:
             (Path(name) / file).as_posix() for name, made in whole.items() for file in made.files
         }
         _sweep(self.folder, {*kept, *earlier.files})
-        if os.path.lexists(self._root / _WORK):
-            shutil.rmtree(self._root / _WORK)
+        if os.path.lexists(self._root / _SCRATCH):
+            shutil.rmtree(self._root / _SCRATCH)
         self.folder.mkdir(exist_ok=True)
         self._journal.truncate(0)
         self._append({"format": _FORMAT, "identity": self._identity})
@@ -578,7 +578,7 @@ def _check_entries(root: Path, beside: int, owner: int) -> None:
                 # A second name of the same file could be anywhere.
                 fits = stat.S_ISREG(about.st_mode) and about.st_nlink == 1
             else:
-                fits = entry.name in (_FILES, _OLD, _WORK) and stat.S_ISDIR(about.st_mode)
+                fits = entry.name in (_FILES, _OLD, _SCRATCH) and stat.S_ISDIR(about.st_mode)
             if not fits or about.st_uid != owner:
                 raise _in_the_way(root)
             names.add(entry.name)
