@@ -9,6 +9,25 @@ from bake.process import RuntimeMissing, run_script
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
+def find_converter(script: Path | None) -> Path:
+    """Return llama.cpp's converter, once it is seen to be there.
+
+    Raises:
+        RuntimeMissing: it is not, or none was named.
+    """
+    if script is None:
+        raise RuntimeMissing(
+            "llama.cpp reads a GGUF file, and no converter was named",
+            fix="name llama.cpp's convert_hf_to_gguf.py with --converter",
+        )
+    if not script.is_file():
+        raise RuntimeMissing(
+            f"there is no converter at {script}",
+            fix="it is vendor/llama.cpp/convert_hf_to_gguf.py of llama-cpp-python's source archive",
+        )
+    return script
+
+
 def convert(
     checkpoint: Path,
     out: Path,
@@ -43,11 +62,7 @@ def convert(
         raise CheckpointError(
             "the converter reads a checkpoint folder", where=f"{checkpoint}/config.json"
         )
-    if not converter.is_file():
-        raise RuntimeMissing(
-            f"there is no converter at {converter}",
-            fix="it is vendor/llama.cpp/convert_hf_to_gguf.py of llama-cpp-python's source archive",
-        )
+    find_converter(converter)
     out = out.resolve()
     with tempfile.TemporaryDirectory(prefix=".bake-", dir=out.parent) as scratch:
         partial = Path(scratch) / out.name

@@ -1,6 +1,7 @@
 """The report as files: what is in them, and that one report gives one set of bytes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bake.cli import main
 from bake.errors import UsageError
 from bake.verify.compare import compare
 from bake.verify.files import write_report
-from bake.verify.plots import draw, titles
+from bake.verify.plots import titles
 from bake.verify.report import Report, Row
 from bake.verify.verification import Verification
 
@@ -115,13 +116,47 @@ def test_numbers_that_are_not_finite_become_null(report: Report, tmp_path: Path)
 
 
 def test_plots_without_matplotlib_say_what_to_install(
-    report: Report, monkeypatch: pytest.MonkeyPatch
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UsageError, match="plots need matplotlib"):
-        draw(report, titles(report)[0])
+    for wanted in ({"plots": True}, {"html": True}):
+        with pytest.raises(UsageError, match="plots need matplotlib"):
+            write_report(report, tmp_path / "report", **wanted)
+    assert not (tmp_path / "report").exists()
+    write_report(report, tmp_path / "report")  # the control: they are drawn where they can be
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"verify.json", "verify.md"}
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "folder", "file"])
+def test_what_a_report_needs_is_there_before_anything_is_run(
+    missing: str,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = baked(base_at(tiny_checkpoint("llama")), tmp_path / "out")
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "verify.md").write_text("earlier")
+    words = ["--report", str(place if missing == "file" else place / "new" / "folder")]
+    if missing == "matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        words.append("--plots")
+    locked = place / "verify.md" if missing == "file" else place
+    if missing != "matplotlib":
+        # A permission does not bind everybody who may run this test.
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)
+    result = CliRunner().invoke(main, ["verify", str(out), "--base", "nowhere", *words])
+    assert result.exit_code == 2, result.output
+    said = "plots need matplotlib" if missing == "matplotlib" else f"{locked} is read-only"
+    assert said in "".join(result.stderr.splitlines())
+    # The control: without it the run begins, and sees that there is no such base.
+    monkeypatch.undo()
+    result = CliRunner().invoke(main, ["verify", str(out), "--base", "nowhere", *words[:2]])
+    assert result.exit_code == 4
+    assert not (place / "new").exists()
 
 
 def test_the_command_writes_the_report_and_says_where(

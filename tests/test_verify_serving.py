@@ -24,7 +24,7 @@ from bake import edits as make
 from bake.artifact.record import read_record
 from bake.cli import main
 from bake.errors import UsageError, VerificationFailed
-from bake.process import RuntimeFailed, run_script
+from bake.process import RuntimeFailed, RuntimeMissing, run_script
 from bake.verify import serving
 from bake.verify.agreement import agreement
 from bake.verify.artifact import Baked
@@ -102,12 +102,44 @@ def test_a_runtime_that_is_not_there_is_not_run(base: Base, tmp_path: Path) -> N
     assert data["runtimes"][0]["status"] == "not run"
 
 
+def test_runtimes_are_found_before_anything_is_measured(tmp_path: Path) -> None:
+    here, script = Path(sys.executable), Path(__file__)
+    Runtimes(("transformers",), {"transformers": here}).find("checkpoint")
+    Runtimes(("peft",)).find("lora")
+    for name, kind in (("vllm", "lora"), ("llama.cpp", "gguf")):
+        with pytest.raises(RuntimeMissing, match="is not installed in the environment of"):
+            Runtimes((name,), {name: here}, script).find(kind)
+    with pytest.raises(RuntimeMissing, match="is no Python interpreter"):
+        Runtimes(("transformers", "vllm"), {"vllm": tmp_path / "python"}).find("checkpoint")
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no library >&2\nexit 127\n")
+    broken.chmod(0o755)
+    with pytest.raises(RuntimeMissing, match="no library"):
+        Runtimes(("vllm",), {"vllm": broken}).find("checkpoint")
+
+
+def test_a_converter_is_found_where_one_is_needed(tmp_path: Path) -> None:
+    """A stand-in for an environment with llama.cpp; a GGUF file needs no converter."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    pythons = {"llama.cpp": python}
+    Runtimes(("llama.cpp",), pythons).find("gguf")
+    for kind in ("checkpoint", "merge", "gguf-lora", "control-vector"):
+        Runtimes(("llama.cpp",), pythons, Path(__file__)).find(kind)
+        with pytest.raises(RuntimeMissing, match="no converter was named"):
+            Runtimes(("llama.cpp",), pythons).find(kind)
+        with pytest.raises(RuntimeMissing, match="there is no converter at"):
+            Runtimes(("llama.cpp",), pythons, tmp_path / "convert.py").find(kind)
+
+
 def test_a_runtime_that_crashes_has_failed(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = baked(base, tmp_path / "out")
     broken = tmp_path / "python"
-    broken.write_text("#!/bin/sh\necho boom >&2\nexit 3\n")
+    # It has the packages that are asked for with -c, and fails with the worker.
+    broken.write_text('#!/bin/sh\n[ "$2" = -c ] && exit 0\necho boom >&2\nexit 3\n')
     broken.chmod(0o755)
     runtimes = Runtimes(("transformers",), {"transformers": broken})
     report = compare(Verification(out, base=str(base.path), runtimes=runtimes, generate=0))

@@ -26,7 +26,7 @@ class ReportFiles:
         rebake: whether the artifact is exported again, to a temporary folder, and compared.
 
     Raises:
-        UsageError: a page without its plots is asked for, or the folder is a file.
+        UsageError: a page without its plots is asked for.
     """
 
     folder: Path | None = None
@@ -37,10 +37,6 @@ class ReportFiles:
     def __post_init__(self) -> None:
         if self.html and self.plots is False:
             raise UsageError("--html and --no-plots exclude each other")
-        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(
-                f"the report's folder {self.folder} is a file", fix="name another --report"
-            )
 
     def place(self, source: Source) -> Path:
         """Return the folder that the report of an artifact goes to."""
@@ -100,16 +96,18 @@ def verify(
     """
     from bake.verify.artifact import open_baked
     from bake.verify.compare import compare
-    from bake.verify.files import write_report
+    from bake.verify.files import check_place, write_report
     from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 
+    folder = files.place(source)
+    check_place(folder, plots=files.plots, html=files.html)
     if source.published:
         artifact = open_baked(source.folder)
         asked = replace(asked, base=base_of(source, artifact, asked.base))
         if asked.runtimes is None and artifact.kind in RUNTIMES["peft"].serves:
             # The one runtime of an adapter that is here wherever bake is.
             asked = replace(asked, runtimes=Runtimes(("peft",)))
-    reproduction, folder = None, files.place(source)
+    reproduction = None
     if source.published or files.rebake:
         reproduction = reproduction_of(
             source,

@@ -1,6 +1,7 @@
 """Write a report to disk: verify.json, verify.md, the plots, and one page of them all."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bake.errors import UsageError
 from bake.verify.html import page
 from bake.verify.markdown import markdown
 from bake.verify.plots import draw, titles
@@ -34,9 +36,10 @@ def write_report(
         html: whether to write the page as well.
 
     Raises:
-        UsageError: plots or a page are wanted, and matplotlib is not installed.
+        UsageError: as ``check_place`` says.
     """
-    drawn = html or (find_spec("matplotlib") is not None if plots is None else plots)
+    check_place(folder, plots=plots, html=html)
+    drawn = html or (_drawable() if plots is None else plots)
     report = placeless(report)
     images = {title: draw(report, title) for title in titles(report)} if drawn else {}
     vectors = {title: draw(report, title, "svg") for title in titles(report)} if html else {}
@@ -57,6 +60,33 @@ def write_report(
         written.append(folder / name)
         written[-1].write_text(text, encoding="utf-8")
     return tuple(written)
+
+
+def check_place(folder: Path, *, plots: bool | None, html: bool) -> None:
+    """Require that a report can be written to a folder: known before anything is measured.
+
+    Raises:
+        UsageError: plots or a page are wanted and matplotlib is not installed, or the folder or a
+            file of an earlier report cannot be written to.
+    """
+    if (html or plots) and not _drawable():
+        raise UsageError(
+            "plots need matplotlib, which is not installed",
+            fix="install bake-directions[plots], or ask for neither --plots nor --html",
+        )
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    earlier = [folder / name for name in (JSON, MARKDOWN, HTML, PLOTS)]
+    locked = [p for p in (place, *earlier) if p.exists() and not os.access(p, os.W_OK)]
+    if locked or not place.is_dir():
+        raise UsageError(
+            f"the report cannot be written to {folder}",
+            why=f"{locked[0]} is read-only" if locked else f"{place} is a file",
+            fix="name another folder with --report",
+        )
+
+
+def _drawable() -> bool:
+    return find_spec("matplotlib") is not None
 
 
 def placeless(report: Report) -> Report:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bake.errors import UsageError
 from bake.verify.report import Report
 
 if TYPE_CHECKING:
@@ -39,18 +38,10 @@ def draw(report: Report, title: str, form: str = "png") -> bytes:
         report: what was measured.
         title: one of ``titles(report)``.
         form: ``png`` or ``svg``.
-
-    Raises:
-        UsageError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "plots need matplotlib, which is not installed",
-            fix="install bake-directions[plots], or leave the plots out with --no-plots",
-        ) from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.2, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     _PLOTS[title][0](report, figure)

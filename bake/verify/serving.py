@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bake.converter import convert
+from bake.converter import convert, find_converter
 from bake.process import RuntimeFailed, RuntimeMissing
 from bake.verify.inputs import GREEDY, Inputs
 from bake.verify.metrics import Compared, compare_logits
@@ -121,13 +121,9 @@ def _ask(name: str, runtimes: Runtimes, inputs: Inputs, target: Target) -> Runti
 
 def _converted(runtimes: Runtimes, checkpoint: Path, scratch: Path) -> Path:
     """Return a checkpoint as a GGUF file in float32, by llama.cpp's own converter."""
-    if runtimes.converter is None:
-        raise RuntimeMissing(
-            "llama.cpp reads a GGUF file, and no converter was named",
-            fix="name llama.cpp's convert_hf_to_gguf.py with --converter",
-        )
     model = scratch / "model.gguf"
-    convert(checkpoint, model, converter=runtimes.converter, python=Path(sys.executable))
+    script = find_converter(runtimes.converter)
+    convert(checkpoint, model, converter=script, python=Path(sys.executable))
     return model
 
 

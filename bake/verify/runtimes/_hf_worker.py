@@ -12,28 +12,19 @@ from typing import Any
 
 import numpy as np
 
-EXIT_MISSING = 90  # the exit status by which the parent tells "not installed" from "failed"
 
-
-def main(request_path: Path, out: Path) -> int:
+def main(request_path: Path, out: Path) -> None:
     """Serve the request and write `out/logprobs.npz`, then `out/result.json`."""
-    request = json.loads(request_path.read_text(encoding="utf-8"))
-    wanted = ("torch", "transformers", *(("peft",) if request.get("adapter") else ()))
-    try:
-        import torch
-        import transformers
+    import torch
+    import transformers
 
-        if request.get("adapter"):
-            import peft
-    except ModuleNotFoundError as error:
-        if error.name not in wanted:
-            raise
-        print(error, file=sys.stderr)
-        return EXIT_MISSING
+    request = json.loads(request_path.read_text(encoding="utf-8"))
     dtype = getattr(torch, request["dtype"])
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype)
     served = transformers
     if request.get("adapter"):
+        import peft
+
         model = peft.PeftModel.from_pretrained(model, request["adapter"])
         served = peft
     model.eval()
@@ -61,7 +52,6 @@ def main(request_path: Path, out: Path) -> int:
         },
     }
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return 0
 
 
 def logprobs(torch: Any, model: Any, prompt: list[int]) -> Any:
@@ -83,4 +73,4 @@ def continued(torch: Any, model: Any, prompt: list[int], count: int) -> list[int
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -19,21 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-EXIT_MISSING = 90  # the exit status by which the parent tells "not installed" from "failed"
-
 # Below this the server's float32 probability is subnormal, and its logarithm has lost digits.
 SMALLEST_LOGPROB = -87.0
 
 
-def main(request_path: Path, out: Path) -> int:
+def main(request_path: Path, out: Path) -> None:
     """Serve the request and write `out/logprobs.npz`, then `out/result.json`."""
-    try:
-        import xllamacpp
-    except ModuleNotFoundError as error:
-        if error.name != "xllamacpp":
-            raise
-        print(error, file=sys.stderr)
-        return EXIT_MISSING
+    import xllamacpp
+
     request = json.loads(request_path.read_text(encoding="utf-8"))
     key = secrets.token_hex()
     server = Client(start(xllamacpp, request, key), key)
@@ -56,7 +49,6 @@ def main(request_path: Path, out: Path) -> int:
         },
     }
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return 0
 
 
 def start(xllamacpp: Any, request: dict[str, Any], key: str) -> Any:
@@ -214,4 +206,4 @@ class Client:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

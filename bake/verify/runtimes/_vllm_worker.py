@@ -14,18 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-EXIT_MISSING = 90  # the exit status by which the parent tells "not installed" from "failed"
 
-
-def main(request_path: Path, out: Path) -> int:
+def main(request_path: Path, out: Path) -> None:
     """Serve the request and write `out/logprobs.npz`, then `out/result.json`."""
-    try:
-        import vllm
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
-        print(error, file=sys.stderr)
-        return EXIT_MISSING
+    import vllm
+
     request = json.loads(request_path.read_text(encoding="utf-8"))
     engine = start(vllm, request)
     served = engine.llm_engine.model_config.get_vocab_size()
@@ -48,7 +41,6 @@ def main(request_path: Path, out: Path) -> int:
     np.savez(out / "logprobs.npz", **arrays)
     result = {"version": vllm.__version__, "greedy": greedy, "environment": environment()}
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    return 0
 
 
 def start(vllm: Any, request: dict[str, Any]) -> Any:
@@ -155,4 +147,4 @@ def environment() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bake.errors import CheckpointError
-from bake.process import RuntimeFailed, run_script
+from bake.process import RuntimeFailed, find, run_script
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
 from bake.verify.runtimes.runtime import Runtime
 
@@ -33,6 +33,7 @@ def ask(
     """
     _check_model(runtime, request.model)
     asked = {**as_json(request), **runtime.details(request)}
+    find(runtime.title, python, runtime.packages)
     script = Path(__file__).resolve().with_name(runtime.worker)
     with tempfile.TemporaryDirectory(prefix="bake-") as scratch:
         folder = Path(scratch)

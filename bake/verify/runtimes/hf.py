@@ -3,4 +3,5 @@
 from bake.verify.runtimes.runtime import Runtime
 
 WORKER = "_hf_worker.py"
-TRANSFORMERS = Runtime("transformers", "transformers", ("checkpoint", "merge"), WORKER)
+PACKAGES = ("numpy", "torch", "transformers")
+TRANSFORMERS = Runtime("transformers", "transformers", ("checkpoint", "merge"), WORKER, PACKAGES)

@@ -26,6 +26,7 @@ LLAMA_CPP = Runtime(
     "llama.cpp",
     ("checkpoint", "merge", "gguf", "gguf-lora", "control-vector"),
     "_llamacpp_worker.py",
+    ("numpy", "xllamacpp"),
     gguf=True,
     details=_adapter_kind,
 )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import CheckpointError
-from bake.verify.runtimes.hf import WORKER
+from bake.verify.runtimes.hf import PACKAGES, WORKER
 from bake.verify.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -17,4 +17,4 @@ def _checked(request: "RuntimeRequest") -> Mapping[str, Any]:
     return {}
 
 
-PEFT = Runtime("peft", "PEFT", ("lora",), WORKER, details=_checked)
+PEFT = Runtime("peft", "PEFT", ("lora",), WORKER, (*PACKAGES, "peft"), details=_checked)

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from bake.artifact.carrier import KINDS
+from bake.converter import find_converter
 from bake.errors import UsageError
+from bake.process import find
 from bake.verify.runtimes.hf import TRANSFORMERS
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
 from bake.verify.runtimes.peft import PEFT
@@ -63,3 +66,20 @@ class Runtimes:
                 fitting = ", ".join(serving(kind))
                 fix = f"a {kind} is for {fitting}" if fitting else None
                 raise UsageError(f"{name} loads no {kind}", fix=fix)
+
+    def find(self, kind: str) -> None:
+        """Require that every runtime, and what it needs, is there. Nothing is started or measured.
+
+        Args:
+            kind: of the artifact that they are to load.
+
+        Raises:
+            RuntimeMissing: one is not installed where it should be, or there is no converter.
+        """
+        carrier = KINDS[kind]
+        converted = not (carrier.whole and carrier.suffix == ".gguf")
+        for name in self.names:
+            runtime = RUNTIMES[name]
+            find(runtime.title, self.python(name), runtime.packages)
+            if runtime.gguf and converted:
+                find_converter(self.converter)

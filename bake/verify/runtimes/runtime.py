@@ -25,6 +25,8 @@ class Runtime:
     """The kinds of artifact that it is asked to load; each of them names it as a reader."""
     worker: str
     """The script in this folder that asks it, in the environment that it is installed in."""
+    packages: tuple[str, ...]
+    """What its worker imports, by import name: an environment that has them has the runtime."""
     gguf: bool = False
     """Whether it reads GGUF files: then a checkpoint is converted for it first."""
     variables: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -42,6 +42,7 @@ VLLM = Runtime(
     "vLLM",
     ("checkpoint", "merge", "lora"),
     "_vllm_worker.py",
+    ("numpy", "torch", "transformers", "vllm"),
     # One process, so that an error reaches the worker's stderr and nothing outlives it.
     variables={
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
