@@ -19,7 +19,7 @@ from bake.process import run_script
 from bake.sites import expand
 from bake.steer import steered
 from bake.verify.models import layout_of
-from bake.verify.runtimes import exchange, vllm
+from bake.verify.runtimes import exchange, llamacpp, vllm
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
 
 TOLERANCE = 1e-4  # nats, in float32: what the project promises
@@ -161,3 +161,25 @@ def served_adapters(
         variables=vllm.VLLM.variables,
     )
     return {name: exchange.read("vLLM", asked, folder / name) for name in adapters}
+
+
+def answered_by_server(
+    asked: RuntimeRequest, words: Sequence[str], python: Path, folder: Path
+) -> RuntimeResult:
+    """Return what llama.cpp's own server answers, started with words of its command line."""
+    (folder / "question.json").write_text(json.dumps(exchange.as_json(asked)), encoding="utf-8")
+    (folder / "answer").mkdir()
+    small = ["--ctx-size", "128", "--parallel", "1", "--no-warmup", "--fit", "off"]
+    small += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+    small += ["--host", "127.0.0.1", "--port", "0", "--api-key", "none-but-this-test"]
+    worker = Path(llamacpp.__file__).with_name("_llamacpp_worker.py")
+    script = ["-I", Path(__file__).with_name("llama_server.py"), worker, folder / "question.json"]
+    run_script(
+        "llama-server",
+        python,
+        [*script, folder / "answer", *words, *small],
+        folder=folder,
+        timeout=300.0,
+        variables={},
+    )
+    return exchange.read("llama.cpp", asked, folder / "answer")

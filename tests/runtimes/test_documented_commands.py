@@ -31,7 +31,7 @@ from adapters import peft_warnings
 from install import GgufConverter
 from reference import Reference, first_disagreement, largest_difference, reference_logprobs
 from safetensors.torch import load_file, save_file
-from subject import EFFECT, TOLERANCE
+from subject import EFFECT, TOLERANCE, answered_by_server
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from bake.checkpoints import open_checkpoint
@@ -41,7 +41,6 @@ from bake.process import RuntimeFailed, run_script
 from bake.steer import steered
 from bake.verify.artifact import open_baked
 from bake.verify.models import layout_of
-from bake.verify.runtimes import exchange, llamacpp
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.llamacpp import LLAMA_CPP
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
@@ -361,23 +360,7 @@ def llama_server(
     words: list[str], documented: DocumentedArtifacts, cwd: Path, python: Path
 ) -> RuntimeResult:
     """Start llama.cpp's server with a command line that its own parser reads."""
-    asked = documented.request(cwd)
-    (cwd / "question.json").write_text(json.dumps(exchange.as_json(asked)), encoding="utf-8")
-    (cwd / "answer").mkdir()
-    small = ["--ctx-size", "128", "--parallel", "1", "--no-warmup", "--fit", "off"]
-    small += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
-    small += ["--host", "127.0.0.1", "--port", "0", "--api-key", "none-but-this-test"]
-    here, worker = Path(__file__), Path(llamacpp.__file__).with_name("_llamacpp_worker.py")
-    script = ["-I", here.with_name("llama_server.py"), worker, cwd / "question.json"]
-    run_script(
-        "llama-server",
-        python,
-        [*script, cwd / "answer", *words, *small],
-        folder=cwd,
-        timeout=300.0,
-        variables={},
-    )
-    return exchange.read("llama.cpp", asked, cwd / "answer")
+    return answered_by_server(documented.request(cwd), words, python, cwd)
 
 
 def run_converter(

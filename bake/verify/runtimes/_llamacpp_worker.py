@@ -1,26 +1,22 @@
 """Run inside llama.cpp's own environment: `python -I _llamacpp_worker.py request.json out/`.
 
-It imports nothing of bake, which that environment need not have. It starts llama.cpp's own server
-in this process (package xllamacpp) and asks it over the loopback interface, since the native
-`/completion` answer carries token ids and the package's Python call does not.
+It imports nothing of bake, which that environment need not have. It calls llama.cpp's library (in
+the package xllamacpp): a model is loaded by the function that llama.cpp's server loads it with, and
+one pass over a prompt gives the logits of every position. The server gives only those of the next
+token, a whole vocabulary of JSON for each prefix.
 """
 
 import ctypes
 import json
 import os
 import platform
-import secrets
 import sys
-import urllib.error
-import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-# Below this the server's float32 probability is subnormal, and its logarithm has lost digits.
-SMALLEST_LOGPROB = -87.0
 
 
 def main(request_path: Path, out: Path) -> None:
@@ -28,20 +24,21 @@ def main(request_path: Path, out: Path) -> None:
     import xllamacpp
 
     request = json.loads(request_path.read_text(encoding="utf-8"))
-    key = secrets.token_hex()
-    server = Client(start(xllamacpp, request, key), key)
-    rows = [server.prompt_logprobs(p, request["vocab_size"]) for p in request["prompts"]]
-    greedy = [server.greedy(p, request["max_new_tokens"]) for p in request["prompts"]]
-    arrays: dict[str, Any] = {f"prompt_{i}": row for i, row in enumerate(rows)}
+    model = Model(xllamacpp, parameters(xllamacpp, request))
+    if model.vocab_size != request["vocab_size"]:
+        raise SystemExit(f"the file's vocabulary is not one of {request['vocab_size']} tokens")
+    answers = [model.answer(p, request["max_new_tokens"]) for p in request["prompts"]]
+    model.close()
+    arrays: dict[str, Any] = {f"prompt_{i}": table for i, (table, _) in enumerate(answers)}
     if request["unadapted"]:
-        del server  # it stops, and its memory is free for the next one
-        server = Client(start(xllamacpp, {**request, "adapter_kind": None}, key), key)
+        model = Model(xllamacpp, parameters(xllamacpp, {**request, "adapter_kind": None}))
         for i, prompt in enumerate(request["prompts"][: request["unadapted"]]):
-            arrays[f"unadapted_{i}"] = server.prompt_logprobs(prompt, request["vocab_size"])
+            arrays[f"unadapted_{i}"], _ = model.answer(prompt, 1)
+        model.close()
     np.savez(out / "logprobs.npz", **arrays)
     result = {
         "version": xllamacpp.__version__,
-        "greedy": greedy,
+        "greedy": [tokens for _, tokens in answers],
         "environment": {
             "python": platform.python_version(),
             "machine": platform.machine(),
@@ -51,11 +48,8 @@ def main(request_path: Path, out: Path) -> None:
     (out / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
-def start(xllamacpp: Any, request: dict[str, Any], key: str) -> Any:
-    """Return the server, its K/V caches in the request's dtype and nothing fitted to the machine.
-
-    The key keeps other users of the machine out of the port that it listens on.
-    """
+def parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
+    """Return what is loaded and how: K/V caches in the request's dtype, nothing fitted."""
     longest = max(len(prompt) for prompt in request["prompts"])
     cache = {
         "float32": xllamacpp.ggml_type.GGML_TYPE_F32,
@@ -68,141 +62,162 @@ def start(xllamacpp: Any, request: dict[str, Any], key: str) -> Any:
         add_control_vector(xllamacpp, params, request["adapter"])
     elif request["adapter_kind"] == "factors":
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["adapter"], 1.0)]
-    # The server wants one free place beyond the last token.
-    params.n_ctx = longest + request["max_new_tokens"] + 1
-    params.n_batch = params.n_ubatch = max(longest + request["max_new_tokens"], 32)
+    params.n_ctx = longest + request["max_new_tokens"]
+    params.n_batch = params.n_ubatch = max(longest, 32)
+    params.n_outputs_max = params.n_outputs_max_per_seq = params.n_batch
     params.n_parallel = 1
     params.cache_type_k = params.cache_type_v = cache
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.cache_ram_mib = 0
-    params.cache_idle_slots = False
     params.fit_params = False
     params.warmup = False
-    params.verbosity = 2  # warnings and errors
-    params.api_keys = [key]
     if "OMP_NUM_THREADS" in os.environ:
         params.cpuparams.n_threads = int(os.environ["OMP_NUM_THREADS"])
         params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
-    return xllamacpp.Server(params)
+    return params
 
 
+INIT = "_Z23common_init_from_paramsR13common_paramsb"
+CONTEXT = "_ZN18common_init_result7contextEv"
+CLOSE = "_ZN18common_init_resultD1Ev"
 PARSE = "_Z19common_params_parseiPPcR13common_params13llama_examplePFviS0_E"
 SERVER = 12  # LLAMA_EXAMPLE_SERVER, llama.cpp common/common.h
+SERIOUS = (3, 4)  # GGML_LOG_LEVEL_WARN and _ERROR, llama.cpp ggml/include/ggml.h
+
+Pointer = ctypes.c_void_p
+Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, Pointer)
+
+
+class Batch(ctypes.Structure):
+    """`llama_batch`, llama.cpp include/llama.h."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", Pointer),
+        ("pos", Pointer),
+        ("n_seq_id", Pointer),
+        ("seq_id", Pointer),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+class Library:
+    """The functions of llama.cpp that the package's library has and its Python does not."""
+
+    def __init__(self, xllamacpp: Any) -> None:
+        self.version = xllamacpp.__version__
+        self.library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+
+    def function(self, name: str, result: Any, *arguments: Any) -> Any:
+        """Return a function by the name that the linker knows it by."""
+        if not hasattr(self.library, name):
+            raise SystemExit(f"xllamacpp {self.version} does not hold llama.cpp's {name}")
+        found = self.library[name]
+        found.restype, found.argtypes = result, arguments
+        return found
+
+    def address(self, params: Any) -> int:
+        """Return where the C++ structure lies that a parameters object wraps.
+
+        It is seen from the structure's first field, before anything is written.
+        """
+        address = id(params) + object.__basicsize__
+        before, mark = params.n_predict, 0x5EED
+        params.n_predict = mark
+        found = ctypes.c_int32.from_address(address).value
+        params.n_predict = before
+        if found != mark:
+            raise SystemExit(f"xllamacpp {self.version} keeps its parameters in another place")
+        return address
 
 
 def add_control_vector(xllamacpp: Any, params: Any, path: str) -> None:
     """Do what `llama-server --control-vector PATH` does, by llama.cpp's own command line.
 
-    The package has no property for it, but its library has the parser of the command line. What the
-    parser fills is the C++ structure that a parameters object wraps; where it lies in the object is
-    seen from the structure's first field, before anything is written.
+    The package has no property for it, but its library has the parser of the command line.
     """
-    address = id(params) + object.__basicsize__
-    before, mark = params.n_predict, 0x5EED
-    params.n_predict = mark
-    found = ctypes.c_int32.from_address(address).value
-    params.n_predict = before
-    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-    if found != mark or not hasattr(library, PARSE):
-        raise SystemExit(f"xllamacpp {xllamacpp.__version__} takes no control vector")
-    parse = library[PARSE]
-    parse.restype = ctypes.c_bool
-    parse.argtypes = (
-        ctypes.c_int,
-        ctypes.POINTER(ctypes.c_char_p),
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_void_p,
-    )
     # The value is a row of comma-separated values; quotes keep a comma in a path from parting it.
-    quoted = '"' + path.replace('"', '""') + '"'
-    words = [b"llama-server", b"--control-vector", quoted.encode()]
-    line = (ctypes.c_char_p * (len(words) + 1))(*words, None)
-    if not parse(len(words), line, address, SERVER, None):
-        raise SystemExit(f"llama.cpp does not understand --control-vector {path}")
+    parse(xllamacpp, params, ["--control-vector", '"' + path.replace('"', '""') + '"'])
 
 
-class Client:
-    """Ask the server that lives in this process."""
+def parse(xllamacpp: Any, params: Any, words: Sequence[str]) -> None:
+    """Let llama.cpp's parser of its server's command line fill the parameters."""
+    library = Library(xllamacpp)
+    strings = ctypes.POINTER(ctypes.c_char_p)
+    kinds = (ctypes.c_int, strings, Pointer, ctypes.c_int, Pointer)
+    function = library.function(PARSE, ctypes.c_bool, *kinds)
+    encoded = [word.encode() for word in ("llama-server", *words)]
+    line = (ctypes.c_char_p * (len(encoded) + 1))(*encoded, None)
+    if not function(len(encoded), line, library.address(params), SERVER, None):
+        raise SystemExit(f"llama.cpp does not understand {' '.join(words)}")
 
-    def __init__(self, server: Any, key: str) -> None:
-        self.server = server  # it stops when it is collected
-        self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
-        # No proxy of the environment may stand between this process and itself.
-        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self.text_token = self.find_text_token()
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the server's JSON answer; an error's text goes to stderr first."""
-        request = urllib.request.Request(
-            self.server.listening_address + path,
-            data=json.dumps(body).encode(),
-            headers=self.headers,
-        )
-        try:
-            with self.opener.open(request) as answer:
-                parsed: dict[str, Any] = json.load(answer)
-                return parsed
-        except urllib.error.HTTPError as error:
-            print(error.read().decode(errors="replace"), file=sys.stderr)
-            raise
+class Model:
+    """A model with its adapter, as llama.cpp's library holds it."""
 
-    def find_text_token(self) -> int:
-        """Return a token whose text is whole characters, never a fragment of one."""
-        pieces = self.post("/tokenize", {"content": "a", "with_pieces": True})["tokens"]
-        ids: list[int] = [piece["id"] for piece in pieces if isinstance(piece["piece"], str)]
-        return ids[0]
+    def __init__(self, xllamacpp: Any, params: Any) -> None:
+        library = Library(xllamacpp)
+        set_log = library.function("llama_log_set", None, Log, Pointer)
+        self.log = Log(print_warning)  # it is called as long as the model is at work
+        set_log(self.log, None)
+        init = library.function(INIT, None, Pointer, Pointer, ctypes.c_bool)
+        context = library.function(CONTEXT, Pointer, Pointer)
+        # A std::unique_ptr, which a function returns through the place that it is given.
+        self.loaded = Pointer()
+        init(ctypes.byref(self.loaded), library.address(params), False)
+        self.context = context(self.loaded)
+        if self.context is None:
+            raise SystemExit(f"llama.cpp does not load {params.model.path}")
+        self.free = library.function(CLOSE, None, Pointer)
+        self.clear = library.function("llama_memory_clear", None, Pointer, ctypes.c_bool)
+        self.cache = library.function("llama_get_memory", Pointer, Pointer)(self.context)
+        self.decode = library.function("llama_decode", ctypes.c_int32, Pointer, Batch)
+        row = ctypes.POINTER(ctypes.c_float)
+        self.row = library.function("llama_get_logits_ith", row, Pointer, ctypes.c_int32)
+        own = library.function("llama_get_model", Pointer, Pointer)(self.context)
+        vocab = library.function("llama_model_get_vocab", Pointer, Pointer)(own)
+        count = library.function("llama_vocab_n_tokens", ctypes.c_int32, Pointer)
+        self.vocab_size: int = count(vocab)
 
-    def prompt_logprobs(self, prompt: list[int], vocab_size: int) -> npt.NDArray[np.float32]:
-        """Return [tokens, vocab]: row t is log p(next token | the first t + 1 tokens)."""
-        return np.stack(
-            [self.next_token(prompt[:t], vocab_size) for t in range(1, len(prompt) + 1)]
-        )
+    def close(self) -> None:
+        """Let go of the model's memory."""
+        self.free(self.loaded)
 
-    def next_token(self, prefix: list[int], vocab_size: int) -> npt.NDArray[np.float32]:
-        """Return [vocab] log-probabilities after the prefix, from the logits before any sampler."""
-        answer = self.post(
-            "/completion",
-            {
-                "prompt": prefix,
-                "n_predict": 1,
-                "n_probs": vocab_size + 1,  # one more than wanted, to see a larger vocabulary
-                "temperature": 0.0,
-                "cache_prompt": False,
-                # subtle: the server leaves the probabilities out when the sampled token ends in the
-                # middle of a character. The bias chooses what is sampled; what is reported is
-                # computed from the logits themselves, and does not see it.
-                "logit_bias": [[self.text_token, 1e9]],
-            },
-        )
-        entries = answer["completion_probabilities"][0]["top_logprobs"]
-        if sorted(entry["id"] for entry in entries) != list(range(vocab_size)):
-            raise SystemExit(f"the file's vocabulary is not one of {vocab_size} tokens")
-        row = np.empty(vocab_size, dtype=np.float32)
-        for entry in entries:
-            row[entry["id"]] = entry["logprob"]
-        if row.min() < SMALLEST_LOGPROB:
-            raise SystemExit(f"log-probability {row.min()} is below what the server can report")
-        return row
+    def answer(
+        self, prompt: Sequence[int], count: int
+    ) -> tuple[npt.NDArray[np.float32], list[int]]:
+        """Return the log-probabilities after every token of a prompt, and its continuation.
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """Return the arg-max continuation; an end-of-text token does not end it."""
-        tokens: list[int] = []
+        The first are [tokens, vocab]: row t is log p(next token | the first t + 1 tokens). The
+        second are ``count`` most likely tokens; one that ends a text does not end it.
+        """
+        self.clear(self.cache, True)
+        rows = self.logits(prompt)
+        tokens = [int(rows[-1].argmax())]
         while len(tokens) < count:
-            answer = self.post(
-                "/completion",
-                {
-                    "prompt": prompt + tokens,
-                    "n_predict": count - len(tokens),
-                    "temperature": 0.0,
-                    "cache_prompt": False,
-                    "return_tokens": True,
-                },
-            )
-            if not answer["tokens"]:
-                raise SystemExit(f"the server generated nothing: {answer['stop_type']}")
-            tokens += answer["tokens"]
-        return tokens
+            tokens.append(int(self.logits(tokens[-1:])[-1].argmax()))
+        table = rows.astype(np.float64)
+        table -= table.max(axis=1, keepdims=True)
+        table -= np.log(np.exp(table).sum(axis=1, keepdims=True))
+        return table.astype(np.float32), tokens
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return [tokens, vocab]: the logits after each of the tokens that come next."""
+        count = len(tokens)
+        batch = Batch(n_tokens=count)  # without positions they follow what is in the cache
+        batch.token = (ctypes.c_int32 * count)(*tokens)
+        batch.logits = (ctypes.c_int8 * count)(*[1] * count)
+        status = self.decode(self.context, batch)
+        if status:
+            raise SystemExit(f"llama_decode of {count} tokens failed with status {status}")
+        rows = (self.row(self.context, i) for i in range(count))
+        return np.stack([np.ctypeslib.as_array(row, (self.vocab_size,)) for row in rows])
+
+
+def print_warning(level: int, text: bytes, _: Any) -> None:
+    """Print warnings and errors; what llama.cpp says of its graphs would hide them."""
+    if level in SERIOUS:
+        print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""llama.cpp: its own server over a GGUF file, in the package xllamacpp.
+"""llama.cpp: its own library over a GGUF file, in the package xllamacpp.
 
-Every prompt position is a request of its own, which suits tens of positions, not thousands.
+The model is loaded as llama.cpp's server loads it, and a prompt is one pass.
 """
 
 from collections.abc import Mapping
