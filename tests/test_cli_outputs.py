@@ -22,6 +22,7 @@ from test_merge import trained
 
 from bake.checkpoints import open_checkpoint
 from bake.outputs.gguf.modelfile import MODELFILE
+from bake.verify.store import Store
 
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 Checkpoints = Callable[..., Path]
@@ -428,6 +429,36 @@ def test_an_interrupt_says_what_is_kept(
     assert "the same command takes them up" in result.stderr
     monkeypatch.undo()
     assert run("export", work.recipe, "--out", work.out, *BOTH, "-q").exit_code == 0
+
+
+def test_an_interrupted_verification_leaves_the_artifact_as_it_was(
+    work: AdapterFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("export", work.recipe, "--out", work.out, *BOTH, "-q").exit_code == 0
+    out = work.out / "checkpoint"
+    commands = (("check", out), ("diff", work.base, out))
+    assert run("check", out, "--seal").exit_code == 0
+    before = [files_of(out), *(run(*words, "--json").stdout for words in commands)]
+    save = Store.save
+
+    def interrupting(*args: object, **options: object) -> None:
+        save(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "save", interrupting)
+    result = run("verify", out, "--no-plots")
+    assert result.exit_code == 130
+    kept = work.out / ".checkpoint.bake-verify-partial"
+    assert str(kept) in result.stderr and list(kept.glob("*.safetensors"))
+    assert [files_of(out), *(run(*words, "--json").stdout for words in commands)] == before
+    # The control: there it would be minded.
+    shutil.copytree(kept, out / ".bake-verify-partial")
+    assert run(*commands[0], "--json").stdout != before[1]
+    shutil.rmtree(out / ".bake-verify-partial")
+    monkeypatch.undo()
+    # What is left is bake's own, and is in nobody's way.
+    assert run("export", work.recipe, "--out", work.out, *BOTH, "-q", "--force").exit_code == 0
+    assert not kept.exists()
 
 
 def test_the_record_finds_the_base_from_behind_a_link(work: AdapterFolder) -> None:

@@ -48,6 +48,15 @@ def partial_of(out: Path) -> Path:
     return place.parent / f".{place.name}.bake-partial"
 
 
+def runs_of(out: Path) -> Path:
+    """Return the folder that holds a verification's finished runs until it is complete.
+
+    It is beside what is verified, so that an interruption leaves nothing in there.
+    """
+    place = out.resolve()
+    return place.parent / f".{place.name}.bake-verify-partial"
+
+
 def check_free(out: Path, *, force: bool) -> None:
     """Refuse an output that is in the way.
 
@@ -493,7 +502,8 @@ def _check_ours(folder: Path, called: Path) -> None:
     """Refuse to replace what is neither an artifact of bake nor nothing but artifacts."""
     if (folder / RECORD).is_file():
         return
-    for entry in sorted(folder.iterdir()):
+    runs = {runs_of(folder / carrier).name for carrier in CARRIERS}
+    for entry in sorted(entry for entry in folder.iterdir() if entry.name not in runs):
         if entry.name not in CARRIERS or entry.is_symlink() or not (entry / RECORD).is_file():
             raise UsageError(
                 f"{called} was not written by bake, so it is not replaced",

@@ -15,8 +15,6 @@ from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 if TYPE_CHECKING:
     from bake.verify.verification import Verification
 
-PARTIAL = ".bake-verify-partial"
-
 
 @bake_command("verify")
 @click.argument("out", metavar="ARTIFACT")
@@ -94,6 +92,7 @@ def command(
     when a runtime that was asked for is not installed, and 6 when a plan that says exact measures
     otherwise.
     """
+    from bake.artifact.staged import runs_of
     from bake.cli import views
     from bake.jobs.recorded import find
     from bake.jobs.verifying import ReportFiles, verify
@@ -101,7 +100,7 @@ def command(
     files = ReportFiles(folder, html, plots, rebake)
     asked = _asked(Path(out), **options)
     source = find(out, weights=True)
-    partial = files.place(source) / PARTIAL
+    partial = runs_of(files.place(source))
     click.get_current_context().meta[KEPT] = lambda: _kept(partial)
     verified = verify(
         source,
