@@ -1,4 +1,4 @@
-"""``Section``: a table of a TOML file that must be emptied. Recipes and family tables are read so.
+"""``Section``: a table of a TOML file that must be emptied. Family tables are read so.
 
 Every key is taken once, with its type; a key that is left over is an error that names the nearest
 known one.
@@ -42,24 +42,8 @@ class Section:
 
     @classmethod
     def parse(cls, text: str, what: str, where: str) -> Self:
-        """Return the outermost table of a TOML text.
-
-        Args:
-            text: the whole file.
-            what: what the file is, for the message.
-            where: its path.
-
-        Raises:
-            BakeError: the text is no TOML.
-        """
-        try:
-            values = tomllib.loads(text)
-        except RecursionError as error:
-            raise cls.error(f"{what} nests too deeply to be parsed", where=where) from error
-        # subtle: an integer of more digits than Python converts is a bare ValueError.
-        except ValueError as error:
-            raise cls.error(f"{what} is not valid TOML: {error}", where=where) from error
-        return cls(values, where)
+        """Return the outermost table of a TOML text; ``parse_toml`` has the arguments."""
+        return cls(parse_toml(text, what, cls.error, where), where)
 
     def take(self, key: str, kind: type[T], default: T | None = None) -> T:
         """Return the value of ``key``; raise when it is missing or of another type."""
@@ -94,14 +78,6 @@ class Section:
         values = self.take(key, dict, {} if optional else None)
         return type(self)(values, f"{self.where} [{key}]")
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    @property
-    def empty(self) -> bool:
-        """Whether the table holds nothing, or is not there."""
-        return not self._values
-
     def missing(self, key: str) -> BakeError:
         """Return the error for a key that is absent, or written in another way."""
         near = difflib.get_close_matches(key, self._values, n=1)
@@ -114,6 +90,24 @@ class Section:
             raise self.error(
                 f"unknown key {key!r}", where=self.where, fix=nearest(key, self._known)
             )
+
+
+def parse_toml(text: str, what: str, error: type[BakeError], where: str) -> dict[str, Toml]:
+    """Return the outermost table of a TOML text.
+
+    Args:
+        text: the whole file.
+        what: what the file is, for the message.
+        error: what is raised where the text is no TOML.
+        where: its path.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError as cause:
+        raise error(f"{what} nests too deeply to be parsed", where=where) from cause
+    # subtle: an integer of more digits than Python converts is a bare ValueError.
+    except ValueError as cause:
+        raise error(f"{what} is not valid TOML: {cause}", where=where) from cause
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from cards import COMMIT, EXAMPLES, artifact, on_hub
 from click.testing import Result
-from commands import run
+from commands import recipe_text, run
 
 from bake.artifact.base import base_card, base_ref
 from bake.artifact.record import read_record
@@ -16,7 +16,7 @@ from bake.checkpoints import open_checkpoint
 from bake.directions import read_directions
 from bake.directions.describe import direction_record
 from bake.errors import UsageError
-from bake.recipe import card_of, load_recipe
+from bake.recipe import CardTable, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart"
@@ -164,13 +164,16 @@ datasets = "owner/prompts"
 """
 
 
-def test_card_of_a_recipe(tmp_path: Path) -> None:
-    spec = card_of(CARD, where="here")
+def card_of(text: str) -> CardTable:
+    return parse_recipe((recipe_text("base") + text).encode(), Path("recipe.toml")).card
+
+
+def test_card_of_a_recipe() -> None:
+    spec = card_of(CARD)
     assert (spec.notice, spec.summary, spec.intended) == ("safety", "s", None)
     assert (spec.licence, spec.licence_name) == ("other", "acme")
     assert (spec.language, spec.datasets) == (("en", "pt"), ("owner/prompts",))
     recipe = load_recipe(ROOT / "recipes" / "quickstart.toml")
-    assert recipe.card == card_of(recipe.text, where="here")
     assert recipe.card.licence == "apache-2.0"
 
 
@@ -190,7 +193,7 @@ def test_card_of_a_recipe(tmp_path: Path) -> None:
 )
 def test_card_of_a_recipe_is_strict(line: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        card_of(f"[card]\n{line}\n", where="recipe.toml")
+        card_of(f"[card]\n{line}\n")
     assert said in str(caught.value) and "recipe.toml [card]" in str(caught.value)
 
 

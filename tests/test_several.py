@@ -19,7 +19,6 @@ from folders import files_of
 from harness import Base, base_at, edit, matrix, plan_of, vector
 
 from bake import edits as make
-from bake.artifact import CARRIERS
 from bake.artifact.artifact import Artifact
 from bake.artifact.base import base_ref
 from bake.artifact.schema import Provenance
@@ -427,9 +426,3 @@ def test_a_killed_run_is_taken_up_and_a_second_one_waits_its_turn(
     assert (out / "checkpoint" / "model.safetensors").stat().st_mtime_ns == stamp
     record_text = json.loads((out / "lora" / "bake.json").read_text())
     assert record_text["plan"]["digest"] == plan.digest
-
-
-def test_every_carrier_has_a_place_in_the_order() -> None:
-    from bake.recipe import OUTPUTS
-
-    assert set(CARRIERS) == set(OUTPUTS)

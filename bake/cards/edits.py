@@ -12,7 +12,7 @@ from bake.cards.methods import METHODS, Method
 from bake.cards.text import Markdown, code, count, escape, merged, number
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
-from bake.recipe import HUB_PREFIX, DirectionSpec, EditSpec
+from bake.recipe import HUB_PREFIX, DirectionSpec, EditTable
 from bake.sites import Site, parse_site, summary
 
 LEVELS = ("exact", "nulling", "approximate", "impossible")
@@ -101,7 +101,7 @@ def amounts(facts: Facts, kind: str, concept: str) -> tuple[Markdown, ...]:
     )
 
 
-def _amounts(edit: EditSpec) -> Markdown:
+def _amounts(edit: EditTable) -> Markdown:
     parts = [f"*s* = {number(edit.strength)}"] if edit.kind in _STRONG else []
     if edit.kind == "affine":
         parts.append(f"*α* = {number(edit.alpha)}")

@@ -13,7 +13,7 @@ from bake.artifact.verification import Report, read_report, typed, unverified
 from bake.cards import licences
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
-from bake.recipe import CardSpec, Recipe, parse_recipe
+from bake.recipe import CardTable, Recipe, parse_recipe
 
 ADAPTER = "adapter_config.json"
 
@@ -53,9 +53,9 @@ class Facts:
         return KINDS[self.record.kind]
 
     @property
-    def spec(self) -> CardSpec:
+    def spec(self) -> CardTable:
         """What the recipe's ``[card]`` adds."""
-        return CardSpec() if self.recipe is None else self.recipe.card
+        return CardTable() if self.recipe is None else self.recipe.card
 
     @property
     def base_repo(self) -> str | None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bake.edits import Edit, EditKind, WeightUpdate
     from bake.families import Layout
     from bake.plan import Plan
-    from bake.recipe import ExportSpec
+    from bake.recipe import ExportTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +48,7 @@ class Model:
         sites = expand(at, layers=self.layout.layers, stream=self.layout.stream)
         return Edit(kind, concept, sites, edit_map)
 
-    def plan(self, edits: "Sequence[Edit]", export: "ExportSpec") -> "Plan":
+    def plan(self, edits: "Sequence[Edit]", export: "ExportTable") -> "Plan":
         """Return the plan of some edits. Of the weights only norms are read.
 
         Raises:

@@ -248,14 +248,16 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
         InputError: the record allows or targets what bake does not know.
     """
     from bake.artifact.record import RECORD
-    from bake.recipe import ALLOWANCES, OUTPUTS, RUNTIMES, Base, ExportSpec, Recipe
+    from bake.families import RUNTIMES
+    from bake.recipe import ALLOWANCES, Base, ExportTable, Recipe
 
     record = artifact.record
-    words = {"allow": record.allow, "target": record.target}
-    known = {"allow": ALLOWANCES, "target": RUNTIMES}
-    for key, found in (*words.items(), ("kind", (artifact.kind,))):
-        for word in found:
-            if word not in known.get(key, OUTPUTS):
+    for key, words, known in (
+        ("allow", record.allow, ALLOWANCES),
+        ("target", record.target, RUNTIMES),
+    ):
+        for word in words:
+            if word not in known:
                 raise InputError(
                     f"{key} holds {word!r}, which this bake does not know",
                     where=f"{source.name}: {RECORD}",
@@ -270,7 +272,9 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
         digest="" if stated is None else stated.digest,
         path=Path(source.name) / RECORD,
         base=Base(place, None, local),
-        export=ExportSpec((artifact.kind,), words["allow"], words["target"] or ("transformers",)),
+        export=ExportTable(
+            to=(artifact.kind,), allow=record.allow, target=record.target or ("transformers",)
+        ),
     )
 
 

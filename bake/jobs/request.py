@@ -128,14 +128,14 @@ def plan_edits(
     Raises:
         BakeError: an edit does not fit the model.
     """
-    from bake.recipe import Base, ExportSpec, Recipe
+    from bake.recipe import Base, ExportTable, Recipe
 
     found = model.checkpoint
     # Of a folder the name alone: a record and a card travel, and the way to it is beside it.
     base = Base(found.path.name, None, found.path)
     if found.revision is not None:
         base = Base(found.source.partition("@")[0], found.revision, None)
-    export = ExportSpec(tuple(to), tuple(allow), tuple(target))
+    export = ExportTable(to=tuple(to), allow=tuple(allow), target=tuple(target))
     return Request(Recipe("", Path(), base, export), model, model.plan(edits, export))
 
 

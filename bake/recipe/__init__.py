@@ -4,44 +4,36 @@
 makes the edits for one model. ``docs/recipes.md`` documents every key.
 """
 
-from bake.families import RUNTIMES
 from bake.recipe.agreement import disagreement
 from bake.recipe.aliases import aliases
 from bake.recipe.artifacts import fetch_artifact, read_artifacts
 from bake.recipe.build import build_edits
-from bake.recipe.card import card_of
 from bake.recipe.export import override
 from bake.recipe.parse import load_recipe, parse_recipe
 from bake.recipe.spec import (
     ALLOWANCES,
     HUB_PREFIX,
-    OUTPUTS,
     Base,
     CalibrateSpec,
-    CardSpec,
+    CardTable,
     DirectionSpec,
-    EditSpec,
-    ExportSpec,
+    EditTable,
+    ExportTable,
     Recipe,
-    VerifySpec,
 )
 
 __all__ = [
     "ALLOWANCES",
     "HUB_PREFIX",
-    "OUTPUTS",
-    "RUNTIMES",
     "Base",
     "CalibrateSpec",
-    "CardSpec",
+    "CardTable",
     "DirectionSpec",
-    "EditSpec",
-    "ExportSpec",
+    "EditTable",
+    "ExportTable",
     "Recipe",
-    "VerifySpec",
     "aliases",
     "build_edits",
-    "card_of",
     "disagreement",
     "fetch_artifact",
     "load_recipe",

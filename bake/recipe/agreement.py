@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from bake.edits import Edit
 from bake.families import Layout
 from bake.recipe.aliases import aliases, translate
-from bake.recipe.spec import EditSpec, Recipe
+from bake.recipe.spec import EditTable, Recipe
 from bake.sites import Site, expand
 
 
@@ -37,7 +37,7 @@ def _told(edit: Edit) -> str:
     return f"{edit.kind} {edit.concept} at {edit.sites[0]}"
 
 
-def _sites(spec: EditSpec, layout: Layout, known: dict[str, Site]) -> set[Site] | None:
+def _sites(spec: EditTable, layout: Layout, known: dict[str, Site]) -> set[Site] | None:
     """Return the sites that the recipe names, or None where the direction's file names them."""
     if not spec.at:
         return None
@@ -45,7 +45,7 @@ def _sites(spec: EditSpec, layout: Layout, known: dict[str, Site]) -> set[Site] 
     return set(expand(patterns, layers=layout.layers, stream=layout.stream))
 
 
-def _take(spec: EditSpec, wanted: set[Site] | None, rest: list[Edit]) -> list[Edit]:
+def _take(spec: EditTable, wanted: set[Site] | None, rest: list[Edit]) -> list[Edit]:
     """Remove the edits that one entry of the recipe made from the front of ``rest``.
 
     An entry makes several where its direction has an item for each layer, each at sites of its own.

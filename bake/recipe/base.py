@@ -1,28 +1,11 @@
-"""``[base]``: the model that a recipe edits, and where its files lie."""
+"""The model that a recipe edits, and where the files that it names lie."""
 
 from pathlib import Path
 
 from bake.errors import UsageError
-from bake.recipe.section import Section
 from bake.recipe.spec import Base
 
 LOCAL_PREFIXES = ("/", "./", "../", "~")
-
-
-def read_base(table: Section, folder: Path) -> Base:
-    """Return the model that ``[base]`` names.
-
-    Args:
-        table: ``[base]``.
-        folder: what a path is taken from.
-
-    Raises:
-        UsageError: a missing or unknown key, or a revision that has no place.
-    """
-    model = table.take("model", str)
-    revision = table.optional("revision", str)
-    table.close()
-    return model_of(model, revision, folder, table.where)
 
 
 def model_of(model: str, revision: str | None, folder: Path, where: str) -> Base:

@@ -13,7 +13,7 @@ from bake.families import Layout
 from bake.recipe.aliases import aliases, translate
 from bake.recipe.artifacts import located
 from bake.recipe.maps import Named, map_of
-from bake.recipe.spec import DirectionSpec, EditSpec, Recipe
+from bake.recipe.spec import DirectionSpec, EditTable, Recipe
 from bake.sites import Site, expand, parse_site
 
 
@@ -38,8 +38,8 @@ def build_edits(
     """
     known = aliases(layout)
     found: list[Edit] = []
-    for spec in recipe.edits:
-        with located(spec.place):
+    for number, spec in enumerate(recipe.edits, start=1):
+        with located(f"{recipe.path} [[edits]] {number}"):
             for sites, items in _selections(spec, recipe, layout, directions, known):
                 mean = _mean(spec, recipe, directions, items, sites[0])
                 edit_map = map_of(spec, items, mean)
@@ -50,7 +50,7 @@ def build_edits(
 
 
 def _selections(
-    spec: EditSpec,
+    spec: EditTable,
     recipe: Recipe,
     layout: Layout,
     directions: Mapping[str, Directions],
@@ -137,7 +137,7 @@ def _item(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
 
 
 def _mean(
-    spec: EditSpec,
+    spec: EditTable,
     recipe: Recipe,
     directions: Mapping[str, Directions],
     items: tuple[Named, ...],
@@ -167,7 +167,7 @@ def _mean(
 
 
 def _check_width(
-    spec: EditSpec, edit_map: AffineMap | WeightUpdate, site: Site, layout: Layout
+    spec: EditTable, edit_map: AffineMap | WeightUpdate, site: Site, layout: Layout
 ) -> None:
     given = edit_map.left.shape[0] if isinstance(edit_map, WeightUpdate) else edit_map.width
     wanted = layout.width(site)

@@ -1,33 +1,33 @@
 """``[export]``: what is written, for whom, and what the plan may do; and what overrides it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bake.artifact import CARRIERS
 from bake.errors import UsageError
 from bake.families import READS, RUNTIMES
 from bake.recipe.base import model_of
-from bake.recipe.section import Section
-from bake.recipe.spec import ALLOWANCES, OUTPUTS, ExportSpec, Recipe
+from bake.recipe.spec import ALLOWANCES, ExportTable, Recipe
+from bake.section import Toml, nearest
+
+_KNOWN = {"to": CARRIERS, "allow": ALLOWANCES, "target": RUNTIMES}
 
 
-def read_export(table: Section) -> ExportSpec:
+def read_export(values: Toml, where: str) -> ExportTable:
     """Return what ``[export]`` asks for.
 
     Raises:
         UsageError: an unknown key or word, an empty list, or a runtime that reads no output.
     """
-    named = "target" in table
-    export = ExportSpec(
-        to=table.choices("to", OUTPUTS, ("checkpoint",)),
-        allow=table.choices("allow", ALLOWANCES, ()),
-        target=table.choices("target", RUNTIMES, ("transformers",)),
+    table = ExportTable.read(values, where)
+    export = ExportTable(
+        to=_words("to", table.to, where),
+        allow=_words("allow", table.allow, where),
+        target=_words("target", table.target, where),
     )
-    table.close()
-    for key, values in (("to", export.to), ("target", export.target)):
-        if not values:
-            raise UsageError(f"{key} is an empty list", where=table.where)
-    _check_read(export.to, export.target if named else (), table.where)
+    _check_read(export.to, export.target if "target" in values else (), where)
     return export
 
 
@@ -54,20 +54,35 @@ def override(
     base = recipe.base
     if model is not None:
         base = model_of(model, None, Path(), "--model")
-    words = {}
-    for key, given, known in (
-        ("to", to, OUTPUTS),
-        ("allow", allow, ALLOWANCES),
-        ("target", target, RUNTIMES),
-    ):
-        words[key] = Section({key: list(given)}, f"--{key}").choices(key, known, ())
-    export = ExportSpec(
+    words = {
+        key: _words(key, given, f"--{key}")
+        for key, given in (("to", to), ("allow", allow), ("target", target))
+    }
+    export = ExportTable(
         to=words["to"] or recipe.export.to,
         allow=tuple(dict.fromkeys((*recipe.export.allow, *words["allow"]))),
         target=words["target"] or recipe.export.target,
     )
     _check_read(export.to, words["target"], "--target")
     return replace(recipe, base=base, export=export)
+
+
+def _words(key: str, given: Sequence[str], where: str) -> tuple[str, ...]:
+    """Return the words of a key as the record spells them, without repeats.
+
+    Case, dots, hyphens and underscores do not count: ``vLLM``, ``llama_cpp`` and ``MLX-LM``.
+    """
+    known = {_plain(word): word for word in _KNOWN[key]}
+    for word in given:
+        if _plain(word) not in known:
+            fix = nearest(word, _KNOWN[key])
+            raise UsageError(f"{key} holds {word!r}", where=where, fix=fix)
+    return tuple(dict.fromkeys(known[_plain(word)] for word in given))
+
+
+def _plain(word: str) -> str:
+    """Return a word without what people spell in several ways."""
+    return re.sub(r"[-_. ]", "", word.lower())
 
 
 def _check_read(to: Sequence[str], targets: Sequence[str], where: str) -> None:

@@ -11,7 +11,7 @@ from bake.affine import AffineMap
 from bake.directions import Direction, Role
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
-from bake.recipe.spec import EditSpec
+from bake.recipe.spec import EditTable
 
 # Which kinds of edit a tensor of each role is for: the advice when a role is missing.
 KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
@@ -57,7 +57,7 @@ class Named:
 
 
 def map_of(
-    spec: EditSpec, items: tuple[Named, ...], mean: Tensor | None
+    spec: EditTable, items: tuple[Named, ...], mean: Tensor | None
 ) -> AffineMap | WeightUpdate:
     """Return the map of an edit. ``strength`` s blends any map with the identity.
 
@@ -100,7 +100,7 @@ def map_of(
             return edits.update(strength * left.T, right)
 
 
-def _rotation(spec: EditSpec, items: tuple[Named, ...]) -> AffineMap:
+def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap:
     if spec.degrees is not None:
         plane = _rows(spec.kind, items)
         if plane.dim() != 2 or plane.shape[0] != 2:

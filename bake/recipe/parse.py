@@ -1,21 +1,32 @@
 """The text of a recipe → ``Recipe``. Nothing here opens a model or a direction.
 
-Each table of the file has a module of its own, which takes its keys and checks them.
-``docs/recipes.md`` documents the keys.
+The keys of each table are those of its class in ``bake.recipe.spec``; a table of which their types
+do not say all has a module of its own. ``docs/recipes.md`` documents the keys.
 """
 
 import hashlib
 from pathlib import Path
 
+from msgspec import structs
+
 from bake.errors import InputError, UsageError
-from bake.recipe.approximation import read_calibrate, read_verify
-from bake.recipe.base import read_base
+from bake.recipe.base import local_path, model_of
 from bake.recipe.card import read_card
-from bake.recipe.directions import read_specs
 from bake.recipe.edits import read_edits
 from bake.recipe.export import read_export
-from bake.recipe.section import Section
-from bake.recipe.spec import Recipe
+from bake.recipe.spec import (
+    HUB_PREFIX,
+    BaseTable,
+    CalibrateSpec,
+    CalibrateTable,
+    DirectionSpec,
+    DirectionTable,
+    Recipe,
+    RecipeFile,
+    VerifyTable,
+)
+from bake.recipe.table import value_of
+from bake.section import Toml, parse_toml
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -61,28 +72,44 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
             why="TOML has none, and no program that reads the record expects one",
             fix="save it as UTF-8 without one",
         )
-    root = Section.parse(text, "the recipe", str(path))
-    title = root.take("title", str, path.stem)
-    base = root.table("base")
-    artifacts = root.take("directions", dict, {})
-    rows = root.take("edits", list, [])
-    export = root.table("export", optional=True)
-    card = root.table("card", optional=True)
-    verify = root.table("verify", optional=True)
-    fitting = root.table("calibrate", optional=True)
-    root.close()  # first: a table whose name is misspelt explains most of what else is missing
-    directions = read_specs(artifacts, path)
-    digest = "sha256:" + hashlib.sha256(data).hexdigest()
+    values = parse_toml(text, "the recipe", UsageError, str(path))
+    # The keys first: a table whose name is misspelt explains most of what else is missing.
+    RecipeFile.keys({"edits": [], **values}, str(path))
+    kinds = {"title": str, "edits": list}
+    root = {key: value_of(key, values[key], kinds.get(key, dict), str(path)) for key in values}
+
+    def table(key: str) -> tuple[Toml, str]:
+        return root.get(key, {}), f"{path} [{key}]"
+
+    base = BaseTable.read(*table("base"))
+    directions = {
+        name: _direction(name, row, path) for name, row in root.get("directions", {}).items()
+    }
     return Recipe(
-        title=title,
+        title=root.get("title", path.stem),
         text=text,
-        digest=digest,
+        digest="sha256:" + hashlib.sha256(data).hexdigest(),
         path=path,
-        base=read_base(base, path.parent),
+        base=model_of(base.model, base.revision, path.parent, f"{path} [base]"),
         directions=directions,
-        edits=read_edits(rows, path, directions),
-        export=read_export(export),
-        card=read_card(card),
-        verify=read_verify(verify),
-        calibrate=read_calibrate(fitting, path.parent),
+        edits=read_edits(root.get("edits", []), path, directions),
+        export=read_export(*table("export")),
+        card=read_card(*table("card")),
+        verify=VerifyTable.read(*table("verify")),
+        calibrate=_calibrate(*table("calibrate"), path.parent) if root.get("calibrate") else None,
     )
+
+
+def _direction(name: str, row: Toml, path: Path) -> DirectionSpec:
+    """Return where a direction comes from. Its file is not opened."""
+    where = f"{path} [directions.{name}]"
+    table = DirectionTable.read(row, where)
+    on_hub = table.file.startswith(HUB_PREFIX)
+    place = None if on_hub else local_path(path.parent, table.file, where)
+    return DirectionSpec(**structs.asdict(table), name=name, path=place)
+
+
+def _calibrate(values: Toml, where: str, folder: Path) -> CalibrateSpec:
+    table = CalibrateTable.read(values, where)
+    path = local_path(folder, table.prompts, where)
+    return CalibrateSpec(**structs.asdict(table), path=path)

@@ -1,16 +1,52 @@
-"""``Recipe``: what a recipe says, as checked values with the defaults filled in."""
+"""``Recipe``: what a recipe says, as checked values with the defaults filled in.
+
+Every table of the file is a class of its keys. The reader takes their types and ranges from it, and
+``docs/recipe.schema.json`` is made of it, for editors: there words with several spellings, such as
+``vLLM``, stand as the record spells them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
 
 from bake.artifact import CARRIERS
 from bake.directions import Shape
 from bake.edits import EditKind
+from bake.families import RUNTIMES
+from bake.recipe.table import Table
 
-OUTPUTS = CARRIERS
 ALLOWANCES = ("recast", "nulling", "approximate")
 HUB_PREFIX = "hf://"
+
+# That a text is not empty is for editors: whoever uses it says better what is wrong.
+Text = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
+Texts = Annotated[
+    tuple[Text, ...],
+    Meta(
+        min_length=1,
+        extra_json_schema={"minLength": 1},
+        extra={"several": True, "meant": "no text or list of texts"},
+    ),
+]
+
+
+def _one_of(*words: str) -> Meta:
+    return Meta(extra_json_schema={"enum": list(words)}, extra={"known": words})
+
+
+def _at_least(least: int) -> Meta:
+    return Meta(ge=least, extra={"range": f"is below {least}"})
+
+
+class BaseTable(Table, frozen=True, kw_only=True):
+    """The model that is edited."""
+
+    model: Annotated[Text, Meta(description="a folder, or owner/name[@revision] on the Hub")]
+    revision: Annotated[str | None, Meta(description="branch, tag or commit")] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,91 +65,137 @@ class Base:
         return self.model if self.path is None else self.path
 
 
-@dataclass(frozen=True, slots=True)
-class DirectionSpec:
+_NEGATIVE = {"range": "is negative", "fix": "blocks count from 0"}
+_NO_SIGN = {
+    "range": "is neither 1 nor -1",
+    "fix": "a factor belongs to the edit: coefficient, alpha or strength",
+}
+
+
+class DirectionTable(Table, frozen=True, kw_only=True):
+    """A fitted artifact, under a name of your choice."""
+
+    file: Annotated[Text, Meta(description="a file or folder, or hf://owner/name/path[@revision]")]
+    reader: Annotated[
+        str | None, Meta(description="the format, where the file does not say it")
+    ] = None
+    key: Annotated[str | None, Meta(description="the name of one tensor or eraser of several")] = (
+        None
+    )
+    shape: Annotated[str | None, _one_of(*Shape)] = None
+    layer: Annotated[
+        Annotated[int, Meta(ge=0, extra=_NEGATIVE)] | None,
+        Meta(description="use this block's item everywhere"),
+    ] = None
+    """None leaves one item per layer."""
+    sign: Annotated[Literal[1, -1], Meta(extra=_NO_SIGN)] = 1
+    """−1 for the opposite direction."""
+
+
+class DirectionSpec(DirectionTable, frozen=True, kw_only=True):
     """Where a direction comes from, and what its artifact cannot say itself."""
 
     name: str
-    file: str
-    """As the recipe names it: a path, or ``hf://owner/name/path@revision``."""
     path: Path | None
     """The file or folder, from the recipe's own; None for one on the Hub."""
-    reader: str | None
-    key: str | None
-    shape: Shape | None
-    layer: int | None
-    """The one layer of the artifact that is used everywhere; None leaves one item per layer."""
-    sign: int
-    """1, or −1 for the opposite direction."""
 
 
-@dataclass(frozen=True, slots=True)
-class EditSpec:
-    """One edit as the recipe states it, with the defaults filled in."""
+class EditTable(Table, frozen=True, kw_only=True):
+    """An edit: a map of activations, and the sites where it acts."""
 
-    place: str
-    """The recipe and the number of the edit in it, for messages."""
     kind: EditKind
-    directions: tuple[str, ...]
-    at: tuple[str, ...]
-    """Patterns of sites; empty stands for the sites that the artifact itself names."""
-    strength: float
-    alpha: float
-    mean: bool | str | None
+    directions: Annotated[Texts, Meta(description="a name of [directions], or several")] = (
+        msgspec.field(name="direction")
+    )
+    at: Annotated[Texts, Meta(description="the sites: resid, resid_post.14, mlp_out.8-20")] = ()
+    """Empty stands for the sites that the artifact itself names."""
+    strength: Annotated[float, Meta(description="1 is the whole edit, 0 none")] = 1.0
+    alpha: float = 0.0
+    mean: Annotated[
+        bool | str | None,
+        Meta(extra={"meant": "neither true, false nor the name of a direction"}),
+    ] = None
     """Whether to use the artifact's mean (None: where it has one), or the direction that is it."""
-    coefficient: float
-    degrees: float | None
-    reflect: bool
+    coefficient: float = 1.0
+    degrees: float | None = None
+    reflect: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ExportSpec:
+class ExportTable(Table, frozen=True, kw_only=True):
     """What is written, and what the plan may do for it."""
 
-    to: tuple[str, ...]
-    allow: tuple[str, ...]
-    target: tuple[str, ...]
+    to: Annotated[tuple[Annotated[str, _one_of(*CARRIERS)], ...], Meta(min_length=1)] = (
+        "checkpoint",
+    )
+    allow: tuple[Annotated[str, _one_of(*ALLOWANCES)], ...] = ()
+    target: Annotated[tuple[Annotated[str, _one_of(*RUNTIMES)], ...], Meta(min_length=1)] = (
+        "transformers",
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class CardSpec:
-    """What the model card says beyond what the record shows: the words of whoever publishes it."""
+class CardTable(Table, frozen=True, kw_only=True):
+    """What the model card says beyond what is measured."""
 
-    notice: str | None = None
+    notice: Annotated[str | None, _one_of("safety")] = None
     """``safety`` for an edit that concerns refusals or safety."""
     summary: str | None = None
     intended: str | None = None
     side_effects: str | None = None
     not_for: str | None = None
-    licence: str | None = None
-    """The licence's id as the Hub spells it; the base's own where it is absent."""
-    licence_name: str | None = None
-    language: tuple[str, ...] = ()
-    datasets: tuple[str, ...] = ()
+    licence: Annotated[str | None, Meta(description="its id as the Hub spells it")] = None
+    """The base's own where it is absent."""
+    licence_name: Annotated[str | None, Meta(description='with licence = "other"')] = None
+    language: Texts = ()
+    datasets: Texts = ()
     """Data sets on the Hub that the directions were fitted on."""
 
 
-@dataclass(frozen=True, slots=True)
-class VerifySpec:
+_NO_LIMIT = {
+    "range": "is not above zero",
+    "why": "it is what KL(hooked ‖ baked) may be of KL(hooked ‖ base), and no plan that is not "
+    "exact reaches 0",
+}
+
+
+class VerifyTable(Table, frozen=True, kw_only=True):
     """What the result is held to where it is not exact."""
 
-    most_kl: float | None = None
+    most_kl: Annotated[
+        Annotated[float, Meta(gt=0, extra=_NO_LIMIT)] | None,
+        Meta(description="the share of the effect's KL"),
+    ] = None
     """Limit of mean KL(hooked ‖ baked) over mean KL(hooked ‖ base)."""
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrateSpec:
+class CalibrateTable(Table, frozen=True, kw_only=True):
     """How stand-ins are fitted for edits that have no exact fold."""
 
-    prompts: str
-    """The file with the texts, as the recipe names it."""
-    path: Path
-    """The same from the recipe's own folder."""
-    tokens: int
+    prompts: Annotated[Text, Meta(description="a file of texts, one a line")]
+    tokens: Annotated[int, _at_least(1)] = 128
     """The most that are used of every text."""
-    rank: int
-    corrections: int | None
-    constant: bool
+    rank: Annotated[int, _at_least(1)] = 8
+    corrections: Annotated[int, _at_least(0)] | None = None
+    constant: bool = True
+
+
+class CalibrateSpec(CalibrateTable, frozen=True, kw_only=True):
+    """How stand-ins are fitted, with the place of the texts."""
+
+    path: Path
+    """The file of ``prompts``, from the recipe's own folder."""
+
+
+class RecipeFile(Table, frozen=True, kw_only=True):
+    """A recipe: which model is edited, with which directions, where, and what is written."""
+
+    title: str | None = None
+    base: BaseTable
+    directions: dict[str, DirectionTable] = msgspec.field(default_factory=dict)
+    edits: Annotated[tuple[EditTable, ...], Meta(min_length=1)]
+    export: ExportTable = ExportTable()
+    card: CardTable = CardTable()
+    verify: VerifyTable = VerifyTable()
+    calibrate: CalibrateTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +205,13 @@ class Recipe:
     title: str
     path: Path
     base: Base
-    export: ExportSpec
+    export: ExportTable
     text: str = ""
     """The whole text of the file, comments included: it travels inside every output."""
     digest: str = ""
     """``sha256:…`` of the file."""
     directions: Mapping[str, DirectionSpec] = field(default_factory=dict)
-    edits: tuple[EditSpec, ...] = ()
-    card: CardSpec = CardSpec()
-    verify: VerifySpec = VerifySpec()
+    edits: tuple[EditTable, ...] = ()
+    card: CardTable = field(default_factory=CardTable)
+    verify: VerifyTable = field(default_factory=VerifyTable)
     calibrate: CalibrateSpec | None = None
