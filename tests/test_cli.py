@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, make_model, write_checkpoint
 
 from bake import __version__, errors
-from bake.cli import COMMANDS, main, render
+from bake.cli import COMMANDS, main
+from bake.cli.render import pieces, results, screen, tensors
 from bake.errors import BakeError
 from bake.sites import parse_site
 from bake.verify.report import Report, Row
@@ -257,9 +258,9 @@ def test_control_characters_of_others_are_not_printed(monkeypatch: pytest.Monkey
     """A title of somebody else's artifact moves no cursor and turns no line around."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     text = "a\x1b[2J\x1b]0;b\x07\x9b31m\u202ec\td\ne"
-    console = render.console()
+    console = screen.console()
     with console.capture() as captured:
-        console.print(render.facts([("title", text)]), Text(text), text, render.word("exact"))
+        console.print(pieces.facts([("title", text)]), Text(text), text, pieces.word("exact"))
     said = captured.get()
     assert "a[2J]0;b31mc" in said
     assert set(re.findall(r"\x1b\[?", said)) == {"\x1b["}, "the colours of bake itself stay"
@@ -267,18 +268,18 @@ def test_control_characters_of_others_are_not_printed(monkeypatch: pytest.Monkey
 
 
 def test_numbers_in_few_words() -> None:
-    assert render.size(576) == "576 B" and render.size(1_200_000_000) == "1.2 GB"
+    assert pieces.size(576) == "576 B" and pieces.size(1_200_000_000) == "1.2 GB"
     sites = [parse_site(text) for text in ("z.0.h1", "z.1.h1", "embed", "resid_post.3")]
-    assert render.site_list(sites) == "z.0-1.h1, embed, resid_post.3"
+    assert pieces.site_list(sites) == "z.0-1.h1, embed, resid_post.3"
 
 
 def test_texts_are_merged_only_where_that_says_no_more() -> None:
     grid = [f"layers.{layer}.experts.{expert}.w1" for layer in (0, 1) for expert in (0, 1, 2)]
-    assert render.merged(grid) == "layers.0-1.experts.0-2.w1"
-    assert render.merged(grid[:-1]) is None
-    assert render.merged(["mlp.3 after mid.3", "mlp.4 after mid.4"]) == "mlp.3-4 after mid.3-4"
-    assert render.merged(["error 1.25 at 0", "error 1.50 at 1"]) is None
-    assert render.merged(["the same", "the same"]) == "the same"
+    assert tensors.merged(grid) == "layers.0-1.experts.0-2.w1"
+    assert tensors.merged(grid[:-1]) is None
+    assert tensors.merged(["mlp.3 after mid.3", "mlp.4 after mid.4"]) == "mlp.3-4 after mid.3-4"
+    assert tensors.merged(["error 1.25 at 0", "error 1.50 at 1"]) is None
+    assert tensors.merged(["the same", "the same"]) == "the same"
 
 
 # --- export ------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def test_an_interrupted_export_says_what_it_kept(
     write_checkpoint(make_model("llama"), sharded, max_shard_size="60KB")
     made.rewrite(str(made.base), str(sharded))
     out = made.folder / "out"
-    real = render.progress
+    real = screen.progress
 
     @contextmanager
     def interrupting(label: str, *, visible: bool = True, unit: str | None = None) -> Any:
@@ -411,7 +412,7 @@ def test_an_interrupted_export_says_what_it_kept(
 
         yield move
 
-    monkeypatch.setattr(render, "progress", interrupting)
+    monkeypatch.setattr(screen, "progress", interrupting)
     limit = 0.0
     result = run("export", made.recipe, "--out", out, "-q")
     assert result.exit_code == 130
@@ -424,7 +425,7 @@ def test_an_interrupted_export_says_what_it_kept(
     assert str(made.folder / ".out.bake-partial") in result.stderr
     assert not out.exists()
     monkeypatch.undo()
-    assert render.progress is real
+    assert screen.progress is real
     assert run("export", made.recipe, "--out", out, "-q").exit_code == 0
     assert not (made.folder / ".out.bake-partial").exists()
     whole = made.folder / "whole"
@@ -505,9 +506,9 @@ def test_a_report_shows_every_number() -> None:
         Row("floor", 0.25, None, None),
     )
     report = Report("out", "base", "sha256:0", "exact", "BF16", rows, {"torch": "2"})
-    target = render.console()
+    target = screen.console()
     with target.capture() as captured:
-        target.print(*render.report(report), sep="\n")
+        target.print(*results.report(report), sep="\n")
     text = captured.get()
     assert re.search(r"effect +1\.5 +1\.00e-13 +pass +must be larger", text)
     assert re.search(r"difference +0\.002 +1\.00e-06 +FAIL", text)
@@ -756,5 +757,5 @@ def test_the_command_runs_as_a_process(folder_of: Folders) -> None:
 
 
 def test_a_verdict_has_its_colour() -> None:
-    assert render.word("exact") == Text("exact", style="green")
-    assert render.word("impossible").style == "red"
+    assert pieces.word("exact") == Text("exact", style="green")
+    assert pieces.word("impossible").style == "red"

@@ -4,7 +4,6 @@ Commands are modules that are imported when they are asked for, and import torch
 above it inside their functions, so that ``bake --help`` answers at once.
 """
 
-import difflib
 import importlib
 import signal
 import threading
@@ -17,6 +16,7 @@ from typing_extensions import override
 from bake import __version__
 from bake.cli.output import KEPT, NOTHING_KEPT, refused, report_failure
 from bake.errors import BakeError, UsageError
+from bake.section import nearest
 
 COMMANDS = (
     "plan",
@@ -90,11 +90,8 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            raise UsageError(
-                f"there is no command {args[0]!r}",
-                fix=f"did you mean {near[0]!r}?" if near else f"they are {', '.join(COMMANDS)}",
-            )
+            fix = nearest(args[0], COMMANDS)
+            raise UsageError(f"there is no command {args[0]!r}", fix=fix)
         return super().resolve_command(ctx, args)
 
     @override

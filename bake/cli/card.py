@@ -61,7 +61,7 @@ def _present(
 ) -> None:
     """Print what came of it; ``written`` is None where only a check was asked for."""
     from bake.cards.card import card_notes
-    from bake.cli import render
+    from bake.cli.render.pieces import facts, listed
     from bake.seal.seal import as_error
 
     notes = card_notes(out)
@@ -75,12 +75,11 @@ def _present(
         }
 
     def view() -> Iterable["RenderableType"]:
-        rows = [("card", str(card))]
-        if written is not None:
-            rows.append(("written", "yes" if written else "no"))
-        rows.append(("problems", str(len(problems)) if problems else "none"))
-        yield render.facts(rows)
-        if notes:
-            yield render.section("Notes", render.indented(notes))
+        rows = [
+            ("card", str(card)),
+            *([] if written is None else [("written", "yes" if written else "no")]),
+            ("problems", str(len(problems)) if problems else "none"),
+        ]
+        return [facts(rows), *listed("Notes", notes)]
 
     output.present(data=data, view=view, error=as_error(problems, str(card)))

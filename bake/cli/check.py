@@ -85,9 +85,9 @@ def _data(found: "Check", signature: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(found: "Check", signature: dict[str, Any]) -> "RenderableType":
-    from bake.cli import render
+    from bake.cli.render.pieces import facts
 
-    return render.facts(
+    return facts(
         [
             ("artifact", f"{found.folder} ({found.record.kind})"),
             ("files", f"{len(found.manifest.files)} with {found.manifest.size:,} bytes"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bake.cli.options import PATH
+from bake.cli.options import FAMILY, PATH
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 from bake.errors import UsageError
@@ -38,7 +38,7 @@ _FORMS = (".png", ".svg")
 )
 @click.option("--rank/--no-rank", "ranks", default=True, help="Leave ranks and subspaces out.")
 @click.option("--plot", type=PATH, metavar="FILE", help="Draw it: a .png or .svg file.")
-@click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+@FAMILY
 def command(
     output: Output,
     models: tuple[str, ...],
@@ -62,7 +62,7 @@ def command(
         raise UsageError(f"{len(models)} models are named", fix="name one, or two: BASE OUT")
     if plot is not None:
         _check_plot(plot)
-    from bake.cli import render
+    from bake.cli.render.comparison import comparison
     from bake.diff import diff
     from bake.families import read_family
 
@@ -86,7 +86,7 @@ def command(
         plot.write_bytes(draw(found, plot.suffix.lower().removeprefix(".")))
     output.present(
         data=lambda: {**found.to_json(), "plot": None if plot is None else str(plot)},
-        view=lambda: render.comparison(found, plot, verbose=output.verbose),
+        view=lambda: comparison(found, plot, verbose=output.verbose),
         error=found.failure(),
     )
 

@@ -25,7 +25,7 @@ def command(
 
     FILE is a file or a folder, here or at hf://owner/name/path@revision.
     """
-    from bake.cli import render
+    from bake.cli.render import results
     from bake.directions import describe, read_directions
     from bake.recipe import HUB_PREFIX, fetch_artifact
 
@@ -42,5 +42,5 @@ def command(
             "metadata": dict(found.metadata),
             "rows": [asdict(row) for row in rows],
         },
-        view=lambda: render.directions(found, rows),
+        view=lambda: results.directions(found, rows),
     )

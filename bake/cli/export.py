@@ -6,11 +6,16 @@ from typing import Any
 import click
 
 from bake.artifact.carrier import CARRIERS
-from bake.cli.options import PATH, recipe_options
+from bake.cli.options import (
+    FORCE,
+    OUT,
+    PATH,
+    names_artifact,
+    planned_again,
+    recipe_options,
+)
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.errors import UsageError
-from bake.jobs.recorded import find, is_artifact, refuse_overrides, replan
 from bake.jobs.request import compile_request
 
 _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
@@ -19,7 +24,7 @@ _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
 
 @bake_command("export")
 @recipe_options
-@click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
+@OUT
 @click.option(
     "--to",
     multiple=True,
@@ -47,7 +52,7 @@ _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
     type=click.Choice(["nearest", "feedback"]),
     help="For --gguf: feedback keeps the edit, where nearest loses most of it in few bits.",
 )
-@click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
+@FORCE
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 def command(
     output: Output,
@@ -71,10 +76,8 @@ def command(
     from bake.artifact.staged import check_before
 
     check_before(out, force=force)
-    if is_artifact(recipe):
+    if names_artifact(recipe, base):
         _make_again(output, recipe, out, base=base, dry_run=dry_run, force=force, **options)
-    elif base is not None:
-        raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
     else:
         _export(output, Path(recipe), out, dry_run=dry_run, force=force, **options)
 
@@ -83,7 +86,8 @@ def _export(
     output: Output, recipe: Path, out: Path, *, dry_run: bool, force: bool, **options: Any
 ) -> None:
     """Write what a recipe says, once its plan has been shown."""
-    from bake.cli import views
+    from bake.cli.render.plans import plan
+    from bake.cli.render.results import exported
     from bake.jobs.exporting import export, would_be
     from bake.plan.record import plan_record
 
@@ -98,7 +102,7 @@ def _export(
                 **request.provenance(out).to_json(),
                 "plan": plan_record(request.plan).to_json(),
             },
-            view=lambda: views.plan(request, verbose=output.verbose),
+            view=lambda: plan(request, verbose=output.verbose),
             error=refusal,
         )
     if dry_run:
@@ -107,9 +111,7 @@ def _export(
         return
     output.keeps(out)
     written = export(request, out, chosen, output.bar)
-    output.present(
-        data=written.to_json, view=lambda: views.exported(written, verbose=output.verbose)
-    )
+    output.present(data=written.to_json, view=lambda: exported(written, verbose=output.verbose))
 
 
 def _make_again(
@@ -123,14 +125,13 @@ def _make_again(
     **options: Any,
 ) -> None:
     """Make an artifact again from its record, and compare the files."""
-    from bake.cli import views
+    from bake.cli.render import plans
+    from bake.cli.render.results import reproduced
     from bake.jobs.reproduce import recorded_options, reproduce
     from bake.plan.record import plan_record
 
     files = {name: options.pop(name) for name in ("gguf", "llama_cpp")}
-    table = {name: options.pop(name) for name in ("family", "assume_harmless")}
-    refuse_overrides(options, fix="name the base with --base, where it has moved")
-    replanned = replan(find(text, weights=False), base=base, **table)
+    replanned = planned_again(text, base, **options)
     chosen = recorded_options(replanned, out=out, force=force, **files)
     refusal = replanned.failure() or replanned.request.refusal(chosen)
     if not output.as_json or refusal is not None or dry_run:
@@ -140,7 +141,10 @@ def _make_again(
                 "plan": plan_record(replanned.request.plan).to_json(),
                 "again": replanned.to_json(),
             },
-            view=lambda: views.replanned(replanned, verbose=output.verbose),
+            view=lambda: [
+                *plans.plan(replanned.request, verbose=output.verbose),
+                *plans.again(replanned),
+            ],
             error=refusal,
         )
     if dry_run:
@@ -154,7 +158,7 @@ def _make_again(
             "again": replanned.to_json(),
             "reproduced": done.to_json(),
         },
-        view=lambda: views.reproduced(done),
+        view=lambda: reproduced(done),
         error=done.failure(),
     )
 

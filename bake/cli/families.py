@@ -1,6 +1,6 @@
 """``bake families``: the architectures that bake knows, and one model against its table."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,14 @@ def command(
 
     MODEL is a folder or a Hub id; of the latter only headers are read.
     """
-    from bake.cli import render
+    from bake.cli.render.models import families, model_check
     from bake.families import load_families, read_family
 
     if model is None:
         found = load_families() if family is None else (read_family(family),)
         output.present(
             data=lambda: {"families": [_family(table) for table in found]},
-            view=lambda: render.families(found),
+            view=lambda: families(found),
         )
         return
     from bake.checkpoints import open_checkpoint  # which loads torch, as a list of tables does not
@@ -54,7 +54,7 @@ def command(
             "sites": [str(site) for site in layout.sites],
             "bias_slots": slots,
         },
-        view=lambda: render.model_check(layout, checkpoint.source, slots, layout.sites),
+        view=lambda: model_check(layout, checkpoint.source, slots),
     )
 
 
@@ -66,19 +66,7 @@ def _family(table: "Family") -> dict[str, Any]:
         "source": table.source,
         "architectures": list(table.architectures),
         "runtimes": {
-            name: {
-                "checkpoint": runtime.checkpoint,
-                "biases": list(runtime.biases),
-                "misplaced": list(runtime.misplaced),
-                "extra_bias": runtime.extra_bias,
-                "untied_head": runtime.untied_head,
-                "extra_head": runtime.extra_head,
-                "lora": None if runtime.lora is None else list(runtime.lora),
-                "control_vector": runtime.control_vector,
-                "defaults": dict(runtime.defaults),
-                "run": list(table.run.get(name, ())),
-                "source": runtime.source,
-            }
+            name: {**asdict(runtime), "run": list(table.run.get(name, ()))}
             for name, runtime in table.runtimes.items()
         },
         "recasts": [recast.family for recast in table.recasts],

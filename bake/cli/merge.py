@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bake.cli.options import PATH, table_options
+from bake.cli.options import FORCE, OUT, table_options
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 
@@ -13,10 +13,10 @@ from bake.cli.output import command as bake_command
 @bake_command("merge")
 @click.argument("adapter")
 @click.argument("base")
-@click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
+@OUT
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
 @table_options
-@click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
+@FORCE
 def command(
     output: Output, adapter: str, base: str, out: Path, *, force: bool, **options: Any
 ) -> None:
@@ -27,7 +27,7 @@ def command(
     embedding factors are merged; what is no sum of base and factors (DoRA) is refused.
     """
     from bake.artifact.staged import check_before
-    from bake.cli import views
+    from bake.cli.render import results
     from bake.jobs.merging import merge
 
     check_before(out, force=force)
@@ -35,4 +35,4 @@ def command(
     merged = merge(adapter, base, out, force=force, bars=output.bar, **options)
     if merged.no_table is not None:
         output.remark(f"merging without a family table: {merged.no_table}")
-    output.present(data=merged.to_json, view=lambda: views.merged(merged))
+    output.present(data=merged.to_json, view=lambda: results.merged(merged))

@@ -1,29 +1,34 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the artifact that may take a recipe's place."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from bake.errors import UsageError
+
+if TYPE_CHECKING:
+    from bake.jobs.recorded import Replanned
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
+OUT = click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
+FORCE = click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
+FAMILY = click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+_ASSUME_HARMLESS = click.option(
+    "--assume-harmless",
+    multiple=True,
+    metavar="KEY",
+    help="Take a key of config.json that no table knows to change nothing. May be repeated.",
+)
+
+
 def table_options(function: F) -> F:
     """Add what a table of the user's own, or his word for a key of the config, is named by."""
-    for option in (
-        click.option(
-            "--assume-harmless",
-            multiple=True,
-            metavar="KEY",
-            help="Take a key of config.json that no table knows to change nothing. "
-            "May be repeated.",
-        ),
-        click.option("--family", type=PATH, metavar="FILE", help="Your own family table."),
-    ):
-        function = option(function)
-    return function
+    return FAMILY(_ASSUME_HARMLESS(function))
 
 
 def recipe_options(function: F) -> F:
@@ -51,3 +56,45 @@ def recipe_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def names_artifact(text: str, base: str | None) -> bool:
+    """Tell whether an artifact takes the recipe's place.
+
+    Raises:
+        UsageError: --base is given for a recipe.
+    """
+    from bake.jobs.recorded import is_artifact
+
+    if is_artifact(text):
+        return True
+    if base is not None:
+        raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
+    return False
+
+
+def planned_again(
+    text: str,
+    base: str | None,
+    *,
+    family: Path | None,
+    assume_harmless: tuple[str, ...],
+    **overrides: Any,
+) -> "Replanned":
+    """Return the plan of an artifact, made again.
+
+    Raises:
+        UsageError: an option asks for what the record decides.
+        BakeError: whatever is wrong with the artifact, its base or their fit.
+    """
+    from bake.jobs.recorded import find, replan
+
+    for name, value in overrides.items():
+        if value not in (None, (), False):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for recipes, and this is an artifact",
+                why="the plan of an artifact is that of its record",
+                fix="name the base with --base, where it has moved",
+            )
+    source = find(text, weights=False)
+    return replan(source, base=base, family=family, assume_harmless=assume_harmless)

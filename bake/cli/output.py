@@ -64,7 +64,7 @@ class Output:
                 click.get_current_context().exit(error.exit_code)
             return
         if not self.quiet:
-            from bake.cli.render import show
+            from bake.cli.render.screen import show
 
             show(view())
         if error is not None:
@@ -74,7 +74,7 @@ class Output:
         self, label: str, *, unit: str | None = None
     ) -> AbstractContextManager[Progress | None]:
         """Open a bar for one piece of work, where somebody looks."""
-        from bake.cli.render import progress
+        from bake.cli.render.screen import progress
 
         return progress(label, visible=not self.quiet, unit=unit)
 
@@ -121,7 +121,7 @@ def report_failure(error: BakeError, *, as_json: bool) -> None:
         sys.stdout.flush()
     except OSError:  # nobody can write there, so what is left of it is dropped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    from bake.cli.render import failure
+    from bake.cli.render.screen import failure
 
     failure(error)
 

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.cli.options import recipe_options
+from bake.cli.options import names_artifact, planned_again, recipe_options
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
-from bake.errors import UsageError
-from bake.jobs.recorded import find, is_artifact, refuse_overrides, replan
 from bake.jobs.request import compile_request
 
 if TYPE_CHECKING:
@@ -26,51 +24,26 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
     the edits and the record in it and from its base. The exit code is 1 when it is not the plan
     of the record.
     """
-    from bake.cli import views
+    from bake.cli.render import plans
     from bake.plan.record import plan_record
 
-    if is_artifact(recipe):
-        _of_artifact(output, recipe, base, **options)
-        return
-    if base is not None:
-        raise UsageError("--base is for artifacts", fix="a recipe takes another model with --model")
-    request = compile_request(Path(recipe), bars=output.bar, **options)
+    again = planned_again(recipe, base, **options) if names_artifact(recipe, base) else None
+    if again is None:
+        request = compile_request(Path(recipe), bars=output.bar, **options)
+    else:
+        request = again.request
     output.present(
         data=lambda: {
             **request.provenance().to_json(),
             "plan": plan_record(request.plan).to_json(),
             "carriers": _carriers(request.plan),
+            **({} if again is None else {"again": again.to_json()}),
         },
-        view=lambda: views.plan(request, verbose=output.verbose),
-        error=request.refusal(),
-    )
-
-
-def _of_artifact(
-    output: Output,
-    text: str,
-    base: str | None,
-    *,
-    family: Path | None,
-    assume_harmless: tuple[str, ...],
-    **options: Any,
-) -> None:
-    from bake.cli import views
-    from bake.plan.record import plan_record
-
-    refuse_overrides(options, fix="name the base with --base, where it has moved")
-    source = find(text, weights=False)
-    replanned = replan(source, base=base, family=family, assume_harmless=assume_harmless)
-    request = replanned.request
-    output.present(
-        data=lambda: {
-            **request.provenance().to_json(),
-            "plan": plan_record(request.plan).to_json(),
-            "carriers": _carriers(request.plan),
-            "again": replanned.to_json(),
-        },
-        view=lambda: views.replanned(replanned, verbose=output.verbose),
-        error=replanned.failure(),
+        view=lambda: [
+            *plans.plan(request, verbose=output.verbose),
+            *([] if again is None else plans.again(again)),
+        ],
+        error=request.refusal() if again is None else again.failure(),
     )
 
 

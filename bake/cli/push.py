@@ -91,7 +91,7 @@ def _quieten(*, visible: bool) -> None:
 
 
 def _view(pushed: "Pushed") -> list["RenderableType"]:
-    from bake.cli import render
+    from bake.cli.render.pieces import facts, listed
 
     would = "would be " if pushed.dry_run else ""
     rows = [
@@ -113,10 +113,7 @@ def _view(pushed: "Pushed") -> list["RenderableType"]:
     ):
         if names:
             rows.append((f"{would}{verb}", ", ".join(names)))
-    parts: list[RenderableType] = [render.facts(rows)]
-    if pushed.notes:
-        parts.append(render.section("Notes", render.indented(pushed.notes)))
-    return parts
+    return [facts(rows), *listed("Notes", pushed.notes)]
 
 
 def _compared(pushed: "Pushed") -> str:

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import click
 
-from bake.cli.options import PATH
+from bake.cli.options import FORCE, OUT
 from bake.cli.output import Output
 from bake.cli.output import command as bake_command
 
 
 @bake_command("revert")
 @click.argument("artifact", metavar="OUT")
-@click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
+@OUT
 @click.option(
     "--base",
     metavar="MODEL",
     help="The base: a folder or a Hub id; for a GGUF its file. The recorded one else.",
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of --base on the Hub.")
-@click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
+@FORCE
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 def command(
     output: Output,
@@ -36,7 +36,7 @@ def command(
     the edited tensors are read of the base, and every file is compared with the base's by hash.
     """
     from bake.artifact.staged import check_before
-    from bake.cli import views
+    from bake.cli.render import results
     from bake.jobs.reverting import prepare_reversal
 
     check_before(out, force=force)
@@ -57,4 +57,4 @@ def command(
         output.present(data=lambda: found, view=lambda: [said.format_map(found)])
         return
     reverted = reversal.write(out, force=force)
-    output.present(data=reverted.to_json, view=lambda: views.reverted(reverted))
+    output.present(data=reverted.to_json, view=lambda: results.reverted(reverted))

@@ -93,7 +93,7 @@ def command(
     otherwise.
     """
     from bake.artifact.staged import runs_of
-    from bake.cli import views
+    from bake.cli.render import results
     from bake.jobs.recorded import find
     from bake.jobs.verifying import ReportFiles, verify
 
@@ -109,7 +109,7 @@ def command(
         output.bar,
     )
     output.present(
-        data=verified.to_json, view=lambda: views.verified(verified), error=verified.failure()
+        data=verified.to_json, view=lambda: results.verified(verified), error=verified.failure()
     )
 
 

@@ -5,12 +5,12 @@ plan can be made again from the base alone. Its digest has to be the recorded on
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.errors import BakeError, InputError, UsageError, VerificationFailed
+from bake.errors import BakeError, InputError, VerificationFailed
 from bake.jobs.model import Model
 from bake.jobs.request import Request
 
@@ -339,18 +339,3 @@ def _against_plan(artifact: "Baked", plan: "Plan") -> tuple[tuple[str, ...], tup
         return (f"{digests}: {names[0]}{more} would get other values",), ()
     note = "the plan is the recorded one within the rounding of this processor and torch: "
     return (), (f"{note}{digests}",)
-
-
-def refuse_overrides(options: Mapping[str, Any], *, fix: str) -> None:
-    """Require that nothing is asked for that the record decides.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    for name, value in options.items():
-        if value not in (None, (), False):
-            raise UsageError(
-                f"--{name.replace('_', '-')} is for recipes, and this is an artifact",
-                why="the plan of an artifact is that of its record",
-                fix=fix,
-            )

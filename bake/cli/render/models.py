@@ -7,11 +7,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bake.cli.render.pieces import facts, indented, section, site_list, table
+from bake.cli.render.pieces import facts, listed, section, site_list, table
 
 if TYPE_CHECKING:
     from bake.families import Family, Layout
-    from bake.sites import Site
 
 
 def families(tables: Sequence["Family"]) -> list[RenderableType]:
@@ -23,12 +22,14 @@ def families(tables: Sequence["Family"]) -> list[RenderableType]:
 
 
 def model_check(
-    layout: "Layout", source: str, slots: Sequence[Mapping[str, Any]], sites: Sequence["Site"]
+    layout: "Layout", source: str, slots: Sequence[Mapping[str, Any]]
 ) -> list[RenderableType]:
     """Return how a model and its table fit."""
     family = layout.family
     claimed = len(layout.shapes) - len(layout.untouched)
-    parts: list[RenderableType] = [
+    ran = [(name, ", ".join(carriers)) for name, carriers in family.run.items() if carriers]
+    recasts = [f"as {recast.family}" for recast in family.recasts]
+    return [
         facts(
             [
                 ("model", source),
@@ -39,22 +40,14 @@ def model_check(
                 ("head", head(layout)),
             ]
         ),
-        section("Sites", Text(site_list(sites))),
+        section("Sites", Text(site_list(layout.sites))),
+        section("Bias slots", _slots(slots)),
+        section("Runtimes", _runtimes(family)),
+        section("Carriers that tests have run", facts(ran or [("none", "")])),
+        *listed('Can be declared, with allow = ["recast"]', recasts),
+        *listed("Keys of the config taken to change nothing", layout.assumed),
+        *listed("Tensors left as they are", layout.untouched),
     ]
-    parts.append(section("Bias slots", _slots(slots)))
-    parts.append(section("Runtimes", _runtimes(family)))
-    ran = [(name, ", ".join(carriers)) for name, carriers in family.run.items() if carriers]
-    parts.append(section("Carriers that tests have run", facts(ran or [("none", "")])))
-    if family.recasts:
-        names = [f"as {recast.family}" for recast in family.recasts]
-        parts.append(section('Can be declared, with allow = ["recast"]', indented(names)))
-    if layout.assumed:
-        parts.append(
-            section("Keys of the config taken to change nothing", indented(layout.assumed))
-        )
-    if layout.untouched:
-        parts.append(section("Tensors left as they are", indented(layout.untouched)))
-    return parts
 
 
 def _slots(slots: Sequence[Mapping[str, Any]]) -> Table:

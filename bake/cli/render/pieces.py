@@ -71,6 +71,11 @@ def indented(lines: Iterable[str]) -> Group:
     return Group(Padding(grid, (0, 0, 0, 1)))
 
 
+def listed(title: str, lines: Sequence[str]) -> list[RenderableType]:
+    """Return lines as a part under its title, or nothing where there are none."""
+    return [section(title, indented(lines))] if lines else []
+
+
 def size(count: int) -> str:
     """Return a number of bytes in a few characters: ``1.2 GB``."""
     return decimal(count).replace(" bytes", " B").replace(" byte", " B")

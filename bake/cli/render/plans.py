@@ -10,51 +10,54 @@ from rich.text import Text
 
 from bake.cli.render import matrix
 from bake.cli.render.models import head
-from bake.cli.render.pieces import facts, indented, section, site_list, size, table, word
+from bake.cli.render.pieces import facts, listed, section, site_list, size, table, word
 from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
 
 if TYPE_CHECKING:
-    from bake.checkpoints import Checkpoint
-    from bake.families import Layout
+    from bake.jobs.recorded import Replanned
+    from bake.jobs.request import Request
     from bake.plan import Finding, Plan
-    from bake.recipe import Recipe
 
 
-def plan(
-    planned: "Plan", recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout", *, verbose: bool
-) -> list[RenderableType]:
-    """Return a plan: model, findings, changes, runtimes, notes and digest.
+def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
+    """Return the plan of a request: model, findings, changes, runtimes, notes and digest.
 
     Args:
-        planned: the plan.
-        recipe: where it comes from, and what it is to be written as.
-        checkpoint: the base.
-        layout: the base's own, where the plan's declares it as another family.
+        request: the plan, where it comes from, and what it is to be written as.
         verbose: a row for every tensor.
     """
-    parts: list[RenderableType] = [facts(_header(recipe, checkpoint, layout))]
-    parts.append(section("Findings", _findings(planned)))
+    planned, checkpoint, chosen = request.plan, request.model.checkpoint, request.recipe.export.to
+    parts: list[RenderableType] = [facts(_header(request)), section("Findings", _findings(planned))]
     rows = changed_tensors(planned, checkpoint)
     if rows:
         parts.append(section(_changes_title(rows), tensor_table(rows, verbose=verbose)))
     if planned.config:
         parts.append(section("config.json", _config(planned)))
-    chosen = recipe.export.to
     verdicts = Group(*matrix.runtimes(planned, chosen))
-    parts.append(section(f"Runtimes: {', '.join(chosen)}", verdicts))
-    parts.append(section("Carriers", matrix.carriers(planned)))
-    if planned.notes:
-        parts.append(section("Notes", indented(planned.notes)))
-    if checkpoint.left_out and verbose:
-        parts.append(section("Files of the base that do not travel", indented(checkpoint.left_out)))
-    parts.append(Text())
-    parts.append(facts([("plan", word(str(planned.exactness))), ("digest", planned.digest)]))
-    return parts
+    left_out = checkpoint.left_out if verbose else ()
+    return [
+        *parts,
+        section(f"Runtimes: {', '.join(chosen)}", verdicts),
+        section("Carriers", matrix.carriers(planned)),
+        *listed("Notes", planned.notes),
+        *listed("Files of the base that do not travel", left_out),
+        Text(),
+        facts([("plan", word(str(planned.exactness))), ("digest", planned.digest)]),
+    ]
 
 
-def _header(
-    recipe: "Recipe", checkpoint: "Checkpoint", layout: "Layout"
-) -> list[tuple[str, str | Text]]:
+def again(result: "Replanned") -> list[RenderableType]:
+    """Return whether the plan of an artifact is that of its record."""
+    artifact = f"{result.source.name} ({result.artifact.kind})"
+    return [
+        facts([("artifact", artifact), ("this is", result.summary)]),
+        *listed("Notes on the artifact", result.notes),
+    ]
+
+
+def _header(request: "Request") -> list[tuple[str, str | Text]]:
+    # The base's own layout, where the plan's declares it as another family.
+    recipe, checkpoint, layout = request.recipe, request.model.checkpoint, request.model.layout
     revision = "" if checkpoint.revision is None else f" @ {checkpoint.revision}"
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     return [

@@ -1,4 +1,4 @@
-"""What an export wrote, what a verification measured, and what an artifact of directions holds."""
+"""What a job wrote or measured, and what an artifact of directions holds."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,62 +7,98 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bake.cli.render.pieces import facts, section, table
+from bake.cli.render.pieces import facts, listed, section, table
 from bake.cli.render.rounding import rounding
 from bake.cli.render.tensors import changed_tensors
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
-    from bake.artifact.schema import GgufTensor
-    from bake.checkpoints import Checkpoint
     from bake.directions import Directions
     from bake.directions.describe import Row
-    from bake.plan import Plan
+    from bake.jobs.exporting import Exported
+    from bake.jobs.merging import Merged
+    from bake.jobs.published import Reproduction
+    from bake.jobs.reproduce import Reproduced
+    from bake.jobs.verifying import Verified
+    from bake.revert.checkpoint import Reverted
     from bake.verify.report import Report
 
 
-def artifact(
-    written: "Artifact",
-    planned: "Plan",
-    checkpoint: "Checkpoint",
-    measured: "Sequence[GgufTensor]",
-    *,
-    verbose: bool,
-) -> list[RenderableType]:
-    """Return what an export wrote. Of the base only a checkpoint has copies, byte for byte.
+def exported(result: "Exported", *, verbose: bool) -> list[RenderableType]:
+    """Return what was written, carrier by carrier; with ``verbose`` every tensor and file."""
+    return [part for each in result.artifacts for part in _artifact(result, each, verbose=verbose)]
 
-    Args:
-        written: the artifact.
-        planned: its plan.
-        checkpoint: the base.
-        measured: what rounding did to tensors of a GGUF, where it did.
-        verbose: a row for every tensor and file.
-    """
-    listed = [
+
+def _artifact(result: "Exported", written: "Artifact", *, verbose: bool) -> list[RenderableType]:
+    """Return what one carrier holds. Of the base only a checkpoint has copies, byte for byte."""
+    planned, checkpoint = result.request.plan, result.request.model.checkpoint
+    measured = result.rounded(written)
+    rows = [
         ("written", str(written.path)),
         ("carrier", written.kind),
         ("size", f"{written.bytes_written:,} bytes in {len(written.files)} files"),
     ]
     if written.kind == "checkpoint":
-        rows = changed_tensors(planned, checkpoint)
-        edited = sum(row.nbytes for row in rows if not row.new)
-        new = sum(row.nbytes for row in rows if row.new)
+        changed = changed_tensors(planned, checkpoint)
+        edited = sum(row.nbytes for row in changed if not row.new)
+        new = sum(row.nbytes for row in changed if row.new)
         total = sum(info.nbytes for info in checkpoint.tensors.values())
-        listed += [
+        rows += [
             ("copied", f"{total - edited:,} bytes of tensors, as they were"),
             ("edited", f"{edited:,} bytes of tensors"),
             *([("new", f"{new:,} bytes of tensors")] if new else []),
         ]
     if measured:
         edits = f"{written.bytes_edited:,} bytes of tensors; the others as they were"
-        listed.append(("edited", edits))
-    parts: list[RenderableType] = [Text(), facts(listed), *rounding(measured, verbose=verbose)]
+        rows.append(("edited", edits))
+    parts: list[RenderableType] = [Text(), facts(rows), *rounding(measured, verbose=verbose)]
     if verbose:
         files = table("file", "sha256")
         for name, digest in written.files.items():
             files.add_row(name, digest.removeprefix("sha256:"))
         parts.append(section("Files", files))
     return parts
+
+
+def reproduced(result: "Reproduced") -> list[RenderableType]:
+    """Return how many of the files are the recorded ones, and those that are not."""
+    rows = [("written", str(result.written.path)), ("as recorded", result.summary)]
+    parts: list[RenderableType] = [facts(rows)]
+    if result.differing:
+        files = table("file", "recorded", "here")
+        for name in result.differing:
+            sides = (result.recorded, result.written.files)
+            files.add_row(name, *(side.get(name, "absent")[:16] for side in sides))
+        parts.append(section("Files that differ", files))
+    return parts
+
+
+def merged(result: "Merged") -> list[RenderableType]:
+    """Return what a merge wrote."""
+    written = result.artifact
+    edited = f"{written.bytes_written:,}, of which {written.bytes_edited:,} are edited"
+    rows = [
+        ("written", str(written.path)),
+        ("files", str(len(written.files))),
+        ("bytes", edited),
+        *(("note", note) for note in result.notes),
+    ]
+    return [facts(rows)]
+
+
+def reverted(result: "Reverted") -> list[RenderableType]:
+    """Return what was restored, and how much of it is the base's to the bit."""
+    taken = f"{len(result.edited)} taken from the base ({result.bytes_from_base:,} bytes)"
+    absent = f"{', '.join(result.absent)} (an export does not carry them)"
+    rows = [
+        ("written", f"{result.path} ({result.bytes_written:,} bytes)"),
+        ("bit for bit", f"{len(result.equal)} of {len(result.files)} files"),
+        ("tensors", f"{taken}, {len(result.removed)} created ones removed"),
+        *([("left behind", ", ".join(result.left))] if result.left else []),
+        *([("not restored", absent)] if result.absent else []),
+        *(("note", note) for note in result.notes),
+    ]
+    return [facts(rows)]
 
 
 def directions(artifact: "Directions", rows: Sequence["Row"]) -> list[RenderableType]:
@@ -145,3 +181,30 @@ def report(measured: "Report") -> list[RenderableType]:
             ]
         ),
     ]
+
+
+def verified(result: "Verified") -> list[RenderableType]:
+    """Return the report, its files and, of a published artifact, how far it was reproduced."""
+    again = [] if result.reproduction is None else _reproduction(result.reproduction)
+    files = facts(("written", str(path)) for path in result.written if path.parent.name != "plots")
+    return [*report(result.report), Text(), files, *again]
+
+
+def _reproduction(result: "Reproduction") -> list[RenderableType]:
+    """Return the published numbers beside those that were measured here."""
+    from bake.verify.agreement import outcome, shown
+
+    rows = [("artifact", result.source.name)]
+    if result.replanned is not None:
+        rows.append(("plan", result.replanned.summary))
+    if result.rebaked is not None:
+        rows.append(("exported again", result.rebaked.summary))
+    parts: list[RenderableType] = []
+    if result.agreement is not None:
+        rows.append(("verification", outcome(result.agreement)))
+        sides = ("published", "measured here")
+        pairs = table("comparison", *sides, "", right=sides)
+        for pair in result.agreement.pairs:
+            pairs.add_row(pair.name, shown(pair.published), shown(pair.here), pair.problem or "")
+        parts.append(section("Published, and measured here", pairs))
+    return [*parts, section("Made again", facts(rows)), *listed("Notes", result.notes)]
