@@ -10,9 +10,9 @@ from bake.artifact.schema import DirectionRecord, FindingRecord
 from bake.cards.facts import Facts
 from bake.cards.methods import METHODS, Method
 from bake.cards.text import Markdown, code, count, escape, merged, number
-from bake.checkpoints.hub_names import is_repository
+from bake.checkpoints.hub_names import HUB_PREFIX, is_repository
 from bake.errors import InputError, UsageError
-from bake.recipe import HUB_PREFIX, DirectionSpec, EditTable
+from bake.recipe import DirectionSpec, EditTable
 from bake.sites import Site, parse_site, summary
 
 LEVELS = ("exact", "nulling", "approximate", "impossible")

@@ -4,6 +4,9 @@ import re
 
 from bake.errors import CheckpointError, UsageError
 
+HUB_PREFIX = "hf://"
+"""Before the name of a file or a repository that is on the Hub."""
+
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/+-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

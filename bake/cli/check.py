@@ -102,7 +102,8 @@ def _facts(found: "Check", signature: dict[str, Any]) -> "RenderableType":
 
 def _refuse_remote(out: Path) -> None:
     """Refuse an address on the Hub: what is checked is every byte of a download."""
-    from bake.jobs.recorded import HUB_PREFIX, is_artifact
+    from bake.checkpoints.hub_names import HUB_PREFIX
+    from bake.jobs.recorded import is_artifact
 
     text = str(out).replace("hf:/", HUB_PREFIX, 1) if str(out).startswith("hf:/") else str(out)
     if out.exists() or not is_artifact(text):
@@ -141,11 +142,10 @@ def _signature(signed: "Signed | None", files: dict[str, Any], *, named: bool) -
 
 
 def _words(signature: dict[str, Any]) -> str:
-    match signature["status"]:
-        case "valid":
-            return f"yes, over {signature['files']} files, by the key {signature['key']}"
-        case "unverified":
-            return "yes, by whom is not verified: name a public key with --key"
-        case "invalid":
-            return "no valid signature"
-    return "no"
+    if signature["status"] == "valid":
+        return f"yes, over {signature['files']} files, by the key {signature['key']}"
+    return {
+        "unverified": "yes, by whom is not verified: name a public key with --key",
+        "invalid": "no valid signature",
+        "none": "no",
+    }[signature["status"]]

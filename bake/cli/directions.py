@@ -25,9 +25,10 @@ def command(
 
     FILE is a file or a folder, here or at hf://owner/name/path@revision.
     """
+    from bake.checkpoints.hub_names import HUB_PREFIX
     from bake.cli.render import results
     from bake.directions import describe, read_directions
-    from bake.recipe import HUB_PREFIX, fetch_artifact
+    from bake.recipe import fetch_artifact
 
     path = fetch_artifact(file) if file.startswith(HUB_PREFIX) else Path(file)
     found = read_directions(path, reader=reader, key=key, shape=shape)

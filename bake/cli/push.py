@@ -1,6 +1,5 @@
 """``bake push``: an artifact as one guarded commit on the Hub."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,6 @@ def command(output: Output, out: Path, repo: str, **given: Any) -> None:
         passphrase=passphrase_of(given["key"]),
         timeout=given["timeout"],
     )
-    _quieten(visible=not output.quiet and not output.as_json)
     click.get_current_context().meta[KEPT] = lambda: (
         "the same command takes the upload up; nothing is public that was not"
     )
@@ -80,14 +78,6 @@ def command(output: Output, out: Path, repo: str, **given: Any) -> None:
         else:
             pushed = push(out, options, progress=move, remark=output.remark)
     output.present(data=pushed.to_json, view=lambda: _view(pushed))
-
-
-def _quieten(*, visible: bool) -> None:
-    """Leave the client's own progress bars to terminals."""
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
-    if not (visible and sys.stderr.isatty()):
-        disable_progress_bars()
 
 
 def _view(pushed: "Pushed") -> list["RenderableType"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bake.checkpoints.hub_names import HUB_PREFIX, parse_hub_id, split_hub_id
 from bake.errors import BakeError, InputError, VerificationFailed
 from bake.jobs.model import Model
 from bake.jobs.request import Request
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from bake.plan import Plan
     from bake.recipe import Recipe
     from bake.verify.artifact import Baked
-
-HUB_PREFIX = "hf://"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,14 @@ class Source:
         """The last part of the name, without the commit."""
         return self.name.partition("@")[0].rpartition("/")[2] if self.published else self.name
 
+    def without_base(self, model: str) -> InputError:
+        """Return what it means that a published record names a folder as the base."""
+        return InputError(
+            f"the base {model} is a folder of the machine that the model was made on",
+            where=self.name,
+            fix="name it with --base MODEL, if you have it",
+        )
+
 
 def is_artifact(text: str) -> bool:
     """Tell whether an argument names an artifact rather than a recipe."""
@@ -54,8 +61,6 @@ def is_artifact(text: str) -> bool:
 
 
 def _is_address(text: str) -> bool:
-    from bake.checkpoints.hub_names import split_hub_id
-
     return not text.endswith(".toml") and split_hub_id(text) is not None
 
 
@@ -73,8 +78,6 @@ def find(text: str, *, weights: bool) -> Source:
         HubError: the Hub refuses or cannot be reached.
         VerificationFailed: a file on the Hub is not the one that was exported.
     """
-    from bake.checkpoints.hub_names import parse_hub_id
-
     named = text.startswith(HUB_PREFIX)
     if not named and (Path(text).exists() or not _is_address(text)):
         return Source(_with_record(Path(text)), text, published=False)
@@ -114,11 +117,7 @@ def base_of(source: Source, artifact: "Baked", given: str | None) -> str:
     if not source.published:
         return place_of_base(artifact)
     if base.path is not None or not _is_address(base.model):
-        raise InputError(
-            f"the base {base.model} is a folder of the machine that the model was made on",
-            where=source.name,
-            fix="name it with --base, if you have it",
-        )
+        raise source.without_base(base.model)
     if not base.pinned:
         raise InputError(
             f"the record names no commit of the base {base.model}",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.artifact import KINDS
-from bake.errors import InputError, UsageError
+from bake.errors import UsageError
 from bake.jobs.recorded import Source, find
 from bake.progress import Bars, no_bars
 
@@ -62,12 +62,7 @@ def prepare_reversal(
     baked = read_revertible(source.folder)
     if source.published and base is None and baked.base_path is not None:
         # A stranger's folder means nothing here.
-        raise InputError(
-            f"the base {baked.record.base.model} is a folder of the machine that the model was "
-            "made on",
-            where=source.name,
-            fix="name it with --base MODEL",
-        )
+        raise source.without_base(baked.record.base.model)
     if KINDS[baked.record.kind].checkpoint:
         return _checkpoint(source, baked, base, revision, bars)
     if revision is not None:

@@ -12,7 +12,6 @@ from bake.recipe.export import override
 from bake.recipe.parse import load_recipe, parse_recipe
 from bake.recipe.spec import (
     ALLOWANCES,
-    HUB_PREFIX,
     Base,
     CalibrateSpec,
     CardTable,
@@ -24,7 +23,6 @@ from bake.recipe.spec import (
 
 __all__ = [
     "ALLOWANCES",
-    "HUB_PREFIX",
     "Base",
     "CalibrateSpec",
     "CardTable",

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from bake.edits import Edit
 from bake.families import Layout
-from bake.recipe.aliases import aliases, translate
+from bake.recipe.aliases import aliases, sites_at
 from bake.recipe.spec import EditTable, Recipe
-from bake.sites import Site, expand
+from bake.sites import Site
 
 
 def disagreement(recipe: Recipe, edits: Sequence[Edit], layout: Layout) -> str | None:
@@ -21,7 +21,8 @@ def disagreement(recipe: Recipe, edits: Sequence[Edit], layout: Layout) -> str |
     known = aliases(layout)
     rest = list(edits)
     for number, spec in enumerate(recipe.edits, 1):
-        wanted = _sites(spec, layout, known)
+        # Without `at` the direction's file names the sites.
+        wanted = set(sites_at(spec.at, layout, known)) if spec.at else None
         taken = _take(spec, wanted, rest)
         told = f"edit {number} of the recipe ({spec.kind} {' + '.join(spec.directions)})"
         if not taken:
@@ -35,14 +36,6 @@ def disagreement(recipe: Recipe, edits: Sequence[Edit], layout: Layout) -> str |
 
 def _told(edit: Edit) -> str:
     return f"{edit.kind} {edit.concept} at {edit.sites[0]}"
-
-
-def _sites(spec: EditTable, layout: Layout, known: dict[str, Site]) -> set[Site] | None:
-    """Return the sites that the recipe names, or None where the direction's file names them."""
-    if not spec.at:
-        return None
-    patterns = [word for text in spec.at for word in translate(text, known)]
-    return set(expand(patterns, layers=layout.layers, stream=layout.stream))
 
 
 def _take(spec: EditTable, wanted: set[Site] | None, rest: list[Edit]) -> list[Edit]:

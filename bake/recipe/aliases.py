@@ -7,10 +7,11 @@ projection, one expert) is no alias.
 
 import difflib
 import re
+from collections.abc import Mapping, Sequence
 
 from bake.errors import UsageError
 from bake.families import Branch, Layout, Norm
-from bake.sites import Site, SiteKind
+from bake.sites import Site, SiteKind, expand
 
 INPUT, OUTPUT = ":input", ":output"
 
@@ -54,7 +55,7 @@ def _add_norm(norm: Norm, outputs: dict[str, Site]) -> None:
         outputs[norm.live] = norm.site
 
 
-def translate(pattern: str, known: dict[str, Site]) -> tuple[str, ...]:
+def translate(pattern: str, known: Mapping[str, Site]) -> tuple[str, ...]:
     """Return the sites' own words for a module path, or the pattern itself when it is none.
 
     A ``*`` in a path stands for every layer: ``model.layers.*.mlp``.
@@ -78,3 +79,15 @@ def translate(pattern: str, known: dict[str, Site]) -> tuple[str, ...]:
         "of a branch, of a norm or of a projection",
         fix=f"did you mean {near[0]!r}?" if near else None,
     )
+
+
+def sites_at(
+    patterns: Sequence[str], layout: Layout, known: Mapping[str, Site]
+) -> tuple[Site, ...]:
+    """Return the sites that a recipe names, as sites or by the paths of modules.
+
+    Raises:
+        UsageError: an unknown site or module, or a layer out of range.
+    """
+    words = [word for text in patterns for word in translate(text, known)]
+    return expand(words, layers=layout.layers, stream=layout.stream)

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from bake.checkpoints.hub_names import HUB_PREFIX
 from bake.directions import READERS, Directions, read_directions
 from bake.errors import BakeError, HubError, UsageError
 from bake.recipe.maps import SIGNED_ROLES
-from bake.recipe.spec import HUB_PREFIX, DirectionSpec, Recipe
+from bake.recipe.spec import DirectionSpec, Recipe
 
 # The files that belong together in a folder, the one that is named for all of them first.
 FOLDERS = tuple(reader.files for reader in READERS.values() if reader.files)

@@ -10,7 +10,7 @@ from bake.directions import MODULE, Direction, Directions, Role
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
 from bake.families import Layout
-from bake.recipe.aliases import aliases, translate
+from bake.recipe.aliases import aliases, sites_at
 from bake.recipe.artifacts import located
 from bake.recipe.maps import Named, map_of
 from bake.recipe.spec import DirectionSpec, EditTable, Recipe
@@ -59,8 +59,7 @@ def _selections(
     """Return the items that act together, each group with all of its sites."""
     specs = [recipe.directions[name] for name in spec.directions]
     if spec.at:
-        patterns = [word for text in spec.at for word in translate(text, dict(known))]
-        sites = expand(patterns, layers=layout.layers, stream=layout.stream)
+        sites = sites_at(spec.at, layout, known)
     else:
         sites = _own_sites(specs[0], directions[specs[0].name], layout, known)
     groups: dict[tuple[int, ...], tuple[list[Site], tuple[Named, ...]]] = {}

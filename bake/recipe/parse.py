@@ -9,13 +9,13 @@ from pathlib import Path
 
 from msgspec import structs
 
+from bake.checkpoints.hub_names import HUB_PREFIX
 from bake.errors import InputError, UsageError
 from bake.recipe.base import local_path, model_of
 from bake.recipe.card import read_card
 from bake.recipe.edits import read_edits
 from bake.recipe.export import read_export
 from bake.recipe.spec import (
-    HUB_PREFIX,
     BaseTable,
     CalibrateSpec,
     CalibrateTable,

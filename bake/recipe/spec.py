@@ -20,7 +20,6 @@ from bake.families import RUNTIMES
 from bake.recipe.table import Table
 
 ALLOWANCES = ("recast", "nulling", "approximate")
-HUB_PREFIX = "hf://"
 
 # That a text is not empty is for editors: whoever uses it says better what is wrong.
 Text = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
