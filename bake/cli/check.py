@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bake.cli.options import PATH
-from bake.cli.output import Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import Output, bake_command
 from bake.errors import UsageError
 
 if TYPE_CHECKING:

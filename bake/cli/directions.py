@@ -5,8 +5,7 @@ from pathlib import Path
 
 import click
 
-from bake.cli.output import Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import Output, bake_command
 
 
 @bake_command("directions")

@@ -14,8 +14,7 @@ from bake.cli.options import (
     planned_again,
     recipe_options,
 )
-from bake.cli.output import Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
 _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")

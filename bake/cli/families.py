@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bake.cli.options import table_options
-from bake.cli.output import Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import Output, bake_command
 
 if TYPE_CHECKING:
     from bake.families import Family, Layout

@@ -6,8 +6,7 @@ from typing import Any
 import click
 
 from bake.cli.options import FORCE, OUT, table_options
-from bake.cli.output import Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import Output, bake_command
 
 
 @bake_command("merge")

@@ -88,7 +88,7 @@ class Output:
             click.echo(text, err=True)
 
 
-def command(name: str) -> Callable[[Callable[..., None]], click.Command]:
+def bake_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """Return a decorator that makes a function a command; it is called with an ``Output`` first."""
 
     def decorate(function: Callable[..., None]) -> click.Command:

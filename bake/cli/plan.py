@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.cli.options import names_artifact, planned_again, recipe_options
-from bake.cli.output import Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ import click
 
 from bake.cli.check import passphrase_of
 from bake.cli.options import PATH
-from bake.cli.output import KEPT, Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import KEPT, Output, bake_command
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bake.cli.options import PATH, table_options
-from bake.cli.output import KEPT, NOTHING_KEPT, Output
-from bake.cli.output import command as bake_command
+from bake.cli.output import KEPT, NOTHING_KEPT, Output, bake_command
 from bake.errors import UsageError
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 
