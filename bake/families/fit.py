@@ -1,55 +1,17 @@
-"""One model against its table: the layout of whatever has a config and named tensors."""
+"""One checkpoint against its table: its layout."""
 
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
 
+from bake.checkpoints import Checkpoint
 from bake.errors import BakeError, FamilyError
 from bake.families.find import find_family, read_family
 from bake.families.layout import Layout
 from bake.families.resolve import resolve
-from bake.families.section import Json
 from bake.families.table import Family
 
 
-class _Tensor(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-
-class Model(Protocol):
-    """What a table is held against: a checkpoint whose headers have been read."""
-
-    @property
-    def source(self) -> str:
-        """The model as the user names it."""
-        ...
-
-    @property
-    def config(self) -> Mapping[str, Json]:
-        """``config.json``, parsed."""
-        ...
-
-    @property
-    def tensors(self) -> Mapping[str, _Tensor]:
-        """Shape and storage type of every tensor, by name."""
-        ...
-
-    @property
-    def harmless(self) -> Collection[str]:
-        """Keys of the config that its user takes to change nothing."""
-        ...
-
-    def tensor_digest(self, name: str) -> str:
-        """Return the sha256 of one tensor's bytes."""
-        ...
-
-
 def layout_of(
-    model: Model,
+    model: Checkpoint,
     table: Family | Path | None = None,
     *,
     declared: bool = False,
@@ -78,7 +40,7 @@ def layout_of(
     return layout
 
 
-def _check_copy(model: Model, layout: Layout) -> None:
+def _check_copy(model: Checkpoint, layout: Layout) -> None:
     """Refuse a tied head that is stored as well, with other values than the embedding has."""
     head, embed = layout.unembed.weight, layout.embed
     if not (layout.tied and layout.head_is_stored):
@@ -93,7 +55,7 @@ def _check_copy(model: Model, layout: Layout) -> None:
         )
 
 
-def _chosen(model: Model, given: Family | Path | None, *, declared: bool) -> Family:
+def _chosen(model: Checkpoint, given: Family | Path | None, *, declared: bool) -> Family:
     if given is None:
         return find_family(model.config)
     table = read_family(given) if isinstance(given, Path) else given
