@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
@@ -19,7 +20,8 @@ from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
 from bake import edits as make
 from bake.artifact import CARRIERS, KINDS
 from bake.errors import InexactPlan, UsageError
-from bake.families import ADAPTABLE, DESCRIBED, RUNTIMES, load_families
+from bake.families import DESCRIBED, RUNTIMES, load_families
+from bake.families.runtime import Adaptable
 from bake.plan import ConfigChange, Exactness, Plan, compile_plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes, refuse
 from bake.verify.runtimes.registry import RUNTIMES as ASKED
@@ -515,7 +517,7 @@ def test_shipped_tables_say_what_every_runtime_does() -> None:
         assert set(family.runtimes) == set(DESCRIBED)
         for name in ("vllm", "llama.cpp"):
             adaptable = family.runtimes[name].lora
-            assert adaptable is not None and set(adaptable) <= set(ADAPTABLE)
+            assert adaptable is not None and set(adaptable) <= set(get_args(Adaptable))
         assert family.runtimes["llama.cpp"].control_vector is True
         for name, runtime in family.runtimes.items():
             assert re.match(r"(vLLM|llama\.cpp|SGLang|Ollama|MLX-LM) ", runtime.source), name

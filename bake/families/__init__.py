@@ -3,12 +3,11 @@
 from bake.families.find import family_named, find_family, load_families, read_family
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, runtime_of
 from bake.families.resolve import resolve
-from bake.families.runtime import ADAPTABLE, DESCRIBED, READS, RUNTIMES, Runtime
+from bake.families.runtime import DESCRIBED, READS, RUNTIMES, Runtime
 from bake.families.section import Json
 from bake.families.table import Family, GgufNames, Recast, configured, parse_family
 
 __all__ = [
-    "ADAPTABLE",
     "DESCRIBED",
     "READS",
     "RUNTIMES",

@@ -81,7 +81,7 @@ def resolve(
 
 def _points(family: Family, layers: int) -> tuple[tuple[Site, ...], ...]:
     """Return the points of the stream: before the blocks, and behind every sum."""
-    kinds = sorted({row.target for row in family.branches}, key=STREAM_KINDS.index)
+    kinds = sorted({SiteKind(row.target) for row in family.branches}, key=STREAM_KINDS.index)
     points: list[tuple[Site, ...]] = [(Site(SiteKind.RESID_PRE, 0),)]
     for layer in range(layers):
         points += [(Site(kind, layer),) for kind in kinds]
@@ -108,8 +108,8 @@ class _Block:
             yield Branch(
                 name=row.name,
                 layer=self.layer,
-                source=index[Site(row.source, self.layer)],
-                target=index[Site(row.target, self.layer)],
+                source=index[Site(SiteKind(row.source), self.layer)],
+                target=index[Site(SiteKind(row.target), self.layer)],
                 live=f"{self.path}.{row.module}",
                 norm_in=None if row.norm_in is None else self.norms[row.norm_in],
                 norm_out=None if row.norm_out is None else self.norms[row.norm_out],
@@ -203,7 +203,7 @@ def _norm(claims: Claims, hidden: int, path: str, site: Site) -> Norm:
     rule = claims.family.norm
     weight = claims.claim(f"{path}.weight", (hidden,), "the norm")
     bias = claims.claim(f"{path}.bias", (hidden,), "the norm") if rule.bias else None
-    return Norm(weight, bias, rule.kind, rule.gain_offset, path, site)
+    return Norm(weight, bias, rule.kind, float(rule.gain_offset), path, site)
 
 
 def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
@@ -215,7 +215,7 @@ def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
         claims.claim(f"{row.module}.weight", size, "the output head")
     shape = claims.shapes[embed if settings.tied else name]
     bias = _bias(settings, claims, f"{row.module}.bias", row.bias, shape[0])
-    return Linear(row.module, name, shape, 0, bias, (), None, row.live)
+    return Linear(row.module, name, shape, 0, bias, (), None, row.live or row.module)
 
 
 def _sites(points: tuple[tuple[Site, ...], ...], branches: tuple[Branch, ...]) -> tuple[Site, ...]:

@@ -6,7 +6,7 @@ run in it stands beside them. The plan draws its verdicts from both.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bake.artifact.carrier import CARRIERS, read_by
 from bake.errors import FamilyError
@@ -22,8 +22,10 @@ DESCRIBED = RUNTIMES[2:]
 READS: Mapping[str, tuple[str, ...]] = {name: read_by(name) for name in RUNTIMES}
 """The carriers that each runtime loads, a checkpoint also through its own converter."""
 
-ADAPTABLE = ("linear", "expert", "embed", "positions", "head")
+Adaptable = Literal["linear", "expert", "embed", "positions", "head"]
 """What a low-rank adapter can be for: a linear layer of a block, an expert's, a table, the head."""
+
+_CARRIERS: Any = tuple[Literal[*CARRIERS], ...]  # type: ignore[valid-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,9 @@ class Runtime:
     """Whether it loads an output head that differs from the embedding."""
     extra_head: Literal["dropped", "refused"]
     """What it does with an output head of its own, where it loads none."""
-    lora: tuple[str, ...] | None
-    """What an adapter may change there: some of ``ADAPTABLE``; None where nothing is known."""
-    control_vector: bool | None
+    lora: tuple[Adaptable, ...] | None = None
+    """What an adapter may change there; None where nothing is known."""
+    control_vector: bool | None = None
     """Whether it adds control vectors behind the blocks; None where nothing is known."""
     misplaced: tuple[str, ...] = ()
     """The linear layers whose bias it loads in the wrong order: only zeros come out right."""
@@ -82,38 +84,24 @@ def read_runtimes(
     return found
 
 
-def read_run(rows: Mapping[str, Json], where: str) -> Mapping[str, tuple[str, ...]]:
+def read_run(section: Section) -> Mapping[str, tuple[str, ...]]:
     """Return, for every runtime, the carriers that tests have run in it.
 
     Raises:
         FamilyError: a name that is no runtime or no carrier.
     """
-    section = Section(rows, where)
-    found = {name: section.some_of(name, CARRIERS) or () for name in RUNTIMES}
+    found = {name: section.value(name, _CARRIERS, ()) for name in RUNTIMES}
     section.close()
     return found
 
 
 def _runtime(row: Mapping[str, Json], where: str) -> Runtime:
     section = Section(row, where)
-    source = section.take("source", str)
-    loads = section.take("checkpoint", bool, True)
+    loads = section.value("checkpoint", bool, True)
+    known: dict[str, Json] = {"checkpoint": loads}
     # What it does with a checkpoint has to be said of a runtime that loads one, and of no other.
-    untied = section.take("untied_head", bool) if loads else False
-    extra_head: Literal["dropped", "refused"] = "refused"
-    if loads and not untied:
-        extra_head = section.choice("extra_head", ("dropped", "refused"))
-    runtime = Runtime(
-        source=source,
-        checkpoint=loads,
-        biases=section.strings("biases") if loads else (),
-        extra_bias=section.choice("extra_bias", ("dropped", "refused")) if loads else "refused",
-        untied_head=untied,
-        extra_head=extra_head,
-        lora=section.some_of("lora", ADAPTABLE),
-        control_vector=section.optional("control_vector", bool),
-        misplaced=section.strings("misplaced", ()),
-        defaults=section.take("defaults", dict, {}),
-    )
-    section.close()
-    return runtime
+    if not loads:
+        known |= {"biases": (), "extra_bias": "refused", "untied_head": False}
+    if not loads or row.get("untied_head") is True:
+        known["extra_head"] = "refused"
+    return section.read(Runtime, **known)

@@ -7,12 +7,12 @@ would be folklore.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bake.errors import FamilyError
 from bake.families.runtime import Runtime, read_run, read_runtimes
-from bake.families.section import Json, Section, conditions, strings_by_key
+from bake.families.section import KEY, Json, Section
 from bake.sites import SiteKind
 
 
@@ -26,11 +26,11 @@ class LinearRow:
     """For a reader the site of each fused output, for a writer the one site of its input."""
     bias: str
     """``always``, ``never``, or the config flag that gives the layer its bias."""
-    layout: Literal["linear", "conv1d"]
+    layout: Literal["linear", "conv1d"] = "linear"
     """``linear`` stores [out, in], ``conv1d`` stores [in, out]."""
-    fuse: Literal["concat", "heads"]
+    fuse: Literal["concat", "heads"] = "concat"
     """How several outputs share the rows: one after another, or interleaved head by head."""
-    live: str | None
+    live: str | None = None
     """Path of the module in a loaded transformers model where it differs; "" where none exists."""
 
 
@@ -39,16 +39,16 @@ class BranchRow:
     """One branch of a block: from a stream site through readers and writers to a stream site."""
 
     name: Literal["attn", "mlp"]
-    source: SiteKind
-    target: SiteKind
+    source: Literal["resid_pre", "resid_mid"] = field(metadata={KEY: "from"})
+    target: Literal["resid_mid", "resid_post"] = field(metadata={KEY: "to"})
     module: str
     """Path of the branch's module in a loaded model, below the block."""
     norm_in: str | None
     norm_out: str | None
-    gain: float | str
-    """A number, or the config key that holds it."""
     reads: tuple[LinearRow, ...]
     writes: tuple[LinearRow, ...]
+    gain: float | str = 1.0
+    """A number, or the config key that holds it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class Recast:
     when: Mapping[str, tuple[Json, ...]]
     """Config keys and the values they must have."""
     set: Mapping[str, Json]
-    drop: tuple[str, ...]
-    explicit: tuple[str, ...]
+    drop: tuple[str, ...] = ()
+    explicit: tuple[str, ...] = ()
     """Keys whose default of the source class is written out where config.json leaves it unsaid."""
 
 
@@ -71,19 +71,19 @@ class GgufNames:
     arch: str
     """``general.architecture`` of the file."""
     source: str
-    embed: str
-    positions: tuple[str, ...]
-    """In the order of the family's own positions."""
-    unembed: str
-    final_norm: str
     linears: Mapping[str, str]
     """Name below ``blk.{layer}`` of every linear layer, by module; experts share a stacked one."""
     norms: Mapping[str, str]
     """The same for the norms of a block."""
-    rows: Mapping[str, Literal["rotary", "parts"]]
+    embed: str = "token_embd"
+    positions: tuple[str, ...] = ()
+    """In the order of the family's own positions."""
+    unembed: str = "output"
+    final_norm: str = "output_norm"
+    rows: Mapping[str, Literal["rotary", "parts"]] = field(default_factory=dict)
     """Linear layers whose outputs the converter orders anew, weight and bias alike: ``rotary``
     interleaves the halves of every head, ``parts`` lays fused outputs one after another."""
-    untouched: tuple[str, ...]
+    untouched: tuple[str, ...] = ()
     """Further tensors of the file that no edit touches."""
 
 
@@ -110,8 +110,8 @@ class BlockRow:
     """Where the blocks are, and what of them is no linear layer and no norm."""
 
     path: str
-    optional_prefix: str
-    untouched: tuple[str, ...]
+    optional_prefix: str = ""
+    untouched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,8 @@ class NormRow:
     """What kind every norm of the family is."""
 
     kind: Literal["rms", "layer"]
-    gain_offset: float
-    bias: bool
+    gain_offset: int = 0
+    bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +128,10 @@ class EmbedRow:
     """The embedding and the position tables."""
 
     module: str
-    multiplier: float | str
-    multiplied_by: Literal["module", "model"]
+    multiplier: float | str = 1.0
+    multiplied_by: Literal["module", "model"] = "module"
     """Who multiplies: the embedding module itself (Gemma), or the model behind it (Granite)."""
-    positions: tuple[str, ...]
+    positions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +139,10 @@ class UnembedRow:
     """The output head and the norm before it."""
 
     module: str
-    live: str
-    bias: str
     norm_in: str
+    live: str = ""
+    """Its path in a loaded model, where that is not ``module``."""
+    bias: str = "never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,176 +198,82 @@ def parse_family(text: str, where: str) -> Family:
     """
     root = Section.parse(text, "the family table", where)
     branches = tuple(_branch(row, where) for row in root.take("branch", list))
-    unembed = _unembed(root.table("unembed"))
+    unembed = root.table("unembed").read(UnembedRow)
     modules = {row.module for branch in branches for row in (*branch.reads, *branch.writes)}
-    family = Family(
-        name=root.take("name", str),
-        title=root.take("title", str),
-        source=root.take("source", str),
-        architectures=root.strings("architectures"),
-        model_types=root.strings("model_types"),
-        config=_config(root, where),
-        block=_block(root.table("block")),
-        norm=_norm(root.table("norm")),
-        embed=_embed(root.table("embed")),
+    names = root.optional("gguf", dict)
+    family = root.read(
+        Family,
+        config=_config(root),
+        block=root.table("block").read(BlockRow),
+        norm=root.table("norm").read(NormRow),
+        embed=root.table("embed").read(EmbedRow),
         unembed=unembed,
         branches=branches,
         runtimes=read_runtimes(root.take("runtime", dict, {}), modules | {unembed.module}, where),
-        run=read_run(root.take("run", dict, {}), f"{where} [run]"),
+        run=read_run(root.table("run", optional=True)),
         recasts=tuple(
             _recast(name, row, f"{where} [recast.{name}]")
             for name, row in root.take("recast", dict, {}).items()
         ),
-        gguf=_gguf(root.raw("gguf"), f"{where} [gguf]"),
+        gguf=None if names is None else Section(names, f"{where} [gguf]").read(GgufNames),
     )
-    root.close()
     _check_flags(family, where)
     _check_gguf(family, where)
     return family
 
 
-def _config(root: Section, where: str) -> ConfigKeys:
+def _config(root: Section) -> ConfigKeys:
     config, dims = root.table("config", optional=True), root.table("dims")
     keys = ConfigKeys(
-        when=conditions(root.take("when", dict, {}), f"{where} [when]"),
-        must=conditions(root.take("must", dict, {}), f"{where} [must]"),
-        flags=_flags(root.take("flags", dict, {}), f"{where} [flags]"),
+        when=root.conditions("when"),
+        must=root.conditions("must"),
+        flags=root.take("flags", dict, {}),
         defaults=root.take("defaults", dict, {}),
         dims={key: dims.take(key, str, OPTIONAL.get(key)) for key in DIMENSIONS},
-        harmless=config.strings("harmless", ()),
+        harmless=config.value("harmless", tuple[str, ...], ()),
     )
     config.close()
     dims.close()
     return keys
 
 
-def _block(section: Section) -> BlockRow:
-    block = BlockRow(
-        path=section.take("path", str),
-        optional_prefix=section.take("optional_prefix", str, ""),
-        untouched=section.strings("untouched", ()),
-    )
-    section.close()
-    return block
-
-
-def _norm(section: Section) -> NormRow:
-    norm = NormRow(
-        kind=section.choice("kind", ("rms", "layer")),
-        gain_offset=float(section.take("gain_offset", int, 0)),
-        bias=section.take("bias", bool, False),
-    )
-    section.close()
-    return norm
-
-
-def _embed(section: Section) -> EmbedRow:
-    embed = EmbedRow(
-        module=section.take("module", str),
-        multiplier=section.number_or_key("multiplier"),
-        multiplied_by=section.choice("multiplied_by", ("module", "model"), "module"),
-        positions=section.strings("positions", ()),
-    )
-    section.close()
-    return embed
-
-
-def _unembed(section: Section) -> UnembedRow:
-    module = section.take("module", str)
-    unembed = UnembedRow(
-        module=module,
-        live=section.take("live", str, module),
-        bias=section.take("bias", str, "never"),
-        norm_in=section.take("norm_in", str),
-    )
-    section.close()
-    return unembed
-
-
 def _branch(row: Mapping[str, Json], where: str) -> BranchRow:
     section = Section(row, f"{where} [[branch]]")
     section.where += f" {row.get('name')}"
-    branch = BranchRow(
-        name=section.choice("name", ("attn", "mlp")),
-        source=SiteKind(section.choice("from", ("resid_pre", "resid_mid"))),
-        target=SiteKind(section.choice("to", ("resid_mid", "resid_post"))),
-        module=section.take("module", str),
-        norm_in=section.take("norm_in", str, "") or None,
-        norm_out=section.take("norm_out", str, "") or None,
-        gain=section.number_or_key("gain"),
+    return section.read(
+        BranchRow,
+        norm_in=section.value("norm_in", str) or None,
+        norm_out=section.value("norm_out", str) or None,
         reads=tuple(_linear(r, section.where) for r in section.take("reads", list)),
         writes=tuple(_linear(r, section.where) for r in section.take("writes", list)),
     )
-    section.close()
-    return branch
 
 
 def _linear(row: Mapping[str, Json], where: str) -> LinearRow:
     section = Section(row, f"{where} {row.get('module') if isinstance(row, Mapping) else row!r}")
-    linear = LinearRow(
-        module=section.take("module", str),
-        sites=tuple(_site_kind(section, kind) for kind in section.strings("sites", ())),
-        bias=section.take("bias", str),
-        layout=section.choice("layout", ("linear", "conv1d"), "linear"),
-        fuse=section.choice("fuse", ("concat", "heads"), "concat"),
-        live=section.optional("live", str),
-    )
-    section.close()
-    return linear
+    kinds = section.value("sites", tuple[str, ...], ())
+    return section.read(LinearRow, sites=tuple(_site_kind(kind, section.where) for kind in kinds))
 
 
 def _recast(name: str, row: Mapping[str, Json], where: str) -> Recast:
     section = Section(row, where)
-    recast = Recast(
-        family=name,
-        when=conditions(section.take("when", dict, {}), where),
-        set=section.take("set", dict),
-        drop=section.strings("drop", ()),
-        explicit=section.strings("explicit", ()),
-    )
-    section.close()
-    return recast
+    return section.read(Recast, family=name, when=section.conditions("when"))
 
 
-def _gguf(row: Mapping[str, Json] | None, where: str) -> GgufNames | None:
-    if row is None:
-        return None
-    section = Section(row, where)
-    rows = Section(section.take("rows", dict, {}), f"{where} rows")
-    names = GgufNames(
-        arch=section.take("arch", str),
-        source=section.take("source", str),
-        embed=section.take("embed", str, "token_embd"),
-        positions=section.strings("positions", ()),
-        unembed=section.take("unembed", str, "output"),
-        final_norm=section.take("final_norm", str, "output_norm"),
-        linears=strings_by_key(section.take("linears", dict), f"{where} linears"),
-        norms=strings_by_key(section.take("norms", dict), f"{where} norms"),
-        rows={key: rows.choice(key, ("rotary", "parts")) for key in row.get("rows", {})},
-        untouched=section.strings("untouched", ()),
-    )
-    section.close()
-    return names
-
-
-def _flags(values: Mapping[str, Json], where: str) -> Mapping[str, bool]:
-    for key, default in values.items():
-        if not isinstance(default, bool):
-            raise FamilyError(f"{key} = {default!r} is no boolean", where=where)
-    return dict(values)
-
-
-def _site_kind(section: Section, kind: str) -> SiteKind:
+def _site_kind(kind: str, where: str) -> SiteKind:
     if kind not in tuple(SiteKind):
         raise FamilyError(
             f"sites names {kind!r}, which is no site",
-            where=section.where,
+            where=where,
             fix=f"the sites are {', '.join(SiteKind)}",
         )
     return SiteKind(kind)
 
 
 def _check_flags(family: Family, where: str) -> None:
+    for key, default in family.config.flags.items():
+        if not isinstance(default, bool):
+            raise FamilyError(f"{key} = {default!r} is no boolean", where=f"{where} [flags]")
     for bias in {row.bias for row in family.linears} | {family.unembed.bias}:
         if bias not in ("always", "never", *family.config.flags):
             raise FamilyError(
