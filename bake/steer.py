@@ -150,9 +150,8 @@ def _places(layout: Layout) -> Mapping[Site, _Place]:
         places[Site(SiteKind.RESID_POST, layer)] = _Place(_block(layout, layer), "output")
     for branch in layout.branches:
         places[branch.output_site] = _Place(branch.live, "output")
-        for norm in (branch.norm_in, branch.norm_out):
-            if norm is not None and norm.site is not None:
-                places[norm.site] = _Place(norm.live, "output")
+        for norm in branch.norms:
+            places[norm.site] = _Place(norm.live, "output")
         for reader in branch.reads:
             for part in reader.parts:
                 if reader.live is not None:

@@ -59,10 +59,9 @@ def gguf_places(layout: Layout) -> Mapping[str, GgufPlace]:
     for branch in layout.branches:
         block = f"blk.{branch.layer}"
         live = layout.block_live.replace("{layer}", str(branch.layer))
-        for norm in (branch.norm_in, branch.norm_out):
-            if norm is not None:
-                name = names.norms[norm.live.removeprefix(f"{live}.")]
-                places |= _norm(norm, f"{block}.{name}")
+        for norm in branch.norms:
+            name = names.norms[norm.live.removeprefix(f"{live}.")]
+            places |= _norm(norm, f"{block}.{name}")
         for linear in (*branch.reads, *branch.writes):
             places |= _linear(linear, f"{block}.{names.linears[linear.module]}", names, layout)
     places |= _norm(layout.final_norm, names.final_norm)

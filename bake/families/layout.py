@@ -62,7 +62,8 @@ class Norm:
     kind: Literal["rms", "layer"]
     gain_offset: float
     live: str
-    site: Site | None
+    site: Site
+    """Its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,11 @@ class Branch:
     reads: tuple[Linear, ...]
     writes: tuple[Linear, ...]
     output_site: Site
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms that it has: before its readers, behind its writers."""
+        return tuple(norm for norm in (self.norm_in, self.norm_out) if norm is not None)
 
 
 @dataclass(frozen=True, slots=True)

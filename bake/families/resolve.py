@@ -221,8 +221,7 @@ def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
 def _sites(points: tuple[tuple[Site, ...], ...], branches: tuple[Branch, ...]) -> tuple[Site, ...]:
     found = {Site(SiteKind.EMBED), *(site for point in points for site in point)}
     for branch in branches:
-        norms = (branch.norm_in, branch.norm_out)
-        found |= {norm.site for norm in norms if norm is not None and norm.site is not None}
+        found |= {norm.site for norm in branch.norms}
         found |= {part.site for linear in branch.reads for part in linear.parts}
         found |= {w.input_site for w in branch.writes if w.input_site is not None}
         found.add(branch.output_site)

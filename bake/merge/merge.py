@@ -317,7 +317,7 @@ def _names(layout: Layout) -> dict[str, str]:
     for linear in (layout.unembed, *layout.linears):
         if linear.live is not None:
             names[linear.live] = linear.weight.removesuffix(".weight")
-    norms = [norm for b in layout.branches for norm in (b.norm_in, b.norm_out) if norm is not None]
+    norms = [norm for branch in layout.branches for norm in branch.norms]
     for norm in (*norms, layout.final_norm):
         names[norm.live] = norm.weight.removesuffix(".weight")
     return names

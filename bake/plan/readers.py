@@ -57,7 +57,6 @@ def _reading(
     """Fold what stands between the stream and its readers: turn, gain, bias, norm hook."""
     if norm is None:
         return _Reading(None if frame.is_translation() else thin(frame), stream=turned_by)
-    assert norm.site is not None
     map_, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
     diagonal = as_diagonal(map_)
     if not frame.is_translation():

@@ -104,7 +104,6 @@ def _outer(context: Context, branch: Branch) -> tuple[AffineMap, frozenset[int]]
 
 def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
     """Put diagonal maps behind a post-norm into its gain; no other map folds there."""
-    assert norm.site is not None
     behind, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
     if isinstance(behind, DiagonalMap) and (behind.is_linear() or norm.bias is not None):
         updates = scaled_norm(context, norm, edits, behind.scale, behind.bias)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from bake.errors import UsageError
-from bake.families import Branch, Layout, Norm
+from bake.families import Branch, Layout
 from bake.sites import Site, SiteKind, expand
 
 INPUT, OUTPUT = ":input", ":output"
@@ -18,7 +18,10 @@ INPUT, OUTPUT = ":input", ":output"
 
 def aliases(layout: Layout) -> dict[str, Site]:
     """Return the site of every module path, with ``:input`` or ``:output``; bare means output."""
-    outputs: dict[str, Site] = {layout.embed_live: Site(SiteKind.EMBED)}
+    outputs = {
+        layout.embed_live: Site(SiteKind.EMBED),
+        layout.final_norm.live: layout.final_norm.site,
+    }
     inputs: dict[str, Site] = {}
     for layer in range(layout.layers):
         block = layout.block_live.replace("{layer}", str(layer))
@@ -26,7 +29,6 @@ def aliases(layout: Layout) -> dict[str, Site]:
         inputs[block] = Site(SiteKind.RESID_PRE, layer)
     for branch in layout.branches:
         _add_branch(branch, outputs, inputs)
-    _add_norm(layout.final_norm, outputs)
     return {
         **outputs,
         **{path + OUTPUT: site for path, site in outputs.items()},
@@ -36,9 +38,7 @@ def aliases(layout: Layout) -> dict[str, Site]:
 
 def _add_branch(branch: Branch, outputs: dict[str, Site], inputs: dict[str, Site]) -> None:
     outputs[branch.live] = branch.output_site
-    for norm in (branch.norm_in, branch.norm_out):
-        if norm is not None:
-            _add_norm(norm, outputs)
+    outputs.update((norm.live, norm.site) for norm in branch.norms)
     for linear in branch.reads:
         if linear.live is not None and len(linear.parts) == 1:
             outputs[linear.live] = linear.parts[0].site
@@ -48,11 +48,6 @@ def _add_branch(branch: Branch, outputs: dict[str, Site], inputs: dict[str, Site
         # The last layer of a branch is its output, unless experts share it.
         if linear.live is not None and len(branch.writes) == 1:
             outputs[linear.live] = branch.output_site
-
-
-def _add_norm(norm: Norm, outputs: dict[str, Site]) -> None:
-    if norm.site is not None:
-        outputs[norm.live] = norm.site
 
 
 def translate(pattern: str, known: Mapping[str, Site]) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ def check_norms(
     """
     layout = plan.layout
     ends = (b for b in layout.branches if b.layer in (0, layout.layers - 1))
-    norms = [norm for b in ends for norm in (b.norm_in, b.norm_out) if norm is not None]
+    norms = [norm for branch in ends for norm in branch.norms]
     for norm in (*norms, layout.final_norm):
         place = places[norm.weight]
         found = _values(gguf, place)
