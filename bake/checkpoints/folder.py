@@ -231,12 +231,16 @@ def regular_file(folder: Path, name: str) -> Path:
 def _in_cache(folder: Path, link: Path, target: Path) -> bool:
     """Tell whether a link of a snapshot leads to a blob of its repository in the cache.
 
+    The layout is ``models--owner--name/{snapshots/<commit>,blobs}``. Where ``blobs`` is itself a
+    link, no resolved target lies in it, so its files are refused as they should be.
     huggingface_hub 2.x keeps what came in chunks once for all repositories, in
     ``blobs/<first two digits>/<hash>`` of the cache, and has the repository's blob link to it.
     """
-    blobs = _blobs(folder)
-    if blobs is None or target.parent == blobs:
-        return blobs is not None
+    if folder.parent.name != "snapshots":
+        return False
+    blobs = folder.parent.parent / "blobs"
+    if target.parent == blobs:
+        return True
     first = link.parent / link.readlink()
     shared = blobs.parent.parent / "blobs"
     return (
@@ -244,15 +248,6 @@ def _in_cache(folder: Path, link: Path, target: Path) -> bool:
         and target.parent.parent == shared
         and target.parent.name == target.name[:2]
     )
-
-
-def _blobs(folder: Path) -> Path | None:
-    """Return the cache folder that a snapshot's links lead into, or None outside the cache.
-
-    The layout is ``models--owner--name/{snapshots/<commit>,blobs}``. Where ``blobs`` is itself a
-    link, no resolved target lies in it, so its files are refused as they should be.
-    """
-    return folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else None
 
 
 def read_text(folder: Path, name: str) -> str:
