@@ -1,6 +1,5 @@
 """``bake directions``: what is in an artifact."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -40,7 +39,7 @@ def command(
             "digest": found.digest,
             "width": found.width,
             "metadata": dict(found.metadata),
-            "rows": [asdict(row) for row in rows],
+            "rows": [row.to_json() for row in rows],
         },
         view=lambda: results.directions(found, rows),
     )

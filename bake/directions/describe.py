@@ -1,7 +1,5 @@
 """What an artifact holds, as rows for a table."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,17 +8,9 @@ from bake.artifact.schema import DirectionRecord, FittedTensor
 from bake.directions.direction import Direction, Directions, Role
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor of one direction."""
+class Row(FittedTensor, frozen=True, kw_only=True):
+    """One tensor of one direction: what a record keeps of it, and how it lies to the others."""
 
-    layer: int | None
-    site: str | None
-    role: Role
-    shape: tuple[int, ...]
-    dtype: str
-    norm: float
-    """Euclidean, over all entries."""
     cosine: float | None
     """Of a vector to that of the item before it; None for the first and for what is no vector."""
     singular_values: tuple[float, ...]
@@ -28,7 +18,10 @@ class Row:
 
 
 def describe(directions: Directions) -> tuple[Row, ...]:
-    """Return one row per tensor, in the order of the items; arithmetic is float64."""
+    """Return one row per tensor, in the order of the items; arithmetic is float64.
+
+    The norm is Euclidean, over all entries.
+    """
     rows: list[Row] = []
     before: Direction | None = None
     for item in directions.items:
