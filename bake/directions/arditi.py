@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bake.directions.arrays import layered
+from bake.directions.arrays import Place, layered
 from bake.directions.direction import Direction, Role
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
@@ -82,11 +82,9 @@ def _mean_diffs(request: Request) -> Content:
             f"{MEAN_DIFFS} holds {len(positions)} positions, and `key` names none of them",
             fix=f"set key to one of {', '.join(positions)}; -1 is the last token",
         )
-    rows = tensor[int(request.key)]
-    items, metadata = layered(
-        {(layer, str(Site(SiteKind.RESID_PRE, layer))): row for layer, row in enumerate(rows)}
-    )
-    return Content(items, {"pos": request.key} | metadata)
+    rows = enumerate(tensor[int(request.key)])
+    vectors: dict[Place, Tensor] = {(n, str(Site(SiteKind.RESID_PRE, n))): row for n, row in rows}
+    return layered(vectors).beside({"pos": request.key})
 
 
 READER = Reader(

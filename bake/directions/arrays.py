@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from bake.directions.direction import Direction, Role
+from bake.directions.direction import Direction, Role, shortened
 from bake.directions.reader import Content, Request, Shape
 from bake.errors import DirectionError, UsageError
 from bake.sites import parse_site
@@ -39,10 +39,8 @@ def place_of(name: str) -> Place | None:
     return site.layer, str(site)
 
 
-def from_tensor(
-    tensor: Tensor, shape: Shape | None, place: Place = (None, None)
-) -> tuple[tuple[Direction, ...], dict[str, str]]:
-    """Return the items and the metadata of one tensor: [d], [1, d], [k, d] or [layers, d].
+def from_tensor(tensor: Tensor, shape: Shape | None, place: Place = (None, None)) -> Content:
+    """Return the content of one tensor: [d], [1, d], [k, d] or [layers, d].
 
     Raises:
         DirectionError: a shape that can be read in two ways and is not declared, or in none.
@@ -61,17 +59,15 @@ def from_tensor(
     if shape is Shape.SUBSPACE:
         if tensor.dim() != 2:
             raise DirectionError(f'shape = "subspace" needs a tensor [k, d], not {given}')
-        return (Direction({Role.SUBSPACE: tensor}, layer, site),), {}
+        return Content((Direction({Role.SUBSPACE: tensor}, layer, site),))
     if tensor.dim() == 1 or (tensor.dim() == 2 and given[0] == 1):
-        return (Direction({Role.VECTOR: tensor.reshape(-1)}, layer, site),), {}
+        return Content((Direction({Role.VECTOR: tensor.reshape(-1)}, layer, site),))
     if shape is Shape.VECTOR:
         raise DirectionError(f'shape = "vector" needs a tensor [d] or [1, d], not {given}')
     raise _unclear(given)
 
 
-def layered(
-    vectors: Mapping[Place, Tensor],
-) -> tuple[tuple[Direction, ...], dict[str, str]]:
+def layered(vectors: Mapping[Place, Tensor]) -> Content:
     """Return one vector per place; zero vectors are left out and named in the metadata.
 
     A difference of means at a template's own tokens is exactly zero before the first block: such
@@ -88,7 +84,7 @@ def layered(
         for place, vector in vectors.items()
         if place not in zero
     )
-    return items, ({"zero_layers": ",".join(str(layer) for layer, _ in zero)} if zero else {})
+    return Content(items, {"zero_layers": ",".join(str(n) for n, _ in zero)} if zero else {})
 
 
 def from_named(names: Sequence[str], get: Callable[[str], Tensor], request: Request) -> Content:
@@ -107,14 +103,13 @@ def from_named(names: Sequence[str], get: Callable[[str], Tensor], request: Requ
         raise DirectionError("the file holds no tensor")
     if request.key is not None:
         name = _find(request.key, names)
-        items, metadata = from_tensor(get(name), request.shape, place_of(name) or (None, None))
-        return Content(items, {"key": name} | metadata)
+        place = place_of(name) or (None, None)
+        return from_tensor(get(name), request.shape, place).beside({"key": name})
     places = {name: place_of(name) for name in names}
     if all(place is not None for place in places.values()):
         return _mapping({name: place for name, place in places.items() if place}, get, request)
     if len(names) == 1:
-        items, metadata = from_tensor(get(names[0]), request.shape)
-        return Content(items, {"key": names[0]} | metadata)
+        return from_tensor(get(names[0]), request.shape).beside({"key": names[0]})
     raise DirectionError(
         f"the file holds {len(names)} tensors whose names are no layers: {listing(names)}",
         fix="name one of them with `key`",
@@ -139,7 +134,7 @@ def _mapping(
     if request.shape is Shape.SUBSPACE or len(by_place) == 1:
         items: list[Direction] = []
         for place, name in by_place.items():
-            items += from_tensor(get(name), request.shape, place)[0]
+            items += from_tensor(get(name), request.shape, place).items
         return Content(tuple(items))
     vectors: dict[Place, Tensor] = {}
     for place, name in by_place.items():
@@ -150,16 +145,12 @@ def _mapping(
                 fix='set shape = "subspace" if each layer holds a subspace [k, d]',
             )
         vectors[place] = tensor
-    found, metadata = layered(vectors)
-    return Content(found, metadata)
+    return layered(vectors)
 
 
 def listing(names: Sequence[str]) -> str:
     """Return names for a message, shortened where they are many."""
-    shown = [repr(name) for name in names]
-    if len(shown) > 12:
-        shown[8:-2] = ["…"]
-    return ", ".join(shown)
+    return shortened([repr(name) for name in names])
 
 
 def _find(key: str, names: Sequence[str]) -> str:

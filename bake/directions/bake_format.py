@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bake.checkpoints.header import build_header
-from bake.directions.direction import Direction, Directions, Role
+from bake.directions.direction import DTYPES, Direction, Directions, Role
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.safetensors_file import opened
 from bake.errors import DirectionError, UsageError
@@ -24,12 +24,6 @@ from bake.sites import GLOBAL_KINDS, SiteKind, parse_site
 FORMAT = "bake-directions"
 VERSION = "1"
 _OWN_KEYS = ("format", "version", "concept", "site")
-_DTYPE_NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 
 def write_directions(directions: Directions, path: Path) -> None:
@@ -53,7 +47,7 @@ def write_directions(directions: Directions, path: Path) -> None:
     metadata.pop("site", None)
     if site is not None:
         metadata["site"] = site
-    forms = {name: (_DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    forms = {name: (DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
     header, places = build_header(forms, shard=path.name, metadata=metadata)
     values = (tensors[place.name].reshape(-1).view(torch.uint8) for place in places)
     data = b"".join((header, *(value.numpy().tobytes() for value in values)))

@@ -4,7 +4,7 @@ Both are checked when they are made, so that no reader can forget to: shapes tha
 floating-point values, all of them finite, and nothing zero where zero has no direction.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -15,7 +15,13 @@ from torch import Tensor
 from bake.errors import DirectionError, UsageError
 from bake.sites import parse_site
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""The types of fitted tensors, with safetensors' names of them."""
 
 
 class Role(StrEnum):
@@ -187,13 +193,15 @@ class Directions:
         )
 
     def _contents(self) -> str:
-        places = [item.place for item in self.items]
-        if len(places) > 12:
-            places[8:-2] = ["…"]
-        return ", ".join(places)
+        return shortened([item.place for item in self.items])
 
     def _error(self, what: str, *, fix: str) -> DirectionError:
         return DirectionError(what, where=self.source, fix=fix)
+
+
+def shortened(words: Sequence[str]) -> str:
+    """Return words for a message, without those in the middle where they are many."""
+    return ", ".join(words if len(words) <= 12 else (*words[:8], "…", *words[-2:]))
 
 
 def _owned(role: Role, tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def _recognises(path: Path) -> bool:
 
 
 def _read(request: Request) -> Content:
-    return Content(*from_tensor(read_array(request.path.read_bytes()), request.shape))
+    return from_tensor(read_array(request.path.read_bytes()), request.shape)
 
 
 READER = Reader("a NumPy array (.npy)", _recognises, _read, frozenset({"shape"}))

@@ -21,9 +21,9 @@ def _recognises(path: Path) -> bool:
 def _read(request: Request) -> Content:
     value = load(request.path)
     if isinstance(value, Tensor):
-        return Content(*from_tensor(tensor_of(value, "the value"), request.shape))
+        return from_tensor(tensor_of(value, "the value"), request.shape)
     if isinstance(value, list | tuple):
-        return Content(*from_tensor(_stacked(value), request.shape))
+        return from_tensor(_stacked(value), request.shape)
     if isinstance(value, dict):
         return _from_dictionary(value, request)
     raise DirectionError(
@@ -63,8 +63,7 @@ def _from_dictionary(values: Mapping[object, object], request: Request) -> Conte
             f"the dictionary holds values that are neither tensors nor plain: {listing(other)}",
             fix="name the tensor that is meant with `key`, or use the reader of its system",
         )
-    content = from_named(tuple(tensors), tensors.__getitem__, request)
-    return Content(content.items, plain | dict(content.metadata))
+    return from_named(tuple(tensors), tensors.__getitem__, request).beside(plain)
 
 
 READER = Reader(

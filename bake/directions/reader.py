@@ -1,7 +1,7 @@
 """The contract of a reader: one format, recognised by a closed rule and read into directions."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -39,6 +39,10 @@ class Content:
     """The artifact's own name for it, where it has one."""
     files: tuple[Path, ...] = ()
     """The files that were read; empty stands for the path of the request."""
+
+    def beside(self, metadata: Mapping[str, str]) -> "Content":
+        """Return the content with further metadata; what it says itself stands before them."""
+        return replace(self, metadata={**metadata, **self.metadata})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from bake.checkpoints.gguf.codec import FLOATS
 from bake.checkpoints.gguf.file import CONTROL_VECTORS, Gguf, open_gguf
 from bake.checkpoints.gguf.header import GgufTensor, text_of
-from bake.directions.arrays import layered
+from bake.directions.arrays import Place, layered
 from bake.directions.reader import Content, Reader, Request
 from bake.errors import CheckpointError, DirectionError, UsageError
 from bake.sites import SiteKind
@@ -46,11 +46,11 @@ def _content(model: Gguf) -> Content:
         if layer in vectors:
             raise DirectionError(f"the GGUF file holds direction.{layer} twice")
         vectors[layer] = _values(model, info)
-    items, zero = layered(
-        {(layer, f"{SiteKind.RESID_POST}.{layer}"): row for layer, row in sorted(vectors.items())}
-    )
+    rows: dict[Place, Tensor] = {
+        (n, f"{SiteKind.RESID_POST}.{n}"): row for n, row in sorted(vectors.items())
+    }
     metadata = model.parts[0].header.metadata
-    return Content(items, {key: text_of(value, key) for key, value in metadata.items()} | zero)
+    return layered(rows).beside({key: text_of(value, key) for key, value in metadata.items()})
 
 
 def _layer(name: str) -> int:

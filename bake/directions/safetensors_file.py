@@ -43,8 +43,7 @@ def _recognises(path: Path) -> bool:
 
 def _read(request: Request) -> Content:
     with opened(request.path) as file:
-        content = from_named(file.names, file.get, request)
-        return Content(content.items, dict(file.metadata) | dict(content.metadata))
+        return from_named(file.names, file.get, request).beside(file.metadata)
 
 
 READER = Reader("tensors by name (.safetensors)", _recognises, _read, frozenset({"key", "shape"}))
