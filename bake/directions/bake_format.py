@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bake.checkpoints.header import build_header
+from bake.directions.arrays import Place
 from bake.directions.direction import DTYPES, Direction, Directions, Role
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.safetensors_file import opened
@@ -108,7 +109,7 @@ def _read(request: Request) -> Content:
         if not metadata.get("concept"):
             raise DirectionError("the metadata names no concept")
         site = metadata.get("site")
-        grouped: dict[tuple[int | None, str | None], dict[Role, Tensor]] = {}
+        grouped: dict[Place, dict[Role, Tensor]] = {}
         for name in file.names:
             role, place = _parse(name, site)
             tensors = grouped.setdefault(place, {})
@@ -120,7 +121,7 @@ def _read(request: Request) -> Content:
     return Content(items, rest, concept=metadata["concept"])
 
 
-def _parse(name: str, site: str | None) -> tuple[Role, tuple[int | None, str | None]]:
+def _parse(name: str, site: str | None) -> tuple[Role, Place]:
     """Return the role and the place that a tensor's name and the ``site`` entry say."""
     word, _, rest = name.partition(".")
     if word not in tuple(Role):
@@ -131,8 +132,8 @@ def _parse(name: str, site: str | None) -> tuple[Role, tuple[int | None, str | N
     try:
         if rest == "":
             # A bare kind names no one place, unless the model has only one of it.
-            text = None if site is None or _is_kind(site) else str(parse_site(site))
-            return role, (None, text)
+            kind = site in tuple(SiteKind) and site not in GLOBAL_KINDS
+            return role, (None, None if site is None or kind else str(parse_site(site)))
         if rest.isascii() and rest.isdecimal() and len(rest) <= 5:
             layer = int(rest)
             return role, (layer, None if site is None else str(parse_site(f"{site}.{layer}")))
@@ -145,11 +146,7 @@ def _parse(name: str, site: str | None) -> tuple[Role, tuple[int | None, str | N
         ) from error
 
 
-def _is_kind(site: str) -> bool:
-    return site in tuple(SiteKind) and site not in GLOBAL_KINDS
-
-
-def _order(place: tuple[int | None, str | None]) -> tuple[int, str]:
+def _order(place: Place) -> tuple[int, str]:
     layer, site = place
     return (-1 if layer is None else layer, site or "")
 

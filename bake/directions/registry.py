@@ -3,9 +3,8 @@
 A further format is one more file beside this one and one more row of ``READERS``.
 """
 
-import difflib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +22,7 @@ from bake.directions import (
 from bake.directions.direction import Directions
 from bake.directions.reader import Reader, Request, Shape
 from bake.errors import DirectionError, UsageError
+from bake.section import nearest
 
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
@@ -56,11 +56,12 @@ def read_directions(
         DirectionError: the artifact is missing, malformed, hostile, of no known format, or needs
             ``key`` or ``shape``.
     """
-    request = Request(path, key, None if shape is None else _shape(shape))
+    meant = None if shape is None else Shape(_known(shape, "shape", tuple(Shape)))
+    request = Request(path, key, meant)
     try:
         if not path.is_file() and not path.is_dir():
             raise DirectionError("there is no such file or folder")
-        name = _choose(path) if reader is None else _named(reader)
+        name = _choose(path) if reader is None else _known(reader, "reader", READERS)
         _check_options(name, request)
         content = READERS[name].read(request)
         return Directions(
@@ -122,20 +123,10 @@ def _content(path: Path) -> str:
     return f"a file with the extension {path.suffix!r}"
 
 
-def _named(reader: str) -> str:
-    if reader not in READERS:
-        near = difflib.get_close_matches(reader, READERS, n=1)
-        raise UsageError(
-            f"there is no reader {reader!r}",
-            fix=f"did you mean {near[0]!r}?" if near else f"the readers are {', '.join(READERS)}",
-        )
-    return reader
-
-
-def _shape(shape: str) -> Shape:
-    if shape not in tuple(Shape):
-        raise UsageError(f"there is no shape {shape!r}", fix=f"the shapes are {', '.join(Shape)}")
-    return Shape(shape)
+def _known(word: str, what: str, known: Collection[str]) -> str:
+    if word not in known:
+        raise UsageError(f"there is no {what} {word!r}", fix=nearest(word, known))
+    return word
 
 
 def _check_options(name: str, request: Request) -> None:
