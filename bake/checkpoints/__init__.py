@@ -8,9 +8,9 @@ Reading order: ``dtypes``, ``strictjson``, ``header``, ``index``, ``config``, ``
 from bake.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from bake.checkpoints.config import DELETE, patch_config
 from bake.checkpoints.header import TensorInfo
-from bake.checkpoints.outline import NewTensor
+from bake.checkpoints.outline import NewCheckpoint, NewTensor
 from bake.checkpoints.stream import Producer
-from bake.checkpoints.writer import NewCheckpoint, WrittenFiles, write_checkpoint
+from bake.checkpoints.writer import WrittenFiles, write_checkpoint
 
 __all__ = [
     "DELETE",

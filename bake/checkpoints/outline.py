@@ -45,6 +45,25 @@ class NewTensor:
     produce: Producer
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NewCheckpoint:
+    """A checkpoint that differs from its base in some tensors.
+
+    Attributes:
+        source: the base: a complete checkpoint on this machine.
+        replace: for each tensor to replace, a producer of the new one in the same type and shape.
+        new: tensors that the base lacks.
+        config_text: the text of the new ``config.json``.
+        extra_files: further files, by name relative to the folder; they replace side files.
+    """
+
+    source: Checkpoint
+    replace: Mapping[str, Producer]
+    new: Mapping[str, NewTensor]
+    config_text: str
+    extra_files: Mapping[str, bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     """One file of the output: its length and the pieces that it consists of."""
@@ -60,18 +79,9 @@ class File:
         return self.size - sum(p.stop - p.start for p in self.pieces if isinstance(p, Copy))
 
 
-def weight_files(
-    source: Checkpoint,
-    replace: Mapping[str, Producer],
-    new: Mapping[str, NewTensor],
-) -> tuple[tuple[File, ...], str | None]:
-    """Return the shards of the output, in the order of the base's, and the text of its index.
-
-    Args:
-        source: the base.
-        replace: for each tensor to replace, a producer of the new one.
-        new: tensors that the base lacks.
-    """
+def weight_files(made: NewCheckpoint) -> tuple[tuple[File, ...], str | None]:
+    """Return the shards of the output, in the order of the base's, and the text of its index."""
+    source, new = made.source, made.new
     names, extra = _shard_names(source) if new else ({s: s for s in source.shards}, "")
     infos: dict[str, list[TensorInfo]] = {shard: [] for shard in source.shards}
     for info in source.tensors.values():
@@ -81,7 +91,7 @@ def weight_files(
         origin, size = source.file(shard), source.shard_sizes[shard]
         if origin.stat().st_size != size:
             raise CheckpointError("changed since it was opened", where=str(origin))
-        shards.append(File(names[shard], size, _pieces(infos[shard], size, replace), origin))
+        shards.append(File(names[shard], size, _pieces(infos[shard], size, made.replace), origin))
     if not new:
         return tuple(shards), source.index_text
     header, added = build_header({n: (t.dtype, t.shape) for n, t in new.items()}, shard=extra)
@@ -116,25 +126,19 @@ def _pieces(
     return (*pieces, Copy(position, size))
 
 
-def small_files(
-    source: Checkpoint,
-    config_text: str,
-    index_text: str | None,
-    extra_files: Mapping[str, bytes],
-    shards: set[str],
-) -> tuple[File, ...]:
+def small_files(made: NewCheckpoint, index_text: str | None, shards: set[str]) -> tuple[File, ...]:
     """Return every file of the output that holds no weights."""
-    given = {CONFIG: config_text.encode()}
+    given = {CONFIG: made.config_text.encode()}
     if index_text is not None:
         given[INDEX] = index_text.encode()
-    for name, data in extra_files.items():
+    for name, data in made.extra_files.items():
         if not all(is_plain(part) for part in name.split("/")) or name in given or name in shards:
             raise UsageError(f"{name!r} cannot be the name of a further file in the output")
         given[name] = data
     files = [File(name, len(data), (Literal(data),)) for name, data in given.items()]
-    for name in source.side_files:
+    for name in made.source.side_files:
         if name not in given:
-            origin = source.file(name)
+            origin = made.source.file(name)
             size = origin.stat().st_size
             files.append(File(name, size, (Copy(0, size),), origin))
     return tuple(files)

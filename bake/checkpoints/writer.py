@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Protocol
 
 from bake.checkpoints import strictjson
-from bake.checkpoints.checkpoint import Checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.outline import (
     File,
-    NewTensor,
+    NewCheckpoint,
     closing_files,
     small_files,
     weight_files,
 )
-from bake.checkpoints.stream import Fill, Producer, can_clone, write_file
+from bake.checkpoints.stream import Fill, can_clone, write_file
 from bake.errors import CheckpointError, UsageError
 from bake.progress import Progress, Tally
 
@@ -62,25 +61,6 @@ class EmptyFolder:
         """Nobody will ask."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class NewCheckpoint:
-    """A checkpoint that differs from its base in some tensors.
-
-    Attributes:
-        source: the base: a complete checkpoint on this machine.
-        replace: for each tensor to replace, a producer of the new one in the same type and shape.
-        new: tensors that the base lacks.
-        config_text: the text of the new ``config.json``.
-        extra_files: further files, by name relative to the folder; they replace side files.
-    """
-
-    source: Checkpoint
-    replace: Mapping[str, Producer]
-    new: Mapping[str, NewTensor]
-    config_text: str
-    extra_files: Mapping[str, bytes]
-
-
 @dataclass(frozen=True, slots=True)
 class WrittenFiles:
     """What was written.
@@ -117,9 +97,8 @@ def write_checkpoint(
         UsageError: the base is not on this machine as a whole, or a file has a name that is taken.
     """
     _check_request(made)
-    shards, index_text = weight_files(made.source, made.replace, made.new)
-    names = {shard.name for shard in shards}
-    files = small_files(made.source, made.config_text, index_text, made.extra_files, names)
+    shards, index_text = weight_files(made)
+    files = small_files(made, index_text, {shard.name for shard in shards})
     return write_files(target, shards, files, closing=closing, progress=progress)
 
 
