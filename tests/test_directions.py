@@ -71,6 +71,10 @@ def only(directions: Directions) -> Direction:
     return item
 
 
+def layers_of(directions: Directions) -> tuple[int, ...]:
+    return tuple(sorted({item.layer for item in directions.items if item.layer is not None}))
+
+
 def same(found: Tensor, written: Tensor) -> bool:
     return found.dtype == written.dtype and torch.equal(found, written)
 
@@ -124,7 +128,7 @@ def test_two_axes_have_to_be_declared(tmp_path: Path, suffix: str) -> None:
     subspace = only(read_directions(path, shape="subspace"))
     assert same(subspace.tensors[Role.SUBSPACE], STACK)
     layers = read_directions(path, shape="layers")
-    assert layers.layers == (0, 1, 2)
+    assert layers_of(layers) == (0, 1, 2)
     for layer, row in enumerate(STACK):
         assert same(layers.at_layer(layer).tensors[Role.VECTOR], row)
     with pytest.raises(DirectionError, match=r'shape = "vector" needs a tensor \[d\] or \[1, d\]'):
@@ -163,8 +167,8 @@ def test_what_is_no_direction_is_refused(
 def test_names_of_layers_make_a_mapping(tmp_path: Path, suffix: str, prefix: str) -> None:
     tensors = {f"{prefix}{layer}": STACK[layer % 3] + layer for layer in (12, 2, 30)}
     found = read_directions(save(tmp_path / f"v.{suffix}", tensors))
-    assert found.layers == (2, 12, 30)
-    for layer in found.layers:
+    assert layers_of(found) == (2, 12, 30)
+    for layer in layers_of(found):
         assert same(found.at_layer(layer).tensors[Role.VECTOR], tensors[f"{prefix}{layer}"])
     with pytest.raises(DirectionError, match="there is no direction for layer 3"):
         found.at_layer(3)
@@ -198,7 +202,7 @@ def test_a_zero_layer_is_left_out_and_named(tmp_path: Path) -> None:
     stack = STACK.clone()
     stack[0] = 0
     found = read_directions(save(tmp_path / "v.npy", stack), shape="layers")
-    assert found.layers == (1, 2)
+    assert layers_of(found) == (1, 2)
     assert found.metadata["zero_layers"] == "0"
     with pytest.raises(DirectionError, match="the direction of layer 0 is zero"):
         found.at_layer(0)
@@ -691,7 +695,7 @@ def test_mean_diffs_are_read_by_position(tmp_path: Path) -> None:
         read_directions(path, reader="arditi", key="0")
     assert "set key to one of -2, -1" in str(caught.value)
     found = read_directions(path, reader="arditi", key="-2")
-    assert found.layers == (1, 2, 3)
+    assert layers_of(found) == (1, 2, 3)
     assert found.at_layer(3).site == "resid_pre.3"
     assert same(found.at_layer(3).tensors[Role.VECTOR], diffs[0, 3])
     assert found.metadata["zero_layers"] == "0"
@@ -791,7 +795,7 @@ def test_a_dictionary_of_erasers(tmp_path: Path) -> None:
     erasers = {3: fitted(1)[0], 5: fitted(2)[0]}
     torch.save(erasers, tmp_path / "v.pt")
     found = read_directions(tmp_path / "v.pt")
-    assert found.layers == (3, 5)
+    assert layers_of(found) == (3, 5)
     assert found.at_layer(5).site is None
     assert same(found.at_layer(5).tensors[Role.LEFT], erasers[5].proj_left)
     assert not torch.equal(erasers[3].proj_left, erasers[5].proj_left)
@@ -949,7 +953,7 @@ def test_a_control_vector_of_the_real_package(
     repeng_vector(model_type="llama", directions=directions).export_gguf(path)
     found = read_directions(path)
     assert (found.concept, found.format) == ("happy", "repeng")
-    assert found.layers == (0, 1, 5, 11)
+    assert layers_of(found) == (0, 1, 5, 11)
     again = repeng_vector.import_gguf(path).directions
     for layer, direction in directions.items():
         item = found.at_layer(layer)

@@ -149,11 +149,6 @@ class Directions:
         """The width d of the activations."""
         return self.items[0].width
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that have an item, in order, without repeats."""
-        return tuple(sorted({item.layer for item in self.items if item.layer is not None}))
-
     def at_layer(self, layer: int) -> Direction:
         """Return the item of a layer, or the one that belongs to no layer and so to all.
 
