@@ -19,7 +19,7 @@ from torch import Tensor
 from bake import __version__
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, translation
 from bake.artifact.artifact import Artifact
-from bake.checkpoints.gguf.codec import decode, encode, encode_with_feedback
+from bake.checkpoints.gguf.codec import FLOATS, decode, encode, encode_with_feedback
 from bake.checkpoints.gguf.file import open_gguf
 from bake.checkpoints.gguf.ggml import VARIABLE, load_ggml
 from bake.checkpoints.gguf.grid import PLANES, read_grid, with_codes
@@ -695,12 +695,31 @@ def test_converter_that_is_missing_or_fails(tiny_checkpoint: Tiny, tmp_path: Pat
 # --- types ---------------------------------------------------------------------------------------
 
 
-def test_block_sizes_are_those_of_gguf_py() -> None:
+def test_types_are_those_of_ggml() -> None:
+    """Number, block and bytes of a block, as ggml.h and ggml-common.h have them."""
     known = {kind.name: (kind.number, kind.block, kind.size) for kind in TYPES}
-    theirs = {t.name: (int(t), *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGML_QUANT_SIZES}
-    shared = known.keys() & theirs.keys()
-    assert {name: known[name] for name in shared} == {name: theirs[name] for name in shared}
-    assert not theirs.keys() - known.keys()
+    ggml = {
+        "F32": (0, 1, 4),
+        "F16": (1, 1, 2),
+        "Q4_0": (2, 32, 18),
+        "Q4_1": (3, 32, 20),
+        "Q5_0": (6, 32, 22),
+        "Q5_1": (7, 32, 24),
+        "Q8_0": (8, 32, 34),
+        "Q2_K": (10, 256, 84),
+        "Q3_K": (11, 256, 110),
+        "Q4_K": (12, 256, 144),
+        "Q5_K": (13, 256, 176),
+        "Q6_K": (14, 256, 210),
+        "IQ4_NL": (20, 32, 18),
+        "F64": (28, 1, 8),
+        "BF16": (30, 1, 2),
+        "MXFP4": (39, 32, 17),
+        "NVFP4": (40, 64, 36),
+        "Q1_0": (41, 128, 18),
+    }
+    assert ggml.keys() >= {*PLANES, *FLOATS}
+    assert {name: known[name] for name in ggml} == ggml
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q5_1", "BF16", "F16"])

@@ -8,17 +8,19 @@ architecture ``steeringvector``.
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.checkpoints.gguf.codec import FLOATS
-from bake.checkpoints.gguf.file import CONTROL_VECTORS, Gguf, open_gguf
-from bake.checkpoints.gguf.header import GgufTensor, text_of
 from bake.directions.arrays import Place, layered
 from bake.directions.reader import Content, Reader, Request
 from bake.errors import CheckpointError, DirectionError, UsageError
 from bake.sites import SiteKind
+
+if TYPE_CHECKING:
+    from bake.checkpoints.gguf.file import Gguf
+    from bake.checkpoints.gguf.header import GgufTensor
 
 _TENSOR = re.compile(r"direction\.(\d{1,5})")
 
@@ -28,13 +30,18 @@ def _recognises(path: Path) -> bool:
 
 
 def _read(request: Request) -> Content:
+    from bake.checkpoints.gguf.file import open_gguf  # here, because it imports gguf-py
+
     try:
         return _content(open_gguf(request.path))
     except (CheckpointError, UsageError) as error:
         raise DirectionError(error.what, where=error.where, why=error.why, fix=error.fix) from error
 
 
-def _content(model: Gguf) -> Content:
+def _content(model: "Gguf") -> Content:
+    from bake.checkpoints.gguf.file import CONTROL_VECTORS
+    from bake.checkpoints.gguf.header import text_of
+
     if not model.is_vector:
         raise DirectionError(
             f"the GGUF file is of architecture {model.arch!r}, not a control vector",
@@ -63,8 +70,10 @@ def _layer(name: str) -> int:
     return int(match[1])
 
 
-def _values(model: Gguf, info: GgufTensor) -> Float[Tensor, " d"]:
+def _values(model: "Gguf", info: "GgufTensor") -> Float[Tensor, " d"]:
     """Return the values of a tensor, [d], as they are stored."""
+    from bake.checkpoints.gguf.codec import FLOATS
+
     if info.kind.name not in FLOATS:
         raise DirectionError(
             f"{info.name!r} is stored as {info.kind.name}; a control vector holds plain floats"
