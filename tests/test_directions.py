@@ -188,14 +188,14 @@ def test_names_of_sites_keep_their_site(tmp_path: Path) -> None:
         (3, "attn_out.3"),
         (3, "mlp_out.3"),
     ]
-    assert same(found.at_site("mlp_out.3").tensors[Role.VECTOR], STACK[0])
+    own = found.at_site("mlp_out.3")
+    assert own is not None and same(own.tensors[Role.VECTOR], STACK[0])
     with pytest.raises(
         DirectionError, match=r"2 directions at layer 3: attn_out\.3, mlp_out\.3"
     ) as caught:
         found.at_layer(3)
     assert "name the site" in str(caught.value)
-    with pytest.raises(DirectionError, match=r"places no direction at resid_post\.3"):
-        found.at_site("resid_post.3")
+    assert found.at_site("resid_post.3") is None
 
 
 def test_a_zero_layer_is_left_out_and_named(tmp_path: Path) -> None:
@@ -838,8 +838,10 @@ def test_a_scrubber_names_its_sites(
         found = read_directions(tmp_path / "v.pt")
         assert [(item.layer, item.site) for item in found.items] == list(places.values())
         for name, (_, site) in places.items():
-            left = found.at_site(site).tensors[Role.LEFT]
-            assert same(left, scrubber.erasers[name].proj_left)
+            own = found.at_site(site)
+            assert own is not None and same(
+                own.tensors[Role.LEFT], scrubber.erasers[name].proj_left
+            )
             assert found.metadata[f"module.{site}"] == name.replace("-", ".")
 
 

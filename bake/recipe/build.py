@@ -117,8 +117,9 @@ def _item(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
     # A stack whose other layers are zero is still one item per layer.
     if len(found.items) == 1 and "zero_layers" not in found.metadata:
         return found.items[0]
-    if any(item.site == str(site) for item in found.items):
-        return found.at_site(str(site))
+    own = found.at_site(str(site))
+    if own is not None:
+        return own
     if site.layer is None:
         raise UsageError(
             f"direction {spec.name!r} has {len(found.items)} items, one per layer, "
