@@ -20,6 +20,9 @@ Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Kind = Annotated[str, Meta(extra_json_schema={"enum": list(KINDS)})]
 Sha256 = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$", max_length=71)]
 Outtype = Literal["f32", "f16", "bf16", "q8_0"]
+Status = Literal["exact", "approximate", "refused", "not tested"]
+"""What a runtime makes of a carrier: the hooked function, something near it, nothing (it would
+refuse the files, or silently serve another model), or something that nobody has run."""
 Level = Literal["exact", "nulling", "approximate", "impossible"]
 Part = TypeVar("Part", bound="RecordPart")
 
@@ -259,15 +262,23 @@ class KeyChange(RecordPart, frozen=True, kw_only=True):
     new: Any
 
 
-class RuntimeRecord(RecordPart, frozen=True, kw_only=True):
+class RuntimeVerdict(RecordPart, frozen=True, kw_only=True):
     """What a runtime makes of the artifact."""
 
     runtime: str
-    status: Literal["exact", "approximate", "refused", "not tested"]
+    status: Status
     reason: str
     wanted: bool
+    """Whether the recipe names the runtime as a target."""
     reads: bool
+    """Whether the runtime is one that such files are for. A target need not read every carrier."""
     known: bool
+    """Whether the table says anything of the runtime with this carrier."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the verdict keeps the carrier from being written."""
+        return self.wanted and self.reads and (self.status == "refused" or not self.known)
 
 
 class PlanRecord(RecordPart, frozen=True, kw_only=True):
@@ -281,7 +292,7 @@ class PlanRecord(RecordPart, frozen=True, kw_only=True):
     tensors: tuple[TensorChange, ...]
     biases: tuple[BiasChange, ...]
     config: tuple[KeyChange, ...]
-    runtimes: tuple[RuntimeRecord, ...]
+    runtimes: tuple[RuntimeVerdict, ...]
     notes: tuple[str, ...]
     created_bytes: Count
 

@@ -8,7 +8,6 @@ from bake.plan.types import (
     Finding,
     PartMap,
     Plan,
-    RuntimeVerdict,
     TensorUpdate,
 )
 
@@ -19,7 +18,6 @@ __all__ = [
     "Finding",
     "PartMap",
     "Plan",
-    "RuntimeVerdict",
     "TensorUpdate",
     "compile_plan",
 ]

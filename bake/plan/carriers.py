@@ -6,16 +6,19 @@ refuse what they have no slot for.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from bake.affine import AffineMap
 from bake.artifact.carrier import CARRIERS, VLLM_RANKS, Carrier, Part, carrier_of
+from bake.artifact.schema import RuntimeVerdict
 from bake.edits import Edit
 from bake.errors import InexactPlan
 from bake.families import Layout, runtime_of
 from bake.plan.lowrank import Role, Target, rank_of, targets_of
 from bake.plan.targets import GENERAL, ROUNDED, Hindrance, judged, model_hindrance
-from bake.plan.types import Exactness, Finding, Plan, RuntimeVerdict
+from bake.plan.types import Exactness, Finding, Plan
 from bake.sites import Site, SiteKind
 
 _HEAD_LIMIT = 258048  # vLLM lora/layers/logits_processor.py: rows of a head that an adapter is for

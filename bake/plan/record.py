@@ -1,6 +1,5 @@
 """A plan as the part of a record that stands for it, in the form of one carrier."""
 
-from collections.abc import Sequence
 from math import prod
 
 from bake.artifact.schema import (
@@ -8,12 +7,11 @@ from bake.artifact.schema import (
     FindingRecord,
     KeyChange,
     PlanRecord,
-    RuntimeRecord,
     TensorChange,
 )
 from bake.plan.carriers import carrier_findings, carrier_runtimes
 from bake.plan.compile import ITEM_BYTES
-from bake.plan.types import BiasUpdate, Exactness, Finding, Plan, RuntimeVerdict, TensorUpdate
+from bake.plan.types import BiasUpdate, Exactness, Finding, Plan, TensorUpdate
 
 
 def plan_record(plan: Plan, carrier: str | None = None, *, codes: bool = False) -> PlanRecord:
@@ -37,7 +35,7 @@ def plan_record(plan: Plan, carrier: str | None = None, *, codes: bool = False) 
         tensors=tuple(_tensor(update, plan.layout.dtype) for update in plan.tensors),
         biases=tuple(_bias(update) for update in plan.biases),
         config=tuple(KeyChange(key=c.key, old=c.old, new=c.new) for c in plan.config),
-        runtimes=runtimes_record(runtimes),
+        runtimes=runtimes,
         notes=plan.notes,
         created_bytes=plan.created_bytes,
     )
@@ -52,21 +50,6 @@ def _finding(finding: Finding) -> FindingRecord:
         exactness=finding.exactness.value,
         reason=finding.reason,
         remedy=finding.remedy,
-    )
-
-
-def runtimes_record(verdicts: Sequence[RuntimeVerdict]) -> tuple[RuntimeRecord, ...]:
-    """Return verdicts on one carrier, a runtime each."""
-    return tuple(
-        RuntimeRecord(
-            runtime=verdict.runtime,
-            status=verdict.status,
-            reason=verdict.reason,
-            wanted=verdict.wanted,
-            reads=verdict.reads,
-            known=verdict.known,
-        )
-        for verdict in verdicts
     )
 
 

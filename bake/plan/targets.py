@@ -1,10 +1,13 @@
 """What the runtimes make of a carrier, from the families' tables and from what they read at all."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from msgspec.structs import replace
+
 from bake.artifact.carrier import KINDS, Carrier, Part
+from bake.artifact.schema import RuntimeVerdict, Status
 from bake.families import RUNTIMES, Layout, Linear, Runtime, configured, runtime_of
 from bake.families.table import MISSING
 from bake.plan.types import (
@@ -13,8 +16,6 @@ from bake.plan.types import (
     Exactness,
     Finding,
     Plan,
-    RuntimeVerdict,
-    Status,
 )
 
 Config = Mapping[str, Any]
@@ -85,27 +86,28 @@ def _verdict(
     wanted: bool,
     hindrance: Hindrance,
 ) -> RuntimeVerdict:
+    verdict = partial(RuntimeVerdict, runtime=name, wanted=wanted, reads=True, known=True)
     if name not in kind.readers:
         status, reason = _unread(name, kind)
-        return RuntimeVerdict(name, status, reason, wanted, reads=False)
+        return verdict(status=status, reason=reason, reads=False)
     worst = max((f.exactness for f in findings), key=list(Exactness).index, default=Exactness.EXACT)
     if worst is Exactness.IMPOSSIBLE:
         why = next(f.reason for f in findings if f.exactness is worst)
-        return RuntimeVerdict(name, "refused", f"a {kind.name} cannot hold the edit: {why}", wanted)
+        return verdict(status="refused", reason=f"a {kind.name} cannot hold the edit: {why}")
     hindered, known = hindrance
     if hindered is not None:
         status = "refused" if known else "not tested"
-        return RuntimeVerdict(name, status, hindered, wanted, known=known)
+        return verdict(status=status, reason=hindered, known=known)
     source = _source(plan.layout, name, kind)
     if kind.name not in plan.layout.family.run.get(name, ()):
         untested = f"read, not run ({source})"
         if name in GENERAL:  # a table of the user's own
             untested = f"no test runs the table {plan.layout.family.name!r}; `bake verify` does"
-        return RuntimeVerdict(name, "not tested", untested, wanted)
+        return verdict(status="not tested", reason=untested)
     if worst is not Exactness.EXACT:
         why = next(f.reason for f in findings if f.exactness is worst)
-        return RuntimeVerdict(name, "approximate", why, wanted)
-    return RuntimeVerdict(name, "exact", source, wanted)
+        return verdict(status="approximate", reason=why)
+    return verdict(status="exact", reason=source)
 
 
 def _unread(name: str, kind: Carrier) -> tuple[Status, str]:
@@ -135,14 +137,15 @@ def converted_runtimes(
         name = verdict.runtime
         if name not in kind.readers:
             status, reason = _unread(name, kind)
-            found.append(RuntimeVerdict(name, status, reason, verdict.wanted, reads=False))
+            other = replace(verdict, status=status, reason=reason, reads=False, known=True)
         elif name != own.runtime and own.status != "refused":
             reason = f"read, not run (it starts {own.runtime}; {own.reason})"
-            found.append(RuntimeVerdict(name, "not tested", reason, verdict.wanted))
+            other = replace(verdict, status="not tested", reason=reason, reads=True, known=True)
         elif own.status == "exact" and codes:
-            found.append(replace(own, status="approximate", reason=ROUNDED))
+            other = replace(own, status="approximate", reason=ROUNDED)
         else:
-            found.append(replace(own, runtime=name, wanted=verdict.wanted))
+            other = replace(own, runtime=name, wanted=verdict.wanted)
+        found.append(other)
     return tuple(found)
 
 

@@ -5,19 +5,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from bake.affine import AffineMap
+from bake.artifact.schema import RuntimeVerdict
 from bake.edits import Edit, WeightUpdate
 from bake.families import Layout
 from bake.sites import Site
-
-Status = Literal["exact", "approximate", "refused", "not tested"]
-"""What a runtime makes of a carrier: the hooked function, something near it, nothing (it would
-refuse the files, or silently serve another model), or something that nobody has run."""
 
 
 class Exactness(StrEnum):
@@ -121,26 +118,6 @@ class ConfigChange:
     key: str
     old: Any
     new: Any
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeVerdict:
-    """What one runtime makes of a plan in one carrier."""
-
-    runtime: str
-    status: Status
-    reason: str
-    wanted: bool
-    """Whether the recipe names the runtime as a target."""
-    reads: bool = True
-    """Whether the runtime is one that such files are for. A target need not read every carrier."""
-    known: bool = True
-    """Whether the table says anything of the runtime with this carrier."""
-
-    @property
-    def stops(self) -> bool:
-        """Whether the verdict keeps the carrier from being written."""
-        return self.wanted and self.reads and (self.status == "refused" or not self.known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

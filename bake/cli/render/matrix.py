@@ -9,7 +9,8 @@ from rich.table import Table
 from bake.cli.render.pieces import indented, table, word
 
 if TYPE_CHECKING:
-    from bake.plan import Plan, RuntimeVerdict
+    from bake.artifact.schema import RuntimeVerdict
+    from bake.plan import Plan
 
 Shown = tuple[str, "RuntimeVerdict"]
 """The word of a verdict, and the verdict."""

@@ -11,7 +11,7 @@ from msgspec import structs
 from bake.artifact.artifact import Artifact
 from bake.artifact.carrier import KINDS
 from bake.artifact.record import RECORD, new_record, read_record, record_text
-from bake.artifact.schema import GgufRecord, Provenance, Record
+from bake.artifact.schema import GgufRecord, Provenance, Record, RuntimeVerdict
 from bake.artifact.staged import Place, digests
 from bake.checkpoints.gguf.codec import FLOATS
 from bake.checkpoints.writer import EmptyFolder
@@ -22,8 +22,6 @@ from bake.families import RUNTIMES
 from bake.outputs.checkpoint import write_edited
 from bake.outputs.export import CONVERTER, CarrierRun, CarrierWriter, Export
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
-from bake.plan import RuntimeVerdict
-from bake.plan.record import runtimes_record
 from bake.plan.targets import converted_runtimes
 from bake.process import RuntimeMissing
 
@@ -176,10 +174,7 @@ def _recorded(record: Record, baked: Path) -> tuple[RuntimeVerdict, ...]:
     Raises:
         CheckpointError: it holds none on llama.cpp, or one on a runtime that nobody knows.
     """
-    verdicts = tuple(
-        RuntimeVerdict(row.runtime, row.status, row.reason, row.wanted, row.reads, row.known)
-        for row in record.plan.runtimes
-    )
+    verdicts = record.plan.runtimes
     names = {verdict.runtime for verdict in verdicts}
     if KINDS["gguf"].loader not in names:
         raise CheckpointError("says nothing of llama.cpp", where=str(baked / RECORD))
@@ -203,7 +198,7 @@ def _converted(
     return new_record(
         record.provenance,
         "gguf",
-        structs.replace(record.plan, runtimes=runtimes_record(served)),
+        structs.replace(record.plan, runtimes=served),
         files=files,
         base_tensors=record.base_tensors,
         gguf=GgufRecord(converter=CONVERTER, outtype=outtype),
