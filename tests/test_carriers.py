@@ -16,6 +16,7 @@ import torch
 from adapters import NO_BIAS, logits_of, peft_warnings
 from exporting import written
 from harness import RELATIVE, Base, base_at, edit, logits, plan_of, vector
+from msgspec import structs
 
 from bake import edits as make
 from bake.artifact import CARRIERS, KINDS
@@ -427,7 +428,7 @@ def test_a_table_that_says_nothing(tiny_checkpoint: Checkpoints) -> None:
         name: replace(runtime, lora=None, control_vector=None)
         for name, runtime in of.layout.family.runtimes.items()
     }
-    family = replace(of.layout.family, runtimes=silent)
+    family = structs.replace(of.layout.family, runtimes=silent)
     of = replace(of, layout=replace(of.layout, family=family))
     assert verdicts(of, "lora")["vllm"] == "not tested"
     with pytest.raises(InexactPlan, match="says nothing of adapters in vllm"):
@@ -439,7 +440,7 @@ def test_a_table_of_the_core_tier(tiny_checkpoint: Checkpoints) -> None:
     """What it says nothing of is not tested, and an error only where a recipe wants it."""
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     assert base.layout.family.tier == "served"
-    core = replace(base.layout.family, runtimes={}, gguf=None)
+    core = structs.replace(base.layout.family, runtimes={}, gguf=None)
     assert core.tier == "core"
     base = replace(base, layout=replace(base.layout, family=core))
     of = plan(base, "ablate", "attn_out.1")

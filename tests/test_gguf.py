@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from exporting import convert_baked, written
+from msgspec import structs
 from torch import Tensor
 
 from bake import __version__
@@ -585,11 +586,10 @@ def test_bias_that_llamacpp_refuses(tiny_checkpoint: Tiny, tmp_path: Path) -> No
 
 
 def test_family_without_names(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
-    from dataclasses import replace
 
     path = tiny_checkpoint("llama")
     config = tiny.config_of(path)
-    family = replace(find_family(config), gguf=None)
+    family = structs.replace(find_family(config), gguf=None)
     with pytest.raises(UsageError, match="the table 'llama' says nothing of GGUF files"):
         gguf_places(resolve(family, config, *tiny.header_of(path)))
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from harness import Base, bake, base_at, edit, matrix, orthogonal, plan_of, vector
+from msgspec import structs
 from torch import Tensor
 
 from bake import edits as make
@@ -188,7 +189,7 @@ def test_a_target_that_nobody_has_run_is_served_all_the_same(
     assert reason.startswith("read, not run (MLX-LM models/llama.py")
     assert bake(base, plan, tmp_path / "out").exists()
     others = {n: r for n, r in base.layout.family.runtimes.items() if n != "mlx-lm"}
-    family = replace(base.layout.family, runtimes=others)
+    family = structs.replace(base.layout.family, runtimes=others)
     silent = replace(base, layout=replace(base.layout, family=family))
     plan = plan_of(silent, edits, targets=["mlx-lm"])
     assert verdict(plan, "mlx-lm") == ("not tested", "the table 'llama' says nothing of it")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from tiny import (
     CONFIGS,
     EAGER,
@@ -429,8 +430,8 @@ def test_a_residual_gain_divides_the_write_at_resid_mid(tmp_path: Path) -> None:
     family, header = family_named("llama"), header_of(tmp_path)
     own = {"attention_multiplier", "residual_multiplier", "embedding_multiplier", "logits_scaling"}
     ungained = resolve(family, config_of(tmp_path), *header, assumed=own)
-    branches = tuple(dataclasses.replace(b, gain="residual_multiplier") for b in family.branches)
-    gained = dataclasses.replace(family, branches=branches)
+    branches = tuple(structs.replace(b, gain="residual_multiplier") for b in family.branches)
+    gained = structs.replace(family, branches=branches)
     layout = resolve(gained, config_of(tmp_path), *header, assumed=own)
     maps = one_map_per_site(layout, [parse_site("resid_pre.1"), parse_site("resid_mid.1")])
     listed = [at(site, map_) for site, map_ in maps.items()]
@@ -444,8 +445,8 @@ def test_a_norm_that_two_branches_share_is_hooked_once(tiny_checkpoint, subject:
     """GPT-NeoX as GPT-J has it: by the table both branches read the first norm."""
     model, path = subject("gpt_neox")[0], tiny_checkpoint("gpt_neox")
     attn, mlp = family_named("gpt_neox").branches
-    mlp = dataclasses.replace(mlp, norm_in=attn.norm_in)
-    family = dataclasses.replace(family_named("gpt_neox"), branches=(attn, mlp))
+    mlp = structs.replace(mlp, norm_in=attn.norm_in)
+    family = structs.replace(family_named("gpt_neox"), branches=(attn, mlp))
     shapes, dtypes = header_of(path)
     left = {name: shape for name, shape in shapes.items() if "post_attention" not in name}
     layout = resolve(family, config_of(path), left, dtypes)

@@ -68,7 +68,7 @@ def _family(table: "Family") -> dict[str, Any]:
             name: {**asdict(runtime), "run": list(table.run.get(name, ()))}
             for name, runtime in table.runtimes.items()
         },
-        "recasts": [recast.family for recast in table.recasts],
+        "recasts": list(table.recasts),
     }
 
 

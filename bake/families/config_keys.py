@@ -8,6 +8,8 @@ what changes nothing in any family stands here, and what changes nothing in one 
 import difflib
 from collections.abc import Collection, Mapping
 
+from msgspec import structs
+
 from bake.errors import FamilyError
 from bake.families.find import load_families
 from bake.families.section import Json
@@ -91,7 +93,7 @@ def check_config(
             why="an edit must be folded into weights, and these are codes",
             fix="use the unquantised checkpoint, or dequantise this one first",
         )
-    for key, allowed in {**MUST, **family.config.must}.items():
+    for key, allowed in {**MUST, **family.must}.items():
         value = configured(family, config, key)
         if value is not MISSING and value not in allowed:
             raise FamilyError(
@@ -110,14 +112,14 @@ def check_config(
 
 def known_keys(family: Family) -> frozenset[str]:
     """Return the keys that the table handles, and those that change nothing."""
-    keys, recasts = family.config, family.recasts
+    recasts = family.recasts.values()
     multipliers = (family.embed.multiplier, *(branch.gain for branch in family.branches))
     return (
         HARMLESS
         | _READ
         | MUST.keys()
-        | {*keys.when, *keys.must, *keys.flags, *keys.defaults, *keys.harmless}
-        | {key for key in keys.dims.values() if key}
+        | {*family.when, *family.must, *family.flags, *family.defaults, *family.config.harmless}
+        | {key for key in structs.astuple(family.dims) if key}
         | {key for key in multipliers if isinstance(key, str)}
         | {key for recast in recasts for key in (*recast.when, *recast.drop, *recast.explicit)}
     )

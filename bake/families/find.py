@@ -69,10 +69,7 @@ def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None 
     found = [
         family
         for family in named
-        if all(
-            configured(family, config, key) in allowed
-            for key, allowed in family.config.when.items()
-        )
+        if all(configured(family, config, key) in allowed for key, allowed in family.when.items())
     ]
     if len(found) == 1:
         return found[0]
@@ -82,7 +79,7 @@ def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None 
     conditions = "; ".join(
         f"{family.name} needs {key} in {list(allowed)}"
         for family in named
-        for key, allowed in family.config.when.items()
+        for key, allowed in family.when.items()
     )
     raise FamilyError(f"no table fits this {names[0]}: {conditions}", where="config.json")
 

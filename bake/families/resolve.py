@@ -111,8 +111,8 @@ class _Block:
                 source=index[Site(SiteKind(row.source), self.layer)],
                 target=index[Site(SiteKind(row.target), self.layer)],
                 live=f"{self.path}.{row.module}",
-                norm_in=None if row.norm_in is None else self.norms[row.norm_in],
-                norm_out=None if row.norm_out is None else self.norms[row.norm_out],
+                norm_in=self.norms[row.norm_in] if row.norm_in else None,
+                norm_out=self.norms[row.norm_out] if row.norm_out else None,
                 gain=self.settings.number(row.gain),
                 reads=tuple(x for r in row.reads for x in self.linears(r, reads=True)),
                 writes=tuple(x for r in row.writes for x in self.linears(r, reads=False)),
@@ -125,7 +125,7 @@ class _Block:
         hidden, found = self.settings.dims["hidden"], dict[str, Norm]()
         for row in self.settings.family.branches:
             for name, kind in zip((row.norm_in, row.norm_out), _SITES[row.name], strict=False):
-                if name is not None and name not in found:
+                if name and name not in found:
                     site = Site(kind, self.layer)
                     found[name] = _norm(self.claims, hidden, f"{self.path}.{name}", site)
         return found
@@ -137,7 +137,7 @@ class _Block:
             return
         experts = self.settings.dims["experts"]
         if not experts:
-            key = self.settings.family.config.dims["experts"]
+            key = self.settings.family.dims.experts
             raise FamilyError(f"the key {key!r} is missing", where="config.json")
         for expert in range(experts):
             yield self.linear(row, row.module.replace("{expert}", str(expert)), reads=reads)

@@ -4,14 +4,12 @@ Facts, read from the program's source and named there; which carriers this repos
 run in it stands beside them. The plan draws its verdicts from both.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from bake.artifact.carrier import CARRIERS, read_by
-from bake.errors import FamilyError
-from bake.families.section import Json, Section
-from bake.section import nearest
+from bake.families.section import Json, Table, Texts
+from bake.section import Toml
 
 RUNTIMES = ("transformers", "peft", "vllm", "llama.cpp", "sglang", "ollama", "mlx-lm")
 """Every runtime that a plan judges. The tables are read from transformers' classes, and PEFT adapts
@@ -25,17 +23,16 @@ READS: Mapping[str, tuple[str, ...]] = {name: read_by(name) for name in RUNTIMES
 Adaptable = Literal["linear", "expert", "embed", "positions", "head"]
 """What a low-rank adapter can be for: a linear layer of a block, an expert's, a table, the head."""
 
-_CARRIERS: Any = tuple[Literal[*CARRIERS], ...]  # type: ignore[valid-type]
+Carriers = tuple[Literal[*CARRIERS], ...]  # type: ignore[valid-type]
 
 
-@dataclass(frozen=True, slots=True)
-class Runtime:
+class Runtime(Table, frozen=True, kw_only=True):
     """What one runtime does with models of this family."""
 
     source: str
-    checkpoint: bool
+    checkpoint: bool = True
     """Whether it loads checkpoints of this architecture, by itself or through its own converter."""
-    biases: tuple[str, ...]
+    biases: Texts
     """The linear layers whose bias it applies; every other bias it drops or refuses."""
     extra_bias: Literal["dropped", "refused"]
     """What it does with a bias tensor that it has no slot for."""
@@ -47,61 +44,20 @@ class Runtime:
     """What an adapter may change there; None where nothing is known."""
     control_vector: bool | None = None
     """Whether it adds control vectors behind the blocks; None where nothing is known."""
-    misplaced: tuple[str, ...] = ()
+    misplaced: Texts = ()
     """The linear layers whose bias it loads in the wrong order: only zeros come out right."""
-    defaults: Mapping[str, Json] = field(default_factory=dict)
+    defaults: Mapping[str, Json] = {}
     """What it takes for keys that config.json does not say at its top level."""
 
+    @classmethod
+    def read(cls, values: Toml, where: str, **known: Any) -> "Runtime":
+        """Return the section of a file.
 
-def read_runtimes(
-    rows: Mapping[str, Json], modules: Collection[str], where: str
-) -> Mapping[str, Runtime]:
-    """Return the runtimes of a table.
-
-    Args:
-        rows: the table's ``runtime`` sections by name.
-        modules: the table's linear layers.
-        where: the table, for messages.
-
-    Raises:
-        FamilyError: a section is of no known runtime, lacks a key or holds an unknown one.
-    """
-    found = {}
-    for name, row in rows.items():
-        place = f"{where} [runtime.{name}]"
-        if name not in DESCRIBED:
-            raise FamilyError(
-                f"there is no runtime {name!r}", where=place, fix=nearest(name, DESCRIBED)
-            )
-        found[name] = _runtime(row, place)
-        for key in ("biases", "misplaced"):
-            for module in getattr(found[name], key):
-                if module not in modules:
-                    raise FamilyError(
-                        f"{key} names {module!r}, which is no linear layer of the table",
-                        where=place,
-                    )
-    return found
-
-
-def read_run(section: Section) -> Mapping[str, tuple[str, ...]]:
-    """Return, for every runtime, the carriers that tests have run in it.
-
-    Raises:
-        FamilyError: a name that is no runtime or no carrier.
-    """
-    found = {name: section.value(name, _CARRIERS, ()) for name in RUNTIMES}
-    section.close()
-    return found
-
-
-def _runtime(row: Mapping[str, Json], where: str) -> Runtime:
-    section = Section(row, where)
-    loads = section.value("checkpoint", bool, True)
-    known: dict[str, Json] = {"checkpoint": loads}
-    # What it does with a checkpoint has to be said of a runtime that loads one, and of no other.
-    if not loads:
-        known |= {"biases": (), "extra_bias": "refused", "untied_head": False}
-    if not loads or row.get("untied_head") is True:
-        known["extra_head"] = "refused"
-    return section.read(Runtime, **known)
+        What it does with a checkpoint has to be said of a runtime that loads one, and of no other.
+        """
+        given = values if isinstance(values, dict) else {}
+        if given.get("checkpoint") is False:
+            known |= {"biases": (), "extra_bias": "refused", "untied_head": False}
+        if given.get("untied_head") is not False:
+            known["extra_head"] = "refused"
+        return super().read(values, where, **known)

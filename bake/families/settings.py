@@ -4,6 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
 from bake.families.section import Json
@@ -62,12 +64,12 @@ def read_settings(
         FamilyError: the config contradicts the table, lacks a key or holds an unknown one.
     """
     passed = check_config(family, config, assumed)
-    tied = family.config.defaults.get("tie_word_embeddings", MISSING)
+    tied = family.defaults.get("tie_word_embeddings", MISSING)
     return Settings(
         family,
         config,
         _dims(family, config),
-        {key: _flag(config, key, default) for key, default in family.config.flags.items()},
+        {key: _flag(config, key, default) for key, default in family.flags.items()},
         _flag(config, "tie_word_embeddings", tied),
         passed,
     )
@@ -83,12 +85,12 @@ def _flag(config: Mapping[str, Json], key: str, default: Json) -> bool:
 
 
 def _dims(family: Family, config: Mapping[str, Json]) -> dict[str, int]:
-    found = {name: _size(family, config, key) for name, key in family.config.dims.items()}
+    found = {name: _size(family, config, key) for name, key in structs.asdict(family.dims).items()}
     dims = {name: size for name, size in found.items() if size is not None}
     for name in ("layers", "hidden", "vocab", "heads"):
         if name not in dims:
             raise FamilyError(
-                f"the key {family.config.dims[name]!r} is missing", where="config.json"
+                f"the key {getattr(family.dims, name)!r} is missing", where="config.json"
             )
     dims.setdefault("kv_heads", dims["heads"])
     dims.setdefault("head_dim", dims["hidden"] // dims["heads"])

@@ -7,22 +7,26 @@ would be folklore.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, structs
 
 from bake.errors import FamilyError
-from bake.families.runtime import Runtime, read_run, read_runtimes
-from bake.families.section import KEY, Json, Section
+from bake.families.runtime import DESCRIBED, RUNTIMES, Carriers, Runtime
+from bake.families.section import Allowed, Json, NumberOrKey, Table, Texts
+from bake.section import Toml, nearest, parse_toml
 from bake.sites import SiteKind
 
+Flag = Annotated[bool, Meta(extra={"meant": "no boolean"})]
 
-@dataclass(frozen=True, slots=True)
-class LinearRow:
+
+class LinearRow(Table, frozen=True, kw_only=True):
     """A linear layer of a block, as the table names it."""
 
     module: str
     """Name of the tensors without ``.weight``, below the block's path (``{expert}`` counts)."""
-    sites: tuple[SiteKind, ...]
+    sites: Annotated[tuple[SiteKind, ...], Meta(extra={"meant": "no list of texts"})] = ()
     """For a reader the site of each fused output, for a writer the one site of its input."""
     bias: str
     """``always``, ``never``, or the config flag that gives the layer its bias."""
@@ -33,39 +37,51 @@ class LinearRow:
     live: str | None = None
     """Path of the module in a loaded transformers model where it differs; "" where none exists."""
 
+    @classmethod
+    def read(cls, values: Toml, where: str, **known: Any) -> "LinearRow":
+        """Return the row of a file, whose sites are all sites."""
+        kinds = values.get("sites") if isinstance(values, dict) else None
+        for kind in kinds if isinstance(kinds, list) else ():
+            if isinstance(kind, str) and kind not in tuple(SiteKind):
+                raise FamilyError(
+                    f"sites names {kind!r}, which is no site",
+                    where=where,
+                    fix=f"the sites are {', '.join(SiteKind)}",
+                )
+        return super().read(values, where, **known)
 
-@dataclass(frozen=True, slots=True)
-class BranchRow:
+
+class BranchRow(Table, frozen=True, kw_only=True):
     """One branch of a block: from a stream site through readers and writers to a stream site."""
 
     name: Literal["attn", "mlp"]
-    source: Literal["resid_pre", "resid_mid"] = field(metadata={KEY: "from"})
-    target: Literal["resid_mid", "resid_post"] = field(metadata={KEY: "to"})
+    source: Literal["resid_pre", "resid_mid"] = msgspec.field(name="from")
+    target: Literal["resid_mid", "resid_post"] = msgspec.field(name="to")
     module: str
     """Path of the branch's module in a loaded model, below the block."""
-    norm_in: str | None
-    norm_out: str | None
+    norm_in: str | None = None
+    norm_out: str | None = None
     reads: tuple[LinearRow, ...]
     writes: tuple[LinearRow, ...]
-    gain: float | str = 1.0
+    gain: NumberOrKey = 1.0
     """A number, or the config key that holds it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recast:
+class Recast(Table, frozen=True, kw_only=True):
     """How to declare a model of this family as one of another, exactly."""
 
+    named = "family"
+
     family: str
-    when: Mapping[str, tuple[Json, ...]]
+    when: Mapping[str, Allowed] = {}
     """Config keys and the values they must have."""
     set: Mapping[str, Json]
-    drop: tuple[str, ...] = ()
-    explicit: tuple[str, ...] = ()
+    drop: Texts = ()
+    explicit: Texts = ()
     """Keys whose default of the source class is written out where config.json leaves it unsaid."""
 
 
-@dataclass(frozen=True, slots=True)
-class GgufNames:
+class GgufNames(Table, frozen=True, kw_only=True):
     """How llama.cpp's converter names and lays out the tensors of this family."""
 
     arch: str
@@ -76,46 +92,46 @@ class GgufNames:
     norms: Mapping[str, str]
     """The same for the norms of a block."""
     embed: str = "token_embd"
-    positions: tuple[str, ...] = ()
+    positions: Texts = ()
     """In the order of the family's own positions."""
     unembed: str = "output"
     final_norm: str = "output_norm"
-    rows: Mapping[str, Literal["rotary", "parts"]] = field(default_factory=dict)
+    rows: Mapping[str, Literal["rotary", "parts"]] = {}
     """Linear layers whose outputs the converter orders anew, weight and bias alike: ``rotary``
     interleaves the halves of every head, ``parts`` lays fused outputs one after another."""
-    untouched: tuple[str, ...] = ()
+    untouched: Texts = ()
     """Further tensors of the file that no edit touches."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigKeys:
-    """What the table says of the keys of config.json."""
+class Dims(Table, frozen=True, kw_only=True):
+    """The config key of each size; an empty text where there is none."""
 
-    when: Mapping[str, tuple[Json, ...]]
-    """What tells tables of one class apart: keys, and the values that this table is meant for."""
-    must: Mapping[str, tuple[Json, ...]]
-    """Keys that change the arithmetic, and the values that the table is written for."""
-    flags: Mapping[str, bool]
-    """Keys that give linear layers a bias, each with the class's default."""
-    defaults: Mapping[str, Json]
-    """Defaults of the config class, for keys that config.json may leave unsaid."""
-    dims: Mapping[str, str]
-    """The key of each size of ``DIMENSIONS``; an empty text where there is none."""
-    harmless: tuple[str, ...]
+    layers: str
+    hidden: str
+    vocab: str
+    heads: str
+    kv_heads: str = ""
+    head_dim: str = ""
+    inner: str = ""
+    experts: str = ""
+
+
+class ConfigRow(Table, frozen=True, kw_only=True):
+    """What else the table says of the keys of config.json."""
+
+    harmless: Texts = ()
     """Keys of this class that change nothing of how the stream is read and written."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRow:
+class BlockRow(Table, frozen=True, kw_only=True):
     """Where the blocks are, and what of them is no linear layer and no norm."""
 
     path: str
     optional_prefix: str = ""
-    untouched: tuple[str, ...] = ()
+    untouched: Texts = ()
 
 
-@dataclass(frozen=True, slots=True)
-class NormRow:
+class NormRow(Table, frozen=True, kw_only=True):
     """What kind every norm of the family is."""
 
     kind: Literal["rms", "layer"]
@@ -123,19 +139,17 @@ class NormRow:
     bias: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class EmbedRow:
+class EmbedRow(Table, frozen=True, kw_only=True):
     """The embedding and the position tables."""
 
     module: str
-    multiplier: float | str = 1.0
+    multiplier: NumberOrKey = 1.0
     multiplied_by: Literal["module", "model"] = "module"
     """Who multiplies: the embedding module itself (Gemma), or the model behind it (Granite)."""
-    positions: tuple[str, ...] = ()
+    positions: Texts = ()
 
 
-@dataclass(frozen=True, slots=True)
-class UnembedRow:
+class UnembedRow(Table, frozen=True, kw_only=True):
     """The output head and the norm before it."""
 
     module: str
@@ -145,26 +159,34 @@ class UnembedRow:
     bias: str = "never"
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Table, frozen=True, kw_only=True):
     """One architecture; see ``docs/families.md`` for the meaning of every key."""
 
     name: str
     title: str
     source: str
-    architectures: tuple[str, ...]
-    model_types: tuple[str, ...]
-    config: ConfigKeys
+    architectures: Texts
+    model_types: Texts
+    dims: Dims
+    when: Mapping[str, Allowed] = {}
+    """What tells tables of one class apart: keys, and the values that this table is meant for."""
+    must: Mapping[str, Allowed] = {}
+    """Keys that change the arithmetic, and the values that the table is written for."""
+    flags: Mapping[str, Flag] = {}
+    """Keys that give linear layers a bias, each with the class's default."""
+    defaults: Mapping[str, Json] = {}
+    """Defaults of the config class, for keys that config.json may leave unsaid."""
+    config: ConfigRow = ConfigRow()
     block: BlockRow
     norm: NormRow
     embed: EmbedRow
     unembed: UnembedRow
-    branches: tuple[BranchRow, ...]
-    runtimes: Mapping[str, Runtime]
-    run: Mapping[str, tuple[str, ...]]
+    branches: tuple[BranchRow, ...] = msgspec.field(name="branch")
+    runtimes: Mapping[str, Runtime] = msgspec.field(name="runtime", default_factory=dict)
+    run: Mapping[str, Carriers] = {}
     """For every runtime, the carriers of this family that tests have run in it."""
-    recasts: tuple[Recast, ...]
-    gguf: GgufNames | None
+    recasts: Mapping[str, Recast] = msgspec.field(name="recast", default_factory=dict)
+    gguf: GgufNames | None = None
     """None where llama.cpp has no such architecture, or nobody has written its names down."""
 
     @property
@@ -183,11 +205,7 @@ MISSING = object()  # no value and no default: never equal to what a condition a
 
 def configured(family: Family, config: Mapping[str, Json], key: str) -> Json:
     """Return the value of a config key, its default when it is unsaid, or ``MISSING``."""
-    return config.get(key, family.config.defaults.get(key, MISSING))
-
-
-DIMENSIONS = ("layers", "hidden", "vocab", "heads", "kv_heads", "head_dim", "inner", "experts")
-OPTIONAL = dict.fromkeys(("kv_heads", "head_dim", "inner", "experts"), "")  # no key of the config
+    return config.get(key, family.defaults.get(key, MISSING))
 
 
 def parse_family(text: str, where: str) -> Family:
@@ -196,89 +214,43 @@ def parse_family(text: str, where: str) -> Family:
     Raises:
         FamilyError: the text is no TOML, lacks a key, or holds an unknown one.
     """
-    root = Section.parse(text, "the family table", where)
-    branches = tuple(_branch(row, where) for row in root.take("branch", list))
-    unembed = root.table("unembed").read(UnembedRow)
-    modules = {row.module for branch in branches for row in (*branch.reads, *branch.writes)}
-    names = root.optional("gguf", dict)
-    family = root.read(
-        Family,
-        config=_config(root),
-        block=root.table("block").read(BlockRow),
-        norm=root.table("norm").read(NormRow),
-        embed=root.table("embed").read(EmbedRow),
-        unembed=unembed,
-        branches=branches,
-        runtimes=read_runtimes(root.take("runtime", dict, {}), modules | {unembed.module}, where),
-        run=read_run(root.table("run", optional=True)),
-        recasts=tuple(
-            _recast(name, row, f"{where} [recast.{name}]")
-            for name, row in root.take("recast", dict, {}).items()
-        ),
-        gguf=None if names is None else Section(names, f"{where} [gguf]").read(GgufNames),
-    )
+    values = parse_toml(text, "the family table", FamilyError, where)
+    family = Family.read(values, where)
     _check_flags(family, where)
+    _check_runtimes(family, where)
     _check_gguf(family, where)
-    return family
-
-
-def _config(root: Section) -> ConfigKeys:
-    config, dims = root.table("config", optional=True), root.table("dims")
-    keys = ConfigKeys(
-        when=root.conditions("when"),
-        must=root.conditions("must"),
-        flags=root.take("flags", dict, {}),
-        defaults=root.take("defaults", dict, {}),
-        dims={key: dims.take(key, str, OPTIONAL.get(key)) for key in DIMENSIONS},
-        harmless=config.value("harmless", tuple[str, ...], ()),
-    )
-    config.close()
-    dims.close()
-    return keys
-
-
-def _branch(row: Mapping[str, Json], where: str) -> BranchRow:
-    section = Section(row, f"{where} [[branch]]")
-    section.where += f" {row.get('name')}"
-    return section.read(
-        BranchRow,
-        norm_in=section.value("norm_in", str) or None,
-        norm_out=section.value("norm_out", str) or None,
-        reads=tuple(_linear(r, section.where) for r in section.take("reads", list)),
-        writes=tuple(_linear(r, section.where) for r in section.take("writes", list)),
-    )
-
-
-def _linear(row: Mapping[str, Json], where: str) -> LinearRow:
-    section = Section(row, f"{where} {row.get('module') if isinstance(row, Mapping) else row!r}")
-    kinds = section.value("sites", tuple[str, ...], ())
-    return section.read(LinearRow, sites=tuple(_site_kind(kind, section.where) for kind in kinds))
-
-
-def _recast(name: str, row: Mapping[str, Json], where: str) -> Recast:
-    section = Section(row, where)
-    return section.read(Recast, family=name, when=section.conditions("when"))
-
-
-def _site_kind(kind: str, where: str) -> SiteKind:
-    if kind not in tuple(SiteKind):
-        raise FamilyError(
-            f"sites names {kind!r}, which is no site",
-            where=where,
-            fix=f"the sites are {', '.join(SiteKind)}",
-        )
-    return SiteKind(kind)
+    run = {name: family.run.get(name, ()) for name in RUNTIMES}
+    return structs.replace(family, run=run)
 
 
 def _check_flags(family: Family, where: str) -> None:
-    for key, default in family.config.flags.items():
-        if not isinstance(default, bool):
-            raise FamilyError(f"{key} = {default!r} is no boolean", where=f"{where} [flags]")
     for bias in {row.bias for row in family.linears} | {family.unembed.bias}:
-        if bias not in ("always", "never", *family.config.flags):
+        if bias not in ("always", "never", *family.flags):
             raise FamilyError(
                 f"bias = {bias!r} is neither always, never nor a key of [flags]", where=where
             )
+
+
+def _check_runtimes(family: Family, where: str) -> None:
+    """Require names of runtimes, and below them names of linear layers."""
+    for name in family.run:
+        if name not in RUNTIMES:
+            fix = nearest(name, RUNTIMES)
+            raise FamilyError(f"unknown key {name!r}", where=f"{where} [run]", fix=fix)
+    modules = {family.unembed.module, *(row.module for row in family.linears)}
+    for name, runtime in family.runtimes.items():
+        place = f"{where} [runtime.{name}]"
+        if name not in DESCRIBED:
+            raise FamilyError(
+                f"there is no runtime {name!r}", where=place, fix=nearest(name, DESCRIBED)
+            )
+        for key in ("biases", "misplaced"):
+            for module in getattr(runtime, key):
+                if module not in modules:
+                    raise FamilyError(
+                        f"{key} names {module!r}, which is no linear layer of the table",
+                        where=place,
+                    )
 
 
 def _check_gguf(family: Family, where: str) -> None:

@@ -75,7 +75,7 @@ def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, 
     """Return the recast to apply, or None, and what the plan notes of it."""
     if not layout.family.recasts:
         return None, []
-    recast = layout.family.recasts[0]
+    recast = next(iter(layout.family.recasts.values()))
     hindrance = obstacle(layout, recast, config)
     if hindrance is not None:
         return None, [f"not declared as {recast.family}: {hindrance}"]

@@ -38,7 +38,7 @@ class Context:
         if self.layout.family.recasts and site.kind is not SiteKind.LN_FINAL_OUT:
             return (
                 'add allow = ["recast"] to [export]: the model is then declared as '
-                f"{self.layout.family.recasts[0].family}, which has bias slots; exact, but it "
+                f"{next(iter(self.layout.family.recasts))}, which has bias slots; exact, but it "
                 "rewrites config.json"
             )
         remedy = "use an edit without a constant"

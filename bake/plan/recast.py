@@ -39,7 +39,7 @@ def recast_layout(layout: Layout, recast: Recast) -> Layout:
         )
         for branch in layout.branches
     )
-    return replace(layout, family=family, flags=dict(family.config.flags), branches=branches)
+    return replace(layout, family=family, flags=dict(family.flags), branches=branches)
 
 
 def _lifted_slot(slot: BiasSlot, row: LinearRow) -> BiasSlot:
@@ -60,7 +60,7 @@ def recast_changes(
     ]
     changes += [ConfigChange(key, config[key], None) for key in recast.drop if key in config]
     changes += [
-        ConfigChange(key, None, layout.family.config.defaults[key])
+        ConfigChange(key, None, layout.family.defaults[key])
         for key in recast.explicit
         if key not in config
     ]

@@ -25,7 +25,6 @@ from bake.recipe.spec import (
     RecipeFile,
     VerifyTable,
 )
-from bake.recipe.table import value_of
 from bake.section import Toml, parse_toml
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -76,7 +75,9 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
     # The keys first: a table whose name is misspelt explains most of what else is missing.
     RecipeFile.keys({"edits": [], **values}, str(path))
     kinds = {"title": str, "edits": list}
-    root = {key: value_of(key, values[key], kinds.get(key, dict), str(path)) for key in values}
+    root = {
+        key: RecipeFile.value(key, values[key], kinds.get(key, dict), str(path)) for key in values
+    }
 
     def table(key: str) -> tuple[Toml, str]:
         return root.get(key, {}), f"{path} [{key}]"

@@ -13,11 +13,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from bake import section
 from bake.artifact import CARRIERS
 from bake.directions import Shape
 from bake.edits import EditKind
+from bake.errors import UsageError
 from bake.families import RUNTIMES
-from bake.recipe.table import Table
 
 ALLOWANCES = ("recast", "nulling", "approximate")
 
@@ -31,6 +32,12 @@ Texts = Annotated[
         extra={"several": True, "meant": "no text or list of texts"},
     ),
 ]
+
+
+class Table(section.Table, frozen=True, kw_only=True):
+    """A table of a recipe."""
+
+    error = UsageError
 
 
 def _one_of(*words: str) -> Meta:

@@ -28,7 +28,7 @@ def model_check(
     family = layout.family
     claimed = len(layout.shapes) - len(layout.untouched)
     ran = [(name, ", ".join(carriers)) for name, carriers in family.run.items() if carriers]
-    recasts = [f"as {recast.family}" for recast in family.recasts]
+    recasts = [f"as {name}" for name in family.recasts]
     return [
         facts(
             [
