@@ -317,17 +317,11 @@ def _against_plan(artifact: "Baked", plan: "Plan") -> tuple[tuple[str, ...], tup
     """
     if plan.digest == artifact.plan_digest:
         return (), ()
-    from bake.plan.record import plan_record
+    from bake.plan.record import other_parts
     from bake.plan.sketch import differing
 
-    recorded, here = artifact.record.plan, plan_record(plan)
     digests = f"its digest is {plan.digest}, recorded is {artifact.plan_digest}"
-    parts = [
-        key
-        for key in ("tensors", "biases", "config")
-        if getattr(recorded, key) != getattr(here, key)
-    ]
-    if parts:
+    if parts := other_parts(artifact.record.plan, plan):
         return (f"{digests}: other {' and '.join(parts)}",), ()
     values = artifact.record.sketch
     if values is None:

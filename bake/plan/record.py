@@ -41,6 +41,16 @@ def plan_record(plan: Plan, carrier: str | None = None, *, codes: bool = False) 
     )
 
 
+def other_parts(recorded: PlanRecord, plan: Plan) -> tuple[str, ...]:
+    """Return what a plan changes otherwise than a recorded one: its tensors, biases or config.
+
+    The digests are no measure: the last bits of a decomposition differ between machines.
+    """
+    here = plan_record(plan)
+    parts = ("tensors", "biases", "config")
+    return tuple(part for part in parts if getattr(here, part) != getattr(recorded, part))
+
+
 def _finding(finding: Finding) -> FindingRecord:
     # A record lists the edits in order, so it has no index of them.
     return FindingRecord(

@@ -128,8 +128,8 @@ def prepare_revert(
     shards = _matched(baked, artifact, base.checkpoint)
     notes: tuple[str, ...] = ()
     if not base.pinned:
-        proof = prove_base(baked, base.checkpoint, artifact, progress)
-        notes = () if proof.note is None else (proof.note,)
+        note = prove_base(baked, base.checkpoint, artifact, progress)
+        notes = () if note is None else (note,)
     base.counted.count = 0  # from here on it counts what the restoration itself takes
     return Restoration(baked, artifact, base, shards, notes)
 

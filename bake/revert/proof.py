@@ -5,35 +5,27 @@ as the base has it, which decides. Records of earlier versions do not; but the b
 to lead to the artifact's: folding is deterministic, so the same base gives the same bytes.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from bake import __version__
 from bake.affine import EPSILON
 from bake.artifact.base_digests import refuse_other_base
 from bake.artifact.carrier import KINDS
 from bake.checkpoints import Checkpoint, Producer
+from bake.edit_store import EDITS, FITTED, load_edits
 from bake.errors import InputError
+from bake.families.fit import layout_of
+from bake.families.table import parse_family
 from bake.outputs.checkpoint import planned_tensors
-from bake.progress import Progress
-from bake.revert.plan import recompiled, same_updates
+from bake.plan import Plan, compile_plan
+from bake.plan.record import other_parts
+from bake.progress import Progress, Tally
 from bake.revert.record import Revertible
 
 _FACTOR = 8  # two sums and their roundings, and a margin of two
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What baking a base again has shown.
-
-    Attributes:
-        proven: whether it gives the artifact.
-        note: what there is to say where it does not say it outright.
-    """
-
-    proven: bool
-    note: str | None = None
 
 
 def prove_base(
@@ -41,8 +33,10 @@ def prove_base(
     base: Checkpoint,
     artifact: Checkpoint,
     progress: Progress | None = None,
-) -> Proof:
+) -> str | None:
     """Compare a base's tensors with the recorded hashes, or fold the recorded edits into it.
+
+    Returns None where that proves it the artifact's base, or else what there is to say instead.
 
     Args:
         baked: the artifact.
@@ -55,42 +49,61 @@ def prove_base(
     """
     if baked.record.base_tensors:
         refuse_other_base(baked.record.base_tensors, base, progress)
-        return Proof(True)
-    if (reason := _unprovable(baked)) is not None:
-        return Proof(False, reason)
-    plan = recompiled(baked, base)
-    if not same_updates(baked, plan):
-        made, here = baked.record.bake, _version()
-        return Proof(
-            False,
-            f"not proven to be the recorded base: bake {here} compiles another plan than the "
-            f"recorded one, made by bake {made}; the edited tensors are those of the named base",
+        return None
+    if not KINDS[baked.record.kind].exported:
+        return (
+            "not proven to be the recorded base, since a merge keeps no copy of its adapter: the "
+            "merged tensors are those of the named base"
         )
-    replace, new = planned_tensors(plan, base)
-    produced = {**replace, **{name: tensor.produce for name, tensor in new.items()}}
-    total, done, apart = sum(artifact.tensors[name].nbytes for name in produced), 0, 0
+    plan = _recompiled(baked, base)
+    if other_parts(baked.record.plan, plan):
+        return (
+            f"not proven to be the recorded base: bake {__version__} compiles another plan than "
+            f"the recorded one, made by bake {baked.record.bake}; the edited tensors are those of "
+            "the named base"
+        )
+    replaced, new = planned_tensors(plan, base)
+    produced = {**replaced, **{name: tensor.produce for name, tensor in new.items()}}
+    tally = Tally(sum(artifact.tensors[name].nbytes for name in produced), progress)
+    apart = 0
     for name, produce in produced.items():
         apart += _compare(name, produce, base, artifact)
-        done += artifact.tensors[name].nbytes
-        if progress is not None:
-            progress(done, total)
+        tally.advance(artifact.tensors[name].nbytes)
     if apart:
-        return Proof(
-            False,
+        return (
             f"not proven to the last bit to be the recorded base: {apart:,} values of the edit "
             "come out one rounding step apart, as sums in another order do on another machine; "
-            "the edited tensors are those of the named base",
+            "the edited tensors are those of the named base"
         )
-    return Proof(True)
+    return None
 
 
-def _unprovable(baked: Revertible) -> str | None:
-    """Return why the edit cannot be folded again, or None."""
-    if KINDS[baked.record.kind].exported:
-        return None
-    return (
-        "not proven to be the recorded base, since a merge keeps no copy of its adapter: the "
-        "merged tensors are those of the named base"
+def _recompiled(baked: Revertible, base: Checkpoint) -> Plan:
+    """Return the plan that the recorded edits lead to on a base, whose norms it reads.
+
+    Raises:
+        InputError: the edits are missing or malformed.
+        FamilyError: no table fits the base.
+    """
+    # The weights hold fitted stand-ins, where there are some.
+    fitted = baked.folder / FITTED
+    edits = load_edits(fitted if fitted.is_file() else baked.folder / EDITS)
+    own = baked.record.family
+    table = None if own is None else parse_family(own.text, own.file)
+    # The plan was made by this table, and what it comes to again is held against the record:
+    # which keys were let through then is settled.
+    layout = layout_of(replace(base, harmless=tuple(base.config)), table)
+
+    def read(name: str) -> Tensor:
+        return base.read(name).to(torch.float64)
+
+    return compile_plan(
+        edits,
+        layout,
+        gain=read,
+        config=base.config,
+        allow=baked.record.allow,
+        targets=baked.record.target or ("transformers",),
     )
 
 
@@ -103,20 +116,20 @@ def _compare(name: str, produce: Producer, base: Checkpoint, artifact: Checkpoin
     a few in the largest tensors of float32.
     """
     info = artifact.tensors[name]
-    start, differing, furthest = 0, 0, 0
+    start, differing, neighbours = 0, 0, True
     for tile in produce():
         stop = start + tile.shape[0]
         found = artifact.read_rows(name, start, stop)
         unequal = (tile != found) & ~(tile.isnan() & found.isnan())
         differing += int(unequal.sum())
-        if bool(unequal.any()):
-            furthest = max(furthest, _steps(tile[unequal], found[unequal]))
+        here, there = tile[unequal], found[unequal]
+        neighbours &= bool((torch.nextafter(here, there) == there).all())
         start = stop
     elements = max(1, info.nbytes // max(1, info.torch_dtype.itemsize))
     spacing = torch.finfo(info.torch_dtype).eps
     terms = max(info.shape, default=1) ** 0.5
     allowed = int(elements * terms * EPSILON / spacing * _FACTOR)
-    if differing > allowed or furthest > 1:
+    if differing > allowed or not neighbours:
         raise InputError(
             f"the recorded edit of this base does not give the artifact: {name} differs in "
             f"{differing:,} of {elements:,} values",
@@ -126,14 +139,3 @@ def _compare(name: str, produce: Producer, base: Checkpoint, artifact: Checkpoin
             fix="name the base that the record names, or download the artifact again",
         )
     return differing
-
-
-def _steps(a: Tensor, b: Tensor) -> int:
-    """Return 1 where all values are neighbours of each other in their type, else 2."""
-    return 1 if bool((torch.nextafter(a, b) == b).all()) else 2
-
-
-def _version() -> str:
-    from bake import __version__
-
-    return __version__
