@@ -42,7 +42,7 @@ def base_ref(
 def base_name(checkpoint: Checkpoint) -> str:
     """Return a base's own name: no place on this machine, which others read."""
     if checkpoint.revision is not None:
-        return checkpoint.source.partition("@")[0]  # the commit is recorded beside it
+        return checkpoint.repo  # the commit is recorded beside it
     is_place = Path(checkpoint.source).is_absolute()
     return checkpoint.path.name if is_place else checkpoint.source
 

@@ -102,7 +102,7 @@ class BaseRef(RecordPart, frozen=True, kw_only=True):
     @property
     def address(self) -> str:
         """The name with the commit, as ``open_checkpoint`` takes it."""
-        return f"{self.model}@{self.revision}" if self.revision else self.model
+        return f"{self.repo}@{self.revision}" if self.revision else self.model
 
 
 class FittedTensor(RecordPart, frozen=True, kw_only=True):
@@ -307,6 +307,11 @@ class PlanRecord(RecordPart, frozen=True, kw_only=True):
         """Those of them that the base does not have."""
         new = [row.name for row in self.tensors if row.is_new]
         return frozenset([*new, *(row.name for row in self.biases if row.created)])
+
+    @property
+    def edited(self) -> frozenset[str]:
+        """Those of them that the base has."""
+        return self.changed - self.created
 
 
 class GgufPart(RecordPart, frozen=True, kw_only=True):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Shaped
     from torch import Tensor
 
+    from bake.checkpoints.hashes import Stated
+
 _HEADERS_AT_ONCE = 8  # requests in flight when the headers come from the Hub
 
 
@@ -62,6 +64,11 @@ class Checkpoint:
     files: ByteSource = field(repr=False)
     harmless: tuple[str, ...] = ()
 
+    @property
+    def repo(self) -> str:
+        """Its id on the Hub, where it has a revision."""
+        return self.source.partition("@")[0]
+
     def read(self, name: str) -> 'Shaped[Tensor, "..."]':
         """Return one tensor in its storage type, in memory of its own.
 
@@ -94,6 +101,34 @@ class Checkpoint:
             CheckpointError: the file has gone, or is a link out of the folder.
         """
         return folder.regular_file(self.path, name)
+
+    def fetched(self, name: str) -> Path:
+        """Return the checked path of a small file, downloaded where it is on the Hub alone.
+
+        Raises:
+            CheckpointError: the file has gone, or is a link out of the folder.
+            HubError: the Hub refuses or cannot be reached.
+        """
+        if self.revision is not None and not (self.path / name).exists():
+            # Here, because importing the Hub's client takes longer than reading headers.
+            from bake.checkpoints.hub_tree import fetch_file
+
+            fetch_file(self.repo, self.revision, name)
+        return self.file(name)
+
+    def stated(self) -> "dict[str, Stated]":
+        """Return what the Hub states of every file of the commit.
+
+        Nothing for a folder, and where the Hub is switched off.
+
+        Raises:
+            HubError: the Hub refuses or cannot be reached.
+        """
+        if self.revision is None:
+            return {}
+        from bake.checkpoints.hub_tree import stated_files
+
+        return stated_files(self.repo, self.revision)
 
     def digest(self) -> str:
         """Return a sha256 over the config, the index and every shard's name, length and header.

@@ -1,7 +1,5 @@
 """What the Hub states of a repository's files, so that equal files are not downloaded."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -11,24 +9,7 @@ from bake.checkpoints.hashes import Stated
 from bake.checkpoints.hub_errors import translated
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Repository:
-    """A repository at one commit, with what the Hub states of every file."""
-
-    repo: str
-    commit: str
-    tree: Mapping[str, Stated] = field(repr=False)
-
-    def fetch(self, name: str) -> Path:
-        """Return the path in the cache of one small file, downloaded when it is not there.
-
-        Raises:
-            HubError: the Hub refuses or cannot be reached.
-        """
-        return fetch_file(self.repo, self.commit, name)
-
-
-def fetch_file(repo: str, commit: str | None, name: str) -> Path:
+def fetch_file(repo: str, commit: str, name: str) -> Path:
     """Return the path in the cache of one small file, downloaded when it is not there.
 
     Raises:
@@ -38,17 +19,17 @@ def fetch_file(repo: str, commit: str | None, name: str) -> Path:
         return Path(hf_hub_download(repo, name, revision=commit))
 
 
-def read_repository(repo: str, commit: str) -> Repository | None:
-    """Return what the Hub states of a commit; None where the Hub is switched off.
+def stated_files(repo: str, commit: str) -> dict[str, Stated]:
+    """Return what the Hub states of every file of a commit; nothing where it is switched off.
 
     Raises:
         HubError: the Hub refuses or cannot be reached.
     """
     if constants.HF_HUB_OFFLINE:
-        return None
+        return {}
     api = HfApi(library_name="bake", library_version=__version__)
     with translated(repo, commit):
-        return Repository(repo, commit, read_tree(api, repo, commit))
+        return read_tree(api, repo, commit)
 
 
 def read_tree(api: HfApi, repo: str, commit: str) -> dict[str, Stated]:

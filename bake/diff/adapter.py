@@ -10,7 +10,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-from bake.diff.sources import Model
+from bake.artifact.record import RECORD
+from bake.diff.sources import Model, base_of
 from bake.diff.weights import Stored, Weights
 from bake.errors import InputError, UsageError
 from bake.families import Layout
@@ -62,14 +63,19 @@ def is_adapter(source: str) -> bool:
     return (Path(source).expanduser() / CONFIG).is_file()
 
 
-def base_of_adapter(source: str) -> str | None:
-    """Return what an adapter's own config names as its base, or None.
+def base_of_adapter(source: str) -> str:
+    """Return the base that an adapter's record names, or its own config where it has no record.
 
     Raises:
-        InputError: the adapter is malformed.
+        InputError: the adapter or its record is malformed.
+        UsageError: neither names a base, or it has moved.
     """
-    named = open_adapter(Path(source).expanduser()).config.get("base_model_name_or_path")
-    return named if isinstance(named, str) and named else None
+    folder = Path(source).expanduser()
+    record = folder / RECORD
+    if record.is_file():
+        return base_of(source, record, folder.resolve())
+    named = open_adapter(folder).config.get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else base_of(source, None, None)
 
 
 def adapted(source: str, base: Model, layout: Layout | None) -> AdaptedWeights:

@@ -1,15 +1,15 @@
 """``diff``: what differs between two models, from their bytes."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
 from bake.artifact.record import RECORD
-from bake.checkpoints.hashes import sha256_of
 from bake.diff.adapter import adapted, base_of_adapter, is_adapter
 from bake.diff.change import Change, measure, same_bytes
 from bake.diff.files import KeyChange, config_changes, file_changes, metadata_changes
@@ -30,13 +30,13 @@ from bake.progress import Progress
 class _Walk:
     """What the walk over the tensors has found so far."""
 
-    by_hash: list[str]
-    by_bytes: list[str]
-    changes: dict[str, tuple[Change, ...]]
-    retyped: list[str]
-    reshaped: list[Reshaped]
-    created: list[str]
-    renamed: dict[str, str]
+    by_hash: list[str] = field(default_factory=list)
+    by_bytes: list[str] = field(default_factory=list)
+    changes: dict[str, tuple[Change, ...]] = field(default_factory=dict)
+    retyped: list[str] = field(default_factory=list)
+    reshaped: list[Reshaped] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def diff(
@@ -74,7 +74,7 @@ def diff(
     with tempfile.TemporaryDirectory(prefix="bake-diff-") as folder:
         scratch = Path(folder)
         if is_adapter(out):
-            before = open_model(_base_of_adapter(out) if base is None else base, scratch)
+            before = open_model(base_of_adapter(out) if base is None else base, scratch)
             return _diff_adapter(out, before, family, most_rank if ranks else None, given or {})
         after = open_model(out, scratch)
         if base is None:
@@ -96,15 +96,6 @@ def diff(
         return replace(made, subspaces=spaces)
 
 
-def _base_of_adapter(out: str) -> str:
-    """Return the base that a record names, or the adapter's config where it has no record."""
-    folder = Path(out).expanduser()
-    record = folder / RECORD
-    if not record.is_file() and (named := base_of_adapter(out)) is not None:
-        return named
-    return base_of(out, record if record.is_file() else None, folder.resolve())
-
-
 def _diff_adapter(
     out: str,
     base: Model,
@@ -115,7 +106,7 @@ def _diff_adapter(
     """Return what an adapter adds to its base: nothing is stored, so nothing is compared."""
     roles, layout = _roles(base, family)
     weights = adapted(out, base, layout)
-    found = _Walk([], [], {}, [], [], [], {})
+    found = _Walk()
     for name in weights.tensors:
         weights.keep(name)
         # Of the sum nothing is rounded but in float64, and its storage type is nobody's.
@@ -171,8 +162,8 @@ def _walk(
     most: int | None,
     progress: Progress | None,
 ) -> _Walk:
-    found = _Walk([], [], {}, [], [], [], {})
-    equal = _equal_shards(base, out)
+    found = _Walk()
+    digest = cache(Model.digest)  # of a shard, which many tensors lie in
     total = sum(stored.nbytes for stored in out.weights.tensors.values())
     done = 0
     for name, new in out.weights.tensors.items():
@@ -181,7 +172,7 @@ def _walk(
             source = None
         if source is None:
             found.created.append(name)
-        elif _same_place(base, out, source, name, equal):
+        elif _same_place(base, out, source, name, digest):
             found.by_hash.append(name)
         else:
             _pair(base, out, source, name, most, found)
@@ -215,52 +206,21 @@ def _pair(base: Model, out: Model, source: str, name: str, most: int | None, fou
     found.changes[name] = measure(base.weights, out.weights, source, name, most=most)
 
 
-def _equal_shards(base: Model, out: Model) -> frozenset[tuple[str, str]]:
-    """Return the pairs of shards, base's first, that are equal to the hash of the whole file.
+def _same_place(
+    base: Model, out: Model, source: str, name: str, digest: Callable[[Model, str], str]
+) -> bool:
+    """Tell whether two tensors are the same stretch of two files of the same hash.
 
     Only where it saves a download: of what is on this machine the bytes are compared.
     """
     if base.checkpoint is None or out.checkpoint is None or not (base.remote or out.remote):
-        return frozenset()
-    sizes = [dict(model.checkpoint.shard_sizes) for model in (base, out) if model.checkpoint]
-    common = set(sizes[0].values()) & set(sizes[1].values())
-    digests = [
-        {
-            shard: digest
-            for shard, size in sizes[side].items()
-            if size in common and (digest := _shard_digest(model, shard)) is not None
-        }
-        for side, model in enumerate((base, out))
-    ]
-    return frozenset(
-        (old, new)
-        for old, first in digests[0].items()
-        for new, second in digests[1].items()
-        if first == second
-    )
-
-
-def _shard_digest(model: Model, shard: str) -> str | None:
-    """Return the sha256 of a shard, as the Hub states it or as the file here has it."""
-    if model.repository is not None and shard in model.repository.tree:
-        return model.repository.tree[shard].sha256
-    if model.remote or model.checkpoint is None:
-        return None
-    return sha256_of(model.checkpoint.file(shard))
-
-
-def _same_place(
-    base: Model, out: Model, source: str, name: str, equal: frozenset[tuple[str, str]]
-) -> bool:
-    """Tell whether two tensors are the same stretch of two equal files."""
-    if not equal or base.checkpoint is None or out.checkpoint is None:
         return False
     old, new = base.checkpoint.tensors[source], out.checkpoint.tensors[name]
-    return (old.shard, new.shard) in equal and (old.start, old.dtype, old.shape) == (
-        new.start,
-        new.dtype,
-        new.shape,
-    )
+    if (old.start, old.dtype, old.shape) != (new.start, new.dtype, new.shape):
+        return False
+    if base.checkpoint.shard_sizes[old.shard] != out.checkpoint.shard_sizes[new.shard]:
+        return False
+    return digest(base, old.shard) == digest(out, new.shard)
 
 
 def _assemble(

@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from bake.checkpoints import folder
 from bake.checkpoints.gguf.header import GgufValue
-from bake.checkpoints.hashes import git_id_of, sha256_of
 from bake.diff.sources import Model
 from bake.diff.weights import GgufWeights
 
 ABSENT = "(absent)"
+Status = Literal["changed", "added", "missing"]
 
 
 def plain(text: str) -> str:
@@ -49,7 +48,7 @@ class FileChange:
     """
 
     name: str
-    status: Literal["changed", "added", "missing"]
+    status: Status
     role: str
     old: str | None
     new: str | None
@@ -113,19 +112,15 @@ def file_changes(base: Model, out: Model) -> tuple[FileChange, ...]:
     found = []
     for name in sorted({*before, *after}):
         role = after.get(name, before.get(name, "side"))
-        if name.endswith("/"):
-            if (name in before) != (name in after):
-                status: Any = "added" if name in after else "missing"
-                found.append(FileChange(name, status, "other", None, None))
-            continue
-        if name not in before:
-            found.append(FileChange(name, "added", role, None, _digest(out, name)))
-        elif name not in after:
-            found.append(FileChange(name, "missing", role, _digest(base, name), None))
-        else:
-            pair = _pair(base, out, name)
-            if pair[0] != pair[1]:
-                found.append(FileChange(name, "changed", role, *pair))
+        status: Status = "changed"
+        if name not in before or name not in after:
+            status = "missing" if name in before else "added"
+        old, new = None, None
+        if not name.endswith("/"):
+            pair = base if name in before else None, out if name in after else None
+            old, new = _digests(pair, name)
+        if status != "changed" or old != new:
+            found.append(FileChange(name, status, role, old, new))
     return tuple(found)
 
 
@@ -139,39 +134,20 @@ def _names(model: Model) -> Mapping[str, str]:
     if model.checkpoint is None:
         return {}
     side, other = model.checkpoint.side_files, model.checkpoint.left_out
-    if model.repository is not None:
+    if model.hub:
         index = model.checkpoint.index_text
-        names = folder.sort_names(model.repository.tree, index, where=model.label)
+        names = folder.sort_names(model.hub, index, where=model.label)
         side, other = names.side_files, names.left_out
     return {**dict.fromkeys(side, "side"), **dict.fromkeys(other, "other")}
 
 
-def _pair(base: Model, out: Model, name: str) -> tuple[str, str]:
-    """Return two digests of one kind.
+def _digests(models: Sequence[Model | None], name: str) -> list[str | None]:
+    """Return the digests of a file in the models that have it, of one kind.
 
     The Hub states the sha256 of large files, and of small ones the id that Git gives them.
     """
-    stated = [
-        None if model.repository is None else model.repository.tree.get(name)
-        for model in (base, out)
-    ]
-    if all(file is None or file.sha256 is None for file in stated) and any(stated):
-        return tuple(  # type: ignore[return-value] # of two
-            f"git:{git_id_of(_local(model, name)) if file is None else file.git_oid}"
-            for model, file in zip((base, out), stated, strict=True)
-        )
-    return _digest(base, name), _digest(out, name)
-
-
-def _digest(model: Model, name: str) -> str:
-    file = None if model.repository is None else model.repository.tree.get(name)
-    if file is not None and file.sha256 is not None:
-        return f"sha256:{file.sha256}"
-    return f"sha256:{sha256_of(_local(model, name))}"
-
-
-def _local(model: Model, name: str) -> Path:
-    if model.repository is not None:
-        return model.repository.fetch(name)
-    assert model.checkpoint is not None  # GGUF files have no files beside them
-    return folder.regular_file(model.checkpoint.path, name)
+    having = [model for model in models if model is not None]
+    stated = [model.hub[name] for model in having if name in model.hub]
+    small = len(having) > 1 and bool(stated) and all(file.sha256 is None for file in stated)
+    kind: Literal["sha256", "git"] = "git" if small else "sha256"
+    return [None if model is None else model.digest(name, kind) for model in models]

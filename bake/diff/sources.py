@@ -1,20 +1,19 @@
 """``Model``: one of the two models that are compared, opened and not loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from bake.artifact.record import RECORD, record_at
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf.file import Gguf, open_gguf
+from bake.checkpoints.hashes import Stated, git_id_of, sha256_of
 from bake.checkpoints.source import Counted, LocalFiles
 from bake.diff.bytesource import Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights
 from bake.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    from bake.checkpoints.hub_tree import Repository
 
 _ADAPTER = "adapter_config.json"
 _SCHEME = "hf://"
@@ -29,7 +28,7 @@ class Model:
         weights: its tensors.
         checkpoint: the checkpoint, or None for a GGUF file.
         gguf: the GGUF file, or None.
-        repository: what the Hub states of it; None for what is on this machine alone.
+        hub: what the Hub states of its files; nothing for what is on this machine alone.
         counted: how many bytes of weights were read, where that is counted.
     """
 
@@ -37,7 +36,7 @@ class Model:
     weights: CheckpointWeights | GgufWeights
     checkpoint: Checkpoint | None
     gguf: Gguf | None
-    repository: "Repository | None"
+    hub: Mapping[str, Stated]
     counted: Counted | None = field(repr=False)
 
     @property
@@ -52,11 +51,26 @@ class Model:
 
     def small_file(self, name: str) -> Path | None:
         """Return the path of one small file of the model's folder, or None when it has none."""
-        if self.repository is not None and name in self.repository.tree:
-            return self.repository.fetch(name)
+        if self.checkpoint is not None and name in self.hub:
+            return self.checkpoint.fetched(name)
         if self.remote or not (self._folder / name).is_file():
             return None
         return regular_file(self._folder.resolve(), name)
+
+    def digest(self, name: str, kind: Literal["sha256", "git"] = "sha256") -> str:
+        """Return ``sha256:…`` or ``git:…`` of a file, as the Hub states it or the file here has it.
+
+        Raises:
+            HubError: the Hub refuses or cannot be reached.
+            CheckpointError: the file has gone, or is a link out of its folder.
+        """
+        assert self.checkpoint is not None  # GGUF files have no files beside them
+        stated = self.hub.get(name)
+        known = None if stated is None else stated.sha256 if kind == "sha256" else stated.git_oid
+        if known is None:
+            path = self.checkpoint.fetched(name)
+            known = sha256_of(path) if kind == "sha256" else git_id_of(path)
+        return f"{kind}:{known}"
 
     @property
     def folder(self) -> Path | None:
@@ -121,20 +135,12 @@ def _hub_id(source: str) -> str:
 
 
 def _model_of(source: str, opened: Checkpoint, scratch: Path) -> Model:
-    repository = None
-    if opened.revision is not None:
-        # Here, because importing the Hub's client takes longer than reading a folder's headers.
-        from bake.checkpoints.hub_tree import read_repository
-
-        name = source.removeprefix(_SCHEME).partition("@")[0]
-        repository = read_repository(name, opened.revision)
-        source = f"{name}@{opened.revision}"
     counted = Counted(opened.files)
-    local = isinstance(opened.files, LocalFiles)
-    files = counted if local else Spool(counted, scratch)
+    files = counted if isinstance(opened.files, LocalFiles) else Spool(counted, scratch)
     checkpoint = replace(opened, files=files)
+    label = source if opened.revision is None else f"{opened.repo}@{opened.revision}"
     weights = CheckpointWeights.of(checkpoint)
-    return Model(source, weights, checkpoint, None, repository, counted)
+    return Model(label, weights, checkpoint, None, opened.stated(), counted)
 
 
 def _open_gguf(path: Path) -> Model:
@@ -148,7 +154,7 @@ def _open_gguf(path: Path) -> Model:
             fix=f"`bake directions {path}` says what is in a control vector; of an adapter compare "
             "the folder that PEFT loads",
         )
-    return Model(str(path), GgufWeights.of(found), None, found, None, None)
+    return Model(str(path), GgufWeights.of(found), None, found, {}, None)
 
 
 def _adapter(source: str) -> UsageError:

@@ -24,7 +24,6 @@ from bake.diff.precision import FLOATS, half_step
 class Stored:
     """One tensor as it lies in its file."""
 
-    name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
@@ -101,7 +100,7 @@ class CheckpointWeights(Weights):
         Types of eight bits and fewer are codes, whose scales lie in tensors of their own.
         """
         tensors = {
-            name: Stored(name, t.dtype, t.shape, t.nbytes, t.dtype in FLOATS)
+            name: Stored(t.dtype, t.shape, t.nbytes, t.dtype in FLOATS)
             for name, t in checkpoint.tensors.items()
         }
         return CheckpointWeights(checkpoint, tensors)
@@ -149,7 +148,7 @@ class GgufWeights(Weights):
         found = {}
         for name, t in model.tensors.items():
             numeric = _is_numeric(t.kind.name, t.shape)
-            found[name] = Stored(name, t.kind.name, t.shape, t.nbytes, numeric)
+            found[name] = Stored(t.kind.name, t.shape, t.nbytes, numeric)
         return GgufWeights(model, found)
 
     @override

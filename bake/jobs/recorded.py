@@ -216,7 +216,7 @@ def replan(
     checkpoint = check_base(artifact, open_checkpoint(place))
     checkpoint = replace(checkpoint, harmless=(*checkpoint.harmless, *assume_harmless))
     if checkpoint.revision is not None:  # which the name need not say again
-        checkpoint = replace(checkpoint, source=checkpoint.source.partition("@")[0])
+        checkpoint = replace(checkpoint, source=checkpoint.repo)
     layout = layout_of(checkpoint, artifact.family() if family is None else family)
     model = Model(checkpoint, layout, family)
     recipe = _recipe(source, artifact, place, checkpoint)

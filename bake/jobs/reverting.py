@@ -11,8 +11,8 @@ from bake.jobs.recorded import Source, find
 from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
+    from bake.artifact.schema import Record
     from bake.revert.checkpoint import Reverted
-    from bake.revert.record import Revertible
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,37 +59,38 @@ def prepare_reversal(
     if revision is not None and base is None:
         raise UsageError("--revision is of --base, which is not named")
     source = find(artifact, weights=True)
-    baked = read_revertible(source.folder)
-    if source.published and base is None and baked.base_path is not None:
+    record = read_revertible(source.folder)
+    if source.published and base is None and record.base.path is not None:
         # A stranger's folder means nothing here.
-        raise source.without_base(baked.record.base.model)
-    if KINDS[baked.record.kind].checkpoint:
-        return _checkpoint(source, baked, base, revision, bars)
+        raise source.without_base(record.base.model)
+    if KINDS[record.kind].checkpoint:
+        return _checkpoint(source, record, base, revision, bars)
     if revision is not None:
         raise UsageError("a GGUF file has no revision", fix="leave --revision out")
-    return _gguf(source, baked, base, bars)
+    return _gguf(source, record, base, bars)
 
 
 def _checkpoint(
-    source: Source, baked: "Revertible", named: str | None, revision: str | None, bars: Bars
+    source: Source, record: "Record", named: str | None, revision: str | None, bars: Bars
 ) -> Reversal:
     from bake.revert.base import open_base
     from bake.revert.checkpoint import base_hashes, prepare_revert, revert_checkpoint
 
-    base = open_base(baked, named, revision)
+    folder = source.folder.resolve()
+    base = open_base(folder, record, named, revision)
     with bars("checking the base") as move:
-        plan = prepare_revert(baked, base, move)
+        plan = prepare_revert(folder, record, base, move)
 
     def write(out: Path, force: bool) -> "Reverted":
         with bars("reading the base") as move:
             stated = base_hashes(plan, move)
         with bars(f"writing {out.name}") as move:
-            return revert_checkpoint(plan, out, stated=stated, force=force, progress=move)
+            return revert_checkpoint(plan, out, stated, force=force, progress=move)
 
-    return Reversal(base.checkpoint.source, plan.edited_bytes, source.notes, write)
+    return Reversal(base.source, plan.edited_bytes, source.notes, write)
 
 
-def _gguf(source: Source, baked: "Revertible", named: str | None, bars: Bars) -> Reversal:
+def _gguf(source: Source, record: "Record", named: str | None, bars: Bars) -> Reversal:
     from bake.revert.gguf import prepare_gguf_revert, revert_gguf
 
     if named is None:
@@ -97,7 +98,7 @@ def _gguf(source: Source, baked: "Revertible", named: str | None, bars: Bars) ->
             "a GGUF is reverted to the file that it was made of, which its record does not locate",
             fix="name it with --base FILE.gguf",
         )
-    plan = prepare_gguf_revert(baked, Path(named))
+    plan = prepare_gguf_revert(source.folder.resolve(), record, Path(named))
 
     def write(out: Path, force: bool) -> "Reverted":
         with bars(f"writing {out.name}") as move:

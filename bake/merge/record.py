@@ -136,7 +136,7 @@ def _notes(adapter: PeftAdapter, base: Checkpoint, *, untied: bool) -> list[str]
 
 def _is_same(named: str, base: Checkpoint) -> bool:
     """Whether the model that an adapter names is this base, by its id or its place."""
-    here = named == base.source.partition("@")[0] or Path(named).absolute() == base.path
+    here = named == base.repo or Path(named).absolute() == base.path
     return here or base.path.as_posix().endswith(f"/{named.strip('/')}")
 
 

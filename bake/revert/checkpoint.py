@@ -6,7 +6,7 @@ the result is compared with the base's by hash before the folder appears.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
+from bake.artifact.schema import Record
 from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from bake.checkpoints.config import CONFIG
-from bake.checkpoints.hashes import Stated
+from bake.checkpoints.hashes import Stated, sha256_of
 from bake.checkpoints.index import INDEX
 from bake.checkpoints.outline import File
+from bake.checkpoints.source import Counted
 from bake.checkpoints.stream import Copy, Fill, Literal, Piece
 from bake.checkpoints.writer import write_files
 from bake.errors import CheckpointError, InputError
-from bake.progress import Progress
-from bake.revert.base import RevertBase
+from bake.progress import Progress, Tally
 from bake.revert.proof import prove_base
-from bake.revert.record import Revertible
 
 KIND = "reverted"
 
@@ -39,7 +39,7 @@ class Reverted:
     Attributes:
         path: the folder.
         files: sha256 by name.
-        equal: the files whose bytes were compared with the base's and are equal.
+        compared: the files whose bytes were compared with the base's and are equal.
         edited: the tensors that came from the base.
         removed: the tensors that the edit had created.
         bytes_written: of all files.
@@ -51,7 +51,7 @@ class Reverted:
 
     path: Path
     files: Mapping[str, str]
-    equal: tuple[str, ...]
+    compared: tuple[str, ...]
     edited: tuple[str, ...]
     removed: tuple[str, ...]
     bytes_written: int
@@ -63,24 +63,12 @@ class Reverted:
     @property
     def bit_for_bit(self) -> bool:
         """Whether every file was compared with the base's and equals it."""
-        return len(self.equal) == len(self.files)
+        return len(self.compared) == len(self.files)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {
-            "kind": "reverted",
-            "path": str(self.path),
-            "files": dict(self.files),
-            "bit_for_bit": self.bit_for_bit,
-            "compared": sorted(self.equal),
-            "edited": list(self.edited),
-            "removed": list(self.removed),
-            "bytes_written": self.bytes_written,
-            "bytes_from_base": self.bytes_from_base,
-            "left": list(self.left),
-            "absent": list(self.absent),
-            "notes": list(self.notes),
-        }
+        facts = {"kind": KIND, **asdict(self), "path": str(self.path)}
+        return {**facts, "bit_for_bit": self.bit_for_bit}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +76,33 @@ class Restoration:
     """Everything that a revert of a checkpoint has decided before it writes.
 
     Attributes:
-        baked: the artifact.
-        artifact: its checkpoint.
-        base: the base.
+        artifact: the artifact's checkpoint.
+        base: the base, which reads through ``counted``.
+        counted: how many bytes of its tensors the restoration has read.
+        hub: what the Hub states of the base's files; nothing where it is no repository.
         shards: the artifact's shard by the base's name of it.
+        edited: the tensors of the base that the artifact has otherwise.
+        created: the tensors that the base does not have.
         notes: what there is to say of the base.
     """
 
-    baked: Revertible
     artifact: Checkpoint
-    base: RevertBase
+    base: Checkpoint
+    counted: Counted
+    hub: Mapping[str, Stated]
     shards: Mapping[str, str]
+    edited: frozenset[str]
+    created: frozenset[str]
     notes: tuple[str, ...]
 
     @property
     def edited_bytes(self) -> int:
         """How many bytes of tensors come from the base."""
-        tensors = self.base.checkpoint.tensors
-        return sum(tensors[name].nbytes for name in self.baked.edited)
+        return sum(self.base.tensors[name].nbytes for name in self.edited)
 
 
 def prepare_revert(
-    baked: Revertible, base: RevertBase, progress: Progress | None = None
+    folder: Path, record: Record, base: Checkpoint, progress: Progress | None = None
 ) -> Restoration:
     """Check that the base is the artifact's, and decide which bytes come from which.
 
@@ -117,30 +110,41 @@ def prepare_revert(
     artifact, which reads its edited tensors once more.
 
     Args:
-        baked: the artifact.
+        folder: the artifact's.
+        record: what it says of itself.
         base: as ``open_base`` returns it.
         progress: called with the bytes of tensors that are compared and their total.
 
     Raises:
         InputError: the base or the artifact is not the recorded one.
+        HubError: the Hub refuses or cannot be reached.
     """
-    artifact = open_checkpoint(baked.folder)
-    shards = _matched(baked, artifact, base.checkpoint)
-    notes: tuple[str, ...] = ()
-    if not base.pinned:
-        note = prove_base(baked, base.checkpoint, artifact, progress)
-        notes = () if note is None else (note,)
-    base.counted.count = 0  # from here on it counts what the restoration itself takes
-    return Restoration(baked, artifact, base, shards, notes)
+    artifact = open_checkpoint(folder)
+    shards = _matched(record, artifact, base)
+    hub = base.stated()
+    # Offline the bytes are those of the cache, which nobody has compared with the Hub's hashes.
+    pinned = bool(hub) and base.revision == record.base.revision
+    note = None if pinned else prove_base(record, base, artifact, progress)
+    counted = Counted(base.files)
+    return Restoration(
+        artifact=artifact,
+        base=replace(base, files=counted),
+        counted=counted,
+        hub=hub,
+        shards=shards,
+        edited=record.plan.edited,
+        created=record.plan.created,
+        notes=() if note is None else (note,),
+    )
 
 
-def _matched(baked: Revertible, artifact: Checkpoint, base: Checkpoint) -> dict[str, str]:
+def _matched(record: Record, artifact: Checkpoint, base: Checkpoint) -> dict[str, str]:
     """Return the artifact's shard by the base's name, each with the very header of the base's."""
     lost = sorted(base.tensors.keys() - artifact.tensors.keys())
-    surplus = sorted(artifact.tensors.keys() - base.tensors.keys() - baked.created)
+    surplus = sorted(artifact.tensors.keys() - base.tensors.keys() - record.plan.created)
     if lost or surplus:
         what = f"lacks {lost[0]}" if lost else f"holds {surplus[0]}, which nothing accounts for"
-        raise InputError(f"is not what the record says: it {what}", where=str(baked.folder))
+        raise InputError(f"is not what the record says: it {what}", where=str(artifact.path))
     found: dict[str, str] = {}
     for info in base.tensors.values():
         found.setdefault(info.shard, artifact.tensors[info.name].shard)
@@ -148,7 +152,7 @@ def _matched(baked: Revertible, artifact: Checkpoint, base: Checkpoint) -> dict[
         if base.header_digests[ours] != artifact.header_digests[theirs]:
             raise InputError(
                 f"the header of {theirs} is not that of the base's {ours}",
-                where=str(baked.folder),
+                where=str(artifact.path),
                 fix="name the base that the record names, or download the artifact again",
             )
     return found
@@ -160,21 +164,23 @@ def base_hashes(plan: Restoration, progress: Progress | None = None) -> dict[str
     Args:
         plan: as ``prepare_revert`` returns it.
         progress: called with the bytes of a base in a folder that are hashed and their total.
-
-    Raises:
-        HubError: the Hub refuses or cannot be reached.
     """
-    base = plan.base.checkpoint
+    base = plan.base
     names = [*base.shards, CONFIG, *base.side_files]
     names += [INDEX] if base.index_text is not None else []
-    return plan.base.stated(names, progress)
+    if plan.hub:
+        return {name: plan.hub[name] for name in names if name in plan.hub}
+    here = {name: base.file(name) for name in names if (base.path / name).exists()}
+    sizes = {name: path.stat().st_size for name, path in here.items()}
+    tally = Tally(sum(sizes.values()), progress)
+    return {name: Stated(sizes[name], sha256_of(path, tally), "") for name, path in here.items()}
 
 
 def revert_checkpoint(
     plan: Restoration,
     out: Path,
+    stated: Mapping[str, Stated],
     *,
-    stated: Mapping[str, Stated] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Reverted:
@@ -185,7 +191,7 @@ def revert_checkpoint(
     Args:
         plan: as ``prepare_revert`` returns it.
         out: a folder that does not exist, unless ``force``.
-        stated: what ``base_hashes`` returned for this plan; it is called where this is None.
+        stated: what ``base_hashes`` returned for this plan.
         force: replace an artifact of bake at ``out``.
         progress: called with the bytes of weights that are done and their total.
 
@@ -194,12 +200,10 @@ def revert_checkpoint(
         UsageError: ``out`` is in the way, or is the artifact or the base.
         HubError: the Hub refuses or cannot be reached.
     """
-    base = plan.base.checkpoint
+    base = plan.base
     check_apart(out, plan.artifact.path)
-    if not plan.base.on_hub:
+    if base.revision is None:
         check_apart(out, base.path)
-    if stated is None:
-        stated = base_hashes(plan)
 
     def write(place: Place) -> Artifact:
         shards = tuple(_shard(plan, name) for name in base.shards)
@@ -213,11 +217,11 @@ def revert_checkpoint(
     return Reverted(
         path=out,
         files=made.files,
-        equal=tuple(name for name in made.files if name in stated),
-        edited=tuple(sorted(plan.baked.edited)),
-        removed=tuple(sorted(plan.baked.created)),
+        compared=tuple(name for name in made.files if name in stated),
+        edited=tuple(sorted(plan.edited)),
+        removed=tuple(sorted(plan.created)),
         bytes_written=made.bytes_written,
-        bytes_from_base=plan.base.counted.count,
+        bytes_from_base=plan.counted.count,
         left=tuple(sorted(own)),
         absent=tuple(sorted(base.left_out)),
         notes=plan.notes,
@@ -226,12 +230,12 @@ def revert_checkpoint(
 
 def _shard(plan: Restoration, name: str) -> File:
     """Return one shard: the artifact's bytes, with those of the base where a tensor was edited."""
-    base, theirs = plan.base.checkpoint, plan.shards[name]
+    base, theirs = plan.base, plan.shards[name]
     size = base.shard_sizes[name]
     pieces: list[Piece] = []
     position = 0
     for info in base.tensors.values():
-        if info.shard == name and info.name in plan.baked.edited and info.nbytes:
+        if info.shard == name and info.name in plan.edited and info.nbytes:
             flat = TensorInfo(info.name, "U8", (info.nbytes,), name, info.start, info.stop)
             produce = partial(_bytes, base, info)
             pieces += [Copy(position, info.start), Fill(flat, produce)]
@@ -247,7 +251,7 @@ def _bytes(base: Checkpoint, info: TensorInfo) -> Iterator[Tensor]:
 
 def _small(plan: Restoration, stated: Mapping[str, Stated]) -> Iterator[File]:
     """Yield the files that hold no weights; those that the artifact has unchanged come from it."""
-    base = plan.base.checkpoint
+    base = plan.base
     texts = {CONFIG: base.config_text}
     if base.index_text is not None:
         texts[INDEX] = base.index_text
@@ -255,13 +259,10 @@ def _small(plan: Restoration, stated: Mapping[str, Stated]) -> Iterator[File]:
         data = text.encode()
         yield File(name, len(data), (Literal(data),))
     for name in base.side_files:
-        path = None
-        if name in plan.artifact.side_files:
-            path = plan.artifact.file(name)
-            if name not in stated or not stated[name].matches(path):
-                path = None
-        if path is None:
-            path = plan.base.file(name)
+        origin = plan.artifact if name in plan.artifact.side_files else base
+        path = origin.fetched(name)
+        if name not in stated or not stated[name].matches(path):
+            path = base.fetched(name)
         size = path.stat().st_size
         yield File(name, size, (Copy(0, size),), path)
 
@@ -279,22 +280,22 @@ def _check(
         raise InputError(
             f"{len(wrong)} of {len(hashes)} files would not be the base's, first {wrong[0]}"
             + _culprit(plan, wrong[0]),
-            where=str(plan.baked.folder),
+            where=str(plan.artifact.path),
             why="the artifact differs from this base in more than what its record names",
             fix="see `bake diff BASE OUT`; download the artifact again, or name its own base",
         )
     for name, digest in open_checkpoint(folder).header_digests.items():
-        if digest != plan.base.checkpoint.header_digests[name]:
+        if digest != plan.base.header_digests[name]:
             raise CheckpointError("has another header than the base's", where=name)
 
 
 def _culprit(plan: Restoration, name: str) -> str:
     """Return which tensor of a shard differs, where both models are on this machine."""
-    base = plan.base.checkpoint
-    if plan.base.on_hub or name not in base.shards:
+    base = plan.base
+    if base.revision is not None or name not in base.shards:
         return ""
     for info in base.tensors.values():
-        untouched = info.shard == name and info.name not in plan.baked.edited
+        untouched = info.shard == name and info.name not in plan.edited
         if untouched and base.tensor_digest(info.name) != plan.artifact.tensor_digest(info.name):
             return f": {info.name} differs, which the plan leaves alone"
     return ""
@@ -302,10 +303,10 @@ def _culprit(plan: Restoration, name: str) -> str:
 
 def _identity(plan: Restoration) -> str:
     """Return a digest of all that decides the output's bytes."""
-    artifact, base = plan.artifact, plan.base.checkpoint
+    artifact, base = plan.artifact, plan.base
     read = [artifact.file(name) for name in artifact.shards]
-    if not plan.base.on_hub:
+    if base.revision is None:
         read += [base.file(name) for name in base.shards]
     places = [base.source, base.revision, str(artifact.path)]
-    facts = [KIND, *places, base.digest(), artifact.digest(), sorted(plan.baked.edited)]
+    facts = [KIND, *places, base.digest(), artifact.digest(), sorted(plan.edited)]
     return identity_of(facts, read)

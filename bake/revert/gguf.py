@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bake.artifact.artifact import Artifact
 from bake.artifact.record import RECORD
+from bake.artifact.schema import GgufRecord, Record
 from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.file import Gguf, GgufPart, open_gguf
@@ -20,7 +21,6 @@ from bake.checkpoints.stream import Copy, Fill, Piece, write_file
 from bake.errors import InputError
 from bake.progress import Progress, Tally
 from bake.revert.checkpoint import KIND, Reverted
-from bake.revert.record import Revertible
 
 _NOTE = "the record has no hash of the base's file: the edited tensors are those of the named one"
 
@@ -30,7 +30,8 @@ class GgufRestoration:
     """Everything that a revert of a GGUF has decided before it writes.
 
     Attributes:
-        baked: the artifact.
+        folder: the artifact's.
+        record: what it says of itself.
         artifact: its model.
         base: the model that it was made of.
         edited: the tensors of the base that the artifact has otherwise.
@@ -38,7 +39,8 @@ class GgufRestoration:
         proven: whether the base's files have the sha256 that the record names.
     """
 
-    baked: Revertible
+    folder: Path
+    record: Record
     artifact: Gguf
     base: Gguf
     edited: frozenset[str]
@@ -51,80 +53,82 @@ class GgufRestoration:
         return sum(self.base.tensors[name].nbytes for name in self.edited)
 
 
-def prepare_gguf_revert(baked: Revertible, file: Path) -> GgufRestoration:
+def prepare_gguf_revert(folder: Path, record: Record, file: Path) -> GgufRestoration:
     """Check that a file is the one that the artifact was made of.
+
+    Args:
+        folder: the artifact's.
+        record: what it says of itself.
+        file: what it may have been made of.
 
     Raises:
         InputError: it is another, or the artifact is not what its record says.
     """
-    rows, parts = _recorded(baked)
+    was = _recorded(folder, record)
     base = open_gguf(file)
-    for part, (name, size) in zip(base.parts, parts, strict=False):
-        if part.size != size:
-            raise InputError(
-                f"this is not the GGUF that the artifact was made of: it has {part.size} bytes, "
-                f"and {name} had {size}",
-                where=str(part.path),
-            )
-    if len(base.parts) != len(parts):
-        raise InputError(
-            f"this is not the GGUF that the artifact was made of: it has {len(base.parts)} files, "
-            f"and that one had {len(parts)}",
-            where=str(file),
-        )
-    artifact = open_gguf(baked.folder / parts[0][0])
-    created = frozenset(name for name, before in rows.items() if before is None)
-    edited = frozenset(rows) - created
-    _compare_tables(baked, artifact, base, edited, created)
-    return GgufRestoration(baked, artifact, base, edited, created, _proven(baked, base))
+    for part, once in zip(base.parts, was.base, strict=False):
+        if part.size != once.bytes:
+            what = f"it has {part.size} bytes, and {once.name} had {once.bytes}"
+            raise _another(what, part.path)
+    if len(base.parts) != len(was.base):
+        raise _another(f"it has {len(base.parts)} files, and that one had {len(was.base)}", file)
+    artifact = open_gguf(folder / was.base[0].name)
+    created = frozenset(row.name for row in was.tensors if row.base_type is None)
+    edited = frozenset(row.name for row in was.tensors) - created
+    _compare_tables(folder, artifact, base, edited, created)
+    proven = _proven(record, base)
+    return GgufRestoration(folder, record, artifact, base, edited, created, proven)
 
 
-def _proven(baked: Revertible, base: Gguf) -> bool:
+def _proven(record: Record, base: Gguf) -> bool:
     """Whether the base's files are the recorded ones; False where the record has no hashes.
 
     Raises:
         InputError: a file has another sha256.
     """
-    options = baked.record.export
+    options = record.export
     if options is None or not options.gguf:
         return False
     recorded = [part.sha256 for part in options.gguf]
     for part, digest in zip_longest(base.parts, recorded):
         if part is None or digest is None or sha256_of(part.path) != digest:
-            raise InputError(
-                "this is not the GGUF that the artifact was made of: it has another sha256",
-                where=str(base.path if part is None else part.path),
-                fix="name the file that the artifact was made of",
-            )
+            raise _another("it has another sha256", base.path if part is None else part.path)
     return True
 
 
-def _recorded(baked: Revertible) -> tuple[dict[str, str | None], list[tuple[str, int]]]:
-    """Return the changed tensors with the type that the base had, and the base's files."""
-    found = baked.record.gguf
+def _another(what: str, path: Path) -> InputError:
+    return InputError(
+        f"this is not the GGUF that the artifact was made of: {what}",
+        where=str(path),
+        fix="name the file that the artifact was made of",
+    )
+
+
+def _recorded(folder: Path, record: Record) -> GgufRecord:
+    """Return what the record says of the base's files and of the changed tensors."""
+    found = record.gguf
     if found is None or found.converter is not None:
         raise InputError(
             "the record does not say which file the artifact was made of",
-            where=str(baked.folder),
+            where=str(folder),
             why="llama.cpp's converter made it of a baked checkpoint: no base in GGUF was edited",
             fix="convert the base checkpoint with the same converter",
         )
-    rows = {row.name: row.base_type for row in found.tensors}
-    parts = [(part.name, part.bytes) for part in found.base]
-    if not parts or any("/" in name or name in ("", ".", "..") for name, _ in parts):
-        raise InputError("the record is malformed: it names no base file", where=str(baked.folder))
-    return rows, parts
+    names = [part.name for part in found.base]
+    if not names or any("/" in name or name in ("", ".", "..") for name in names):
+        raise InputError("the record is malformed: it names no base file", where=str(folder))
+    return found
 
 
 def _compare_tables(
-    baked: Revertible,
+    folder: Path,
     artifact: Gguf,
     base: Gguf,
     edited: frozenset[str],
     created: frozenset[str],
 ) -> None:
     """Require that the two files hold the same tensors but for those that the record names."""
-    where = str(baked.folder)
+    where = str(folder)
     for name, info in base.tensors.items():
         found = artifact.tensors.get(name)
         alike = found is not None and (
@@ -169,7 +173,7 @@ def revert_gguf(
         UsageError: ``out`` is in the way, or holds the artifact or the base.
     """
     parts = plan.base.parts
-    check_apart(out, plan.baked.folder, base=plan.base.path)
+    check_apart(out, plan.folder, base=plan.base.path)
     tally = Tally(2 * sum(part.size for part in parts), progress)
 
     def write(place: Place) -> Artifact:
@@ -187,12 +191,12 @@ def revert_gguf(
     return Reverted(
         path=out,
         files=made.files,
-        equal=tuple(made.files),
+        compared=tuple(made.files),
         edited=tuple(sorted(plan.edited)),
         removed=tuple(sorted(plan.created)),
         bytes_written=made.bytes_written,
         bytes_from_base=plan.edited_bytes,
-        left=tuple(sorted({*(plan.baked.record.files or {}), RECORD} - made.files.keys())),
+        left=tuple(sorted({*(plan.record.files or {}), RECORD} - made.files.keys())),
         absent=(),
         notes=() if plan.proven else (_NOTE,),
     )

@@ -6,6 +6,7 @@ to lead to the artifact's: folding is deterministic, so the same base gives the 
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from bake import __version__
 from bake.affine import EPSILON
 from bake.artifact.base_digests import refuse_other_base
 from bake.artifact.carrier import KINDS
+from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, Producer
 from bake.edit_store import EDITS, FITTED, load_edits
 from bake.errors import InputError
@@ -23,13 +25,12 @@ from bake.outputs.checkpoint import planned_tensors
 from bake.plan import Plan, compile_plan
 from bake.plan.record import other_parts
 from bake.progress import Progress, Tally
-from bake.revert.record import Revertible
 
 _FACTOR = 8  # two sums and their roundings, and a margin of two
 
 
 def prove_base(
-    baked: Revertible,
+    record: Record,
     base: Checkpoint,
     artifact: Checkpoint,
     progress: Progress | None = None,
@@ -39,7 +40,7 @@ def prove_base(
     Returns None where that proves it the artifact's base, or else what there is to say instead.
 
     Args:
-        baked: the artifact.
+        record: the artifact's.
         base: the base that may be the recorded one.
         artifact: its checkpoint.
         progress: called with the bytes of tensors that are compared and their total.
@@ -47,19 +48,19 @@ def prove_base(
     Raises:
         InputError: a tensor is another one, or leads to another than the artifact's.
     """
-    if baked.record.base_tensors:
-        refuse_other_base(baked.record.base_tensors, base, progress)
+    if record.base_tensors:
+        refuse_other_base(record.base_tensors, base, progress)
         return None
-    if not KINDS[baked.record.kind].exported:
+    if not KINDS[record.kind].exported:
         return (
             "not proven to be the recorded base, since a merge keeps no copy of its adapter: the "
             "merged tensors are those of the named base"
         )
-    plan = _recompiled(baked, base)
-    if other_parts(baked.record.plan, plan):
+    plan = _recompiled(record, artifact.path, base)
+    if other_parts(record.plan, plan):
         return (
             f"not proven to be the recorded base: bake {__version__} compiles another plan than "
-            f"the recorded one, made by bake {baked.record.bake}; the edited tensors are those of "
+            f"the recorded one, made by bake {record.bake}; the edited tensors are those of "
             "the named base"
         )
     replaced, new = planned_tensors(plan, base)
@@ -78,7 +79,7 @@ def prove_base(
     return None
 
 
-def _recompiled(baked: Revertible, base: Checkpoint) -> Plan:
+def _recompiled(record: Record, folder: Path, base: Checkpoint) -> Plan:
     """Return the plan that the recorded edits lead to on a base, whose norms it reads.
 
     Raises:
@@ -86,9 +87,9 @@ def _recompiled(baked: Revertible, base: Checkpoint) -> Plan:
         FamilyError: no table fits the base.
     """
     # The weights hold fitted stand-ins, where there are some.
-    fitted = baked.folder / FITTED
-    edits = load_edits(fitted if fitted.is_file() else baked.folder / EDITS)
-    own = baked.record.family
+    fitted = folder / FITTED
+    edits = load_edits(fitted if fitted.is_file() else folder / EDITS)
+    own = record.family
     table = None if own is None else parse_family(own.text, own.file)
     # The plan was made by this table, and what it comes to again is held against the record:
     # which keys were let through then is settled.
@@ -102,8 +103,8 @@ def _recompiled(baked: Revertible, base: Checkpoint) -> Plan:
         layout,
         gain=read,
         config=base.config,
-        allow=baked.record.allow,
-        targets=baked.record.target or ("transformers",),
+        allow=record.allow,
+        targets=record.target or ("transformers",),
     )
 
 

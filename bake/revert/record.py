@@ -1,6 +1,5 @@
-"""``Revertible``: an artifact with a record that says what of its base was changed."""
+"""The record of an artifact that there is something to revert in."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from bake.artifact.carrier import KINDS
@@ -9,37 +8,8 @@ from bake.artifact.schema import Record
 from bake.errors import InputError, UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Revertible:
-    """An artifact that there is something to revert in.
-
-    Attributes:
-        folder: the artifact's, resolved.
-        record: what it says of itself.
-    """
-
-    folder: Path
-    record: Record
-
-    @property
-    def base_path(self) -> Path | None:
-        """Where a local base was, or None."""
-        path = self.record.base.path
-        return None if path is None else self.folder / path
-
-    @property
-    def created(self) -> frozenset[str]:
-        """The tensors that the base does not have."""
-        return self.record.plan.created
-
-    @property
-    def edited(self) -> frozenset[str]:
-        """The tensors of the base that the plan changes."""
-        return self.record.plan.changed - self.created
-
-
-def read_revertible(folder: Path) -> Revertible:
-    """Return an artifact that there is something to revert in.
+def read_revertible(folder: Path) -> Record:
+    """Return the record of an artifact that there is something to revert in.
 
     Raises:
         UsageError: the artifact leaves its base as it is.
@@ -52,13 +22,12 @@ def read_revertible(folder: Path) -> Revertible:
             f"there is nothing to revert: a {record.kind} leaves its base as it is",
             fix=carrier.without,
         )
-    found = Revertible(folder.resolve(), record)
-    before = record.base_tensors.keys()
-    if before and before != found.edited:
+    before, edited = record.base_tensors.keys(), record.plan.edited
+    if before and before != edited:
         raise InputError(
             "the record is malformed: base_tensors and the plan disagree on "
-            f"{min(before ^ found.edited)}",
+            f"{min(before ^ edited)}",
             where=str(folder / RECORD),
             fix="download the artifact again",
         )
-    return found
+    return record

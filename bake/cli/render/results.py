@@ -92,7 +92,7 @@ def reverted(result: "Reverted") -> list[RenderableType]:
     absent = f"{', '.join(result.absent)} (an export does not carry them)"
     rows = [
         ("written", f"{result.path} ({result.bytes_written:,} bytes)"),
-        ("bit for bit", f"{len(result.equal)} of {len(result.files)} files"),
+        ("bit for bit", f"{len(result.compared)} of {len(result.files)} files"),
         ("tensors", f"{taken}, {len(result.removed)} created ones removed"),
         *([("left behind", ", ".join(result.left))] if result.left else []),
         *([("not restored", absent)] if result.absent else []),
