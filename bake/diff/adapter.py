@@ -15,7 +15,7 @@ from bake.diff.sources import Model, base_of
 from bake.diff.weights import Stored, Weights
 from bake.errors import InputError, UsageError
 from bake.families import Layout
-from bake.merge.peft_adapter import CONFIG, Module, PeftAdapter, open_adapter
+from bake.merge.peft_adapter import Module, PeftAdapter, open_adapter
 
 _ROWS = 256
 
@@ -58,11 +58,6 @@ class AdaptedWeights(Weights):
         self.base.keep(name)
 
 
-def is_adapter(source: str) -> bool:
-    """Tell whether a path is a folder with a PEFT adapter."""
-    return (Path(source).expanduser() / CONFIG).is_file()
-
-
 def base_of_adapter(source: str) -> str:
     """Return the base that an adapter's record names, or its own config where it has no record.
 
@@ -99,10 +94,10 @@ def adapted(source: str, base: Model, layout: Layout | None) -> AdaptedWeights:
             f"{source} {what}",
             fix=f"`bake merge {source} BASE --out DIR`, then `bake diff BASE DIR`",
         )
-    paths = {} if layout is None else _paths(layout)
+    stems = {} if layout is None else layout.stems
     factors, tensors = {}, {}
     for module in opened.modules:
-        name = paths.get(module.path, f"{module.path}.weight")
+        name = f"{stems.get(module.path, module.path)}.weight"
         stored = base.weights.tensors.get(name)
         left, right = _factors(opened, module)
         if stored is None or stored.shape != (left.shape[0], right.shape[1]) or not stored.numeric:
@@ -122,9 +117,3 @@ def _factors(opened: PeftAdapter, module: Module) -> tuple[Tensor, Tensor]:
     a, b = opened.read(module.a), module.scale * opened.read(module.b)
     # A table stores a row for every token, and its factors are A [r, V] and B [d, r].
     return (a.T, b.T) if module.is_table or opened.transposed else (b, a)
-
-
-def _paths(layout: Layout) -> dict[str, str]:
-    """Return the tensor on disk by the path of the module in a live model."""
-    found = {x.live: x.weight for x in (*layout.linears, layout.unembed) if x.live is not None}
-    return {**found, layout.embed_live: layout.embed}

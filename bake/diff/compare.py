@@ -10,14 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.artifact.record import RECORD
-from bake.diff.adapter import adapted, base_of_adapter, is_adapter
+from bake.diff.adapter import adapted, base_of_adapter
 from bake.diff.change import Change, measure, same_bytes
 from bake.diff.files import KeyChange, config_changes, file_changes, metadata_changes
 from bake.diff.record import Claims, edit_directions, read_claims
 from bake.diff.report import Diff, Reshaped
 from bake.diff.roles import Roles, gguf_roles, natural, roles_of
-from bake.diff.sources import Model, base_of, open_model
-from bake.diff.subspace import Subspace, given_cosines, subspaces, with_leaks
+from bake.diff.sources import Model, base_of, is_adapter, open_model
+from bake.diff.subspace import Subspace, given_cosines, leaks_of, subspaces
 from bake.diff.verdict import violations
 from bake.diff.weights import GgufWeights, Weights
 from bake.edits import Edit
@@ -306,12 +306,9 @@ def _spaces(
 ) -> tuple[Subspace, ...]:
     spaces = []
     for found in subspaces(made.changes, roles, most):
-        own = edit_directions(edits, found.side)
-        cosines = given_cosines(found, {**given, **own})
-        with_cosines = replace(found, cosines=cosines)
-        if found.shared:
-            with_cosines = with_leaks(with_cosines, made.changes, roles, base, out)
-        spaces.append(with_cosines)
+        cosines = given_cosines(found, {**given, **edit_directions(edits, found.side)})
+        leaks = leaks_of(found, made.changes, roles, base, out)
+        spaces.append(replace(found, cosines=cosines, leaks=leaks))
     widths = sorted({space.width for space in spaces})
     for label, rows in given.items():
         if widths and rows.shape[1] not in widths:

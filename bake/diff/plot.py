@@ -5,15 +5,15 @@ the changes, in units of what rounding alone would give; below, for writers, wha
 directions that the changes share.
 """
 
-import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bake.diff.change import Change
 from bake.diff.report import Diff
 from bake.diff.roles import kind_of, layer_of
-from bake.errors import UsageError
+from bake.verify.plots import image, plain_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,37 +28,22 @@ def draw(compared: Diff, form: str = "png") -> bytes:
     """Return the picture of a comparison as the bytes of an image.
 
     Args:
-        compared: what differs; at least one tensor whose norm is known.
+        compared: what differs, where it is ``drawable``.
         form: ``png`` or ``svg``.
 
     Raises:
-        UsageError: matplotlib is not installed, or nothing that has a norm has changed.
+        UsageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "the plot needs matplotlib, which is not installed",
-            fix="install bake-directions[plots], or leave --plot out",
-        ) from error
-    if not compared.drawable:
-        raise UsageError("there is nothing to draw: no tensor has changed", fix="leave --plot out")
     kinds = _kinds(compared)
     height = max(4.6, 1.9 + 0.3 * len(kinds))
-    figure = Figure(figsize=(12.0, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    return image(partial(_panels, compared, kinds), (12.0, height), form)
+
+
+def _panels(compared: Diff, kinds: Sequence[str], figure: "Figure") -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.45, 1.0))
     _heat(compared, kinds, left, figure)
     _spectra(compared, right)
     figure.suptitle(_title(compared), fontsize=11.5, color=INK, ha="left", x=0.012)
-    buffer = io.BytesIO()
-    # Without a date and with fixed identifiers, one comparison gives one picture.
-    with matplotlib.rc_context({"svg.hashsalt": "bake", "svg.fonttype": "none"}):
-        metadata: dict[str, Any] = {"Date": None} if form == "svg" else {"Software": None}
-        figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
-    return buffer.getvalue()
 
 
 def _title(compared: Diff) -> str:
@@ -90,21 +75,20 @@ def _kinds(compared: Diff) -> list[str]:
 
 def _heat(compared: Diff, kinds: Sequence[str], axes: "Axes", figure: "Figure") -> None:
     import numpy as np
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import ListedColormap, LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     names = [*compared.by_hash, *compared.by_bytes, *(change.tensor for change in compared.changes)]
     layers = sorted({layer for name in names if (layer := layer_of(name)) is not None})
-    column = {layer: place for place, layer in enumerate(layers)}
-    outside = len(layers)  # one column more for what belongs to no layer
+    # One column more for what belongs to no layer.
+    column = {layer: place for place, layer in enumerate([*layers, None])}
     grid = np.full((len(kinds), len(layers) + 1), np.nan)
     there = np.zeros(grid.shape, dtype=bool)
     row = {kind: place for place, kind in enumerate(kinds)}
 
     def cell(name: str) -> tuple[int, int] | None:
-        layer = layer_of(name)
         place = row.get(kind_of(name))
-        return None if place is None else (place, outside if layer is None else column[layer])
+        return None if place is None else (place, column[layer_of(name)])
 
     for name in names:
         if (place := cell(name)) is not None:
@@ -114,11 +98,13 @@ def _heat(compared: Diff, kinds: Sequence[str], axes: "Axes", figure: "Figure") 
         if place is not None and change.relative:
             # Experts share a cell: the one that changed most is shown.
             grid[place] = np.nanmax([grid[place], change.relative])
-    axes.imshow(np.where(there, 1.0, np.nan), aspect="auto", cmap=_flat(PALE), vmin=0, vmax=2)
+    axes.imshow(
+        np.where(there, 1.0, np.nan), aspect="auto", cmap=ListedColormap([PALE]), vmin=0, vmax=2
+    )
     low, high = np.nanmin(grid), np.nanmax(grid)
     norm = LogNorm(vmin=min(low, high / 10), vmax=high)
-    image = axes.imshow(grid, aspect="auto", cmap="YlGnBu", norm=norm)
-    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=28)
+    shown = axes.imshow(grid, aspect="auto", cmap="YlGnBu", norm=norm)
+    bar = figure.colorbar(shown, ax=axes, pad=0.015, aspect=28)
     bar.set_label("‖ΔW‖ / ‖W‖", fontsize=9, color=INK)
     bar.locator = LogLocator(subs=(1.0, 2.0, 5.0))
     bar.formatter = FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
@@ -127,12 +113,6 @@ def _heat(compared: Diff, kinds: Sequence[str], axes: "Axes", figure: "Figure") 
     bar.ax.tick_params(labelsize=8, colors=INK, length=3)
     bar.outline.set_visible(False)
     _label(axes, kinds, layers)
-
-
-def _flat(colour: str) -> Any:
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap([colour])
 
 
 def _label(axes: "Axes", kinds: Sequence[str], layers: Sequence[int]) -> None:
@@ -189,9 +169,7 @@ def _spectra(compared: Diff, axes: "Axes") -> None:
         axes.set_xticks(range(1, longest + 1, max(1, longest // 8)))
         axes.legend(fontsize=8, frameon=False, labelcolor=INK)
     axes.tick_params(labelsize=8, colors=INK, length=3)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plain_frame(axes)
 
 
 def _spectrum(axes: "Axes", change: Change, colour: str, count: int) -> None:

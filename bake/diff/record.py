@@ -111,7 +111,7 @@ def _tensor(row: TensorChange, edits: Sequence[Edit]) -> Claim:
     return Claim(
         name=row.name,
         source=row.source,
-        created=row.name != row.source,
+        created=row.is_new,
         same=row.sides == ("copied",),
         rank=_most(edits, row.sides, table=table),
         shape=row.shape,

@@ -14,8 +14,8 @@ from bake.checkpoints.source import Counted, LocalFiles
 from bake.diff.bytesource import Spool
 from bake.diff.weights import CheckpointWeights, GgufWeights
 from bake.errors import CheckpointError, UsageError
+from bake.merge.peft_adapter import CONFIG
 
-_ADAPTER = "adapter_config.json"
 _SCHEME = "hf://"
 
 
@@ -86,6 +86,11 @@ class Model:
         return self.gguf.path.parent
 
 
+def is_adapter(source: str) -> bool:
+    """Tell whether a path is a folder with a PEFT adapter."""
+    return (Path(source).expanduser() / CONFIG).is_file()
+
+
 def open_model(source: str, scratch: Path) -> Model:
     """Open a folder, a repository on the Hub or a GGUF file.
 
@@ -102,7 +107,7 @@ def open_model(source: str, scratch: Path) -> Model:
     path = Path(text).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return _open_gguf(path)
-    if (path / _ADAPTER).is_file():
+    if is_adapter(text):
         raise _adapter(source)
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
@@ -113,7 +118,7 @@ def open_model(source: str, scratch: Path) -> Model:
     try:
         opened = open_checkpoint(text)
     except CheckpointError as error:
-        if _ADAPTER in error.what:
+        if CONFIG in error.what:
             raise _adapter(source) from error
         raise
     return _model_of(source, opened, scratch)

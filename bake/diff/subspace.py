@@ -7,7 +7,7 @@ largest left singular vectors of all s_i u_i / ‖ΔW‖ side by side: every ten
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -194,16 +194,16 @@ def cosine(subspace: Float[Tensor, "k d"], given: Float[Tensor, "n d"]) -> float
     return min(1.0, float(torch.linalg.svdvals(subspace @ own.T).min()))
 
 
-def with_leaks(
+def leaks_of(
     subspace: Subspace, changes: Sequence[Change], roles: Roles, base: Weights, out: Weights
-) -> Subspace:
-    """Return a subspace with what the changed writers still write of it: ‖R W'‖ and ‖R W‖.
+) -> tuple[Leak, ...]:
+    """Return what the changed writers still write of a shared subspace: ‖R W'‖ and ‖R W‖.
 
     Of an embedding it is what differs between its rows: an affine edit gives all of them the same
     component. Reads every changed writer once more. Writers that are as they were leak as they did.
     """
-    if subspace.side != "written":
-        return subspace
+    if subspace.side != "written" or not subspace.shared:
+        return ()
     leaks = []
     for change in changes:
         role = roles.of(change.tensor, change.base_name)
@@ -212,7 +212,7 @@ def with_leaks(
         number = int(change.name[:-1].rpartition("[")[2]) if change.name != change.tensor else 0
         pair = Difference(base, out, change.base_name, change.tensor, number)
         leaks.append(Leak(change.name, *_along(pair, subspace.directions, role)))
-    return replace(subspace, leaks=tuple(leaks))
+    return tuple(leaks)
 
 
 def _along(pair: Difference, directions: Float[Tensor, "k d"], role: Role) -> tuple[float, float]:

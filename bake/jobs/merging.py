@@ -54,9 +54,10 @@ def merge(
     Raises:
         BakeError: what is no sum of base and factors, or the disk; nothing is left behind.
     """
+    from bake.artifact.record import read_record
     from bake.checkpoints import open_checkpoint
     from bake.checkpoints.adapter import find_adapter
-    from bake.merge.merge import merge_adapter, merge_notes
+    from bake.merge.merge import merge_adapter
 
     found = find_adapter(adapter)
     checkpoint = open_checkpoint(base, revision=revision, complete=True)
@@ -73,7 +74,7 @@ def merge(
             force=force,
             progress=move,
         )
-    return Merged(written, merge_notes(written), reason)
+    return Merged(written, read_record(written.path).plan.notes, reason)
 
 
 def _layout(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bake.artifact.artifact import Artifact
 from bake.artifact.base_digests import BaseDigests
-from bake.artifact.record import RECORD, new_record, read_record, record_text
+from bake.artifact.record import RECORD, new_record, record_text
 from bake.artifact.schema import FamilyRecord
 from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import (
@@ -103,11 +103,6 @@ def merge_adapter(
     return write_staged(out, identity, force=force, write=write)
 
 
-def merge_notes(artifact: Artifact) -> tuple[str, ...]:
-    """Return what the record of a merge notes."""
-    return read_record(artifact.path).plan.notes
-
-
 class _Merger:
     """Finds the tensor of every part of an adapter, each part and each tensor once."""
 
@@ -116,7 +111,7 @@ class _Merger:
     ) -> None:
         self.adapter, self.base, self.layout, self.digests = adapter, base, layout, digests
         self.where = str(adapter.path / WEIGHTS)
-        self.names = {} if layout is None else _names(layout)
+        self.names = {} if layout is None else layout.stems
         self.result = _Work()
 
     def work(self) -> _Work:
@@ -307,17 +302,3 @@ class _Merger:
             fix="name the base that the adapter was made for"
             + ("" if self.layout else ", or bring a family table of it"),
         )
-
-
-def _names(layout: Layout) -> dict[str, str]:
-    """Return the stem of a module's tensors in the base, by the module's path in a live model."""
-    names = {layout.embed_live: layout.embed.removesuffix(".weight")}
-    for table, name in zip(layout.family.embed.positions, layout.positions, strict=True):
-        names[table] = name.removesuffix(".weight")
-    for linear in (layout.unembed, *layout.linears):
-        if linear.live is not None:
-            names[linear.live] = linear.weight.removesuffix(".weight")
-    norms = [norm for branch in layout.branches for norm in branch.norms]
-    for norm in (*norms, layout.final_norm):
-        names[norm.live] = norm.weight.removesuffix(".weight")
-    return names

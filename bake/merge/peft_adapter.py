@@ -18,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.checkpoints import strictjson
+from bake.checkpoints.adapter import FILES
 from bake.errors import InputError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = FILES
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<side>[AB])(?P<rest>\.\w+)?")
 

@@ -9,6 +9,7 @@ have the effect beside them.
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bake.verify.report import Report
@@ -39,16 +40,26 @@ def draw(report: Report, title: str, form: str = "png") -> bytes:
         title: one of ``titles(report)``.
         form: ``png`` or ``svg``.
     """
+    return image(partial(_PLOTS[title][0], report), (7.2, 4.0), form)
+
+
+def image(draw_on: "Callable[[Figure], None]", size: tuple[float, float], form: str) -> bytes:
+    """Return what is drawn on an empty figure as the bytes of an image.
+
+    Args:
+        draw_on: draws on it.
+        size: width and height in inches.
+        form: ``png`` or ``svg``.
+    """
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    _PLOTS[title][0](report, figure)
+    draw_on(figure)
     buffer = io.BytesIO()
-    # Without a date and with fixed identifiers, one report gives one picture.
-    import matplotlib
-
+    # Without a date and with fixed identifiers, the same numbers give the same picture.
     with matplotlib.rc_context({"svg.hashsalt": "bake", "svg.fonttype": "none"}):
         metadata: dict[str, Any] = {"Date": None} if form == "svg" else {"Software": None}
         figure.savefig(buffer, format=form, dpi=144, metadata=metadata)
@@ -81,7 +92,7 @@ def _layers(report: Report, figure: "Figure") -> None:
     ):
         axes.set_xlabel("0 is drawn at 10⁻¹⁸", fontsize=8)
     axes.legend(fontsize=8)
-    _clean(axes)
+    plain_frame(axes)
 
 
 def _name_sites(axes: "Axes", sites: list[str]) -> None:
@@ -157,7 +168,7 @@ def _kl(report: Report, figure: "Figure") -> None:
     axes.set_xlabel("log₁₀ KL(hooked ‖ model) of a token, in nats" + _zeros(low))
     axes.set_ylabel("tokens")
     axes.legend(fontsize=8)
-    _clean(axes)
+    plain_frame(axes)
 
 
 def _zeros(low: float) -> str:
@@ -180,10 +191,11 @@ def _logits(report: Report, figure: "Figure") -> None:
     axes.set_ylabel("logit of the model")
     axes.legend(fontsize=8, markerscale=3)
     axes.set_aspect("equal")
-    _clean(axes)
+    plain_frame(axes)
 
 
-def _clean(axes: "Axes") -> None:
+def plain_frame(axes: "Axes") -> None:
+    """Draw a faint grid, and no line above or on the right."""
     axes.grid(alpha=0.25, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
