@@ -19,11 +19,11 @@ from bake.diff.roles import Roles, gguf_roles, natural, roles_of
 from bake.diff.sources import Model, base_of, is_adapter, open_model
 from bake.diff.subspace import Subspace, given_cosines, leaks_of, subspaces
 from bake.diff.verdict import violations
-from bake.diff.weights import GgufWeights, Weights
+from bake.diff.weights import Weights
 from bake.edits import Edit
 from bake.errors import CheckpointError, FamilyError, UsageError
 from bake.families import Family, Layout, find_family, resolve
-from bake.progress import Progress
+from bake.progress import Progress, Tally
 
 
 @dataclass(slots=True)
@@ -164,8 +164,7 @@ def _walk(
 ) -> _Walk:
     found = _Walk()
     digest = cache(Model.digest)  # of a shard, which many tensors lie in
-    total = sum(stored.nbytes for stored in out.weights.tensors.values())
-    done = 0
+    tally = Tally(sum(stored.nbytes for stored in out.weights.tensors.values()), progress)
     for name, new in out.weights.tensors.items():
         source = name if name in base.weights.tensors else origins.get(name)
         if source not in base.weights.tensors:
@@ -181,9 +180,7 @@ def _walk(
                 found.created.append(name)
             else:
                 found.renamed[name] = source
-        done += new.nbytes
-        if progress is not None:
-            progress(done, total)
+        tally.advance(new.nbytes)
     return found
 
 
@@ -278,11 +275,11 @@ def _assemble(
 
 def _keys(base: Model, out: Model) -> tuple[tuple[KeyChange, ...], tuple[KeyChange, ...]]:
     """Return what differs in config.json, and in the metadata of GGUF files."""
-    if base.checkpoint is not None and out.checkpoint is not None:
-        return config_changes(base.checkpoint.config, out.checkpoint.config), ()
-    assert isinstance(base.weights, GgufWeights)  # models of one kind, as diff has seen to
-    assert isinstance(out.weights, GgufWeights)
-    return (), metadata_changes(base.weights, out.weights)
+    if base.gguf is not None and out.gguf is not None:
+        return (), metadata_changes(base.gguf, out.gguf)
+    assert base.checkpoint is not None  # models of one kind, as diff has seen to
+    assert out.checkpoint is not None
+    return config_changes(base.checkpoint.config, out.checkpoint.config), ()
 
 
 def _writers(base: Model, roles: Roles) -> tuple[str, ...]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bake.checkpoints import folder
+from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.gguf.header import GgufValue
 from bake.diff.sources import Model
-from bake.diff.weights import GgufWeights
 
 ABSENT = "(absent)"
 Status = Literal["changed", "added", "missing"]
@@ -76,20 +76,18 @@ def _keys(
             yield KeyChange(plain(".".join(here)), *map(plain, pair))
 
 
-def metadata_changes(old: GgufWeights, new: GgufWeights) -> tuple[KeyChange, ...]:
+def metadata_changes(old: Gguf, new: Gguf) -> tuple[KeyChange, ...]:
     """Return the metadata of two GGUF files that differ; long values by their digest."""
-    first, second = (_metadata(side) for side in (old, new))
+    first, second = (
+        {name: _shown(value) for name, value in side.parts[0].header.metadata.items()}
+        for side in (old, new)
+    )
     names = [*first, *(name for name in second if name not in first)]
     return tuple(
         KeyChange(plain(name), plain(first.get(name, ABSENT)), plain(second.get(name, ABSENT)))
         for name in names
         if first.get(name) != second.get(name)
     )
-
-
-def _metadata(weights: GgufWeights) -> dict[str, str]:
-    metadata = weights.model.parts[0].header.metadata
-    return {name: _shown(found) for name, found in metadata.items()}
 
 
 def _shown(found: GgufValue) -> str:

@@ -12,7 +12,7 @@ from bake.checkpoints.gguf.file import Gguf, open_gguf
 from bake.checkpoints.hashes import Stated, git_id_of, sha256_of
 from bake.checkpoints.source import Counted, LocalFiles
 from bake.diff.bytesource import Spool
-from bake.diff.weights import CheckpointWeights, GgufWeights
+from bake.diff.weights import CheckpointWeights, FileWeights, GgufWeights
 from bake.errors import CheckpointError, UsageError
 from bake.merge.peft_adapter import CONFIG
 
@@ -33,7 +33,7 @@ class Model:
     """
 
     label: str
-    weights: CheckpointWeights | GgufWeights
+    weights: FileWeights
     checkpoint: Checkpoint | None
     gguf: Gguf | None
     hub: Mapping[str, Stated]

@@ -16,6 +16,7 @@ from bake.checkpoints.gguf.codec import FLOATS as GGUF_FLOATS
 from bake.checkpoints.gguf.codec import decode
 from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.gguf.grid import PLANES, read_grid
+from bake.checkpoints.source import chunks
 from bake.diff.bytesource import Spool
 from bake.diff.precision import FLOATS, half_step
 
@@ -87,11 +88,33 @@ class Weights(ABC):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CheckpointWeights(Weights):
+class FileWeights(Weights):
+    """Tensors as they lie in files: the rows of all matrices of one, one behind the other."""
+
+    model: Checkpoint | Gguf
+    tensors: Mapping[str, Stored]
+
+    @override
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        info = self.model.tensors[name]
+        yield from chunks(self.model.files, info.shard, info.start, info.stop)
+
+    @override
+    def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
+        info, stored = self.model.tensors[name], self.tensors[name]
+        width = info.nbytes // (stored.matrices * stored.matrix[0])
+        flat = torch.empty((stop - start) * width, dtype=torch.uint8)
+        if flat.numel():
+            offset = info.start + start * width
+            self.model.files.read_into(info.shard, offset, flat.numpy().data)
+        return flat.reshape(stop - start, width)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointWeights(FileWeights):
     """A checkpoint's tensors."""
 
-    checkpoint: Checkpoint
-    tensors: Mapping[str, Stored]
+    model: Checkpoint
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "CheckpointWeights":
@@ -106,41 +129,25 @@ class CheckpointWeights(Weights):
         return CheckpointWeights(checkpoint, tensors)
 
     @override
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        info = self.checkpoint.tensors[name]
-        yield from self.checkpoint.chunks(info.shard, info.start, info.stop)
-
-    @override
-    def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
-        info, stored = self.checkpoint.tensors[name], self.tensors[name]
-        width = info.nbytes // (stored.matrices * stored.matrix[0])
-        flat = torch.empty((stop - start) * width, dtype=torch.uint8)
-        if flat.numel():
-            offset = info.start + start * width
-            self.checkpoint.files.read_into(info.shard, offset, flat.numpy().data)
-        return flat.reshape(stop - start, width)
-
-    @override
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
-        return raw.view(self.checkpoint.tensors[name].torch_dtype)
+        return raw.view(self.model.tensors[name].torch_dtype)
 
     @override
     def keep(self, name: str) -> None:
-        if isinstance(self.checkpoint.files, Spool):
-            self.checkpoint.files.keep(self.checkpoint.tensors[name])
+        if isinstance(self.model.files, Spool):
+            self.model.files.keep(self.model.tensors[name])
 
     @override
     def drop(self, name: str) -> None:
-        if isinstance(self.checkpoint.files, Spool):
-            self.checkpoint.files.drop(self.checkpoint.tensors[name])
+        if isinstance(self.model.files, Spool):
+            self.model.files.drop(self.model.tensors[name])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GgufWeights(Weights):
+class GgufWeights(FileWeights):
     """The tensors of a GGUF model, decoded as runtimes decode them."""
 
     model: Gguf
-    tensors: Mapping[str, Stored]
 
     @staticmethod
     def of(model: Gguf) -> "GgufWeights":
@@ -150,29 +157,6 @@ class GgufWeights(Weights):
             numeric = _is_numeric(t.kind.name, t.shape)
             found[name] = Stored(t.kind.name, t.shape, t.nbytes, numeric)
         return GgufWeights(model, found)
-
-    @override
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        for chunk in self.model.chunks(name):
-            yield chunk.numpy().data
-
-    @override
-    def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
-        stored = self.tensors[name]
-        if len(stored.shape) < 2:  # one row of a GGUF file, and a column here
-            width = stored.nbytes // max(1, stored.matrix[0])
-            return self.model.read_rows(name, 0, 1).reshape(-1, width)[start:stop]
-        # The file's own rows are along the last axis, and one of these may be several of them.
-        total = math.prod(stored.shape[:-1])
-        inside = total // (stored.matrices * stored.matrix[0])
-        height, pieces = stored.shape[-2], []
-        first, last = start * inside, stop * inside
-        while first < last:
-            expert, row = divmod(first, height)
-            end = min(height, row + last - first)
-            pieces.append(self.model.read_rows(name, row, end, expert=expert))
-            first += end - row
-        return torch.cat(pieces).reshape(stop - start, -1)
 
     @override
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
