@@ -42,28 +42,30 @@ class WeightFold:
         # A table looks rows up: it reads nothing, and its outputs lie along a row.
         assert not self.table or (self.output_axis == 1 and self.input is None)
 
-    @property
-    def tile_rows(self) -> int:
-        """How many rows make one tile."""
-        return max(1, TILE_VALUES // max(1, self.shape[1]))
+
+def spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first row of every tile of a matrix, and the row after its last."""
+    step = max(1, TILE_VALUES // max(1, shape[1]))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
 def fold_weight(read: ReadRows, fold: WeightFold) -> Iterator[Float[Tensor, "rows columns"]]:
     """Yield the tiles of W', in float64, in storage order."""
     mixers = [_Mixer(rows, map_) for rows, map_ in _across_rows(fold)]
     if any(isinstance(mixer.map, DenseMap) for mixer in mixers):
-        whole = torch.cat([_within_rows(read, fold, *span) for span in _spans(fold)])
+        whole = torch.cat([_within_rows(read, fold, *span) for span in spans(fold.shape)])
         for mixer in mixers:
             mixer.gather(whole, 0)
             whole = mixer.finish(whole, 0)
         yield whole
         return
     if any(mixer.needs_pass for mixer in mixers):
-        for span in _spans(fold):
+        for span in spans(fold.shape):
             tile = _within_rows(read, fold, *span)
             for mixer in mixers:
                 mixer.gather(tile, span[0])
-    for span in _spans(fold):
+    for span in spans(fold.shape):
         tile = _within_rows(read, fold, *span)
         for mixer in mixers:
             tile = mixer.finish(tile, span[0])
@@ -103,7 +105,7 @@ def fold_bias(
 def _product(read: ReadRows, fold: WeightFold, shift: Tensor) -> Tensor:
     """Return (W + U) shift."""
     total = shift.new_zeros(fold.shape[fold.output_axis])
-    for start, stop in _spans(fold):
+    for start, stop in spans(fold.shape):
         tile = read(start, stop).to(torch.float64)
         if fold.output_axis == 0:
             total[start:stop] = tile @ shift
@@ -112,12 +114,6 @@ def _product(read: ReadRows, fold: WeightFold, shift: Tensor) -> Tensor:
     for update in fold.updates:
         total = total + update.left @ (update.right @ shift)
     return total
-
-
-def _spans(fold: WeightFold) -> Iterator[tuple[int, int]]:
-    rows = fold.shape[0]
-    for start in range(0, rows, fold.tile_rows):
-        yield start, min(start + fold.tile_rows, rows)
 
 
 def _within_rows(read: ReadRows, fold: WeightFold, start: int, stop: int) -> Tensor:

@@ -29,13 +29,13 @@ from bake.checkpoints import (
 from bake.checkpoints.adapter import FoundAdapter
 from bake.errors import CheckpointError, InputError
 from bake.families import Layout
+from bake.fold import spans
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.merge.record import merge_plan, merge_provenance
 from bake.progress import Progress
 from bake.rounding import to_storage
 
 KIND = "merge"
-TILE_VALUES = 1 << 20  # 8 MB in float64: no map needs a second pass, and caches like it
 
 
 @dataclass(slots=True)
@@ -201,9 +201,7 @@ class _Merger:
             a, b = self.adapter.read(module.a), self.adapter.read(module.b) * module.scale
             left, right = (a.T, b.T) if transposed else (b, a)
             read = self.digests.watched(source, partial(self.base.read_rows, source))
-            step = max(1, TILE_VALUES // max(1, info.shape[1]))
-            for start in range(0, info.shape[0], step):
-                stop = min(start + step, info.shape[0])
+            for start, stop in spans(info.shape):
                 tile = read(start, stop).to(torch.float64, copy=True)
                 yield to_storage(tile.addmm_(left[start:stop], right), dtype, source)
 
@@ -274,9 +272,8 @@ class _Merger:
         info = self.base.tensors[embed]
 
         def produce() -> Iterator[Tensor]:
-            step = max(1, TILE_VALUES // max(1, info.shape[1]))
-            for start in range(0, info.shape[0], step):
-                yield self.base.read_rows(embed, start, min(start + step, info.shape[0]))
+            for start, stop in spans(info.shape):
+                yield self.base.read_rows(embed, start, stop)
 
         self.result.new[head] = NewTensor(info.dtype, info.shape, produce)
 

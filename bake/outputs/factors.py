@@ -4,14 +4,14 @@ See ``bake.plan.lowrank`` for the formula. The weight comes in tiles of rows, as
 what grows with it are the factors alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bake.checkpoints import Checkpoint
-from bake.fold import TILE_VALUES, ReadRows
+from bake.fold import ReadRows, spans
 from bake.plan.lowrank import LowRank, Target, low_rank, split_constant
 
 Factors = tuple[Tensor, Tensor]
@@ -83,8 +83,8 @@ def weight_factors(
     """
     total = FactorSum(shape, output_axis, change)
     if total.needs_weight:
-        for start, tile in _tiles(read, shape):
-            total.add(tile, start)
+        for start, stop in spans(shape):
+            total.add(read(start, stop).to(torch.float64), start)
     return total.factors()
 
 
@@ -112,9 +112,3 @@ def padded(
         torch.cat([a, a.new_zeros(more, a.shape[1])]),
         torch.cat([b, b.new_zeros(b.shape[0], more)], dim=1),
     )
-
-
-def _tiles(read: ReadRows, shape: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    step = max(1, TILE_VALUES // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield start, read(start, min(start + step, shape[0])).to(torch.float64)
