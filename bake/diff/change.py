@@ -81,7 +81,7 @@ def measure(
 ) -> tuple[Change, ...]:
     """Return how two tensors of one shape differ, one change for every matrix that they stack.
 
-    None where only the storage type differs and every value is the same.
+    Nothing where only the storage type differs and every value is the same.
 
     Args:
         base: the weights before.

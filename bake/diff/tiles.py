@@ -48,7 +48,7 @@ class Difference:
     out: Weights
     base_name: str
     name: str
-    index: int = 0
+    index: int
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -4,13 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-
 from bake.artifact.record import RECORD
 from bake.diff.change import Change
 from bake.diff.files import ABSENT, FileChange, KeyChange, config_changes, plain
 from bake.diff.record import Claim, Claims
 from bake.diff.sources import Model
+from bake.diff.tiles import Difference
 
 # What may be added to a model without changing what it computes: texts about it and proofs of it.
 _DOCUMENTS = ("readme.md", "license", "licence", "notice", "use_policy", "copying")
@@ -144,14 +143,10 @@ def _amount(changes: tuple[Change, ...]) -> str:
 
 
 def _is_zero(model: Model, name: str) -> bool:
-    stored = model.weights.tensors[name]
-    rows = stored.matrices * stored.matrix[0]
-    step = max(1, (1 << 21) // max(1, stored.matrix[1]))
-    for start in range(0, rows, step):
-        raw = model.weights.rows(name, start, min(start + step, rows))
-        if bool(torch.count_nonzero(model.weights.values(name, raw).to(torch.float64))):
-            return False
-    return True
+    weights = model.weights
+    stacked = range(weights.tensors[name].matrices)
+    parts = (Difference(weights, weights, name, name, index).tiles() for index in stacked)
+    return not any(bool(tile.before.any()) for tiles in parts for tile in tiles)
 
 
 def _config(claims: Claims, base: Model, out: Model) -> Iterator[str]:

@@ -23,7 +23,10 @@ from bake.errors import InputError
 
 CONFIG, WEIGHTS = FILES
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<side>[AB])(?P<rest>\.\w+)?")
+# Embeddings have factors without ``.weight``.
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(embedding_(?P<table>[AB])|(?P<side>[AB])\.weight|B\.(?P<bias>bias))"
+)
 
 # Initialisations that set the factors alone. Others change the base's weights when PEFT loads them.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -117,7 +120,7 @@ def open_adapter(path: Path) -> PeftAdapter:
         if match is None:
             whole[inner] = name
             continue
-        side = _side(path, name, match)
+        side = match["table"] or match["side"] or match["bias"]
         pairs.setdefault((match["module"], match["table"] is not None), {})[side] = name
     modules = tuple(
         _module(path, config, module, is_table, sides, shapes)
@@ -188,17 +191,6 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot be read: {error}", where=str(path / WEIGHTS)) from error
-
-
-def _side(path: Path, name: str, match: re.Match[str]) -> str:
-    """Return A, B or bias; embeddings have factors without ``.weight``."""
-    if match["table"] is not None and match["rest"] is None:
-        return match["side"]
-    if match["table"] is None and match["rest"] == ".weight":
-        return match["side"]
-    if match["table"] is None and match["side"] == "B" and match["rest"] == ".bias":
-        return "bias"
-    raise _unknown(path, name)
 
 
 def _module(
