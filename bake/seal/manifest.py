@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, walk
@@ -88,11 +89,6 @@ def entry_of_text(name: str, text: str) -> FileEntry:
     return FileEntry(name, len(data), sha256, git.hexdigest(), (0, 0, 0))
 
 
-def entry_of(path: Path, name: str) -> FileEntry:
-    """Return the entry of a file, wherever it lies, under the name that it is published as."""
-    return _entry(name, path, Tally(0, None))
-
-
 def read_manifest(folder: Path, progress: Progress | None = None) -> Manifest:
     """Hash every file of a folder.
 
@@ -111,10 +107,11 @@ def read_manifest(folder: Path, progress: Progress | None = None) -> Manifest:
     paths = [regular_file(folder, name) for name in names]
     tally = Tally(sum(path.stat().st_size for path in paths), progress)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return Manifest(tuple(pool.map(lambda name, path: _entry(name, path, tally), names, paths)))
+        return Manifest(tuple(pool.map(entry_of, paths, names, repeat(tally))))
 
 
-def _entry(name: str, path: Path, tally: Tally) -> FileEntry:
+def entry_of(path: Path, name: str, tally: Tally | None = None) -> FileEntry:
+    """Return the entry of a file, wherever it lies, under the name that it is published as."""
     before = stamp(path)
     size = before[0]
     sha256 = hashlib.sha256()
@@ -124,7 +121,8 @@ def _entry(name: str, path: Path, tally: Tally) -> FileEntry:
             sha256.update(chunk)
             if size <= _GIT_LIMIT:
                 git.update(chunk)
-            tally.advance(len(chunk))
+            if tally is not None:
+                tally.advance(len(chunk))
     if stamp(path) != before:
         raise InputError("changed while it was being read", where=name, fix="run again")
     oid = git.hexdigest() if size <= _GIT_LIMIT else ""
@@ -210,4 +208,4 @@ def write_text(folder: Path, name: str, text: str) -> FileEntry:
         Path(temporary).replace(target)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return _entry(name, target, Tally(0, None))
+    return entry_of(target, name)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bake.artifact.names import CARD, OUTSIDE, STATEMENT
+from bake.artifact.names import CARD, OUTSIDE, STATEMENT, Problem, problem_of
 from bake.artifact.record import read_json
 from bake.artifact.schema import AdapterRecord, BaseRef, DirectionRecord, Record
 from bake.artifact.verification import VERIFICATION
@@ -98,15 +98,17 @@ def _adapter(adapter: AdapterRecord | None) -> list[dict[str, Any]]:
     return [{"name": f"adapter {adapter.name}", "digest": {"sha256": adapter.sha256}}]
 
 
-def check_statement(folder: Path, record: Record, manifest: Manifest) -> str | None:
-    """Return what is wrong with the statement of an artifact, or None.
-
-    Raises:
-        InputError: the statement is there and malformed.
-    """
-    found = read_json(folder, STATEMENT)
+def check_statement(folder: Path, record: Record, manifest: Manifest) -> list[Problem]:
+    """Return what is wrong with the statement of an artifact."""
+    again = "seal the artifact again"
+    try:
+        found = read_json(folder, STATEMENT)
+    except InputError as error:
+        return [problem_of(error, STATEMENT)]
+    except OSError:
+        return [Problem(STATEMENT, "is missing", again)]
     if found.get("_type") != STATEMENT_TYPE or found.get("predicateType") != PREDICATE_TYPE:
-        raise InputError("is no in-toto statement of a build", where=STATEMENT)
+        return [Problem(STATEMENT, "is no in-toto statement of a build")]
     if found != json.loads(statement(record, manifest)):
-        return "does not state these files and this record"
-    return None
+        return [Problem(STATEMENT, "does not state these files and this record", again)]
+    return []

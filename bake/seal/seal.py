@@ -157,7 +157,7 @@ def check(folder: Path, *, base: Path | None = None, progress: Progress | None =
     if not problems:
         problems += _unlike_record(record, manifest)
     if not problems:  # it states the same sums: another line for each would say nothing new
-        problems += _statement_problems(folder, record, manifest)
+        problems += check_statement(folder, record, manifest)
     problems += check_weights(folder, record)
     if base is not None and not problems:
         problems += check_unchanged(folder, record, base)
@@ -186,13 +186,3 @@ def _problem(name: str, state: str) -> Problem:
     if name == CARD and state == "changed":
         fix = "if it was edited on the Hub, nothing else hangs on it; push it again to seal it"
     return Problem(name, _MEANING[state].what, fix)
-
-
-def _statement_problems(folder: Path, record: Record, manifest: Manifest) -> list[Problem]:
-    try:
-        wrong = check_statement(folder, record, manifest)
-    except (InputError, OSError) as error:
-        if isinstance(error, InputError):
-            return [problem_of(error, STATEMENT)]
-        return [Problem(STATEMENT, "is missing", "seal the artifact again")]
-    return [] if wrong is None else [Problem(STATEMENT, wrong, "seal the artifact again")]

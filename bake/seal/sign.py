@@ -20,7 +20,7 @@ from bake.checkpoints.folder import regular_file
 from bake.errors import CheckpointError, InputError, first_line
 from bake.progress import Progress
 from bake.seal.keys import load_private, load_public, module, public_pem
-from bake.seal.manifest import Manifest, compare_hashes, read_manifest, write_text
+from bake.seal.manifest import Manifest, compare_hashes, write_text
 from bake.seal.seal import Check, seal
 
 UNSIGNED = frozenset({CARD, SUMS, SIGNATURE, *HUBS_OWN})
@@ -75,8 +75,7 @@ def sign(
     folder = folder.resolve()
     _refuse_inside(folder, key, "would be published with it")
     public_key, secret = load_private(key, passphrase)
-    seal(folder, progress)
-    manifest = read_manifest(folder)
+    manifest = seal(folder, progress)
     fingerprint, pem = public_pem(public_key)
     with tempfile.TemporaryDirectory(prefix="bake-sign-") as scratch:
         public = Path(scratch) / "public.pem"
@@ -98,29 +97,15 @@ def sign(
     return Signed(fingerprint, len(_covered(manifest)))
 
 
-def verify(folder: Path, key: Path, manifest: Manifest) -> tuple[Signed | None, list[Problem]]:
-    """Return who signed an artifact, and what is wrong with that.
-
-    Args:
-        folder: the artifact, or a download of it.
-        key: the public key in PEM, from elsewhere than the artifact.
-        manifest: of the folder.
-
-    Raises:
-        UsageError: model-signing is not installed.
-        InputError: the key is none, or came with the artifact.
-    """
-    folder = folder.resolve()
-    _refuse_inside(folder, key, "proves nothing about it")
-    fingerprint, _ = public_pem(load_public(key))
-    problems = check_signature(folder, manifest, key)
-    return (None if problems else Signed(fingerprint, len(_covered(manifest)))), problems
-
-
 def check_signed(folder: Path, found: Check, key: Path | None) -> tuple[Signed | None, Check]:
     """Add to a check what there is to say of the signature.
 
     Without a key a signature is only held against the files, which tells one that is out of date.
+
+    Args:
+        folder: the artifact, or a download of it.
+        found: what the check found.
+        key: the public key in PEM, from elsewhere than the artifact.
 
     Raises:
         UsageError: a key is named, and model-signing is not installed.
@@ -129,7 +114,11 @@ def check_signed(folder: Path, found: Check, key: Path | None) -> tuple[Signed |
     signed: Signed | None = None
     problems: list[Problem] = []
     if key is not None:
-        signed, problems = verify(folder, key, found.manifest)
+        folder = folder.resolve()
+        _refuse_inside(folder, key, "proves nothing about it")
+        fingerprint, _ = public_pem(load_public(key))
+        problems = check_signature(folder, found.manifest, key)
+        signed = None if problems else Signed(fingerprint, len(_covered(found.manifest)))
     elif SIGNATURE in found.manifest.by_name():
         problems = out_of_date(folder, found.manifest)
     known = {problem.where for problem in found.problems}

@@ -13,7 +13,7 @@ from bake.artifact.record import RECORD
 from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.folder import regular_file
-from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
+from bake.checkpoints.header import PREFIX, header_length, parse_header
 from bake.checkpoints.index import INDEX
 from bake.errors import InputError
 
@@ -48,7 +48,7 @@ def check_headers(folder: Path) -> list[Problem]:
     for name in _weights_in(folder):
         try:
             if name.endswith(".safetensors"):
-                _read_header(folder, name)
+                _header_text(folder, name)
             else:
                 _check_gguf(folder, name)
         except InputError as error:
@@ -56,8 +56,8 @@ def check_headers(folder: Path) -> list[Problem]:
     return problems
 
 
-def _read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
-    """Return the tensors of a safetensors file, its header read strictly.
+def _header_text(folder: Path, name: str) -> bytes:
+    """Return the header of a safetensors file, once it is found to be sound.
 
     Raises:
         InputError: the header is malformed, or too long for the Hub.
@@ -71,7 +71,9 @@ def _read_header(folder: Path, name: str) -> tuple[TensorInfo, ...]:
                 f"has a header of {length} bytes; the Hub reads {MAX_HEADER}", where=name
             )
         file.seek(PREFIX)
-        return parse_header(file.read(length), shard=name, size=size)
+        text = file.read(length)
+    parse_header(text, shard=name, size=size)
+    return text
 
 
 def _check_gguf(folder: Path, name: str) -> None:
@@ -86,11 +88,7 @@ def metadata(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         InputError: its header is malformed.
     """
-    _read_header(folder, name)
-    with regular_file(folder, name).open("rb") as file:
-        length = int.from_bytes(file.read(PREFIX), "little")
-        content = json.loads(file.read(length))
-    found: dict[str, Any] = content.get("__metadata__", {})
+    found: dict[str, Any] = json.loads(_header_text(folder, name)).get("__metadata__", {})
     return found
 
 
