@@ -58,11 +58,7 @@ def read_record(folder: Path) -> Record:
     """
     if not folder.is_dir():
         raise InputError("this is no artifact of bake: there is no such folder", where=str(folder))
-    try:
-        path = regular_file(folder.resolve(), RECORD)
-    except (InputError, OSError) as error:
-        raise _unreadable(error, str(folder)) from error
-    return record_at(path, str(folder))
+    return record_at(folder / RECORD, str(folder))
 
 
 def record_at(path: Path, where: str) -> Record:
@@ -76,19 +72,15 @@ def record_at(path: Path, where: str) -> Record:
         InputError: it cannot be read, is malformed, or of a newer bake.
     """
     try:
-        content = _read(path, RECORD)
+        content = _read(regular_file(path.parent.resolve(), path.name), RECORD)
     except (InputError, OSError) as error:
-        raise _unreadable(error, where) from error
+        raise InputError(
+            f"this is no artifact of bake: {RECORD} cannot be read",
+            where=where,
+            why=str(error),
+            fix="name a folder that `bake export` wrote",
+        ) from error
     return parse_record(content, f"{where}/{RECORD}")
-
-
-def _unreadable(error: InputError | OSError, where: str) -> InputError:
-    return InputError(
-        f"this is no artifact of bake: {RECORD} cannot be read",
-        where=where,
-        why=str(error),
-        fix="name a folder that `bake export` wrote",
-    )
 
 
 def parse_record(content: Mapping[str, Any], where: str) -> Record:
