@@ -1,6 +1,7 @@
 """The edits and the directions of an artifact, as rows of a card."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,40 +18,47 @@ from bake.sites import Site, parse_site, summary
 
 LEVELS = ("exact", "nulling", "approximate", "impossible")
 """The classes of exactness, the best first."""
+_STANDS_FOR = re.compile(r"(\w+) '(.*)' at (.+)")
 _STRONG = ("ablate", "affine", "erase", "scale", "linear", "update")
 
 
 @dataclass(frozen=True, slots=True)
-class EditRow:
-    """One edit of the recipe, or all edits of one kind and concept where no recipe is recorded.
+class AskedEdit:
+    """An edit as the recipe asks for it.
 
     Attributes:
         kind: a key of ``METHODS``.
         concept: the direction's name.
-        sites: all of them, in the order of a forward pass.
+        places: the sites in a few words.
         amounts: strength, alpha and the like, as Markdown; empty where they are not recorded.
-        exactness: the worst of the findings.
-        reasons: what the findings say, those of many layers as one.
-        stand_in: whether they were fitted, to stand in for an edit that no fold reaches.
     """
 
     kind: str
     concept: str
-    sites: tuple[Site, ...]
+    places: Markdown
     amounts: tuple[Markdown, ...]
-    exactness: str
-    reasons: tuple[str, ...]
-    stand_in: bool = False
 
     @property
     def method(self) -> Method:
         """What the kind is."""
         return METHODS[self.kind]
 
-    @property
-    def places(self) -> Markdown:
-        """The sites in a few words."""
-        return code(summary(self.sites))
+
+@dataclass(frozen=True, slots=True)
+class EditRow(AskedEdit):
+    """One edit of the recipe, or all edits of one kind and concept where no recipe is recorded.
+
+    Attributes:
+        sites: all of them, in the order of a forward pass.
+        exactness: the worst of the findings.
+        reasons: what the findings say, those of many layers as one.
+        stand_in: whether they were fitted, to stand in for an edit that no fold reaches.
+    """
+
+    sites: tuple[Site, ...]
+    exactness: str
+    reasons: tuple[str, ...]
+    stand_in: bool
 
 
 def edit_rows(facts: Facts) -> tuple[EditRow, ...]:
@@ -70,14 +78,34 @@ def edit_rows(facts: Facts) -> tuple[EditRow, ...]:
         EditRow(
             kind,
             concept,
-            _sites(findings),
+            code(summary(sites)),
             () if stand_in else amounts(facts, kind, concept),
+            sites,
             max((finding.exactness for finding in findings), key=LEVELS.index),
             tuple(reason for reason, _ in merged(list(dict.fromkeys(f.reason for f in findings)))),
             stand_in,
         )
         for (kind, concept, stand_in), findings in groups.items()
+        for sites in [_sites(findings)]
     )
+
+
+def asked_edits(facts: Facts) -> tuple[AskedEdit, ...]:
+    """Return the edits that no fold reaches, which an approximate plan's stand-ins stand in for.
+
+    Raises:
+        InputError: the record names an edit that is none.
+    """
+    calibration = facts.record.calibration
+    rows = []
+    for text in () if calibration is None else calibration.stands_for:
+        match = _STANDS_FOR.fullmatch(text)
+        if match is None or match[1] not in METHODS:
+            what = f"stands_for names {text!r}, which is no edit"
+            raise InputError(what, where=f"{RECORD}: calibration")
+        kind, concept, places = match.groups()
+        rows.append(AskedEdit(kind, concept, code(places), amounts(facts, kind, concept)))
+    return tuple(rows)
 
 
 def _sites(findings: list[FindingRecord]) -> tuple[Site, ...]:

@@ -6,10 +6,10 @@ its terms are met.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from bake.artifact.names import Problem
+from bake.artifact.names import CARD, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Licence:
         prefix: what the repository's name has to begin with, a space standing for ``.``, ``_`` or
             ``-`` too; or None.
         copy: whether a copy of the licence has to travel.
+        remark: what it says beyond what can be checked, or None.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Licence:
     shown: str | None = None
     prefix: str | None = None
     copy: bool = False
+    remark: str | None = None
 
 
 def _llama(version: str, *, shown: str = "Built with Llama", prefix: str = "Llama") -> Licence:
@@ -54,6 +56,8 @@ _GEMMA = Licence(
     notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms",
     copy=True,
+    remark="Gemma's Prohibited Use Policy forbids to circumvent safety filters: "
+    "think of it when the edit concerns refusals",
 )
 _KNOWN = (
     *(Licence(name, 0) for name in ("cc0-1.0", "unlicense", "wtfpl", "0bsd")),
@@ -85,6 +89,11 @@ class Stated:
 
     id: str | None
     name: str | None = None
+
+    @property
+    def known(self) -> Licence | None:
+        """What it demands, or None where bake does not know that."""
+        return LICENCES.get(self.id or "")
 
     def __str__(self) -> str:
         if self.id is None:
@@ -123,69 +132,49 @@ def check_licence(
         notice: the text of NOTICE, empty where there is none.
         card: the text of the card, or None without one.
     """
-    fix = "or --allow licence once you know that its terms are met"
-    if base.id is None:
-        return [Problem("licence", "the base states no licence", f"ask its authors, {fix}")]
-    problems = []
-    if ours.id is None and card is not None:
-        problems.append(
-            Problem("README.md", f"states no licence; the base has {base}", f"inherit it, {fix}")
-        )
-    elif ours.id is not None and not _inherits(base, ours):
-        problems.append(
-            Problem("README.md", f"states {ours} where the base has {base}", f"inherit it, {fix}")
-        )
-    return problems + _duties(base, repo, names, notice, card, fix)
+    otherwise = "or --allow licence once you know that its terms are met"
+    return [
+        Problem(where, what, f"{fix}, {otherwise}")
+        for where, what, fix in _broken(base, ours, repo, names, notice, card)
+    ]
 
 
 def _inherits(base: Stated, ours: Stated) -> bool:
     """Tell whether a licence is the base's own, or a known and stricter one."""
     if ours == base:
         return True
-    theirs, mine = LICENCES.get(base.id or ""), LICENCES.get(ours.id or "")
+    theirs, mine = base.known, ours.known
     if theirs is None or mine is None:
         return False
     # A licence with a notice of its own is that of one publisher's models and of no others.
     return theirs.rank < 4 and mine.rank >= theirs.rank and mine.notice is None
 
 
-def _duties(
-    base: Stated, repo: str, names: list[str], notice: str, card: str | None, fix: str
-) -> list[Problem]:
-    found = LICENCES.get(base.id or "")
-    if base.id == "other":
-        found = Licence("other", 4, copy=True)
+def _broken(
+    base: Stated, ours: Stated, repo: str, names: list[str], notice: str, card: str | None
+) -> Iterator[tuple[str, str, str]]:
+    """Yield where a rule is broken, what is wrong, and how to keep it."""
+    if base.id is None:
+        yield "licence", "the base states no licence", "ask its authors"
+        return
+    if ours.id is None and card is not None:
+        yield CARD, f"states no licence; the base has {base}", "inherit it"
+    elif ours.id is not None and not _inherits(base, ours):
+        yield CARD, f"states {ours} where the base has {base}", "inherit it"
+    found = Licence("other", 4, copy=True) if base.id == "other" else base.known
     if found is None:
-        return [Problem("licence", f"{base} is not known to bake", f"read it, {fix}")]
-    problems = []
+        yield "licence", f"{base} is not known to bake", "read it"
+        return
     if found.copy and not any(n.upper().startswith(("LICENSE", "LICENCE")) for n in names):
-        problems.append(
-            Problem("LICENSE", f"{base} wants a copy of the licence to travel", f"add it, {fix}")
-        )
+        yield "LICENSE", f"{base} wants a copy of the licence to travel", "add it"
     if found.notice is not None and _plain(found.notice) not in _plain(notice):
-        problems.append(Problem("NOTICE", f'has to say: "{found.notice}"', f"add it, {fix}"))
+        yield "NOTICE", f'has to say: "{found.notice}"', "add it"
     if found.shown is not None and card is not None and found.shown not in card:
-        problems.append(Problem("README.md", f'has to show "{found.shown}"', f"add it, {fix}"))
+        yield CARD, f'has to show "{found.shown}"', "add it"
     spelled = re.escape(found.prefix or "").replace(r"\ ", "[ ._-]")
     if re.match(spelled, repo.rpartition("/")[2]) is None:
-        problems.append(
-            Problem(
-                repo,
-                f"a model made from one under {base} has a name that begins with {found.prefix!r}",
-                f"choose another name, {fix}",
-            )
-        )
-    return problems
-
-
-def remark(base: Stated) -> str | None:
-    """Return what a licence says beyond what can be checked, or None."""
-    if base.id == "gemma":
-        return (
-            "Gemma's Prohibited Use Policy forbids to circumvent safety filters: "
-            "think of it when the edit concerns refusals"
-        )
-    return None
+        begins = f"has a name that begins with {found.prefix!r}"
+        yield repo, f"a model made from one under {base} {begins}", "choose another name"
 
 
 def _plain(text: str) -> str:

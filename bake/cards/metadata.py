@@ -5,9 +5,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bake.artifact.verification import Interval, Report
-from bake.cards.edits import edit_rows
+from bake.cards.edits import asked_edits, edit_rows
 from bake.cards.facts import Facts
-from bake.cards.fitted import asked_edits
 from bake.cards.methods import METHODS
 from bake.cards.notices import safety_words
 from bake.cards.text import escape, printable

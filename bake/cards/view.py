@@ -5,12 +5,10 @@ from typing import Any
 
 from bake.artifact.names import IMAGES, is_legal
 from bake.artifact.verification import VERIFICATION, Report
-from bake.cards import commands, licences, metadata
+from bake.cards import commands, metadata
 from bake.cards.changes import changes, gguf_digests, gguf_types, weight_files
-from bake.cards.edits import LEVELS, EditRow, direction_rows, edit_rows
+from bake.cards.edits import LEVELS, EditRow, asked_edits, direction_rows, edit_rows
 from bake.cards.facts import Facts
-from bake.cards.fitted import asked_edits
-from bake.cards.licences import LICENCES
 from bake.cards.notices import concerns_safety, safety_words
 from bake.cards.text import Markdown, linkable, showable
 
@@ -58,15 +56,14 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
 def _terms(facts: Facts) -> dict[str, Any]:
     """Return what the licences have a card say; the base's governs, where the record names it."""
     base, ours = facts.base_licence, facts.licence
-    governing = ours if base.id is None else base
-    found = LICENCES.get(governing.id or "")
+    found = ours.known if base.id is None else base.known
     return {
         "licence": "" if ours.id is None else str(ours),
         "base_licence": "" if base.id is None else str(base),
         "legal_files": [name for name in facts.names if is_legal(name) and linkable(name)],
         "shown_words": "" if found is None else found.shown or "",
         "attribution": "" if found is None else found.notice or "",
-        "licence_remark": licences.remark(governing) or "",
+        "licence_remark": "" if found is None else found.remark or "",
     }
 
 

@@ -119,10 +119,8 @@ def check_base(hub: Hub, ready: Prepared, terms: Terms) -> BaseTerms:
     raise_problems(
         check_terms(ready.checked, terms, base=base, repo=hub.to.repo), str(ready.folder)
     )
-    said = licences.remark(base)
-    notes = ([said] if said is not None else []) + (
-        [f"the base is gated ({gated}): keep to its terms"] if gated else []
-    )
+    notes = [base.known.remark] if base.known is not None and base.known.remark else []
+    notes += [f"the base is gated ({gated}): keep to its terms"] if gated else []
     return BaseTerms(gated, tuple(notes))
 
 
