@@ -427,8 +427,8 @@ def test_failures_are_told_in_one_line_each(hub: Hub, tmp_path: Path) -> None:
     """One process, which has the server change its fault before each attempt."""
     faults = {name: [path, fault] for name, (path, fault, _) in FAILURES.items()}
     script = f"""
-        from bake.checkpoints import hub_ranges
-        hub_ranges.time.sleep = lambda seconds: None
+        from bake.checkpoints import hub_patience
+        hub_patience.time.sleep = lambda seconds: None
         told = {{}}
         for name, (path, fault) in {faults!r}.items():
             meddle({hub.hub!r}, path, fault)

@@ -1,8 +1,8 @@
 """Read a Hugging Face checkpoint lazily and write an edited one, byte for byte.
 
 Reading order: ``dtypes``, ``strictjson``, ``header``, ``index``, ``config``, ``folder``,
-``source``, ``hashes``, ``checkpoint``; for the Hub ``hub_names``, ``hub_errors``, ``hub_ranges``,
-``hub``, ``hub_tree``; for writing ``stream``, ``outline``, ``writer``.
+``source``, ``hashes``, ``checkpoint``; for the Hub ``hub_names``, ``hub_errors``,
+``hub_patience``, ``hub_ranges``, ``hub``, ``hub_tree``; for writing ``stream``, ``outline``, ``writer``.
 """
 
 from bake.checkpoints.checkpoint import Checkpoint, open_checkpoint

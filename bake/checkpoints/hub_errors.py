@@ -1,4 +1,9 @@
-"""What huggingface_hub and its HTTP client raise, as one line that says what to do."""
+"""What huggingface_hub and its HTTP client raise, as one line that says what to do.
+
+huggingface_hub raises its own errors, those of its HTTP client (whose name differs between its
+generations, so it is known here by its place in the class tree only), and plain ``RuntimeError``,
+``ConnectionError`` and ``ValueError`` from the transfer of large files.
+"""
 
 import errno
 from collections.abc import Iterator
@@ -9,9 +14,29 @@ from huggingface_hub import errors as theirs
 
 from bake.errors import HubError, first_line
 
-# What the client raises for a connection that fails: its name differs between the generations of
-# huggingface_hub, and the base of HfHubHTTPError is the one that they share.
 CLIENT_ERROR: type[Exception] = theirs.HfHubHTTPError.__bases__[0]
+"""What the client raises for a connection that fails."""
+RAISED = (CLIENT_ERROR, OSError, RuntimeError, ValueError, theirs.FileDuplicationError)
+"""Everything that the client is known to raise for a failure of the Hub or of the network."""
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the failure of the Hub below an error that only says that something failed."""
+    seen = error
+    while _code(seen) is None and seen.__cause__ is not None:
+        seen = seen.__cause__
+    return seen if _code(seen) is not None else error
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the status of the reply behind an error or its causes."""
+    return _code(cause_of(error))
+
+
+def _code(error: BaseException) -> int | None:
+    """Return the status of the reply to an error's request, or None where there was no reply."""
+    found = getattr(getattr(error, "response", None), "status_code", None)
+    return found if isinstance(found, int) else None
 
 
 @contextmanager

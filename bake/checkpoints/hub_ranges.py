@@ -1,12 +1,10 @@
 """The files of a repository on the Hub, read by HTTP range through huggingface_hub's session."""
 
 import re
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_url
-from huggingface_hub import errors as theirs
 from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at run time only
     build_hf_headers,
     get_session,
@@ -14,14 +12,13 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at 
 )
 
 from bake import __version__
-from bake.checkpoints.hub_errors import CLIENT_ERROR, translated
+from bake.checkpoints.hub_errors import translated
+from bake.checkpoints.hub_patience import patiently
 from bake.errors import CheckpointError, HubError
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _HEAD = 1 << 16  # first request for a shard: enough for the header of most
 _CHUNK = 1 << 20
-_ATTEMPTS = 3
-_PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may be gone in a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +60,7 @@ class HubFiles:
     def _fetch(self, file: str, start: int, buffer: memoryview) -> int:
         """Request one range, again if the fault may pass, and return the file's length."""
         with translated(self.repo, self.commit):
-            for attempt in range(_ATTEMPTS):
-                try:
-                    return self._request(file, start, buffer)
-                except (CLIENT_ERROR, OSError) as error:
-                    if attempt == _ATTEMPTS - 1 or not _may_pass(error):
-                        raise
-                    time.sleep(2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+            return patiently(lambda: self._request(file, start, buffer))
 
     def _request(self, file: str, start: int, buffer: memoryview) -> int:
         headers = build_hf_headers(library_name="bake", library_version=__version__)
@@ -119,9 +109,3 @@ def _drain(response: Any, buffer: memoryview) -> int:
         if count > len(buffer):
             break
     return count
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, theirs.HfHubHTTPError):
-        return error.response is not None and error.response.status_code in _PASSING
-    return not isinstance(error, theirs.OfflineModeIsEnabled)

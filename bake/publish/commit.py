@@ -1,7 +1,5 @@
 """One guarded commit: what it consists of, and what is done when its reply never comes."""
 
-import hashlib
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,11 +7,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub import errors as theirs
 
 from bake.checkpoints.hashes import Stated
+from bake.checkpoints.hub_errors import RAISED, status_of
+from bake.checkpoints.hub_patience import patiently
 from bake.errors import HubError, InputError
-from bake.publish.failures import RAISED, explain, status_of
 from bake.publish.hub import Hub
 from bake.publish.remote import differences, equal, own_tree
-from bake.publish.session import ATTEMPTS, patiently, pause
 from bake.seal.manifest import FileEntry, Manifest, stamp
 
 _IN_MEMORY = 1 << 20  # shorter files are read once, checked and sent from memory
@@ -99,25 +97,18 @@ class GuardedCommit:
             HubError: the Hub refuses or fails, or somebody else has committed; nothing is changed.
             InputError: a file has changed since it was hashed; nothing is changed.
         """
-        attempt = 0
-        while True:
-            try:
-                return self._attempt(parts)
-            except RAISED as error:
-                settled = self._settled(error)
-                if settled is not None:
-                    return settled
-                if parts.copy and _no_copying(error):
-                    parts = parts.without_copies()
-                    continue
-                wait = pause(error, attempt)
-                if wait is None or attempt == ATTEMPTS - 1:
-                    failure = explain(error, self.hub.account, "committing")
-                else:
-                    time.sleep(wait)
-                    attempt += 1
-                    continue
-            raise failure
+        return self.hub.ask("committing", lambda: self._once(parts))
+
+    def _once(self, parts: Parts) -> Committed:
+        """Upload and commit, unless an earlier attempt has whose reply was lost."""
+        try:
+            return self._attempt(parts)
+        except RAISED as error:
+            if (settled := self._settled(error)) is not None:
+                return settled
+            if not (parts.copy and _no_copying(error)):
+                raise
+        return self._once(parts.without_copies())
 
     def _attempt(self, parts: Parts) -> Committed:
         additions = [self._addition(file) for file in parts.add]
@@ -156,13 +147,8 @@ class GuardedCommit:
         """Return the operation for one file; the same object again, which knows what it sent."""
         if file.name not in self._additions:
             path = self.folder / file.name
-            if file.size > _IN_MEMORY:
-                self._additions[file.name] = CommitOperationAdd(file.name, path)
-            else:
-                data = path.read_bytes()
-                if hashlib.sha256(data).hexdigest() != file.sha256:
-                    raise _changed(file.name)
-                self._additions[file.name] = CommitOperationAdd(file.name, data)
+            content = path if file.size > _IN_MEMORY else path.read_bytes()
+            self._additions[file.name] = CommitOperationAdd(file.name, content)
         return self._additions[file.name]
 
     def _check_sent(self, parts: Parts) -> None:

@@ -6,22 +6,19 @@ The client does not compare: it takes a byte that flipped on the way for the rig
 import tempfile
 from pathlib import Path
 
-from bake.publish.failures import Account, explained
-from bake.publish.session import client, patiently
-from bake.seal.manifest import Manifest, entry_of
+from bake.publish.hub import Hub
+from bake.seal.manifest import FileEntry, Manifest, entry_of
 from bake.seal.seal import check
 
 TOGETHER = 1 << 30
 """An artifact up to this size is kept whole and checked by its seal; a longer one file by file."""
 
 
-def compare_download(
-    account: Account, commit: str, manifest: Manifest, *, place: Path
-) -> list[str]:
+def compare_download(hub: Hub, commit: str, manifest: Manifest, *, place: Path) -> list[str]:
     """Download a commit and return the names of the files that are not what the manifest says.
 
     Args:
-        account: who asks, and the repository.
+        hub: who asks, and the repository.
         commit: to download.
         manifest: what its files have to be.
         place: a folder on a disk with room for the longest file, or for ``TOGETHER``.
@@ -35,14 +32,10 @@ def compare_download(
     with tempfile.TemporaryDirectory(prefix=".bake-download-", dir=place) as temporary:
         folder = Path(temporary) / "files"
         for file in manifest.files:
-            with explained(account, f"downloading {file.name}"):
-                path = patiently(
-                    lambda name=file.name: fetch(account.repo, commit, name, folder)  # type: ignore[misc]
-                )
-            if entry_of(path, file.name).sha256 != file.sha256:
+            if fetch(hub, commit, file.name, folder).sha256 != file.sha256:
                 wrong.append(file.name)
             if not keep:
-                path.unlink()
+                (folder / file.name).unlink()
         if keep and not wrong:
             failure = check(folder).failure()
             if failure is not None:  # equal bytes: what was sealed here was never sound
@@ -50,14 +43,23 @@ def compare_download(
     return wrong
 
 
-def fetch(repo: str, commit: str, name: str, folder: Path) -> Path:
-    """Download one file to a folder, from the Hub and never from the cache on this machine."""
-    return Path(
-        client().hf_hub_download(
-            repo,
+def fetch(hub: Hub, commit: str, name: str, folder: Path) -> FileEntry:
+    """Download one file to a folder, from the Hub and never from the cache on this machine.
+
+    Returns:
+        what arrived, which nobody has compared yet.
+
+    Raises:
+        HubError: the Hub refuses or fails.
+    """
+    hub.ask(
+        f"downloading {name}",
+        lambda: hub.api.hf_hub_download(
+            hub.to.repo,
             name,
             revision=commit,
             local_dir=folder,
             cache_dir=folder / ".cache" / "none",
-        )
+        ),
     )
+    return entry_of(folder / name, name)

@@ -1,9 +1,4 @@
-"""What the Hub's client raises while publishing, as one line that says what to do.
-
-huggingface_hub raises its own errors, those of its HTTP client (whose name differs between its
-generations, so it is known here by its place in the class tree only), and plain ``RuntimeError``,
-``ConnectionError`` and ``ValueError`` from the transfer of large files.
-"""
+"""What the Hub's client raises while publishing, as one line that says what to do."""
 
 import re
 from collections.abc import Iterator
@@ -13,11 +8,8 @@ from dataclasses import dataclass
 from huggingface_hub import constants, get_token
 from huggingface_hub import errors as theirs
 
-from bake.checkpoints.hub_errors import CLIENT_ERROR
+from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, cause_of, status_of
 from bake.errors import HubError, first_line
-
-RAISED = (CLIENT_ERROR, OSError, RuntimeError, ValueError, theirs.FileDuplicationError)
-"""Everything that the client is known to raise for a failure of the Hub or of the network."""
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
 _LOGIN = "run `hf auth login` or set HF_TOKEN"
@@ -70,8 +62,8 @@ def explained(account: Account, doing: str) -> Iterator[None]:
 
 def explain(error: BaseException, account: Account, doing: str) -> HubError:
     """Return the error that says what happened, where and what to do."""
-    cause = _cause(error)
-    if _code(cause) is None:
+    cause = cause_of(error)
+    if status_of(cause) is None:
         what, fix = _plain(cause, account)
     else:
         reading = doing.startswith(("reading", "downloading"))
@@ -79,29 +71,9 @@ def explain(error: BaseException, account: Account, doing: str) -> HubError:
     return HubError(redact(what), where=f"while {doing}", fix=redact(fix))
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Return the failure of the Hub below an error that only says that something failed."""
-    seen = error
-    while _code(seen) is None and seen.__cause__ is not None:
-        seen = seen.__cause__
-    return seen if _code(seen) is not None else error
-
-
-def _code(error: BaseException) -> int | None:
-    """Return the status of the reply behind an error, or None where there was no reply."""
-    response = getattr(error, "response", None)
-    found = getattr(response, "status_code", None)
-    return found if isinstance(found, int) else None
-
-
-def status_of(error: BaseException) -> int | None:
-    """Return the status of the reply behind an error or its causes."""
-    return _code(_cause(error))
-
-
 def _status(error: BaseException, account: Account, *, reading: bool) -> tuple[str, str]:
     """Explain a reply of the Hub by its class and its status."""
-    repo, status = account.repo, _code(error)
+    repo, status = account.repo, status_of(error)
     if isinstance(error, theirs.GatedRepoError):
         return f"{repo} is gated and {account.name} is not on its list", (
             f"accept the terms at {account.page} as {account.name}"

@@ -37,23 +37,14 @@ class Fetched:
     """An artifact from the Hub.
 
     Attributes:
-        repo: ``owner/name``.
-        commit: what it was read at.
+        source: ``owner/name@commit``.
         folder: where its files are, in the cache of the Hub's client: never written to.
-        record: what it says of itself.
         notes: what is no reason to stop, and worth knowing.
     """
 
-    repo: str
-    commit: str
+    source: str
     folder: Path
-    record: Record
     notes: tuple[str, ...]
-
-    @property
-    def source(self) -> str:
-        """The artifact with its commit."""
-        return f"{self.repo}@{self.commit}"
 
 
 def fetch(repo: str, revision: str | None, *, weights: bool) -> Fetched:
@@ -75,22 +66,20 @@ def fetch(repo: str, revision: str | None, *, weights: bool) -> Fetched:
         folder, tree = _online(repo, revision)
     record = read_record(folder)
     listed = _listed(record, f"{repo}: {RECORD}")
-    sums = _sums(folder, tree, repo)
+    sums = _sums(folder, tree, repo, record.kind)
     edits = [name for name in (EDITS, FITTED) if name in listed]
     wanted = [RECORD, *edits, *([SUMS] if sums else [])]
     if weights:
-        more = [n for n in (VERIFICATION, STATEMENT) if _there(n, folder, tree)]
-        wanted = list(dict.fromkeys([*wanted, *more, *listed]))
+        for name in (VERIFICATION, STATEMENT):
+            if (folder / name).is_file() if tree is None else name in tree:
+                wanted.append(name)
+        wanted = list(dict.fromkeys([*wanted, *listed]))
     if tree is not None:
         _require(wanted, tree, repo)
         with translated(repo, folder.name):
             download(repo, folder.name, wanted)
     notes = _compare(repo, folder, wanted, tree, listed, sums)
-    return Fetched(repo, folder.name, folder, record, tuple(notes))
-
-
-def _there(name: str, folder: Path, tree: Mapping[str, Stated] | None) -> bool:
-    return (folder / name).is_file() if tree is None else name in tree
+    return Fetched(f"{repo}@{folder.name}", folder, tuple(notes))
 
 
 def _online(repo: str, revision: str | None) -> tuple[Path, dict[str, Stated]]:
@@ -171,7 +160,7 @@ def _check(names: Iterable[str], kind: str, where: str) -> None:
         raise InputError(f"names the file {first.where}, which {first.what}", where=where)
 
 
-def _sums(folder: Path, tree: Mapping[str, Stated] | None, repo: str) -> dict[str, str]:
+def _sums(folder: Path, tree: Mapping[str, Stated] | None, repo: str, kind: str) -> dict[str, str]:
     """Return what ``SHA256SUMS`` lists; nothing where the artifact was never sealed."""
     if tree is not None and SUMS in tree:
         with translated(repo, folder.name):
@@ -180,8 +169,7 @@ def _sums(folder: Path, tree: Mapping[str, Stated] | None, repo: str) -> dict[st
     if not (folder / SUMS).is_file():
         return {}
     sums = read_sums(folder)
-    record = read_record(folder)
-    _check(sums, record.kind, f"{repo}: {SUMS}")
+    _check(sums, kind, f"{repo}: {SUMS}")
     return sums
 
 

@@ -33,7 +33,6 @@ from bake.seal.manifest import (
     FileEntry,
     Manifest,
     compare_hashes,
-    entry_of,
     manifest_of,
     read_manifest,
     read_sums,
@@ -177,8 +176,7 @@ def _bring_here(hub: Hub, head: Head, folder: Path) -> list[FileEntry]:
 
 
 def _download(hub: Hub, head: Head, name: str, folder: Path) -> None:
-    hub.ask(f"downloading {name}", lambda: fetch(hub.to.repo, str(head.commit), name, folder))
-    if not equal(head.tree[name], entry_of(folder / name, name)):
+    if not equal(head.tree[name], fetch(hub, str(head.commit), name, folder)):
         raise HubError(
             f"{name} of {hub.to.repo} is not what the Hub states",
             why="it was damaged on the way",

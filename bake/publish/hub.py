@@ -11,10 +11,12 @@ from bake.artifact.destination import Destination
 from bake.artifact.record import RECORD
 from bake.artifact.schema import BaseRef
 from bake.checkpoints.hashes import Stated
+from bake.checkpoints.hub_errors import RAISED, status_of
+from bake.checkpoints.hub_patience import patiently
 from bake.errors import HubError
-from bake.publish.failures import RAISED, Account, explained, status_of
+from bake.publish.failures import Account, explained
 from bake.publish.remote import own_tree
-from bake.publish.session import DEADLINE, client, patiently, within
+from bake.publish.session import DEADLINE, client, within
 
 T = TypeVar("T")
 

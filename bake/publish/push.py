@@ -253,7 +253,7 @@ def _check_download(ready: Prepared, hub: Hub, pushed: Pushed) -> None:
         HubError: other bytes came, or none; the receipt says that nothing is verified.
     """
     hub.remark(f"downloading {ready.manifest.size:,} bytes again, to compare them")
-    wrong = compare_download(hub.account, pushed.commit, ready.manifest, place=ready.receipt.parent)
+    wrong = compare_download(hub, pushed.commit, ready.manifest, place=ready.receipt.parent)
     if not wrong:
         return
     _with_receipt(ready, pushed)

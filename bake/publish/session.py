@@ -1,14 +1,12 @@
-"""The Hub's client with what it lacks: patience that ends, and the card checked where it goes."""
+"""The Hub's client with what it lacks: timeouts, and the card checked where it goes."""
 
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, constants, set_client_factory
-from huggingface_hub import errors as theirs
 from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at run time only
     _http,  # for the factory that it starts with, the same in both generations
     build_hf_headers,
@@ -17,17 +15,12 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at 
 )
 
 from bake import __version__
-from bake.checkpoints.hub_errors import CLIENT_ERROR
+from bake.checkpoints.hub_errors import RAISED
 from bake.errors import HubError
-from bake.publish.failures import RAISED, redact, status_of
+from bake.publish.failures import redact
 
-T = TypeVar("T")
-
-ATTEMPTS = 4
-"""How often a call is made whose failure may pass."""
 DEADLINE = 300.0
 """Seconds that the creation of a repository may take in all."""
-_LONGEST_WAIT = 60.0
 
 
 def client() -> HfApi:
@@ -69,37 +62,6 @@ def listening(timeout: float) -> Iterator[list[str]]:
     finally:
         set_client_factory(_http.default_client_factory)
     said += [redact(str(w.message)) for w in warned if "metadata" in str(w.message)]
-
-
-def patiently(call: Callable[[], T]) -> T:
-    """Return what an idempotent call returns, trying again when its failure may pass."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except RAISED as error:
-            wait = pause(error, attempt)
-            if wait is None or attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def pause(error: BaseException, attempt: int) -> float | None:
-    """Return how long to wait before another attempt, or None when none would help."""
-    status = status_of(error)
-    if status is None:
-        # No reply at all. "Offline" is a ConnectionError of the client's own making, and so is "not
-        # in the cache", which stands for a download that found no network.
-        if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
-            return pause(error.__cause__, attempt)
-        lost = isinstance(error, CLIENT_ERROR) and type(error).__name__ != "OfflineModeIsEnabled"
-        return float(2**attempt) if lost else None
-    if status == 429:
-        headers = getattr(getattr(error, "response", None), "headers", {})
-        asked = str(headers.get("Retry-After", ""))
-        wait = float(asked) if asked.isdigit() else float(2**attempt)
-        return wait if wait <= _LONGEST_WAIT else None
-    return float(2**attempt) if status >= 500 and status != 501 else None
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:

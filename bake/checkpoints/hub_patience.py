@@ -1,0 +1,45 @@
+"""Patience with the Hub that ends: a call is made again where its failure may pass."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from huggingface_hub import errors as theirs
+
+from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, status_of
+
+T = TypeVar("T")
+
+_ATTEMPTS = 4
+_LONGEST_WAIT = 60.0
+
+
+def patiently(call: Callable[[], T]) -> T:
+    """Return what an idempotent call returns, trying again when its failure may pass."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except RAISED as error:
+            wait = _pause(error, attempt)
+            if wait is None or attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _pause(error: BaseException, attempt: int) -> float | None:
+    """Return how long to wait before another attempt, or None when none would help."""
+    status = status_of(error)
+    if status is None:
+        # No reply at all. "Offline" is a ConnectionError of the client's own making, and so is "not
+        # in the cache", which stands for a download that found no network.
+        if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
+            return _pause(error.__cause__, attempt)
+        lost = isinstance(error, CLIENT_ERROR) and type(error).__name__ != "OfflineModeIsEnabled"
+        return float(2**attempt) if lost else None
+    if status == 429:
+        headers = getattr(getattr(error, "response", None), "headers", {})
+        asked = str(headers.get("Retry-After", ""))
+        wait = float(asked) if asked.isdigit() else float(2**attempt)
+        return wait if wait <= _LONGEST_WAIT else None
+    return float(2**attempt) if status == 408 or (status >= 500 and status != 501) else None
