@@ -121,7 +121,8 @@ def findings(
     """
 
     def at(match: re.Match[str]) -> str:
-        return place or f"line {_line(text, match)}"
+        line = 1 + text.count("\n", 0, match.start())
+        return place or f"line {line}"
 
     for what, pattern in _SECRETS:
         if match := pattern.search(text):
@@ -138,7 +139,3 @@ def findings(
 def _telling(host: str) -> bool:
     """Tell whether a host's name is no common word: ``node-17`` is telling, ``localhost`` not."""
     return len(host) >= 5 and re.search(r"[\d.-]", host) is not None
-
-
-def _line(text: str, match: re.Match[str]) -> int:
-    return text.count("\n", 0, match.start()) + 1

@@ -26,7 +26,7 @@ from bake.seal.seal import Check, seal
 UNSIGNED = frozenset({CARD, SUMS, SIGNATURE, *HUBS_OWN})
 """What a signature leaves out."""
 
-_IGNORED = (CARD, SUMS, SIGNATURE, ".cache", *sorted(HUBS_OWN))
+_IGNORED = (".cache", *sorted(UNSIGNED))
 _PREDICATE = "https://model_signing/signature/v1.0"
 _LIMIT = 64_000_000
 _MEANING = {

@@ -1,7 +1,6 @@
 """The weights of an artifact: strict headers, a closed index, finite numbers, untouched tensors."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from bake.artifact.record import RECORD
 from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.folder import regular_file
-from bake.checkpoints.header import PREFIX, header_length, parse_header
+from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
 from bake.errors import InputError
 
 MAX_HEADER = 25_000_000
 """Longest header text that the Hub's own client reads."""
 
-_ROWS = 1 << 24  # elements looked at in one step
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -128,21 +126,16 @@ def check_finite(folder: Path, record: Record) -> list[Problem]:
     return [
         Problem(checkpoint.tensors[name].shard, f"{name} holds NaN or an infinity", "export again")
         for name in sorted(record.plan.changed & checkpoint.tensors.keys())
-        if not all(_finite(checkpoint, name))
+        if not _is_finite(checkpoint, checkpoint.tensors[name])
     ]
 
 
-def _finite(checkpoint: Checkpoint, name: str) -> Iterator[bool]:
-    info = checkpoint.tensors[name]
+def _is_finite(checkpoint: Checkpoint, info: TensorInfo) -> bool:
     if info.dtype not in _FLOATS:
-        return
-    if not info.shape:
-        yield bool(torch.isfinite(checkpoint.read(name)))
-        return
-    step = max(1, _ROWS * info.shape[0] // max(1, info.nbytes))
-    for start in range(0, info.shape[0], step):
-        rows = checkpoint.read_rows(name, start, min(start + step, info.shape[0]))
-        yield bool(torch.isfinite(rows).all())
+        return True
+    chunks = checkpoint.chunks(info.shard, info.start, info.stop)
+    values = (torch.frombuffer(chunk, dtype=info.torch_dtype) for chunk in chunks)
+    return all(bool(torch.isfinite(part).all()) for part in values)
 
 
 def check_unchanged(folder: Path, record: Record, base: Path) -> list[Problem]:
