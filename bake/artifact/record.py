@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
@@ -119,12 +119,12 @@ def parse_record(content: Mapping[str, Any], where: str) -> Record:
 def _upgraded(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a record of version 1 as one of version 2, with the keys that it could leave out."""
     parts = ((key, content.get(key), absent) for key, absent in _NULLS.items())
-    whole = {key: dict.fromkeys(absent) | part for key, part, absent in parts if _is_object(part)}
+    whole = {
+        key: {**dict.fromkeys(absent), **part}
+        for key, part, absent in parts
+        if isinstance(part, dict)
+    }
     return {**_ABSENT, **content, **whole, "schema": VERSION}
-
-
-def _is_object(value: object) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
 
 
 def _reason(error: msgspec.ValidationError) -> str:
