@@ -32,7 +32,7 @@ def render_card(out: Path, *, repo: str | None = None, unverified: bool = False)
     """
     if repo is not None:
         Destination(repo)
-    facts = read_facts(_folder(out))
+    facts = read_facts(out)
     values = view(facts, repo, unverified=unverified)
     return stamp.stamped(templates.render(facts.carrier.template, values))
 
@@ -85,7 +85,7 @@ def lint_card(text: str, out: Path) -> tuple[Problem, ...]:
     Raises:
         InputError: the folder is no artifact, or a record in it is malformed.
     """
-    return lint.lint(text, read_facts(_folder(out)))
+    return lint.lint(text, read_facts(out))
 
 
 def check_card(out: Path) -> tuple[Problem, ...]:
@@ -94,10 +94,11 @@ def check_card(out: Path) -> tuple[Problem, ...]:
     Raises:
         InputError: the folder is no artifact, or has no card.
     """
-    text = read_card(_folder(out))
+    facts = read_facts(out)
+    text = read_card(out)
     if text is None:
         raise InputError("there is no card", where=str(out / CARD), fix="run `bake card`")
-    return lint_card(text, out)
+    return lint.lint(text, facts)
 
 
 def card_notes(out: Path) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def card_notes(out: Path) -> tuple[str, ...]:
     Raises:
         InputError: the folder is no artifact, or a record in it is malformed.
     """
-    facts = read_facts(_folder(out))
+    facts = read_facts(out)
     notes = []
     if facts.reason is not None:
         notes.append(f"the card says in its first line that nothing is verified: {facts.reason}")
@@ -118,9 +119,3 @@ def card_notes(out: Path) -> tuple[str, ...]:
     if facts.base_repo is None:
         notes.append("the base is a folder: the card names no base_model")
     return tuple(notes)
-
-
-def _folder(out: Path) -> Path:
-    if not out.is_dir():
-        raise InputError("is no folder", where=str(out), fix="name what `bake export` wrote")
-    return out

@@ -108,6 +108,8 @@ def read_facts(folder: Path) -> Facts:
     Raises:
         InputError: the folder is no artifact, or one of its records is malformed.
     """
+    if not folder.is_dir():
+        raise InputError("is no folder", where=str(folder), fix="name what `bake export` wrote")
     record = read_record(folder)
     found, problems = walk(folder)
     if problems:

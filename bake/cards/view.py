@@ -49,21 +49,9 @@ def view(facts: Facts, repo: str | None, *, unverified: bool) -> dict[str, Any]:
         "folder": Markdown(commands.folder(repo)),
         "weights": weight_files(facts),
         "recipe": text if showable(text) else "",
-        **_terms(facts),
-    }
-
-
-def _terms(facts: Facts) -> dict[str, Any]:
-    """Return what the licences have a card say; the base's governs, where the record names it."""
-    base, ours = facts.base_licence, facts.licence
-    found = ours.known if base.id is None else base.known
-    return {
-        "licence": "" if ours.id is None else str(ours),
-        "base_licence": "" if base.id is None else str(base),
         "legal_files": [name for name in facts.names if is_legal(name) and linkable(name)],
-        "shown_words": "" if found is None else found.shown or "",
-        "attribution": "" if found is None else found.notice or "",
-        "licence_remark": "" if found is None else found.remark or "",
+        # The base's licence governs, where the record names it.
+        "terms": (facts.base_licence if facts.base_licence.id else facts.licence).known,
     }
 
 
