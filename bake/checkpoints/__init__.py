@@ -2,7 +2,8 @@
 
 Reading order: ``dtypes``, ``strictjson``, ``header``, ``index``, ``config``, ``folder``,
 ``source``, ``hashes``, ``checkpoint``; for the Hub ``hub_names``, ``hub_errors``,
-``hub_patience``, ``hub_ranges``, ``hub``, ``hub_tree``; for writing ``stream``, ``outline``, ``writer``.
+``hub_patience``, ``hub_ranges``, ``hub``, ``hub_tree``; for writing ``stream``, ``outline``,
+``writer``.
 """
 
 from bake.checkpoints.checkpoint import Checkpoint, open_checkpoint

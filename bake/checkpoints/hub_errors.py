@@ -25,12 +25,23 @@ def cause_of(error: BaseException) -> BaseException:
     seen = error
     while _code(seen) is None and seen.__cause__ is not None:
         seen = seen.__cause__
-    return seen if _code(seen) is not None else error
+    if _code(seen) is not None:
+        return seen
+    # subtle: the client reports a dead network as "not in the cache"; the cause says which.
+    while isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def status_of(error: BaseException) -> int | None:
     """Return the status of the reply behind an error or its causes."""
     return _code(cause_of(error))
+
+
+def retry_after(error: BaseException) -> str:
+    """Return how many seconds a reply asks to wait; empty where it does not say."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    return str(headers.get("Retry-After", ""))
 
 
 def _code(error: BaseException) -> int | None:
@@ -53,9 +64,7 @@ def translated(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _translate(error: BaseException, repo: str, revision: str | None) -> HubError:
-    # subtle: the client reports a dead network as "not in the cache"; the cause says which.
-    if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _translate(error.__cause__, repo, revision)
+    error, status = cause_of(error), status_of(error)
     page = f"{constants.ENDPOINT}/{repo}"
     login = "run `hf auth login` or set HF_TOKEN"
     if isinstance(error, theirs.GatedRepoError):  # a kind of RepositoryNotFoundError
@@ -72,8 +81,14 @@ def _translate(error: BaseException, repo: str, revision: str | None) -> HubErro
         return HubError(f"{repo} has no revision {revision!r}", fix=f"see {page}/commits")
     if isinstance(error, theirs.OfflineModeIsEnabled):
         return HubError(f"{repo} needs the Hub, which is switched off", fix="unset HF_HUB_OFFLINE")
-    if isinstance(error, theirs.HfHubHTTPError) and error.response is not None:
-        return _translate_status(error, error.response.status_code, repo, login)
+    if status == 401:
+        return HubError(f"the Hub does not accept your token for {repo}", fix=login)
+    if status == 403:
+        return HubError(f"your token has no right to read {repo}", fix=login)
+    if status == 429:
+        return HubError("the Hub limits the rate of your requests", fix="wait, then run again")
+    if status is not None:
+        return HubError(f"the Hub answered {status} for {repo}: {first_line(error)}")
     if "Timeout" in type(error).__name__:
         return HubError(
             f"{constants.ENDPOINT} did not answer in time", fix="try again, or name a folder"
@@ -84,13 +99,3 @@ def _translate(error: BaseException, repo: str, revision: str | None) -> HubErro
         f"cannot reach {constants.ENDPOINT}: {first_line(error)}",
         fix="check the network, or name a folder",
     )
-
-
-def _translate_status(error: Exception, status: int, repo: str, login: str) -> HubError:
-    if status == 401:
-        return HubError(f"the Hub does not accept your token for {repo}", fix=login)
-    if status == 403:
-        return HubError(f"your token has no right to read {repo}", fix=login)
-    if status == 429:
-        return HubError("the Hub limits the rate of your requests", fix="wait, then run again")
-    return HubError(f"the Hub answered {status} for {repo}: {first_line(error)}")

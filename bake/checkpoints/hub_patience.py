@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from huggingface_hub import errors as theirs
+from huggingface_hub.errors import OfflineModeIsEnabled
 
-from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, status_of
+from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, cause_of, retry_after, status_of
 
 T = TypeVar("T")
 
@@ -31,15 +31,12 @@ def _pause(error: BaseException, attempt: int) -> float | None:
     """Return how long to wait before another attempt, or None when none would help."""
     status = status_of(error)
     if status is None:
-        # No reply at all. "Offline" is a ConnectionError of the client's own making, and so is "not
-        # in the cache", which stands for a download that found no network.
-        if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
-            return _pause(error.__cause__, attempt)
-        lost = isinstance(error, CLIENT_ERROR) and type(error).__name__ != "OfflineModeIsEnabled"
+        # No reply at all. "Offline" is a ConnectionError of the client's own making.
+        cause = cause_of(error)
+        lost = isinstance(cause, CLIENT_ERROR) and not isinstance(cause, OfflineModeIsEnabled)
         return float(2**attempt) if lost else None
     if status == 429:
-        headers = getattr(getattr(error, "response", None), "headers", {})
-        asked = str(headers.get("Retry-After", ""))
+        asked = retry_after(error)
         wait = float(asked) if asked.isdigit() else float(2**attempt)
         return wait if wait <= _LONGEST_WAIT else None
     return float(2**attempt) if status == 408 or (status >= 500 and status != 501) else None

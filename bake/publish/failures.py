@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from huggingface_hub import constants, get_token
 from huggingface_hub import errors as theirs
 
-from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, cause_of, status_of
+from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, cause_of, retry_after, status_of
 from bake.errors import HubError, first_line
 
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|(?i:bearer)\s+\S+")
@@ -108,8 +108,9 @@ def _status(error: BaseException, account: Account, *, reading: bool) -> tuple[s
     if status == 409:
         return f"the Hub is busy with {repo}: {_said(error)}", "wait a minute, then run again"
     if status == 429:
-        wait = _wait(error)
-        return f"the Hub limits the rate of your requests{wait}", "wait, then run again"
+        wait = retry_after(error)
+        asked = f"; it asks for {wait} s" if wait else ""
+        return f"the Hub limits the rate of your requests{asked}", "wait, then run again"
     if status is not None and status >= 500:
         return f"the Hub answered {status} for {repo}", _AGAIN
     return f"the Hub answered {status} for {repo}: {_said(error)}", "see what it says"
@@ -117,9 +118,6 @@ def _status(error: BaseException, account: Account, *, reading: bool) -> tuple[s
 
 def _plain(error: BaseException, account: Account) -> tuple[str, str]:
     """Explain a failure without a reply: no token, no network, a transfer that broke."""
-    # subtle: the client reports a dead network as "not in the cache"; the cause says which.
-    if isinstance(error, theirs.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _plain(error.__cause__, account)
     if isinstance(error, theirs.LocalTokenNotFoundError):
         return "there is no token of the Hub on this machine", _LOGIN
     if isinstance(error, theirs.OfflineModeIsEnabled):
@@ -137,9 +135,3 @@ def _plain(error: BaseException, account: Account) -> tuple[str, str]:
 def _said(error: BaseException) -> str:
     """Return what the server itself said, in one line."""
     return getattr(error, "server_message", None) or first_line(error)
-
-
-def _wait(error: BaseException) -> str:
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    seconds = headers.get("Retry-After")
-    return f"; it asks for {seconds} s" if seconds else ""

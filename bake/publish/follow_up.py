@@ -26,7 +26,7 @@ from bake.publish.hub import Head, Hub, check_head, read_head, sign_in
 from bake.publish.options import PushOptions
 from bake.publish.preflight import preflight
 from bake.publish.prepare import Prepared, short_digest
-from bake.publish.push import BaseTerms, check_base, complete
+from bake.publish.push import complete, under_terms
 from bake.publish.remote import equal
 from bake.publish.session import listening, refuse_offline
 from bake.seal.manifest import (
@@ -86,10 +86,10 @@ def push_record(
             notes=(*notes, *found.notes),
         )
         # A path in a record from elsewhere means nothing here.
-        hub_base = found.record.base.on_hub
-        terms = check_base(hub, ready, options.terms) if hub_base else BaseTerms()
+        if found.record.base.on_hub:
+            ready = under_terms(hub, ready, options.terms)
         check_head(head, hub.to)
-        pushed = complete(ready, hub, head, terms, download=options.download)
+        pushed = complete(ready, hub, head, download=options.download)
     return replace(pushed, notes=(*pushed.notes, *said))
 
 

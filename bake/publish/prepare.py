@@ -40,6 +40,7 @@ class Prepared:
         receipt: the file that says afterwards what was done.
         title: of the commit.
         notes: what the user should know.
+        gated: how access to the base is gated, and so to the model; empty where it is not.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Prepared:
     receipt: Path
     title: str
     notes: tuple[str, ...] = ()
+    gated: str = ""
 
     @property
     def record(self) -> Record:

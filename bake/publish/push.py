@@ -9,7 +9,7 @@ it up.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -71,36 +71,30 @@ def push(
         refuse_offline()
     ready = prepare_push(folder, options, progress, remark)
     if options.dry_run and constants.HF_HUB_OFFLINE:
-        note = "the Hub is switched off and was not asked"
-        return _would(ready, options.to, Parts((), (), ()), account="", notes=(note,))
+        offline = "the Hub is switched off and was not asked"
+        return _would(_noted(ready, offline), options.to, Parts((), (), ()), account="")
     with listening(options.timeout) as said:
         hub = sign_in(options.to, remark)
-        terms = check_base(hub, ready, options.terms)
+        ready = under_terms(hub, ready, options.terms)
         head = read_head(hub)
         check_head(head, hub.to)
         if options.dry_run:
-            pushed = _rehearsed(ready, hub, head, terms)
+            pushed = _rehearsed(ready, hub, head)
         else:
             head = create_repository(hub) if head.commit is None else head
-            pushed = complete(ready, hub, head, terms, download=options.download)
+            pushed = complete(ready, hub, head, download=options.download)
     return replace(pushed, notes=(*pushed.notes, *said))
 
 
-@dataclass(frozen=True, slots=True)
-class BaseTerms:
-    """What of the base's terms concerns the commit.
-
-    Attributes:
-        gated: how access to the base is gated; empty where it is not.
-        notes: what the user should know of them.
-    """
-
-    gated: str = ""
-    notes: tuple[str, ...] = ()
+def _noted(ready: Prepared, *notes: str) -> Prepared:
+    return replace(ready, notes=(*ready.notes, *notes))
 
 
-def check_base(hub: Hub, ready: Prepared, terms: Terms) -> BaseTerms:
+def under_terms(hub: Hub, ready: Prepared, terms: Terms) -> Prepared:
     """Ask for the base's licence, of the Hub where the base is there, and hold the artifact to it.
+
+    Returns:
+        what is published, with what of the base's terms concerns the commit and the user.
 
     Raises:
         InputError: the licence does not permit it.
@@ -121,17 +115,16 @@ def check_base(hub: Hub, ready: Prepared, terms: Terms) -> BaseTerms:
     )
     notes = [base.known.remark] if base.known is not None and base.known.remark else []
     notes += [f"the base is gated ({gated}): keep to its terms"] if gated else []
-    return BaseTerms(gated, tuple(notes))
+    return replace(_noted(ready, *notes), gated=gated)
 
 
-def complete(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms, *, download: bool) -> Pushed:
+def complete(ready: Prepared, hub: Hub, head: Head, *, download: bool) -> Pushed:
     """Commit, compare, tag, show, and write the receipt.
 
     Args:
         ready: what is published.
         hub: where.
         head: the state of the repository, which exists.
-        terms: the base's.
         download: compare every byte that the Hub sends back, too.
 
     Raises:
@@ -144,7 +137,7 @@ def complete(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms, *, downloa
     _compare(ready, hub, made.commit)
     sent = bool(made.uploaded or made.copied)
     pushed = replace(
-        _nothing_done(ready, hub.to, hub.account.name, terms.notes),
+        _nothing_done(ready, hub.to, hub.account.name),
         url=made.pull_request or f"{hub.account.page}/commit/{made.commit}",
         commit=made.commit,
         pull_request=made.pull_request,
@@ -161,10 +154,10 @@ def complete(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms, *, downloa
     if not hub.to.pull_request:
         create_tag(hub, ready.tag, made.commit)
         pushed = replace(pushed, tag=ready.tag)
-    return _with_receipt(ready, replace(pushed, public=show(hub, head, gated=terms.gated)))
+    return _with_receipt(ready, replace(pushed, public=show(hub, head, gated=ready.gated)))
 
 
-def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[str, ...]) -> Pushed:
+def _nothing_done(ready: Prepared, to: Destination, account: str) -> Pushed:
     """Return a push of which nothing is done yet."""
     return Pushed(
         repo=to.repo,
@@ -174,22 +167,21 @@ def _nothing_done(ready: Prepared, to: Destination, account: str, notes: tuple[s
         account=account,
         public=to.public,
         unverified=ready.checked.unverified,
-        notes=(*ready.notes, *notes),
+        notes=ready.notes,
     )
 
 
-def _rehearsed(ready: Prepared, hub: Hub, head: Head, terms: BaseTerms) -> Pushed:
+def _rehearsed(ready: Prepared, hub: Hub, head: Head) -> Pushed:
     """Return what would be done; nothing is written, here or there."""
     parts = parts_of(ready.manifest, head.tree, base_tree(hub, ready.record.base))
-    new = () if head.commit is not None else (f"{hub.to.repo} would be created, private",)
-    return _would(ready, hub.to, parts, account=hub.account.name, notes=(*terms.notes, *new))
+    if head.commit is None:
+        ready = _noted(ready, f"{hub.to.repo} would be created, private")
+    return _would(ready, hub.to, parts, account=hub.account.name)
 
 
-def _would(
-    ready: Prepared, to: Destination, parts: Parts, *, account: str, notes: tuple[str, ...]
-) -> Pushed:
+def _would(ready: Prepared, to: Destination, parts: Parts, *, account: str) -> Pushed:
     return replace(
-        _nothing_done(ready, to, account, notes),
+        _nothing_done(ready, to, account),
         tag=ready.tag,
         uploaded=tuple(file.name for file in parts.add),
         copied=tuple(file.name for file, _ in parts.copy),

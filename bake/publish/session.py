@@ -3,6 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,30 +65,26 @@ def listening(timeout: float) -> Iterator[list[str]]:
     said += [redact(str(w.message)) for w in warned if "metadata" in str(w.message)]
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return what a call returns, or give up on it: the client asks again for ever on some replies.
+def within(seconds: float, create: Callable[[], object]) -> None:
+    """Create a repository, or give up on it: the client asks again for ever on some replies.
 
     Raises:
         HubError: it has not returned in time.
     """
-    outcome: dict[str, Any] = {}
+    outcome: Future[object] = Future()
 
     def run() -> None:
         try:
-            outcome["value"] = call()
+            outcome.set_result(create())
         except RAISED as error:
-            outcome["error"] = error
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([outcome], seconds).done:
         raise HubError(
             f"the Hub did not create the repository within {seconds:.0f} s", fix="run again"
         )
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome.get("value")
+    outcome.result()
 
 
 def card_errors(card: str) -> list[str]:
