@@ -8,7 +8,7 @@ import msgspec
 from bake.artifact.carrier import KINDS, Carrier
 from bake.artifact.names import walk
 from bake.artifact.record import RECORD, read_json, read_record
-from bake.artifact.schema import Record
+from bake.artifact.schema import BaseCard, Record
 from bake.artifact.verification import Report, read_report, typed, unverified
 from bake.cards import licences
 from bake.checkpoints.hub_names import is_repository
@@ -89,10 +89,14 @@ class Facts:
         return f"A model with the adapter {merged.name}" if merged else "An edited model"
 
     @property
+    def base_card(self) -> BaseCard:
+        """What the base's card stated when it was exported: nothing where it had none."""
+        return self.record.base.card or BaseCard()
+
+    @property
     def base_licence(self) -> licences.Stated:
-        """The licence that the base's card stated when it was exported."""
-        card = self.record.base.card
-        return licences.stated({} if card is None else card.to_json())
+        """The licence that it stated."""
+        return licences.stated(self.base_card.to_json())
 
     @property
     def licence(self) -> licences.Stated:

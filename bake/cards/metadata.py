@@ -32,7 +32,8 @@ def metadata(facts: Facts, repo: str | None) -> str:
         tags=list(_tags(facts)),
         model_name=name if results else None,
         eval_results=results or None,
-        **_base(facts),
+        base_model=facts.base_repo,  # a folder has no id, and no relation either
+        base_model_relation=facts.carrier.relation if facts.base_repo else None,
         **_licence(facts),
         **_inherited(facts),
     )
@@ -93,22 +94,14 @@ def _tags(facts: Facts) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _base(facts: Facts) -> Mapping[str, Any]:
-    """Return the base, by its id on the Hub; a folder has none, and no relation either."""
-    if facts.base_repo is None:
-        return {}
-    return {"base_model": facts.base_repo, "base_model_relation": facts.carrier.relation}
-
-
 def _licence(facts: Facts) -> Mapping[str, Any]:
-    found, card = facts.licence, facts.record.base.card
+    found, stated = facts.licence, facts.base_card.license_link
     if found.id is None:
         return {}
     if found.id != "other":
         return {"license": found.id}
     link = "LICENSE" if "LICENSE" in facts.names else None
-    if facts.spec.licence is None and link is None and card is not None:
-        stated = card.license_link if isinstance(card.license_link, str) else ""
+    if facts.spec.licence is None and link is None and isinstance(stated, str):
         link = stated if stated.startswith("https://") and stated.isprintable() else None
     named = {"license_name": found.name} if found.name is not None else {}
     return {"license": "other", **named, **({"license_link": link} if link else {})}
@@ -116,15 +109,10 @@ def _licence(facts: Facts) -> Mapping[str, Any]:
 
 def _inherited(facts: Facts) -> Mapping[str, Any]:
     """Return what comes from the base's card, where the recipe says nothing else."""
-    card = facts.record.base.card
-    stated = None if card is None else card.language
-    language = facts.spec.language or ((stated,) if isinstance(stated, str) else stated)
-    pipeline = card.pipeline_tag if card is not None else None
-    found: dict[str, Any] = {
-        "pipeline_tag": pipeline if isinstance(pipeline, str) and pipeline else PIPELINE
+    stated, pipeline = facts.base_card.language, facts.base_card.pipeline_tag
+    language = facts.spec.language or ((stated,) if isinstance(stated, str) else stated or ())
+    return {
+        "pipeline_tag": pipeline if isinstance(pipeline, str) and pipeline else PIPELINE,
+        "language": list(language) or None,
+        "datasets": list(facts.spec.datasets) or None,
     }
-    if language:
-        found["language"] = list(language)
-    if facts.spec.datasets:
-        found["datasets"] = list(facts.spec.datasets)
-    return found
