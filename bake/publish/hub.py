@@ -16,7 +16,7 @@ from bake.checkpoints.hub_patience import patiently
 from bake.errors import HubError
 from bake.publish.failures import Account, explained
 from bake.publish.remote import own_tree
-from bake.publish.session import DEADLINE, client, within
+from bake.publish.session import client, in_time
 
 T = TypeVar("T")
 
@@ -141,11 +141,8 @@ def create_repository(hub: Hub) -> Head:
     """
     hub.remark(f"creating {hub.to.repo}, private")
     with explained(hub.account, "creating the repository"):
-        within(
-            DEADLINE,
-            lambda: patiently(
-                lambda: hub.api.create_repo(hub.to.repo, private=True, exist_ok=True)
-            ),
+        in_time(
+            lambda: patiently(lambda: hub.api.create_repo(hub.to.repo, private=True, exist_ok=True))
         )
     head = read_head(hub)
     check_head(head, hub.to)

@@ -20,8 +20,7 @@ from bake.checkpoints.hub_errors import RAISED
 from bake.errors import HubError
 from bake.publish.failures import redact
 
-DEADLINE = 300.0
-"""Seconds that the creation of a repository may take in all."""
+_DEADLINE = 300.0  # seconds that the creation of a repository may take in all
 
 
 def client() -> HfApi:
@@ -65,7 +64,7 @@ def listening(timeout: float) -> Iterator[list[str]]:
     said += [redact(str(w.message)) for w in warned if "metadata" in str(w.message)]
 
 
-def within(seconds: float, create: Callable[[], object]) -> None:
+def in_time(create: Callable[[], object]) -> None:
     """Create a repository, or give up on it: the client asks again for ever on some replies.
 
     Raises:
@@ -80,9 +79,9 @@ def within(seconds: float, create: Callable[[], object]) -> None:
             outcome.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    if not wait([outcome], seconds).done:
+    if not wait([outcome], _DEADLINE).done:
         raise HubError(
-            f"the Hub did not create the repository within {seconds:.0f} s", fix="run again"
+            f"the Hub did not create the repository within {_DEADLINE:.0f} s", fix="run again"
         )
     outcome.result()
 
