@@ -23,10 +23,7 @@ def read_card(folder: Path) -> str | None:
     """
     if not (folder / CARD).is_file():
         return None
-    path = regular_file(folder.resolve(), CARD)
-    if path.stat().st_size > LIMIT:
-        raise InputError(f"is {path.stat().st_size} bytes long; the limit is {LIMIT}", where=CARD)
-    return strictjson.decode(path.read_bytes(), where=CARD)
+    return strictjson.read_text(regular_file(folder.resolve(), CARD), LIMIT, where=CARD)
 
 
 def card_metadata(text: str) -> dict[str, Any]:

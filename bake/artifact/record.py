@@ -44,9 +44,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
-    if path.stat().st_size > _LIMIT:
-        raise InputError(f"is {path.stat().st_size} bytes long; the limit is {_LIMIT}", where=name)
-    text = strictjson.decode(path.read_bytes(), where=name)
+    text = strictjson.read_text(path, _LIMIT, where=name)
     return strictjson.parse_object(text, where=name, constants=True)
 
 

@@ -256,10 +256,5 @@ def read_text(folder: Path, name: str) -> str:
     Raises:
         CheckpointError: the file is missing, too long or not UTF-8.
     """
-    path = regular_file(folder, name)
     limit = _MAX_INDEX if name == INDEX else _MAX_CONFIG
-    if path.stat().st_size > limit:
-        raise CheckpointError(
-            f"is {path.stat().st_size} bytes long; the limit is {limit}", where=str(folder / name)
-        )
-    return strictjson.decode(path.read_bytes(), where=str(folder / name))
+    return strictjson.read_text(regular_file(folder, name), limit, where=str(folder / name))

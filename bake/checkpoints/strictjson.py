@@ -6,6 +6,7 @@ programs read differently is refused here.
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from bake.errors import CheckpointError
@@ -21,6 +22,18 @@ def decode(raw: bytes, *, where: str) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"is not UTF-8 text: {error.reason}", where=where) from error
+
+
+def read_text(path: Path, limit: int, *, where: str) -> str:
+    """Return the text of a file, with every byte of it.
+
+    Raises:
+        CheckpointError: it is longer than ``limit`` bytes, or not UTF-8.
+    """
+    size = path.stat().st_size
+    if size > limit:
+        raise CheckpointError(f"is {size} bytes long; the limit is {limit}", where=where)
+    return decode(path.read_bytes(), where=where)
 
 
 def parse_object(text: str, *, where: str, constants: bool = False) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from itertools import repeat
 from pathlib import Path
 
 from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, walk
+from bake.checkpoints import strictjson
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.hashes import git_hash
 from bake.errors import CheckpointError, InputError
@@ -150,13 +151,7 @@ def read_sums(folder: Path) -> dict[str, str]:
             where=str(folder),
             fix="run `bake check --seal` on an artifact that you trust",
         ) from error
-    if path.stat().st_size > _MAX_SUMS:
-        raise InputError(f"is {path.stat().st_size} bytes long", where=where)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("is not UTF-8 text", where=where) from error
-    return _parse(text.split("\n"), where)
+    return _parse(strictjson.read_text(path, _MAX_SUMS, where=where).split("\n"), where)
 
 
 def _parse(lines: list[str], where: str) -> dict[str, str]:
