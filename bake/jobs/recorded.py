@@ -84,8 +84,8 @@ def find(text: str, *, weights: bool) -> Source:
     from bake.publish.fetch import fetch
 
     repo, revision = parse_hub_id(text.removeprefix(HUB_PREFIX), None)
-    found = fetch(repo, revision, weights=weights)
-    return Source(found.folder, found.source, published=True, notes=found.notes)
+    folder, notes = fetch(repo, revision, weights=weights)
+    return Source(folder, f"{repo}@{folder.name}", published=True, notes=notes)
 
 
 def _with_record(folder: Path) -> Path:

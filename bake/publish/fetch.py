@@ -7,7 +7,6 @@ only files that the artifact lists are; nothing in them runs.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -32,28 +31,17 @@ _LIMIT = 64_000_000
 _DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """An artifact from the Hub.
-
-    Attributes:
-        source: ``owner/name@commit``.
-        folder: where its files are, in the cache of the Hub's client: never written to.
-        notes: what is no reason to stop, and worth knowing.
-    """
-
-    source: str
-    folder: Path
-    notes: tuple[str, ...]
-
-
-def fetch(repo: str, revision: str | None, *, weights: bool) -> Fetched:
+def fetch(repo: str, revision: str | None, *, weights: bool) -> tuple[Path, tuple[str, ...]]:
     """Fetch an artifact, or only what its plan is made from.
 
     Args:
         repo: ``owner/name``.
         revision: a branch, tag or commit; the main branch when None.
         weights: fetch every file that the artifact lists, not the record and the edits alone.
+
+    Returns:
+        the folder of its files, which has the name of the commit and lies in the cache of the Hub's
+        client: never written to; and what is no reason to stop, and worth knowing.
 
     Raises:
         HubError: the Hub refuses, cannot be reached, or sent other bytes than it states.
@@ -75,11 +63,17 @@ def fetch(repo: str, revision: str | None, *, weights: bool) -> Fetched:
                 wanted.append(name)
         wanted = list(dict.fromkeys([*wanted, *listed]))
     if tree is not None:
-        _require(wanted, tree, repo)
+        missing = [name for name in wanted if name not in tree]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise InputError(
+                f"{repo} lacks {missing[0]}{more}, which the artifact lists",
+                fix="ask its owner to push it again",
+            )
         with translated(repo, folder.name):
             download(repo, folder.name, wanted)
     notes = _compare(repo, folder, wanted, tree, listed, sums)
-    return Fetched(f"{repo}@{folder.name}", folder, tuple(notes))
+    return folder, tuple(notes)
 
 
 def _online(repo: str, revision: str | None) -> tuple[Path, dict[str, Stated]]:
@@ -90,7 +84,12 @@ def _online(repo: str, revision: str | None) -> tuple[Path, dict[str, Stated]]:
         commit = str(info.sha)
         tree = own_tree(api, repo, commit)
         if RECORD not in tree:
-            raise _no_artifact(repo, tree)
+            raise InputError(
+                f"{repo} holds no {RECORD}: it is {what_it_is(tree)}, and bake did not make it",
+                why="the recipe, the edits and the digests that a plan and a verification need are "
+                "in it",
+                fix="name a model that `bake push` published",
+            )
         if tree[RECORD].size > _LIMIT:
             raise InputError(f"{RECORD} is {tree[RECORD].size} bytes long", where=repo)
         # subtle: under the user's own word, which the cache then finds again offline.
@@ -110,14 +109,6 @@ def _cached(repo: str, revision: str | None) -> Path:
             fix="run once without HF_HUB_OFFLINE=1, or name a folder",
         )
     return Path(found).parent.resolve()
-
-
-def _no_artifact(repo: str, tree: Mapping[str, Stated]) -> InputError:
-    return InputError(
-        f"{repo} holds no {RECORD}: it is {what_it_is(tree)}, and bake did not make it",
-        why="the recipe, the edits and the digests that a plan and a verification need are in it",
-        fix="name a model that `bake push` published",
-    )
 
 
 def what_it_is(names: Iterable[str]) -> str:
@@ -171,16 +162,6 @@ def _sums(folder: Path, tree: Mapping[str, Stated] | None, repo: str, kind: str)
     sums = read_sums(folder)
     _check(sums, kind, f"{repo}: {SUMS}")
     return sums
-
-
-def _require(names: Iterable[str], tree: Mapping[str, Stated], repo: str) -> None:
-    missing = [name for name in names if name not in tree]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"{repo} lacks {missing[0]}{more}, which the artifact lists",
-            fix="ask its owner to push it again",
-        )
 
 
 def _compare(

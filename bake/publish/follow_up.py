@@ -122,7 +122,7 @@ def _report_names(report: Path) -> list[str]:
         )
     found, problems = walk(report)
     names = [name for name in found if name not in _STAYS]
-    strange = [n for n in names if not _of_a_report(n) or (report / n).is_symlink()]
+    strange = [n for n in names if not _OF_A_REPORT.fullmatch(n) or (report / n).is_symlink()]
     if strange or problems:
         named = printable(strange[0]) if strange else "a link or a device"
         raise InputError(
@@ -133,10 +133,6 @@ def _report_names(report: Path) -> list[str]:
     if VERIFICATION not in names:
         raise InputError(f"holds no {VERIFICATION}", where=str(report))
     return names
-
-
-def _of_a_report(name: str) -> bool:
-    return _OF_A_REPORT.fullmatch(name) is not None
 
 
 def _bring_here(hub: Hub, head: Head, folder: Path) -> list[FileEntry]:
@@ -172,7 +168,7 @@ def _bring_here(hub: Hub, head: Head, folder: Path) -> list[FileEntry]:
         if file.sha256 is not None
     ]
     _check_sums(folder, away, repo)
-    return [file for file in away if not _of_a_report(file.name)]
+    return [file for file in away if not _OF_A_REPORT.fullmatch(file.name)]
 
 
 def _download(hub: Hub, head: Head, name: str, folder: Path) -> None:
