@@ -26,6 +26,7 @@ from bake.seal.manifest import (
     write_text,
 )
 from bake.seal.seal import Sealed, prepare, raise_problems, seal_of
+from bake.seal.sign import out_of_date, sign
 from bake.seal.weights import check_unchanged
 
 
@@ -91,11 +92,15 @@ def prepare_push(
     if options.dry_run and card is not None:
         files = sealed.manifest.by_name() | {CARD: entry_of_text(CARD, card)}
         sealed = seal_of(found.record, manifest_of(files.values()), str(folder))
-    if options.key is None:
-        _check_signature(folder, sealed.manifest)
+    if options.key is None and SIGNATURE in sealed.manifest.by_name():
+        # One that is over other files would look like a forgery to whoever verifies it.
+        raise_problems(tuple(out_of_date(folder, sealed.manifest)), str(folder))
     manifest = sealed.manifest if options.dry_run else sealed.write(folder)
     if options.key is not None and not options.dry_run:
-        manifest = _signed(folder, manifest, options.key, options.passphrase)
+        sign(folder, options.key, passphrase=options.passphrase)
+        # Signing seals again, which gives the same bytes in other files; the signature comes last.
+        again = {name: entry_of(folder / name, name) for name in (STATEMENT, SUMS, SIGNATURE)}
+        manifest = manifest_of((manifest.by_name() | again).values())
     return Prepared(
         folder,
         manifest,
@@ -172,26 +177,3 @@ def _base_at_hand(folder: Path, record: Record) -> Path | None:
     except CheckpointError:
         return None  # moved, or in the cache in part
     return base
-
-
-def _signed(folder: Path, manifest: Manifest, key: Path, passphrase: bytes | None) -> Manifest:
-    """Sign what is sealed; the signature is the last file that comes."""
-    from bake.seal.sign import sign
-
-    sign(folder, key, passphrase=passphrase)
-    # Signing seals again, which gives the same bytes in other files.
-    again = {name: entry_of(folder / name, name) for name in (STATEMENT, SUMS, SIGNATURE)}
-    return manifest_of((manifest.by_name() | again).values())
-
-
-def _check_signature(folder: Path, manifest: Manifest) -> None:
-    """Refuse a signature that is over other files: whoever verifies it would see a forgery.
-
-    Raises:
-        InputError: it is out of date, or none.
-    """
-    if SIGNATURE not in manifest.by_name():
-        return
-    from bake.seal.sign import out_of_date
-
-    raise_problems(tuple(out_of_date(folder, manifest)), str(folder))
