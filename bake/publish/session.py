@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,12 +78,14 @@ def in_time(create: Callable[[], object]) -> None:
         except RAISED as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    if not wait([outcome], _DEADLINE).done:
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_DEADLINE)
+    if thread.is_alive():
         raise HubError(
             f"the Hub did not create the repository within {_DEADLINE:.0f} s", fix="run again"
         )
-    outcome.result()
+    outcome.result(timeout=0)
 
 
 def card_errors(card: str) -> list[str]:
