@@ -425,7 +425,7 @@ def test_a_table_that_says_nothing(tiny_checkpoint: Checkpoints) -> None:
     of = plan(base, "ablate", "attn_out.1", targets=["vllm"])
     refuse(of, "lora")
     silent = {
-        name: replace(runtime, lora=None, control_vector=None)
+        name: structs.replace(runtime, lora=None, control_vector=None)
         for name, runtime in of.layout.family.runtimes.items()
     }
     family = structs.replace(of.layout.family, runtimes=silent)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from bake.approximate.fit import Calibration, Settings, calibrate
 from bake.artifact.schema import CalibrationRecord, FitRecord
 from bake.edits import Edit
@@ -102,7 +104,7 @@ def labelled(plan: Plan, asked: Sequence[Edit], facts: CalibrationRecord) -> Pla
         for finding in plan.findings
     )
     runtimes = tuple(
-        replace(verdict, status="approximate", reason=reason)
+        structs.replace(verdict, status="approximate", reason=reason)
         if verdict.status == "exact"
         else verdict
         for verdict in plan.runtimes

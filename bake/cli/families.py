@@ -1,10 +1,11 @@
 """``bake families``: the architectures that bake knows, and one model against its table."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec import structs
 
 from bake.cli.options import table_options
 from bake.cli.output import Output, bake_command
@@ -65,7 +66,7 @@ def _family(table: "Family") -> dict[str, Any]:
         "source": table.source,
         "architectures": list(table.architectures),
         "runtimes": {
-            name: {**asdict(runtime), "run": list(table.run.get(name, ()))}
+            name: {**structs.asdict(runtime), "run": list(table.run.get(name, ()))}
             for name, runtime in table.runtimes.items()
         },
         "recasts": list(table.recasts),

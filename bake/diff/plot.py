@@ -31,8 +31,6 @@ def draw(compared: Diff, form: str = "png") -> bytes:
         compared: what differs, where it is ``drawable``.
         form: ``png`` or ``svg``.
 
-    Raises:
-        UsageError: matplotlib is not installed.
     """
     kinds = _kinds(compared)
     height = max(4.6, 1.9 + 0.3 * len(kinds))

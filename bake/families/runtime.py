@@ -56,8 +56,9 @@ class Runtime(Table, frozen=True, kw_only=True):
         What it does with a checkpoint has to be said of a runtime that loads one, and of no other.
         """
         given = values if isinstance(values, dict) else {}
-        if given.get("checkpoint") is False:
+        loads, unties = given.get("checkpoint", True), given.get("untied_head", True)
+        if not loads:
             known |= {"biases": (), "extra_bias": "refused", "untied_head": False}
-        if given.get("untied_head") is not False:
+        if unties:
             known["extra_head"] = "refused"
         return super().read(values, where, **known)

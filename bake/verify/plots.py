@@ -91,7 +91,7 @@ def _layers(report: Report, figure: "Figure") -> None:
         not value for name, found in report.layers.items() if name != "sites" for value in found
     ):
         axes.set_xlabel("0 is drawn at 10⁻¹⁸", fontsize=8)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
     plain_frame(axes)
 
 
@@ -167,7 +167,7 @@ def _kl(report: Report, figure: "Figure") -> None:
         axes.hist(values, bins=bins, color=found[name][1], label=name, alpha=0.85)
     axes.set_xlabel("log₁₀ KL(hooked ‖ model) of a token, in nats" + _zeros(low))
     axes.set_ylabel("tokens")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
     plain_frame(axes)
 
 
@@ -189,7 +189,7 @@ def _logits(report: Report, figure: "Figure") -> None:
             axes.scatter(x, y, s=5, color=colour, alpha=0.5, linewidths=0, label=label)
     axes.set_xlabel("logit of the hooked model")
     axes.set_ylabel("logit of the model")
-    axes.legend(fontsize=8, markerscale=3)
+    axes.legend(fontsize=8, markerscale=3, loc="upper left")
     axes.set_aspect("equal")
     plain_frame(axes)
 
