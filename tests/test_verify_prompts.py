@@ -22,6 +22,7 @@ from bake.verify.prompts import (
     read_prompts,
 )
 from bake.verify.scores import perplexity, scorer, share
+from bake.verify.tokenizer import CHAT, PLAIN
 
 
 class Tokenizer:
@@ -80,14 +81,105 @@ def test_files_of_prompts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = tmp_path / "prompts.txt"
     text.write_text("Once\n\n{half} \n")
     found = read_prompts(text, tmp_path)
-    assert found == PromptSet("prompts.txt", ((1, *ids("Once")), (1, *ids("{half} "))))
+    assert found == PromptSet(
+        "prompts.txt", (ids("<user>Once<assistant>"), ids("<user>{half} <assistant>")), CHAT
+    )
     lines = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "Hi"}]
     entries = [{"prompt": "a"}, {"text": "b"}, {"messages": messages}]
     lines.write_text("\n".join(map(json.dumps, entries)))
     found = read_prompts(lines, tmp_path)
-    assert found.tokens == ((1, *ids("a")), (1, *ids("b")), ids("<user>Hi<assistant>"))
+    assert found.tokens == (
+        ids("<user>a<assistant>"), (1, *ids("b")), ids("<user>Hi<assistant>"),
+    )  # fmt: skip
+    assert found.form == "chat template and plain text"
     assert read_prompts(lines, tmp_path, 2).tokens[2] == ids("<u")
+    # A base model has no turns to take.
+    tokenizer.chat_template = None
+    plain = read_prompts(text, tmp_path)
+    assert plain.tokens == ((1, *ids("Once")), (1, *ids("{half} ")))
+    assert plain.form == PLAIN and plain.digest != read_prompts(text, tmp_path, 3).digest
+
+
+def test_a_chat_that_ends_in_the_models_words_asks_for_no_more(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    lines = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    lines.write_text("\n".join(json.dumps({"messages": turns[:n]}) for n in (1, 2)))
+    found = read_prompts(lines, tmp_path)
+    assert found.tokens == (ids("<user>Hi<assistant>"), ids("<user>Hi<assistant>Yes"))
+
+
+SMOL = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|system|>be "
+    "kind<|end|>{% endif %}{% if message['role'] not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('no such role') }}{% endif %}<|{{ message['role'] }}|>"
+    "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+    "{% endif %}"
+)
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Any:
+    """A tokenizer of transformers: words, a begin-of-text token, special tokens, a template."""
+    from tokenizers import Regex
+    from tokenizers import Tokenizer as Tokens
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    words = ["[UNK]", *marks, "be", "kind", "what", "is", "bread", "it"]
+    tokens = Tokens(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokens.pre_tokenizer = Split(Regex(r"\s+"), "removed")
+    tokens.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, unk_token="[UNK]", additional_special_tokens=marks
+    )
+    tokenizer.chat_template = SMOL
+    tokenizer.save_pretrained(tmp_path)
+    return tokenizer
+
+
+def test_real_text_through_a_real_template(real: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(
+            map(
+                json.dumps,
+                [
+                    {"prompt": "what is bread"},
+                    {"text": "what is bread"},
+                    {"messages": [{"role": "system", "content": "it"}]},
+                ],
+            )
+        )
+    )
+    found = read_prompts(tmp_path / "a.jsonl", tmp_path)
+    said = [real.convert_ids_to_tokens(list(row)) for row in found.tokens]
+    # The template's own system prompt, no second begin-of-text token, and a turn to answer.
+    turn = "<|system|> be kind <|end|> <|user|> what is bread <|end|> <|assistant|>"
+    assert said[0] == turn.split()
+    assert said[1] == "<s> what is bread".split()
+    assert said[2] == "<|system|> it <|end|> <|assistant|>".split()
+    assert found.form == "chat template and plain text"
+    (tmp_path / "b.txt").write_text("what is bread\n")
+    whole = read_prompts(tmp_path / "b.txt", tmp_path)
+    assert (whole.tokens, whole.form) == (found.tokens[:1], CHAT)
+    own = default_prompts(tmp_path, len(real))
+    assert {row[0] for row in own.tokens[:16]} == {2} and own.tokens[0][-1] == 4
+    # Control: without its template the same folder gives plain text.
+    (tmp_path / "chat_template.jinja").unlink()
+    bare = read_prompts(tmp_path / "b.txt", tmp_path)
+    assert (bare.tokens, bare.form) == (found.tokens[1:2], PLAIN)
+
+
+def test_a_template_that_refuses_a_chat_says_which(real: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "tool", "content": "it"}]}')
+    with pytest.raises(InputError, match="does not take this prompt: no such role") as caught:
+        read_prompts(tmp_path / "a.jsonl", tmp_path)
+    assert "prompt 1" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ class PromptsRecord(RecordPart, frozen=True, kw_only=True):
     """The texts that stand-ins were fitted on."""
 
     source: str
+    form: str | None = None
+    """What made tokens of them: a chat template, or nothing but the tokenizer."""
     prompts: Count
     tokens: Count
     digest: str

@@ -40,6 +40,8 @@ class Prompts(msgspec.Struct, frozen=True):
     prompts: Count | None = None
     tokens: Count | None = None
     source: str | None = None
+    form: str | None = None
+    """What made tokens of the texts: the chat template, nothing but the tokenizer, or both."""
     digest: str | None = None
 
 

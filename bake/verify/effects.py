@@ -5,8 +5,8 @@ from typing import Any
 
 from bake.verify.evidence import Evidence
 from bake.verify.inputs import Inputs
-from bake.verify.prompts import load_tokenizer
 from bake.verify.scores import perplexity, scorer
+from bake.verify.tokenizer import load_tokenizer
 
 MODELS = ("base", "hooked", "baked")
 

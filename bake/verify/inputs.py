@@ -16,7 +16,7 @@ from bake.verify.adapter import adapter_of
 from bake.verify.artifact import Baked, open_baked
 from bake.verify.fixed_point import nulled
 from bake.verify.memory import too_large
-from bake.verify.prompts import LONGEST, PromptSet, default_prompts, given_prompts, read_prompts
+from bake.verify.prompts import PromptSet, default_prompts, given_prompts, read_prompts
 from bake.verify.runs import DTYPES
 from bake.verify.verification import Verification
 
@@ -149,7 +149,7 @@ def _prompts(asked: Verification, tokenizer: Path, layout: Layout) -> PromptSet:
         return read_prompts(asked.prompts, tokenizer, asked.longest)
     if asked.prompts:
         return given_prompts(asked.prompts)
-    return default_prompts(tokenizer, layout.dims["vocab"], asked.longest or LONGEST)
+    return default_prompts(tokenizer, layout.dims["vocab"], asked.longest)
 
 
 def open_base(artifact: Baked, base: str | None) -> Checkpoint:

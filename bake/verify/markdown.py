@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from bake.verify.report import Report
-from bake.verify.tables import FAIL, NUMBERS, tables
+from bake.verify.tables import FAIL, NUMBERS, prompts_of, tables
 
 
 def markdown(report: Report, plots: Mapping[str, str]) -> str:
@@ -13,7 +13,6 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
         report: what was measured.
         plots: path of each plot by its title, relative to the file.
     """
-    prompts = report.prompts
     lines = [
         "# Verification",
         "",
@@ -23,11 +22,8 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
         f"- base: `{report.base}`",
         f"- stored in: {report.dtype}",
     ]
-    if prompts:
-        lines.append(
-            f"- prompts: {prompts['source']}, {prompts['prompts']} with {prompts['tokens']} "
-            f"tokens, `{prompts['digest']}`"
-        )
+    if report.prompts:
+        lines.append(f"- prompts: {prompts_of(report)}, `{report.prompts['digest']}`")
     versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
     lines.append(f"- run with: {versions}")
     comparisons, *more = tables(report)

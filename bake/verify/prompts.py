@@ -1,12 +1,13 @@
 """What the models are run on: bake's own prompts, a user's file, token ids, or random tokens.
 
-bake's own are neutral requests in several languages and lengths, with the chat template of the
-tokenizer where it has one, and a few plain texts for the perplexity.
+bake's own are neutral requests in several languages and lengths. A prompt is a user's turn: it goes
+through the tokenizer's chat template, as it would where the model is served, and is plain text to a
+base model that has none.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,20 +16,22 @@ from typing import Any
 import torch
 
 from bake.errors import InputError
+from bake.verify.tokenizer import CHAT, PLAIN, encoded, has_tokenizer, load_tokenizer, plain
 
 LONGEST = 64
-"""Tokens of a prompt that are compared where nothing else is asked for."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+"""Tokens of bake's own prompts as plain text; one in a chat keeps its end, which asks to answer."""
+IDS = "token ids"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Token ids of every prompt, and where they came from."""
+    """Token ids of every prompt, where they came from, and what made them."""
 
     source: str
     """``built-in``, ``random``, ``given``, or the name of a file."""
     tokens: tuple[tuple[int, ...], ...]
+    form: str
+    """What made tokens of the texts: ``CHAT``, ``PLAIN``, both, or ``IDS`` for none."""
     neutral: tuple[int, ...] = ()
     """Which of them are plain neutral text, for the perplexity."""
 
@@ -41,6 +44,7 @@ class PromptSet:
         """Return what a report says of the prompts."""
         return {
             "source": self.source,
+            "form": self.form,
             "prompts": len(self.tokens),
             "tokens": sum(map(len, self.tokens)),
             "digest": self.digest,
@@ -55,12 +59,12 @@ def given_prompts(prompts: Sequence[Sequence[int]]) -> PromptSet:
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise InputError("there is no prompt, or one of them holds no token")
-    return PromptSet("given", tuple(tuple(map(int, prompt)) for prompt in prompts))
+    return PromptSet("given", tuple(tuple(map(int, prompt)) for prompt in prompts), IDS)
 
 
-def default_prompts(out: Path, vocab: int, longest: int = LONGEST) -> PromptSet:
+def default_prompts(out: Path, vocab: int, longest: int | None = None) -> PromptSet:
     """Return bake's own prompts in the artifact's tokens, or random ones without a tokenizer."""
-    if any((out / name).is_file() for name in _TOKENIZER_FILES):
+    if has_tokenizer(out):
         return built_in(load_tokenizer(out), longest)
     return random_prompts(vocab)
 
@@ -72,68 +76,90 @@ def random_prompts(vocab: int) -> PromptSet:
         torch.randint(0, vocab, (length,), generator=generator).tolist()
         for length in (8, 8, 24, 24, 48)
     ]
-    return PromptSet("random", tuple(map(tuple, prompts)))
+    return PromptSet("random", tuple(map(tuple, prompts)), IDS)
 
 
-def built_in(tokenizer: Any, longest: int = LONGEST) -> PromptSet:
-    """Return bake's own prompts and texts, cut to ``longest`` tokens each."""
+def built_in(tokenizer: Any, longest: int | None = None) -> PromptSet:
+    """Return bake's own prompts, cut to ``longest`` tokens each; plain text to ``LONGEST`` at most.
+
+    A chat is not cut unless that is asked for: its last tokens are those that ask for an answer.
+    """
+    form = PLAIN if tokenizer.chat_template is None else CHAT
     text = (resources.files("bake.verify.data") / "neutral.json").read_text(encoding="utf-8")
     content = json.loads(text)
-    prompts = [_chat(tokenizer, [{"role": "user", "content": p}]) for p in content["prompts"]]
-    texts = [_plain(tokenizer, passage) for passage in content["texts"]]
-    tokens = tuple(tuple(ids[:longest]) for ids in (*prompts, *texts))
-    return PromptSet("built-in", tokens, tuple(range(len(prompts), len(tokens))))
+    of_chats = LONGEST if longest is None and form == PLAIN else longest
+    prompts = [
+        encoded(tokenizer, "prompt", text, "built-in")[0][:of_chats] for text in content["prompts"]
+    ]
+    texts = [plain(tokenizer, passage)[: longest or LONGEST] for passage in content["texts"]]
+    tokens = tuple(map(tuple, (*prompts, *texts)))
+    if form == CHAT:
+        form = f"{CHAT} and {PLAIN}"
+    return PromptSet("built-in", tokens, form, tuple(range(len(prompts), len(tokens))))
 
 
 def read_prompts(path: Path, out: Path, longest: int | None = None) -> PromptSet:
     """Return the prompts of a file in the artifact's tokens.
 
-    A ``.jsonl`` file holds one object a line: ``{"prompt": text}``, ``{"text": text}`` or
-    ``{"messages": [...]}``, the last through the chat template. Any other file is one text a line.
+    A ``.jsonl`` file holds one object a line: ``{"prompt": text}``, which is a user's turn,
+    ``{"messages": [...]}``, which is a whole chat, or ``{"text": text}``, which stays as it is. Any
+    other file is one prompt a line.
 
     Raises:
         InputError: the file cannot be read or holds no prompt, the artifact has no tokenizer, or
-            there are messages and no chat template.
+            its chat template does not take the messages.
+    """
+    return parse_prompts(read_lines(path), path, load_tokenizer(out), longest)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file of texts that hold anything.
+
+    Raises:
+        InputError: the file cannot be read, or holds none.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no UTF-8 text"
         raise InputError(f"the prompts cannot be read: {reason}", where=str(path)) from error
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError("the file holds no prompt", where=str(path), fix="write one a line")
-    tokenizer = load_tokenizer(out)
-    chat = path.suffix.lower() == ".jsonl"
-    prompts = [
-        _entry(tokenizer, line, f"{path}, prompt {number}") if chat else _plain(tokenizer, line)
-        for number, line in enumerate(lines, 1)
-    ]
-    if not all(prompts):
-        raise InputError("a prompt holds no token", where=str(path))
-    made = given_prompts([ids[:longest] for ids in prompts])
-    return replace(made, source=path.name)
+    return lines
 
 
-def load_tokenizer(out: Path) -> Any:
-    """Return the artifact's own tokenizer.
+def parse_prompts(
+    lines: Sequence[str], path: Path, tokenizer: Any, longest: int | None = None
+) -> PromptSet:
+    """Return the prompts that the lines of a file hold, as ``read_prompts`` does.
+
+    Args:
+        lines: of the file, each with something on it.
+        path: where they are from; its ending says what a line is.
+        tokenizer: of the artifact.
+        longest: tokens of each prompt; all of them when None.
 
     Raises:
-        InputError: transformers loads none.
+        InputError: a line is no prompt, or the chat template does not take it.
     """
-    from transformers import AutoTokenizer
+    if path.suffix.lower() == ".jsonl":
+        entries = [_entry(line, f"{path}, prompt {i}") for i, line in enumerate(lines, 1)]
+    else:
+        entries = [("prompt", line) for line in lines]
+    prompts, forms = [], set()
+    for number, (key, value) in enumerate(entries, 1):
+        ids, form = encoded(tokenizer, key, value, f"{path}, prompt {number}")
+        prompts.append(ids[:longest])
+        forms.add(form)
+    if not all(prompts):
+        raise InputError("a prompt holds no token", where=str(path))
+    form = " and ".join(word for word in (CHAT, PLAIN) if word in forms)
+    return replace(given_prompts(prompts), source=path.name, form=form)
 
-    try:
-        return AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            "the artifact has no tokenizer that transformers loads",
-            where=str(out),
-            why=str(error).partition("\n")[0],
-            fix="leave --prompts out to measure on random tokens",
-        ) from error
 
-
-def _entry(tokenizer: Any, line: str, where: str) -> list[int]:
+def _entry(line: str, where: str) -> tuple[str, Any]:
+    """Return what kind of prompt a line of JSON holds, and the prompt."""
     try:
         entry = json.loads(line)
     except ValueError as error:
@@ -149,13 +175,10 @@ def _entry(tokenizer: Any, line: str, where: str) -> list[int]:
         )
     value = entry[keys[0]]
     if keys[0] == "messages":
-        if tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template for messages", where=where)
         _check_messages(value, where)
-        return _chat(tokenizer, value)
-    if not isinstance(value, str):
+    elif not isinstance(value, str):
         raise InputError(f"{keys[0]} is no text", where=where)
-    return _plain(tokenizer, value)
+    return keys[0], value
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -165,17 +188,3 @@ def _check_messages(messages: Any, where: str) -> None:
     )
     if not known or not messages:
         raise InputError("messages is no list of role and content", where=where)
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
-
-
-def _chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    if tokenizer.chat_template is None:
-        return _plain(tokenizer, "\n".join(message["content"] for message in messages))
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    # The template writes the special tokens itself.
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids

@@ -62,3 +62,12 @@ def tables(report: Report) -> tuple[Table, ...]:
         Table("Comparisons", ("comparison", *NUMBERS, "verdict", ""), tuple(comparisons)),
         *(table for table in more if table.rows),
     )
+
+
+def prompts_of(report: Report) -> str:
+    """Return in one clause what the models were run on; empty where the report does not say."""
+    found = report.prompts
+    if not found:
+        return ""
+    counts = f"{found['prompts']} with {found['tokens']} tokens"
+    return f"{found['source']}, {counts} ({found['form']})"

@@ -153,7 +153,7 @@ def _layer(row: "Row") -> str:
 
 def report(measured: "Report") -> list[RenderableType]:
     """Return what a verification measured."""
-    from bake.verify.tables import FAIL, NUMBERS, PASS, tables
+    from bake.verify.tables import FAIL, NUMBERS, PASS, prompts_of, tables
 
     verdicts = {PASS: Text(PASS, "green"), FAIL: Text(FAIL, "bold red")}
     sections = []
@@ -170,6 +170,7 @@ def report(measured: "Report") -> list[RenderableType]:
                 ("base", measured.base),
                 ("plan", f"{measured.exactness}, {measured.plan_digest}"),
                 ("stored in", measured.dtype),
+                *([("prompts", prompts_of(measured))] if measured.prompts else []),
             ]
         ),
         *sections,
