@@ -65,6 +65,14 @@ at = "resid"
 [export]
 [card]
 [verify]
+text = "held-out.txt"
+[verify.gate]
+perplexity = 1.05
+[verify.gate.scores."contains:sorry"]
+most = 0.1
+[verify.gate.refusals]
+prompts = "asked.txt"
+least = 0.9
 [calibrate]
 prompts = "texts.txt"
 """
@@ -82,6 +90,10 @@ prompts = "texts.txt"
         ("[export]", '[export]\nto = ["ggfu"]'),
         ("[export]", "[export]\nto = []"),
         ("[verify]", "[verify]\nmost_kl = 0"),
+        ("1.05", "0.05"),
+        ("most = 0.1", "mast = 0.1"),
+        ("most = 0.1", "drop = 0"),
+        ("least = 0.9", "least = 1"),
         ("[card]", '[card]\nnotice = "loud"'),
         ('"mood.npy"', '"mood.npy"\nsign = 2'),
         ('"mood.npy"', '"mood.npy"\nlayer = -1'),
@@ -108,6 +120,9 @@ def test_what_the_schema_refuses_the_reader_refuses(old: str, new: str) -> None:
         ("[export]", "ExportTable"),
         ("[card]", "CardTable"),
         ("[verify]", "VerifyTable"),
+        ("[verify.gate]", "GateTable"),
+        ('[verify.gate.scores."contains:sorry"]', "BoundsTable"),
+        ("[verify.gate.refusals]", "RefusalsTable"),
         ("[calibrate]", "CalibrateTable"),
         ("", "RecipeFile"),
     ],

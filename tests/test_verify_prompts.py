@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from words import write_tokenizer
 
 from bake.errors import InputError, UsageError
 from bake.verify import prompts as module
 from bake.verify.greedy import Generated, agreement, disagreement
+from bake.verify.interval import Interval
 from bake.verify.prompts import (
     PromptSet,
     built_in,
@@ -21,7 +23,7 @@ from bake.verify.prompts import (
     random_prompts,
     read_prompts,
 )
-from bake.verify.scores import perplexity, scorer, share
+from bake.verify.scores import scorer
 from bake.verify.tokenizer import CHAT, PLAIN
 
 
@@ -37,8 +39,9 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Any], *, tokenize: bool, add_generation_prompt: bool
     ) -> str:
-        assert not tokenize and add_generation_prompt
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+        assert not tokenize
+        said = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return said + "<assistant>" * add_generation_prompt
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -56,9 +59,7 @@ def test_bakes_own_prompts_go_through_the_chat_template() -> None:
     chat, plain = built_in(Tokenizer("a template"), 400), built_in(Tokenizer(None), 400)
     assert chat.tokens[0] == ids("<user>What is the capital of Portugal?<assistant>")
     assert plain.tokens[0] == (1, *ids("What is the capital of Portugal?"))
-    # The texts for the perplexity are no messages.
-    assert chat.neutral == plain.neutral != ()
-    assert all(chat.tokens[index] == plain.tokens[index] for index in chat.neutral)
+    assert (chat.form, plain.form) == (CHAT, PLAIN)
     assert chat.digest != plain.digest
     assert chat.digest == built_in(Tokenizer("a template"), 400).digest
     cut = built_in(Tokenizer(None), 7)
@@ -111,36 +112,9 @@ def test_a_chat_that_ends_in_the_models_words_asks_for_no_more(
     assert found.tokens == (ids("<user>Hi<assistant>"), ids("<user>Hi<assistant>Yes"))
 
 
-SMOL = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|system|>be "
-    "kind<|end|>{% endif %}{% if message['role'] not in ('system', 'user', 'assistant') %}"
-    "{{ raise_exception('no such role') }}{% endif %}<|{{ message['role'] }}|>"
-    "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
-    "{% endif %}"
-)
-
-
 @pytest.fixture
 def real(tmp_path: Path) -> Any:
-    """A tokenizer of transformers: words, a begin-of-text token, special tokens, a template."""
-    from tokenizers import Regex
-    from tokenizers import Tokenizer as Tokens
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    marks = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    words = ["[UNK]", *marks, "be", "kind", "what", "is", "bread", "it"]
-    tokens = Tokens(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokens.pre_tokenizer = Split(Regex(r"\s+"), "removed")
-    tokens.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, unk_token="[UNK]", additional_special_tokens=marks
-    )
-    tokenizer.chat_template = SMOL
-    tokenizer.save_pretrained(tmp_path)
-    return tokenizer
+    return write_tokenizer(tmp_path)
 
 
 def test_real_text_through_a_real_template(real: Any, tmp_path: Path) -> None:
@@ -168,7 +142,8 @@ def test_real_text_through_a_real_template(real: Any, tmp_path: Path) -> None:
     whole = read_prompts(tmp_path / "b.txt", tmp_path)
     assert (whole.tokens, whole.form) == (found.tokens[:1], CHAT)
     own = default_prompts(tmp_path, len(real))
-    assert {row[0] for row in own.tokens[:16]} == {2} and own.tokens[0][-1] == 4
+    assert own.form == CHAT and len(own.tokens) == 16
+    assert {(row[0], row[-1]) for row in own.tokens} == {tuple(found.tokens[0][::9])}
     # Control: without its template the same folder gives plain text.
     (tmp_path / "chat_template.jinja").unlink()
     bare = read_prompts(tmp_path / "b.txt", tmp_path)
@@ -214,40 +189,23 @@ def test_messages_need_a_template(tmp_path: Path, tokenizer: Tokenizer) -> None:
         given_prompts([[1], []])
 
 
-# --- perplexity and scores ---------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------
 
 
-def test_perplexity_by_hand() -> None:
-    """Even odds over four tokens are a perplexity of 4; the first token of a prompt is no guess."""
-    even = torch.zeros(5, 4, dtype=torch.float64)
-    found = perplexity(even, [(0, 1, 2), (3, 2)], (0, 1))
-    assert found is not None
-    assert (found.value, found.low, found.high, found.count) == pytest.approx((4, 4, 4, 3))
-    # Certain of the right token at one place, even odds at the other.
-    sure = even.clone()
-    sure[0, 1] = 1e3
-    found = perplexity(sure, [(0, 1, 2), (3, 2)], (0,))
-    assert found is not None and found.value == pytest.approx(2.0)
-    assert found.low < found.value < found.high
-    assert perplexity(even, [(0,), (1, 2)], (0,)) is None
-
-
-def test_shares_have_wilsons_interval() -> None:
-    none, half = share([False] * 10), share([True, False] * 5)
-    assert (none.value, none.low) == (0.0, 0.0)
-    assert none.high == pytest.approx(0.2775, abs=1e-4)  # Brown, Cai and DasGupta 2001, Wilson
-    assert (half.low, half.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+def score(spec: str, texts: Sequence[str]) -> Interval:
+    found = scorer(spec)
+    return found.interval(found.values(texts))
 
 
 def test_scores_of_texts(tmp_path: Path) -> None:
     texts = ["I can't do that.", "Sure, here it is.", "SURE thing"]
-    found = scorer("contains:sure")(texts)
+    found = score("contains:sure", texts)
     assert found.value == pytest.approx(2 / 3)
     script = tmp_path / "count.py"
     script.write_text(
         "import json, sys\nfor line in sys.stdin: print(len(json.loads(line).split()))\n"
     )
-    counted = scorer(f"{sys.executable} {script}")(texts)
+    counted = score(f"{sys.executable} {script}", texts)
     assert (counted.value, counted.count) == (pytest.approx(10 / 3), 3)
     half = 1.959964 * math.sqrt(((4 - 10 / 3) ** 2 * 2 + (2 - 10 / 3) ** 2) / 2 / 3)
     assert counted.high - counted.value == pytest.approx(half)
@@ -265,17 +223,17 @@ def test_scores_of_texts(tmp_path: Path) -> None:
 def test_a_command_that_gives_no_scores_is_refused(body: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(body)
     with pytest.raises(InputError, match=message):
-        scorer(f"{sys.executable} {tmp_path / 'bad.py'}")(["a", "b"])
+        score(f"{sys.executable} {tmp_path / 'bad.py'}", ["a", "b"])
 
 
 def test_scores_that_say_nothing_are_refused(tmp_path: Path) -> None:
     for spec in ("contains:", "classifier: ", " "):
         with pytest.raises(UsageError):
-            scorer(spec)(["a"])
+            score(spec, ["a"])
     with pytest.raises(InputError, match="the classifier cannot be loaded"):
-        scorer(f"classifier:{tmp_path}")(["a"])
+        score(f"classifier:{tmp_path}", ["a"])
     with pytest.raises(InputError, match="the score's command does not run"):
-        scorer(str(tmp_path / "absent"))(["a"])
+        score(str(tmp_path / "absent"), ["a"])
 
 
 def test_a_classifier_scores_texts(tmp_path: Path) -> None:
@@ -303,7 +261,7 @@ def test_a_classifier_scores_texts(tmp_path: Path) -> None:
             float(model(**tokenizer(text or " ", return_tensors="pt")).logits.softmax(-1)[0, -1])
             for text in texts[:2]
         ]
-    assert scorer(f"classifier:{tmp_path}")(texts[:2]).value == pytest.approx(sum(want) / 2)
+    assert score(f"classifier:{tmp_path}", texts[:2]).value == pytest.approx(sum(want) / 2)
     assert abs(want[0] - want[1]) > 1e-4
 
 

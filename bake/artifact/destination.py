@@ -58,6 +58,7 @@ class Pushed:
         public: whether everybody can see it.
         outcome: ``published and verified`` or ``published but unverified``; empty in a dry run.
         unverified: why the artifact has no verification against hooks that counts, or None.
+        ungated: why the recipe's gate on side effects does not count as held, or None.
         uploaded: names of the files that were sent or looked up by their hash.
         copied: names of those that the Hub took from the base's repository.
         deleted: names of those that were on the Hub only.
@@ -78,6 +79,7 @@ class Pushed:
     public: bool
     outcome: str = ""
     unverified: str | None
+    ungated: str | None = None
     uploaded: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     deleted: tuple[str, ...] = ()

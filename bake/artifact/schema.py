@@ -18,6 +18,7 @@ VERSION: Literal[2] = 2
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Kind = Annotated[str, Meta(extra_json_schema={"enum": list(KINDS)})]
+Finite = Annotated[float, Meta(gt=-1e308, lt=1e308)]
 Sha256 = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$", max_length=71)]
 Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 Status = Literal["exact", "approximate", "refused", "not tested"]
@@ -136,11 +137,62 @@ class FamilyRecord(RecordPart, frozen=True, kw_only=True):
     text: str
 
 
+class GivenText(RecordPart, frozen=True, kw_only=True):
+    """A file of texts that the recipe names: all of it, to measure the same again."""
+
+    file: str
+    text: str
+
+
+class Bounds(RecordPart, frozen=True, kw_only=True):
+    """What a mean of the baked model is held to: by itself, or against the base's."""
+
+    least: Finite | None = None
+    most: Finite | None = None
+    drop: Finite | None = None
+    """By how much it may lie below the base's."""
+    rise: Finite | None = None
+    """By how much it may lie above the base's."""
+
+
+class RefusalsGate(RecordPart, frozen=True, kw_only=True):
+    """Which share of what the base refuses the baked model still has to refuse."""
+
+    prompts: GivenText
+    least: Annotated[float, Meta(gt=0, lt=1)]
+    phrases: tuple[str, ...] = ()
+    """What a refusal begins with; none for bake's own."""
+
+
+class Gate(RecordPart, frozen=True, kw_only=True):
+    """What the edit may cost elsewhere: limits of the baked model against its base."""
+
+    perplexity: Annotated[float, Meta(ge=1, lt=1e308)] | None = None
+    """What it may be over the base's, on the recipe's own text."""
+    scores: dict[str, Bounds] = {}
+    refusals: RefusalsGate | None = None
+    tasks: dict[str, Bounds] = {}
+    """Of lm-evaluation-harness, by their names there."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What each limit is called in ``verify.json``."""
+        bounds = [("scores", self.scores), ("tasks", self.tasks)]
+        return (
+            *(() if self.perplexity is None else ("perplexity",)),
+            *(() if self.refusals is None else ("refusals",)),
+            *(f"{kind} {n} {b}" for kind, of in bounds for n in of for b in of[n].to_json()),
+        )
+
+
 class Limits(RecordPart, frozen=True, kw_only=True):
     """What the recipe holds a verification to."""
 
     most_kl: Annotated[float, Meta(gt=0, lt=1e308)] | None = None
     """The share of the effect's KL that may be lost."""
+    text: GivenText | None = None
+    """Held-out text, one passage a line, that side effects are measured on."""
+    gate: Gate | None = None
 
 
 class PromptsRecord(RecordPart, frozen=True, kw_only=True):

@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 VERIFICATION = "verify.json"
 
+HELD, MISSED, NOT_SHOWN, NOT_MEASURED = "held", "missed", "not shown", "not measured"
+"""What comes of a limit of the gate: a whole interval within it, a whole one beyond it, one that
+holds it, or none."""
+
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -78,6 +82,39 @@ class Served(msgspec.Struct, frozen=True):
         return self.numbers.get(f"{self.runtime}: texts that part from the hooked model's")
 
 
+class GateCheck(msgspec.Struct, frozen=True):
+    """One limit of the gate, with what was measured."""
+
+    key: str = ""
+    name: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    count: Count | None = None
+    bound: float | None = None
+    side: str = ""
+    """``at most`` or ``at least``."""
+    verdict: str = ""
+
+
+class MeasuredGate(msgspec.Struct, frozen=True):
+    """What came of the recipe's limits on side effects."""
+
+    verdict: str = ""
+    reason: str = ""
+    checks: tuple[GateCheck, ...] = ()
+
+
+class Text(msgspec.Struct, frozen=True):
+    """What perplexity was measured on, or why there is none."""
+
+    source: str = ""
+    language: str | None = None
+    passages: Count | None = None
+    tokens: Count | None = None
+    reason: str = ""
+
+
 class Report(msgspec.Struct, frozen=True):
     """A verification."""
 
@@ -94,6 +131,8 @@ class Report(msgspec.Struct, frozen=True):
     runtimes: tuple[Served, ...] = ()
     effects: dict[str, dict[str, Interval]] = {}
     """By score, then by model: base, hooked and baked."""
+    text: Text = Text()
+    gate: MeasuredGate = MeasuredGate()
 
     @property
     def stored(self) -> str:
@@ -153,6 +192,27 @@ def parse_report(content: Mapping[str, Any]) -> Report:
         InputError: they are malformed.
     """
     return typed(finite(content), Report, VERIFICATION)
+
+
+def ungated(folder: Path, record: Record) -> str | None:
+    """Return why an artifact does not count as having held its recipe's gate; None when it does.
+
+    One whose recipe has no gate has nothing to hold.
+
+    Raises:
+        InputError: ``verify.json`` is there and malformed.
+    """
+    gate = None if record.verify is None else record.verify.gate
+    if gate is None:
+        return None
+    report = read_report(folder, record)
+    if report is None:
+        return f"there is no {VERIFICATION} of this plan"
+    verdicts = {check.key: check.verdict for check in report.gate.checks}
+    for key in gate.keys:
+        if verdicts.get(key) != HELD:
+            return f"the limit on {key} is {verdicts.get(key) or NOT_MEASURED}"
+    return None
 
 
 def unverified(folder: Path, record: Record) -> str | None:

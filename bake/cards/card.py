@@ -111,6 +111,8 @@ def card_notes(out: Path) -> tuple[str, ...]:
     notes = []
     if facts.reason is not None:
         notes.append(f"the card says in its first line that nothing is verified: {facts.reason}")
+    if facts.ungated is not None:
+        notes.append(f"the card says that the gate on side effects is not held: {facts.ungated}")
     if facts.licence.id is None:
         notes.append(
             "the card states no licence: the record has none of the base, and the recipe's [card] "

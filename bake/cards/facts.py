@@ -9,7 +9,7 @@ from bake.artifact.carrier import KINDS, Carrier
 from bake.artifact.names import walk
 from bake.artifact.record import RECORD, read_json, read_record
 from bake.artifact.schema import BaseCard, Record
-from bake.artifact.verification import Report, read_report, typed, unverified
+from bake.artifact.verification import Report, read_report, typed, ungated, unverified
 from bake.cards import licences
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
@@ -35,6 +35,7 @@ class Facts:
         recipe: the recipe in it; None where the record holds none.
         report: its ``verify.json``, or None where there is none of this plan.
         reason: why it does not count as verified, or None when it does.
+        ungated: why its recipe's gate on side effects does not count as held, or None.
         adapter: rank and alpha of a LoRA, or of the one that was merged.
         names: its files.
     """
@@ -44,6 +45,7 @@ class Facts:
     recipe: Recipe | None
     report: Report | None
     reason: str | None
+    ungated: str | None
     adapter: Adapter | None
     names: tuple[str, ...]
 
@@ -124,6 +126,7 @@ def read_facts(folder: Path) -> Facts:
         recipe=_recipe(folder, record),
         report=read_report(folder, record),
         reason=unverified(folder, record),
+        ungated=ungated(folder, record),
         adapter=_adapter(folder, record, found),
         names=tuple(found),
     )

@@ -70,7 +70,12 @@ def _metrics(report: Report) -> Iterator[tuple[str, str, float | None]]:
         yield "max_dlogprob", label, served.largest
     for name, models in report.effects.items():
         kind = "perplexity" if name == "perplexity" else "score"
-        yield kind, f"{escape(name)}, baked", models.get("baked", Interval()).value
+        on = (
+            f" on {escape(report.text.source)}"
+            if kind == "perplexity" and report.text.source
+            else ""
+        )
+        yield kind, f"{escape(name)}{on}, baked", models.get("baked", Interval()).value
 
 
 def _dataset_name(report: Report) -> str:

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 @click.option("--unverified", is_flag=True, help="Publish without a verification that passed.")
+@click.option(
+    "--ungated",
+    is_flag=True,
+    help="Publish although the recipe's gate on side effects is not held.",
+)
 @click.option("--no-card", is_flag=True, help="Publish without README.md.")
 @click.option(
     "--verify-download",
@@ -61,7 +66,12 @@ def command(output: Output, out: Path, repo: str, **given: Any) -> None:
 
     options = PushOptions(
         to=Destination(repo, given["revision"], given["public"], given["create_pr"]),
-        terms=Terms(frozenset(given["allow"]), given["unverified"], given["no_card"]),
+        terms=Terms(
+            frozenset(given["allow"]),
+            unverified=given["unverified"],
+            ungated=given["ungated"],
+            no_card=given["no_card"],
+        ),
         dry_run=given["dry_run"],
         download=given["verify_download"],
         key=given["key"],
@@ -87,6 +97,7 @@ def _view(pushed: "Pushed") -> list["RenderableType"]:
         ("repository", f"{pushed.endpoint}/{pushed.repo}"),
         ("visibility", would + ("public" if pushed.public else "private")),
         ("against hooks", "verified" if pushed.unverified is None else pushed.unverified),
+        *([("gate", f"not held: {pushed.ungated}")] if pushed.ungated is not None else []),
         *([("download", _compared(pushed))] if pushed.outcome else []),
         *([("commit", pushed.commit)] if pushed.commit else []),
         *([("pull request", pushed.pull_request)] if pushed.pull_request else []),

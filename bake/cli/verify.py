@@ -49,6 +49,23 @@ if TYPE_CHECKING:
     help="contains:WORD, classifier:MODEL, or a command that reads the texts.",
 )
 @click.option(
+    "--text",
+    type=PATH,
+    metavar="FILE",
+    help="Held-out text for the perplexity, one passage a line.",
+)
+@click.option(
+    "--gate/--no-gate",
+    default=True,
+    help="Hold side effects against the recipe's [verify.gate], where it has one.",
+)
+@click.option(
+    "--tasks",
+    type=PATH,
+    metavar="DIR",
+    help="Your own tasks of lm-evaluation-harness, which the gate names.",
+)
+@click.option(
     "--stream/--no-stream",
     "streamed",
     default=None,
@@ -87,7 +104,8 @@ def command(
     is made again from the recipe and the base that it names and has to be the recorded one, and
     what is measured is held against what was published. The report goes to ./verify-NAME.
 
-    The exit code is 0 when every limit holds, 1 when one does not or the edit has no effect, 4
+    The exit code is 0 when every limit holds, 1 when one does not, the recipe's gate on side
+    effects is not held or the edit has no effect, 4
     when a runtime that was asked for is not installed, and 6 when a plan that says exact measures
     otherwise.
     """

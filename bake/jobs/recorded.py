@@ -280,7 +280,7 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
 def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return how the edits differ from the text of the recipe beside them, and notes."""
     from bake.artifact.record import RECORD
-    from bake.recipe import disagreement, parse_recipe
+    from bake.recipe import disagreement, limits_differ, parse_recipe
 
     recipe = request.recipe
     if not recipe.text:
@@ -294,8 +294,8 @@ def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...
         found = disagreement(parsed, artifact.edits, request.model.layout)
     except BakeError as error:
         return (f"the recipe is not one that this bake reads: {error.what}",), ()
-    if found is None and parsed.verify.most_kl != artifact.most_kl:
-        found = f"the recipe says most_kl = {parsed.verify.most_kl}, the record {artifact.most_kl}"
+    if found is None:
+        found = limits_differ(parsed.verify, artifact.record.verify)
     return (() if found is None else (f"the edits are not those of the recipe: {found}",)), ()
 
 

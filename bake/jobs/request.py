@@ -74,11 +74,12 @@ class Request:
         if self.recorded is not None:
             return self.recorded
         from bake.artifact.base import base_ref
-        from bake.artifact.schema import Limits, Provenance, RecipeRecord
+        from bake.artifact.schema import Provenance, RecipeRecord
         from bake.directions.describe import direction_record
         from bake.plan.sketch import sketch
+        from bake.recipe import limits_beside
 
-        recipe, limit, family = self.recipe, self.recipe.verify.most_kl, self.model.family
+        recipe, family = self.recipe, self.model.family
         asked = RecipeRecord(
             title=recipe.title, file=recipe.path.name, digest=recipe.digest, text=recipe.text
         )
@@ -94,7 +95,7 @@ class Request:
             sketch={name: tuple(seen) for name, seen in sketch(self.plan).items()},
             family=None if family is None else table_of(family),
             assume_harmless=self.model.layout.assumed,
-            verify=None if limit is None else Limits(most_kl=limit),
+            verify=limits_beside(recipe.verify, recipe.path),
             calibration=self.calibration,
         )
 

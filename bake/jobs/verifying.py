@@ -60,12 +60,16 @@ class Verified:
 
     def failure(self) -> BakeError | None:
         """Return what it means that a limit was missed or something not reproduced, or None."""
+        from bake.verify.gate import gate_failure
         from bake.verify.judgement import not_run, raise_unless_passed
 
         try:
             raise_unless_passed(self.report)
         except BakeError as error:
             return error
+        ungated = gate_failure(self.report.gate, self.report.artifact)
+        if ungated is not None:
+            return ungated
         missing = not_run(self.report.runtimes)
         if missing is not None or self.reproduction is None:
             return missing

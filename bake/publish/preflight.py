@@ -13,13 +13,14 @@ from bake.artifact.frontmatter import card_metadata, first_line_of, read_card
 from bake.artifact.names import CARD, Problem, check_links, check_names, problem_of, walk
 from bake.artifact.record import RECORD, read_json, read_record
 from bake.artifact.schema import Record
-from bake.artifact.verification import unverified
+from bake.artifact.verification import ungated, unverified
 from bake.cards import licences
 from bake.errors import InputError, UsageError
 from bake.seal.scan import scan
 from bake.seal.weights import check_finite, check_headers, check_weights
 
 _ADMITTED = re.compile(r"\b(?:unverified|not (?:been )?verified)\b", re.IGNORECASE)
+_UNGATED = re.compile(r"\bungated\b", re.IGNORECASE)
 ALLOWANCES = ("licence", "paths", "code")
 
 
@@ -31,11 +32,13 @@ class Terms:
         allow: any of ``licence`` (the base's terms are met in another way than bake can see),
             ``paths`` (home folders in texts) and ``code`` (Python files travel).
         unverified: publish without a verification that passed.
+        ungated: publish although nothing shows that the recipe's gate on side effects is held.
         no_card: publish without a card.
     """
 
     allow: frozenset[str] = frozenset()
     unverified: bool = False
+    ungated: bool = False
     no_card: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class Preflight:
         notes: what the user should know, and what is no reason to stop.
         problems: everything that is.
         unverified: why the artifact does not count as verified, or None.
+        ungated: why its recipe's gate does not count as held, or None.
     """
 
     folder: Path
@@ -67,6 +71,7 @@ class Preflight:
     notes: tuple[str, ...]
     problems: tuple[Problem, ...]
     unverified: str | None = None
+    ungated: str | None = None
 
 
 def preflight(
@@ -100,6 +105,8 @@ def preflight(
         problems += check_finite(folder, record)
     reason, more = _check_verification(folder, record, terms)
     problems += more
+    open_gate, more = _check_gate(folder, record, terms)
+    problems += more
     card, more = _check_card(folder, record, terms, reason, card)
     problems += more
     problems += [] if "code" in terms.allow else _check_code(folder)
@@ -107,9 +114,12 @@ def preflight(
         problems.append(
             Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
         )
-    notes = tuple(_notes(record, terms, reason))
+    if open_gate is not None and card is not None and not _UNGATED.search(card):
+        what = f"does not say that the artifact is ungated: {open_gate}"
+        problems.append(Problem(CARD, what, "say so there, or run `bake card` again"))
+    notes = tuple(_notes(record, terms, reason, open_gate))
     problems = list(dict.fromkeys(problems))
-    return Preflight(folder, record, tuple(names), card, notes, tuple(problems), reason)
+    return Preflight(folder, record, tuple(names), card, notes, tuple(problems), reason, open_gate)
 
 
 def _check_card(
@@ -162,8 +172,22 @@ def _check_verification(
     return reason, [Problem("verify.json", f"is no proof of this plan: {reason}", fix)]
 
 
-def _notes(record: Record, terms: Terms, reason: str | None) -> list[str]:
+def _check_gate(folder: Path, record: Record, terms: Terms) -> tuple[str | None, list[Problem]]:
+    """Return why the recipe's gate does not count as held, or None, and whether that stops it."""
+    try:
+        reason = ungated(folder, record)
+    except InputError:
+        return "verify.json is malformed", []  # which is a problem already
+    if reason is None or terms.ungated:
+        return reason, []
+    fix = "run `bake verify`, or publish as it is with --ungated"
+    return reason, [Problem("verify.json", f"does not show that the gate is held: {reason}", fix)]
+
+
+def _notes(record: Record, terms: Terms, reason: str | None, open_gate: str | None) -> list[str]:
     notes = []
+    if terms.ungated and open_gate is not None:
+        notes.append(f"the recipe's gate on side effects is not held: {open_gate}")
     if terms.unverified and reason is not None:
         notes.append("the artifact is published without a verification that passed")
     if not record.base.on_hub:

@@ -167,6 +167,7 @@ def _nothing_done(ready: Prepared, to: Destination, account: str) -> Pushed:
         account=account,
         public=to.public,
         unverified=ready.checked.unverified,
+        ungated=ready.checked.ungated,
         notes=ready.notes,
     )
 

@@ -9,6 +9,7 @@ from bake.recipe.aliases import aliases
 from bake.recipe.artifacts import fetch_artifact, read_artifacts
 from bake.recipe.build import build_edits
 from bake.recipe.export import override
+from bake.recipe.limits import limits_beside, limits_differ
 from bake.recipe.parse import load_recipe, parse_recipe
 from bake.recipe.spec import (
     ALLOWANCES,
@@ -34,6 +35,8 @@ __all__ = [
     "build_edits",
     "disagreement",
     "fetch_artifact",
+    "limits_beside",
+    "limits_differ",
     "load_recipe",
     "override",
     "parse_recipe",

@@ -15,6 +15,7 @@ from bake.recipe.base import local_path, model_of
 from bake.recipe.card import read_card
 from bake.recipe.edits import read_edits
 from bake.recipe.export import read_export
+from bake.recipe.limits import read_verify
 from bake.recipe.spec import (
     BaseTable,
     CalibrateSpec,
@@ -23,7 +24,6 @@ from bake.recipe.spec import (
     DirectionTable,
     Recipe,
     RecipeFile,
-    VerifyTable,
 )
 from bake.section import Toml, parse_toml
 
@@ -96,7 +96,7 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
         edits=read_edits(root.get("edits", []), path, directions),
         export=read_export(*table("export")),
         card=read_card(*table("card")),
-        verify=VerifyTable.read(*table("verify")),
+        verify=read_verify(*table("verify")),
         calibrate=_calibrate(*table("calibrate"), path.parent) if root.get("calibrate") else None,
     )
 

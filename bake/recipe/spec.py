@@ -163,14 +163,66 @@ _NO_LIMIT = {
 }
 
 
+_NO_DIFFERENCE = {
+    "range": "is not above zero",
+    "why": "no number of texts shows that two models are equal",
+}
+_NO_SHARE = {
+    "range": "is not between 0 and 1",
+    "why": "it is the share of refused prompts that stay refused, and no number of prompts shows "
+    "that all do",
+}
+_NO_RATIO = {
+    "range": "is below 1",
+    "why": "it is what the baked model's may be over the base's",
+    "fix": "write 1.05 for 5 % more",
+}
+_Difference = Annotated[float, Meta(gt=0, extra=_NO_DIFFERENCE)]
+
+
+class BoundsTable(Table, frozen=True, kw_only=True):
+    """What a mean of the baked model is held to; one key at least."""
+
+    least: float | None = None
+    most: float | None = None
+    drop: Annotated[_Difference | None, Meta(description="below the base's")] = None
+    rise: Annotated[_Difference | None, Meta(description="above the base's")] = None
+
+
+class RefusalsTable(Table, frozen=True, kw_only=True):
+    """Prompts that the base refuses, and which share of them has to stay refused."""
+
+    prompts: Annotated[Text, Meta(description="a file, as bake verify --prompts takes it")]
+    least: Annotated[float, Meta(gt=0, lt=1, extra=_NO_SHARE)]
+    phrases: Annotated[Texts, Meta(description="what a refusal begins with")] = ()
+    """bake's own where there are none."""
+
+
+class GateTable(Table, frozen=True, kw_only=True):
+    """What the edit may cost elsewhere: limits of the baked model against its base."""
+
+    perplexity: Annotated[
+        Annotated[float, Meta(ge=1, extra=_NO_RATIO)] | None,
+        Meta(description="what it may be over the base's, on [verify] text"),
+    ] = None
+    scores: Mapping[str, BoundsTable] = msgspec.field(default_factory=dict)
+    refusals: RefusalsTable | None = None
+    tasks: Annotated[
+        Mapping[str, BoundsTable], Meta(description="of lm-evaluation-harness, by name")
+    ] = msgspec.field(default_factory=dict)
+
+
 class VerifyTable(Table, frozen=True, kw_only=True):
-    """What the result is held to where it is not exact."""
+    """What the result is held to, and on which text its side effects are measured."""
 
     most_kl: Annotated[
         Annotated[float, Meta(gt=0, extra=_NO_LIMIT)] | None,
         Meta(description="the share of the effect's KL"),
     ] = None
     """Limit of mean KL(hooked ‖ baked) over mean KL(hooked ‖ base)."""
+    text: Annotated[str | None, Meta(description="held-out text, one passage a line")] = None
+    """The file, as the recipe names it."""
+    gate: GateTable | None = None
 
 
 class CalibrateTable(Table, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from bake.verify.artifact import changed_files
 from bake.verify.assemble import report_of, served_report
-from bake.verify.effects import effects
+from bake.verify.effects import with_side_effects
 from bake.verify.evidence import collect
 from bake.verify.inputs import opened
 from bake.verify.report import Report
@@ -41,15 +41,14 @@ def _report_of(runner: Runner) -> Report:
     inputs.asked.remark("digests of the artifact's files")
     changed = changed_files(inputs.artifact)
     if not inputs.artifact.carrier.checkpoint:
-        return served_report(inputs, serve(runner), changed)
+        return with_side_effects(served_report(inputs, serve(runner), changed), runner, {})
     evidence = collect(runner)
     report = report_of(inputs, evidence, changed)
-    side = effects(evidence, inputs)
+    report = with_side_effects(report, runner, evidence.texts)
     served = serve(runner)
     return replace(
         report,
         rows=(*report.rows, *served.rows),
         runtimes=served.records,
-        effects=side,
         timing={"forward": evidence.seconds},
     )

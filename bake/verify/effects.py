@@ -1,44 +1,68 @@
-"""The side effects of an edit, beside its purpose: base, hooked and baked model compared."""
+"""The side effects of an edit, beside its purpose, and whether they stay within the recipe's gate.
 
-from dataclasses import asdict
+Perplexity is of base, hooked and baked model on one text, scores are of their greedy texts, and the
+gate holds the baked model against its base.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
-from bake.verify.evidence import Evidence
-from bake.verify.inputs import Inputs
-from bake.verify.scores import perplexity, scorer
+from bake.verify.gate import not_measured
+from bake.verify.gate_runs import measured_gate
+from bake.verify.greedy import Generated
+from bake.verify.perplexity import Losses, losses_of, perplexity
+from bake.verify.report import Report
+from bake.verify.runner import Runner
+from bake.verify.scores import Scored, scorer
+from bake.verify.text import Text, text_of
 from bake.verify.tokenizer import load_tokenizer
 
 MODELS = ("base", "hooked", "baked")
 
 
-def effects(evidence: Evidence, inputs: Inputs) -> dict[str, Any]:
-    """Return perplexity on neutral text and the scores, each of base, hooked and baked.
+def with_side_effects(report: Report, runner: Runner, texts: Mapping[str, Generated]) -> Report:
+    """Return a report with the side effects, held against the recipe's gate.
 
     Args:
-        evidence: the runs.
-        inputs: their prompts say which are neutral text, the artifact's tokenizer turns tokens into
-            text, and what was asked names the scores.
+        report: what was measured beside them.
+        runner: runs the models.
+        texts: the greedy text of each model, where a score asks for it.
+
+    Raises:
+        InputError: a text, a score or a task cannot be had.
     """
-    numbers: dict[str, Any] = {}
-    exact, prompts, scores = evidence.exact, inputs.prompts, inputs.asked.scores
-    if prompts.neutral:
-        logits = (evidence.base.logits, exact.reference.logits, exact.baked.logits)
-        values = (perplexity(table, prompts.tokens, prompts.neutral) for table in logits)
-        numbers["perplexity"] = {
-            name: asdict(value)
-            for name, value in zip(MODELS, values, strict=True)
-            if value is not None
-        }
-    if scores:
-        tokenizer = load_tokenizer(inputs.artifact.path)
-        texts = {
-            name: [
-                str(tokenizer.decode(list(ids), skip_special_tokens=True))
-                for ids in evidence.texts[name].tokens
-            ]
-            for name in MODELS
-        }
-        for spec in scores:
-            score = scorer(spec)
-            numbers[spec] = {name: asdict(score(texts[name])) for name in MODELS}
-    return numbers
+    inputs = runner.inputs
+    if not inputs.artifact.carrier.checkpoint:
+        reason = f"a {inputs.artifact.kind} is run by the runtimes alone"
+        gate = {} if inputs.recorded_gate is None else not_measured(reason)
+        return replace(report, text={"reason": reason}, gate=gate)
+    effects: dict[str, Any] = {}
+    text, found = text_of(runner), dict[str, Losses]()
+    if isinstance(text, Text):
+        found = {name: losses_of(runner, name, text.passages) for name in MODELS}
+        effects["perplexity"] = {n: asdict(perplexity(losses)) for n, losses in found.items()}
+    values = _scored(runner, texts)
+    for spec, (score, numbers) in values.items():
+        effects[spec] = {n: asdict(score.interval(of)) for n, of in numbers.items()}
+    said = text.to_json() if isinstance(text, Text) else {"reason": text}
+    gate = measured_gate(runner, text, found, values)
+    runner.release()
+    return replace(report, effects=effects, text=said, gate=gate)
+
+
+def _scored(runner: Runner, texts: Mapping[str, Generated]) -> Scored:
+    """Return every score with its value of every greedy text, by model."""
+    inputs = runner.inputs
+    if not inputs.scores:
+        return {}
+    tokenizer = load_tokenizer(inputs.artifact.path)
+    written = {
+        name: [tokenizer.decode(list(ids), skip_special_tokens=True) for ids in texts[name].tokens]
+        for name in MODELS
+    }
+    found = {}
+    for spec in inputs.scores:
+        score = scorer(spec)
+        found[spec] = (score, {name: score.values(texts) for name, texts in written.items()})
+    return found

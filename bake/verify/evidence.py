@@ -104,7 +104,7 @@ def _texts(runner: Runner) -> dict[str, Generated]:
     dtype, count = runner.inputs.serving, runner.inputs.generate
     texts = {"baked": runner.greedy("baked model", "baked", dtype, count)}
     texts["hooked"] = runner.reference_text(dtype, count)
-    if runner.inputs.asked.scores:
+    if runner.inputs.scores:
         texts["base"] = runner.greedy("base model", "base", dtype, count)
     return texts
 

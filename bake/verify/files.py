@@ -105,6 +105,8 @@ def placeless(report: Report) -> Report:
         environment=without_paths(report.environment),
         runtimes=without_paths(report.runtimes),
         effects=without_paths(report.effects),
+        text=without_paths(report.text),
+        gate=without_paths(report.gate),
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from html import escape
 
 from bake.verify.report import Report
-from bake.verify.tables import FAIL, NUMBERS, PASS, Table, tables
+from bake.verify.tables import FAIL, NUMBERS, PASS, Table, gate_of, side_effects_of, tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem;
@@ -35,6 +35,8 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
         "base": report.base,
         "plan": f"{report.exactness}, {report.plan_digest}",
         "stored in": report.dtype,
+        **({"gate on side effects": gate_of(report)} if report.gate else {}),
+        **({"side effects": said} if (said := side_effects_of(report)) else {}),
         **{f"prompts, {name}": str(value) for name, value in report.prompts.items()},
         **report.environment,
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from bake.artifact.schema import Gate
 from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.edits import Edit
 from bake.errors import InputError, UsageError
@@ -72,6 +73,23 @@ class Inputs:
         return self.artifact.most_kl if self.asked.most_kl is None else self.asked.most_kl
 
     @property
+    def recorded_gate(self) -> Gate | None:
+        """What the recipe says that the edit may cost elsewhere."""
+        limits = self.artifact.record.verify
+        return None if limits is None else limits.gate
+
+    @property
+    def gate(self) -> Gate | None:
+        """The same, where it is to be measured."""
+        return self.recorded_gate if self.asked.gate else None
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """What the greedy texts are scored by: what was asked for, and what the gate limits."""
+        limited = () if self.gate is None else self.gate.scores
+        return tuple(dict.fromkeys((*self.asked.scores, *limited)))
+
+    @property
     def generate(self) -> int:
         """How many greedy tokens follow each prompt."""
         asked = self.asked.generate
@@ -121,8 +139,16 @@ def _baked(artifact: Baked, base: Checkpoint) -> Checkpoint:
 
 def _check(inputs: Inputs) -> None:
     """Refuse what the size of the model decides."""
-    if inputs.asked.scores and not inputs.generate:
+    if inputs.scores and not inputs.generate:
         raise UsageError("a score needs generated text", fix="name a length with --generate")
+    gate = inputs.gate
+    if gate is not None and inputs.streamed and (gate.refusals or gate.tasks):
+        raise UsageError(
+            "the gate's refusals and tasks are measured with the model in memory",
+            where=str(inputs.artifact.path),
+            fix="use --no-stream, on a machine that holds the model, or leave the gate out with "
+            "--no-gate",
+        )
     if inputs.adapter is not None and inputs.streamed:
         raise UsageError(
             "a merge is compared with the model in memory, since PEFT loads it whole",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from bake.verify.report import Report
-from bake.verify.tables import FAIL, NUMBERS, prompts_of, tables
+from bake.verify.tables import FAIL, NUMBERS, gate_of, prompts_of, side_effects_of, tables
 
 
 def markdown(report: Report, plots: Mapping[str, str]) -> str:
@@ -24,6 +24,10 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
     ]
     if report.prompts:
         lines.append(f"- prompts: {prompts_of(report)}, `{report.prompts['digest']}`")
+    if report.gate:
+        lines.append(f"- gate on side effects: **{gate_of(report)}**")
+    if side_effects_of(report):
+        lines.append(f"- side effects: {side_effects_of(report)}")
     versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
     lines.append(f"- run with: {versions}")
     comparisons, *more = tables(report)

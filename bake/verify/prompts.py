@@ -7,7 +7,7 @@ base model that has none.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bake.errors import InputError
-from bake.verify.tokenizer import CHAT, PLAIN, encoded, has_tokenizer, load_tokenizer, plain
+from bake.verify.tokenizer import CHAT, PLAIN, encoded, has_tokenizer, load_tokenizer
 
 LONGEST = 64
 """Tokens of bake's own prompts as plain text; one in a chat keeps its end, which asks to answer."""
@@ -32,8 +32,6 @@ class PromptSet:
     tokens: tuple[tuple[int, ...], ...]
     form: str
     """What made tokens of the texts: ``CHAT``, ``PLAIN``, both, or ``IDS`` for none."""
-    neutral: tuple[int, ...] = ()
-    """Which of them are plain neutral text, for the perplexity."""
 
     @property
     def digest(self) -> str:
@@ -85,17 +83,20 @@ def built_in(tokenizer: Any, longest: int | None = None) -> PromptSet:
     A chat is not cut unless that is asked for: its last tokens are those that ask for an answer.
     """
     form = PLAIN if tokenizer.chat_template is None else CHAT
+    if longest is None and form == PLAIN:
+        longest = LONGEST
+    tokens = (
+        encoded(tokenizer, "prompt", prompt, "built-in")[0][:longest]
+        for prompt in own_texts()["prompts"]
+    )
+    return PromptSet("built-in", tuple(map(tuple, tokens)), form)
+
+
+def own_texts() -> Mapping[str, Any]:
+    """Return bake's own ``prompts``, and its ``texts`` by the code of their language."""
     text = (resources.files("bake.verify.data") / "neutral.json").read_text(encoding="utf-8")
-    content = json.loads(text)
-    of_chats = LONGEST if longest is None and form == PLAIN else longest
-    prompts = [
-        encoded(tokenizer, "prompt", text, "built-in")[0][:of_chats] for text in content["prompts"]
-    ]
-    texts = [plain(tokenizer, passage)[: longest or LONGEST] for passage in content["texts"]]
-    tokens = tuple(map(tuple, (*prompts, *texts)))
-    if form == CHAT:
-        form = f"{CHAT} and {PLAIN}"
-    return PromptSet("built-in", tokens, form, tuple(range(len(prompts), len(tokens))))
+    content: Mapping[str, Any] = json.loads(text)
+    return content
 
 
 def read_prompts(path: Path, out: Path, longest: int | None = None) -> PromptSet:
@@ -112,8 +113,12 @@ def read_prompts(path: Path, out: Path, longest: int | None = None) -> PromptSet
     return parse_prompts(read_lines(path), path, load_tokenizer(out), longest)
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(path: Path, what: str = "prompts") -> list[str]:
     """Return the lines of a file of texts that hold anything.
+
+    Args:
+        path: the file.
+        what: the texts are, for messages.
 
     Raises:
         InputError: the file cannot be read, or holds none.
@@ -122,11 +127,16 @@ def read_lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no UTF-8 text"
-        raise InputError(f"the prompts cannot be read: {reason}", where=str(path)) from error
-    lines = [line for line in text.splitlines() if line.strip()]
+        raise InputError(f"the {what} cannot be read: {reason}", where=str(path)) from error
+    lines = lines_of(text)
     if not lines:
-        raise InputError("the file holds no prompt", where=str(path), fix="write one a line")
+        raise InputError(f"the file holds no {what}", where=str(path), fix="write one a line")
     return lines
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text that hold anything."""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def parse_prompts(

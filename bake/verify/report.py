@@ -74,6 +74,10 @@ class Report:
     """Each runtime that was asked for: ``passed``, ``failed`` or ``not run``."""
     effects: Mapping[str, Any] = field(default_factory=dict)
     """Side effects: perplexity and scores of base, hooked and baked."""
+    text: Mapping[str, Any] = field(default_factory=dict)
+    """What perplexity was measured on, or the reason why there is none."""
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    """What came of the recipe's limits on side effects; empty where it has none."""
     timing: Mapping[str, float] = field(default_factory=dict)
     """Seconds in all, and of these in the models' forward passes."""
 

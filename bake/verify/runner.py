@@ -156,6 +156,12 @@ class Runner:
         return self.greedy(f"{name}{purpose}", source, dtype, count, edits, prompts=prompts)
 
     @property
+    def sources(self) -> dict[str, tuple[Source, tuple[Edit, ...]]]:
+        """What base, hooked and baked model are run as: a model, and the hooks on it."""
+        _, reference, edits = self._reference
+        return {"base": ("base", ()), "hooked": (reference, edits), "baked": ("baked", ())}
+
+    @property
     def _reference(self) -> tuple[str, Source, tuple[Edit, ...]]:
         if self.inputs.adapter is not None:
             return "adapter at work", "adapted", ()

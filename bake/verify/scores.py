@@ -1,4 +1,4 @@
-"""What an edit does to the text that a model writes: perplexity, and scores of a behaviour.
+"""What an edit does to the text that a model writes: scores of a behaviour.
 
 A score turns each generated text into a number. Three kinds: ``contains:WORD`` (1 where the word
 occurs), ``classifier:MODEL`` (the probability of the model's last label), and a command that reads
@@ -10,57 +10,37 @@ import math
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bake.errors import InputError, UsageError
+from bake.verify.interval import Interval, mean_or_share
 
-NORMAL = 1.959964  # the 97.5 % point of the normal distribution: intervals hold 95 %
 TIMEOUT = 3600.0  # seconds that a command may take
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean with its 95 % confidence interval."""
+class Score:
+    """What makes numbers of texts."""
 
-    value: float
-    low: float
-    high: float
-    count: int
+    values: Callable[[Sequence[str]], list[float]]
+    """One number for each text."""
+    unit: bool
+    """Whether no number lies outside of 0 and 1."""
 
-
-def perplexity(
-    logits: Tensor, tokens: Sequence[Sequence[int]], which: Sequence[int]
-) -> Interval | None:
-    """Return the perplexity of some prompts, each token given those before it.
-
-    Args:
-        logits: [tokens, vocab] of all prompts, one after another.
-        tokens: the prompts.
-        which: indices of the prompts that count.
-
-    The interval is that of the mean log-probability over tokens, exponentiated.
-    """
-    starts, position = [], 0
-    for prompt in tokens:
-        starts.append(position)
-        position += len(prompt)
-    losses = []
-    for index in which:
-        prompt, start = tokens[index], starts[index]
-        rows = logits[start : start + len(prompt) - 1].to(torch.float64).log_softmax(-1)
-        losses += rows.gather(1, torch.tensor(prompt[1:]).unsqueeze(1)).neg().flatten().tolist()
-    if len(losses) < 2:
-        return None
-    mean = _mean(losses)
-    return Interval(math.exp(mean.value), math.exp(mean.low), math.exp(mean.high), mean.count)
+    def interval(self, values: Sequence[float]) -> Interval:
+        """Return the mean of what ``values`` returned."""
+        return mean_or_share(values, unit=self.unit)
 
 
-def scorer(spec: str) -> Callable[[Sequence[str]], Interval]:
+Scored = Mapping[str, tuple[Score, Mapping[str, list[float]]]]
+"""Every score with its value of every text, by model."""
+
+
+def scorer(spec: str) -> Score:
     """Return what scores texts, found to be there before hours are spent on the texts for it.
 
     Raises:
@@ -74,14 +54,14 @@ def scorer(spec: str) -> Callable[[Sequence[str]], Interval]:
         )
     if not separator or kind not in _NAMES:
         words = _words(spec)
-        return lambda texts: _mean(_command(words, texts))
+        return Score(lambda texts: _command(words, texts), unit=False)
     if not rest.strip():
         raise UsageError(f"the score {spec!r} names nothing", fix=f"write {kind}:{_NAMES[kind]}")
     if kind == "contains":
         word = rest.casefold()
-        return lambda texts: share([word in text.casefold() for text in texts])
+        return Score(lambda texts: [float(word in t.casefold()) for t in texts], unit=True)
     loaded = _load_classifier(rest)
-    return lambda texts: _mean(_classify(*loaded, texts))
+    return Score(lambda texts: _classify(*loaded, texts), unit=True)
 
 
 _NAMES = {"contains": "WORD", "classifier": "MODEL"}
@@ -104,24 +84,6 @@ def _words(command: str) -> list[str]:
             fix="write contains:WORD, classifier:MODEL or a command",
         )
     return words
-
-
-def share(hits: Sequence[bool]) -> Interval:
-    """Return a share with Wilson's interval (Wilson 1927), which holds at 0 and 1 as well."""
-    n, p = len(hits), sum(hits) / len(hits)
-    z2 = NORMAL**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = NORMAL * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
-
-
-def _mean(values: Sequence[float]) -> Interval:
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return Interval(mean, mean, mean, n)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return Interval(mean, mean - NORMAL * spread, mean + NORMAL * spread, n)
 
 
 def _load_classifier(model: str) -> tuple[Any, Any]:

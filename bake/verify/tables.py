@@ -1,7 +1,10 @@
 """A report as tables of words: what its Markdown, its page and the terminal show."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from bake.artifact.verification import HELD
 from bake.verify.report import Report
 
 PASS, FAIL = "pass", "FAIL"
@@ -56,12 +59,52 @@ def tables(report: Report) -> tuple[Table, ...]:
     )
     more = (
         Table("Runtimes", ("runtime", "version", "status", ""), tuple(runtimes)),
-        Table("Side effects", ("", *_MODELS), tuple(effects), "with 95 % confidence intervals"),
+        Table("Side effects", ("", *_MODELS), tuple(effects), _measured_on(report)),
+        _gate(report.gate),
     )
     return (
         Table("Comparisons", ("comparison", *NUMBERS, "verdict", ""), tuple(comparisons)),
         *(table for table in more if table.rows),
     )
+
+
+def _gate(gate: Mapping[str, Any]) -> Table:
+    """Return the recipe's limits on side effects, with what was measured."""
+    rows = (
+        (
+            check["name"],
+            "{value:.4g} ({low:.4g} to {high:.4g})".format(**check),
+            f"{check['side']} {check['bound']:g}",
+            PASS if check["verdict"] == HELD else FAIL,
+            check["verdict"],
+        )
+        for check in gate.get("checks", ())
+    )
+    note = "limits on side effects, each held where the whole 95 % interval is within it"
+    return Table("Gate", ("limit on", *NUMBERS, "verdict", ""), tuple(rows), note)
+
+
+def _measured_on(report: Report) -> str:
+    """Return what side effects were measured on, in one clause."""
+    text, intervals = report.text, "with 95 % confidence intervals"
+    if "perplexity" not in report.effects:
+        return f"{intervals}; no perplexity: {text['reason']}" if text else intervals
+    language = "" if text["language"] is None else f" in {text['language']}"
+    size = f"{text['passages']} passages, {text['tokens']} tokens"
+    return f"{intervals}; perplexity on {text['source']}{language} ({size})"
+
+
+def gate_of(report: Report) -> str:
+    """Return what came of the gate, in a few words; empty where the recipe has none."""
+    verdict = str(report.gate.get("verdict", ""))
+    reason = report.gate.get("reason")
+    return verdict if reason is None else f"{verdict}: {reason}"
+
+
+def side_effects_of(report: Report) -> str:
+    """Return why there is no perplexity, in one line; empty where there is one."""
+    reason = report.text.get("reason")
+    return "" if reason is None else f"no perplexity: {reason}"
 
 
 def prompts_of(report: Report) -> str:

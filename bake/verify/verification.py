@@ -5,10 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from bake.errors import UsageError
+from bake.artifact.schema import Gate
+from bake.errors import InputError, UsageError
 from bake.verify.artifact import Baked
+from bake.verify.prompts import lines_of
 from bake.verify.runtimes.registry import Runtimes, serving
 from bake.verify.scores import scorer
+from bake.verify.tasks import check_harness
+from bake.verify.tokenizer import has_tokenizer
+
+PASSAGES = 8
+"""The fewest passages of a gate's text."""
 
 Remark = Callable[[str], None]
 """Told in a few words what is being done."""
@@ -50,6 +57,12 @@ class Verification:
     every token reads the whole model again."""
     scores: Sequence[str] = ()
     """What to score the generated text by, see ``bake.verify.scores``."""
+    text: Path | None = None
+    """Held-out text for the perplexity, one passage a line; the recipe's own when None."""
+    gate: bool = True
+    """Whether the recipe's limits on side effects are measured."""
+    tasks: Path | None = None
+    """A folder of tasks of lm-evaluation-harness, beside those that it knows."""
     resume: Path | None = None
     """A folder for finished runs, so that an interrupted verification is taken up."""
     remark: Remark = lambda text: None
@@ -60,7 +73,7 @@ class Verification:
         Raises:
             UsageError: an option has no meaning for this artifact or beside another one, or no
                 runtime is named for what only a runtime loads.
-            InputError: a score cannot be had.
+            InputError: a score cannot be had, or the gate's text is too short.
         """
         kind, where = artifact.kind, str(artifact.path)
         if self.runtimes is not None:
@@ -77,12 +90,53 @@ class Verification:
             self._check_served(kind, where)
         for spec in self.scores:
             scorer(spec)
+        limits = artifact.record.verify
+        if limits is not None and limits.gate is not None and self.gate:
+            self._check_gate(limits.gate, artifact)
+
+    def _check_gate(self, gate: Gate, artifact: Baked) -> None:
+        """Refuse what leaves a limit of the gate unmeasured, or measured on something else."""
+        where = str(artifact.path)
+        if not artifact.carrier.checkpoint:
+            raise UsageError(
+                f"the recipe's gate is measured on checkpoints, and this is a {artifact.kind}",
+                where=where,
+                fix="leave it out with --no-gate; `bake push` then asks for --ungated",
+            )
+        if gate.perplexity is not None and self.text is not None:
+            raise UsageError(
+                "the gate limits the perplexity on the recipe's own text, and --text names another",
+                where=where,
+                fix="leave --text out, or the gate with --no-gate",
+            )
+        if not has_tokenizer(artifact.path):
+            raise InputError(
+                "the recipe's gate is on texts, and the artifact has no tokenizer",
+                where=where,
+                fix="add the base's tokenizer to it, or leave the gate out with --no-gate",
+            )
+        limits = artifact.record.verify
+        text = None if limits is None else limits.text
+        if gate.perplexity is not None and text is not None:
+            passages = len(lines_of(text.text))
+            if passages < PASSAGES:
+                raise InputError(
+                    f"the gate's text holds {passages} passages, one a line",
+                    where=text.file,
+                    why="a passage is one observation, and an interval over so few says little",
+                    fix=f"export again with {PASSAGES} passages or more",
+                )
+        for spec in gate.scores:
+            scorer(spec)
+        if gate.tasks:
+            check_harness()
 
     def _check_served(self, kind: str, where: str) -> None:
         """Refuse what is for checkpoints, of an artifact that runtimes alone load."""
         given = {
             "generate": self.generate or None,
             "score": self.scores or None,
+            "text": self.text,
             "device-map": self.device_map,
         }
         for name, value in given.items():

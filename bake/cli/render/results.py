@@ -153,7 +153,7 @@ def _layer(row: "Row") -> str:
 
 def report(measured: "Report") -> list[RenderableType]:
     """Return what a verification measured."""
-    from bake.verify.tables import FAIL, NUMBERS, PASS, prompts_of, tables
+    from bake.verify.tables import FAIL, NUMBERS, PASS, gate_of, prompts_of, side_effects_of, tables
 
     verdicts = {PASS: Text(PASS, "green"), FAIL: Text(FAIL, "bold red")}
     sections = []
@@ -178,6 +178,8 @@ def report(measured: "Report") -> list[RenderableType]:
         facts(
             [
                 ("verification", outcome),
+                *([("gate", gate)] if (gate := gate_of(measured)) else []),
+                *([("side effects", said)] if (said := side_effects_of(measured)) else []),
                 ("run with", ", ".join(f"{k} {v}" for k, v in measured.environment.items())),
             ]
         ),
