@@ -23,8 +23,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("quickstart", help="bake the quickstart model, verify it, and let it speak")
-    tests = jobs.add_parser("tests", help="static checks, all tests, and the real runtimes")
-    tests.add_argument("--quick", action="store_true", help="leave vLLM and llama.cpp out")
+    tests = jobs.add_parser("tests", help="static checks, all tests, real runtimes and model")
+    tests.add_argument("--quick", action="store_true", help="leave runtimes and real model out")
     arguments = parser.parse_args()
     if arguments.job == "quickstart":
         return quickstart()
@@ -56,7 +56,7 @@ def run_tests(*, quick: bool) -> int:
         [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"],
     ]
     if not quick:
-        jobs.append([python, "-m", "pytest", "-q", "-m", "runtimes or slow"])
+        jobs.append([python, "-m", "pytest", "-q", "-m", "runtimes or slow or real"])
     return steps(*jobs)
 
 

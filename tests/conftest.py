@@ -1,13 +1,15 @@
-"""What every test runs under: fixed seeds, one thread, no network, tiny checkpoints on demand."""
+"""What every test runs under: fixed seeds, one thread, no network; what many share, on demand."""
 
 import os
 import random
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import install
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,28 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
         return written[key]
 
     yield path_of
+
+
+# The runtimes' environments, installed once per machine into the cache that install.py names.
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Iterator[Path]:
+    """The interpreter of an environment with vLLM, whose own caches stay in the test cache."""
+    cache = install.default_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(cache / "vllm-cache"))
+        yield install.vllm_python(cache)
+
+
+@pytest.fixture(scope="session")
+def llamacpp_python() -> Path:
+    """The interpreter of an environment with llama.cpp (the package xllamacpp)."""
+    return install.llamacpp_python(install.default_cache())
+
+
+@pytest.fixture(scope="session")
+def gguf_converter() -> install.GgufConverter:
+    """llama.cpp's converter, run by this environment's Python."""
+    script = install.converter(install.default_cache())
+    return install.GgufConverter(script, Path(sys.executable))
