@@ -70,9 +70,9 @@ def parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.fit_params = False
     params.warmup = False
-    if "OMP_NUM_THREADS" in os.environ:
-        params.cpuparams.n_threads = int(os.environ["OMP_NUM_THREADS"])
-        params.cpuparams_batch.n_threads = int(os.environ["OMP_NUM_THREADS"])
+    # llama.cpp's own programs count the processors; a context by itself takes −1 as it stands.
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     return params
 
 
