@@ -99,8 +99,15 @@ def given_text(path: Path) -> GivenText:
         InputError: it cannot be read, is no UTF-8 text, holds nothing, or is too long to travel.
     """
     try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise InputError(
+                f"the text is {size:,} bytes long; the limit is {LARGEST:,}",
+                where=str(path),
+                why="it travels in the record of the artifact",
+                fix="name a sample of it",
+            )
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise InputError(
             f"the text cannot be read: {error.strerror or error}",
@@ -109,13 +116,6 @@ def given_text(path: Path) -> GivenText:
         ) from error
     except UnicodeDecodeError as error:
         raise InputError("the text is no UTF-8 text", where=str(path)) from error
-    if len(data) > LARGEST:
-        raise InputError(
-            f"the text is {len(data):,} bytes long; the limit is {LARGEST:,}",
-            where=str(path),
-            why="it travels in the record of the artifact",
-            fix="name a sample of it",
-        )
     if not text.strip():
         raise InputError("the file holds no text", where=str(path), fix="write one text a line")
     return GivenText(file=path.name, text=text)
