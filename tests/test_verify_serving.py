@@ -102,6 +102,19 @@ def test_a_runtime_that_is_not_there_is_not_run(base: Base, tmp_path: Path) -> N
     assert data["runtimes"][0]["status"] == "not run"
 
 
+@pytest.mark.parametrize(("said", "count"), [("3", 3), ("2,4", 2), ("", None), (None, None)])
+def test_llama_cpp_is_told_how_many_threads_there_are(
+    said: str | None, count: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bake.verify.runtimes import _llamacpp_worker as worker
+
+    if said is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert worker.threads() == (count or os.cpu_count())
+
+
 def test_runtimes_are_found_before_anything_is_measured(tmp_path: Path) -> None:
     here, script = Path(sys.executable), Path(__file__)
     Runtimes(("transformers",), {"transformers": here}).find("checkpoint")

@@ -70,10 +70,17 @@ def parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.fit_params = False
     params.warmup = False
-    # llama.cpp's own programs count the processors; a context by itself takes −1 as it stands.
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
     return params
+
+
+def threads() -> int:
+    """Return how many threads compute: OpenMP's number, of which a list has one for each level.
+
+    llama.cpp's own programs count the processors where nobody says; its library takes −1 as it is.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(asked) if asked else os.cpu_count() or 1
 
 
 INIT = "_Z23common_init_from_paramsR13common_paramsb"
