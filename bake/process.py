@@ -24,10 +24,14 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "
 # Said of the packages that are not there. Nothing of those that are there is imported.
 _SEEK = """
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
-for name in sys.argv[1:]:
+for word in sys.argv[1:]:
+    name, _, wanted = word.partition("==")
     if find_spec(name) is None:
         sys.exit(f"No module named {name!r}")
+    if wanted and version(name) != wanted:
+        sys.exit(f"{name} {version(name)} is installed, and {wanted} is wanted")
 """
 _SEEKING = 60.0
 
@@ -46,10 +50,11 @@ def find(name: str, python: Path, packages: Sequence[str]) -> None:
     Args:
         name: the program's name in messages.
         python: the interpreter of the environment that it should be installed in.
-        packages: what it is made of, by import name.
+        packages: what it is made of, by import name; ``name==version`` where it has to be that.
 
     Raises:
-        RuntimeMissing: there is no such interpreter, or a package is not in its environment.
+        RuntimeMissing: there is no such interpreter, or a package is not in its environment, or in
+            another version.
     """
     command: list[str | Path] = [_interpreter(name, python), "-I", "-c", _SEEK, *packages]
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="bake-") as folder:
@@ -60,7 +65,7 @@ def find(name: str, python: Path, packages: Sequence[str]) -> None:
     raise RuntimeMissing(
         f"{name} is not installed in the environment of {python}",
         why=output,
-        fix=f"name the Python of an environment in which {name} is installed",
+        fix=f"install {', '.join(packages)} there, or name another with --python NAME=PATH",
     )
 
 

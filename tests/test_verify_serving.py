@@ -1,4 +1,4 @@
-"""The artifact in a runtime's own process: passed, failed, or not run, and never confused."""
+"""The artifact in a runtime's own process: passed, failed or missed, and never confused."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from bake import edits as make
 from bake.artifact.record import read_record
 from bake.cli import main
 from bake.errors import UsageError, VerificationFailed
-from bake.process import RuntimeFailed, RuntimeMissing, run_script
+from bake.process import RuntimeFailed, RuntimeMissing, find, run_script
 from bake.verify import serving
 from bake.verify.agreement import agreement
 from bake.verify.artifact import Baked
@@ -33,7 +34,7 @@ from bake.verify.inputs import Inputs, opened
 from bake.verify.judgement import raise_unless_passed
 from bake.verify.report import Report, Row
 from bake.verify.runner import Runner
-from bake.verify.runtimes.registry import Runtimes
+from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 from bake.verify.runtimes.request import RuntimeResult
 from bake.verify.spoiled import MISTAKES, spoiled
 from bake.verify.stored import quantised, stored_dtypes
@@ -83,23 +84,40 @@ def test_a_wrong_bake_fails_in_the_runtime(base: Base, tmp_path: Path) -> None:
     assert found.passed is False and found.value > 10 * found.limit
 
 
-def test_a_runtime_that_is_not_there_is_not_run(base: Base, tmp_path: Path) -> None:
+def test_a_runtime_that_is_not_there_is_missed_before_anything_is_run(
+    base: Base, tmp_path: Path
+) -> None:
     """Neither passed nor failed, and the command says so with its exit code."""
-    out = baked(base, tmp_path / "out")
-    absent = tmp_path / "no-python"
-    runtimes = Runtimes(("vllm", "llama.cpp"), {"vllm": absent})
-    report = compare(Verification(out, base=str(base.path), runtimes=runtimes, generate=0))
-    assert [record["status"] for record in report.runtimes] == ["not run", "not run"]
-    assert "is no Python interpreter" in report.runtimes[0]["reason"]
-    assert "no converter was named" in report.runtimes[1]["reason"]
-    assert not any(row.group == "runtime" for row in report.rows)
+    out, said, absent = baked(base, tmp_path / "out"), list[str](), tmp_path / "no-python"
+    for runtimes, words in (
+        (Runtimes(("vllm",), {"vllm": absent}), "is no Python interpreter"),
+        (Runtimes(("transformers", "vllm"), {"vllm": absent}), "is no Python interpreter"),
+        (Runtimes(("vllm",)), "vLLM is not installed in the environment of"),
+    ):
+        asked = Verification(out, base=str(base.path), runtimes=runtimes, remark=said.append)
+        with pytest.raises(RuntimeMissing, match=words):
+            compare(asked)
+    assert said == []
     arguments = ["verify", str(out), "--base", str(base.path), "--generate", "0", "--no-plots"]
-    asked = ["--runtime", "vllm", "--python", f"vllm={absent}"]
-    result = CliRunner().invoke(main, [*arguments, *asked])
+    named = ["--runtime", "vllm", "--python", f"vllm={absent}"]
+    result = CliRunner().invoke(main, [*arguments, *named])
     assert result.exit_code == 4
-    assert "not run: vllm" in result.stderr
-    data = json.loads((out / "verify.json").read_text(encoding="utf-8"))
-    assert data["runtimes"][0]["status"] == "not run"
+    assert "is no Python interpreter" in result.stderr
+    assert not (out / "verify.json").exists()
+    # The control: one that is there is run.
+    compare(Verification(out, base=str(base.path), runtimes=HERE, generate=0, remark=said.append))
+    assert any("transformers serves the artifact" in line for line in said)
+
+
+def test_another_version_than_a_worker_is_for_is_missed() -> None:
+    """What calls functions that a package promises nobody is held to the one version."""
+    have = version("numpy")
+    find("it", Path(sys.executable), ("numpy", f"numpy=={have}"))
+    with pytest.raises(RuntimeMissing, match="it is not installed") as caught:
+        find("it", Path(sys.executable), ("numpy==0.1",))
+    assert f"numpy {have} is installed, and 0.1 is wanted" in str(caught.value)
+    pinned = (Path(__file__).parent / "runtimes" / "llamacpp-requirements.txt").read_text()
+    assert set(RUNTIMES["llama.cpp"].packages[1:]) <= set(pinned.splitlines())
 
 
 @pytest.mark.parametrize(("said", "count"), [("3", 3), ("2,4", 2), ("", None), (None, None)])

@@ -1,10 +1,6 @@
 """What a failed report means, as the error that the command ends with."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from bake.errors import BakeError, ExactnessBug, VerificationFailed
-from bake.process import RuntimeMissing
+from bake.errors import ExactnessBug, VerificationFailed
 from bake.verify.report import Report, Row
 
 _REASONS = {
@@ -58,16 +54,3 @@ def raise_unless_passed(report: Report) -> None:
 def _said(row: Row) -> str:
     side = "not above" if row.group in _ABOVE else "above"
     return f"{row.name}: {row.value:.2e} is {side} {row.limit:.2e}"
-
-
-def not_run(records: Sequence[Mapping[str, Any]]) -> BakeError | None:
-    """Return the error that a runtime which was asked for and not run is, or None."""
-    missing = [record for record in records if record["status"] == "not run"]
-    if not missing:
-        return None
-    names = ", ".join(str(record["runtime"]) for record in missing)
-    return RuntimeMissing(
-        f"not run: {names}",
-        why=str(missing[0]["reason"]),
-        fix="name the Python of an environment in which it is installed with --python NAME=PATH",
-    )

@@ -71,7 +71,7 @@ class Report:
     points_effect: tuple[tuple[float, float], ...] = ()
     """The same logits, hooked and base."""
     runtimes: tuple[Mapping[str, Any], ...] = ()
-    """Each runtime that was asked for: ``passed``, ``failed`` or ``not run``."""
+    """Each runtime that was asked for: ``passed``, ``failed`` or ``measured``."""
     effects: Mapping[str, Any] = field(default_factory=dict)
     """Side effects: perplexity and scores of base, hooked and baked."""
     text: Mapping[str, Any] = field(default_factory=dict)

@@ -1,7 +1,7 @@
 """The artifact in the runtimes that will serve it, against the hooked base model.
 
 Each runtime is a process of its own, in the environment that is named for it, and loads the files
-as any user's would. One that is not installed is reported as not run, never as passed.
+as any user's would. One that is not installed is missed before anything is measured.
 """
 
 import sys
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bake.converter import convert, find_converter
-from bake.process import RuntimeFailed, RuntimeMissing
+from bake.process import RuntimeFailed
 from bake.verify.inputs import GREEDY, Inputs
 from bake.verify.metrics import Compared, compare_logits
 from bake.verify.report import Row
@@ -63,9 +63,6 @@ def serve_all(inputs: Inputs, runtimes: Runtimes, target: Target) -> Served:
         inputs.asked.remark(f"{name} serves the artifact")
         try:
             result = _ask(name, runtimes, inputs, target)
-        except RuntimeMissing as error:
-            records.append({"runtime": name, "status": "not run", "reason": error.what})
-            continue
         except RuntimeFailed as error:
             records.append({"runtime": name, "status": "failed", "reason": str(error)})
             rows.append(Row(f"{name}: serves the artifact", 0.0, 1.0, False, error.what, "runtime"))

@@ -74,10 +74,12 @@ class Verification:
             UsageError: an option has no meaning for this artifact or beside another one, or no
                 runtime is named for what only a runtime loads.
             InputError: a score cannot be had, or the gate's text is too short.
+            RuntimeMissing: a runtime is not installed where it is said to be.
         """
         kind, where = artifact.kind, str(artifact.path)
         if self.runtimes is not None:
             self.runtimes.check(kind)
+            self.runtimes.find(kind)
         if self.most_kl is not None and not 0 < self.most_kl < math.inf:
             raise UsageError(
                 f"--most-kl is {self.most_kl:g}", fix="name a share above 0, for example 0.05"

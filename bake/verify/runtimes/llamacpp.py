@@ -26,7 +26,8 @@ LLAMA_CPP = Runtime(
     "llama.cpp",
     ("checkpoint", "merge", "gguf", "gguf-lora", "control-vector"),
     "_llamacpp_worker.py",
-    ("numpy", "xllamacpp"),
+    # The worker calls functions that no other version promises to have, or to have unchanged.
+    ("numpy", "xllamacpp==2026.10.11549"),
     gguf=True,
     details=_adapter_kind,
 )
