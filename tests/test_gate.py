@@ -494,12 +494,11 @@ def test_tasks_need_their_extra(
 
 
 def harness(monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., Any]) -> None:
-    """Put a harness in place of the real one, which is an extra."""
+    """Put a harness in place of the real one, which takes long."""
     for name, content in (
         ("lm_eval", {"simple_evaluate": evaluate}),
         ("lm_eval.models", {}),
         ("lm_eval.models.huggingface", {"HFLM": lambda **given: given}),
-        ("lm_eval.tasks", {"TaskManager": lambda include_path: include_path}),
     ):
         module = ModuleType(name)
         module.__dict__.update(content)
@@ -538,13 +537,13 @@ def test_documents_of_a_task_are_paired(monkeypatch: pytest.MonkeyPatch) -> None
         run_tasks(live, ended, ("a",), None)
 
 
+@pytest.mark.slow  # the harness reads thousands of files to know its tasks
 def test_a_task_of_the_real_harness(
     made: Callable[[str], RecipeFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Its data are read from this disk; the client of the Hub would ask there all the same.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     folder = made(gated("tasks = {bake_words = {drop = 0.9}}"))
     write_task(folder.folder)
     out = folder.export()

@@ -15,7 +15,7 @@ from bake.verify.prompts import lines_of, parse_prompts
 from bake.verify.refusals import PHRASES, answers, refuses
 from bake.verify.runner import Runner
 from bake.verify.scores import Scored
-from bake.verify.tasks import run_tasks
+from bake.verify.tasks import known_tasks, run_tasks
 from bake.verify.text import Text
 from bake.verify.tokenizer import load_tokenizer
 
@@ -83,11 +83,12 @@ def _refusals(runner: Runner, gate: RefusalsGate) -> Check:
 
 def _tasks(runner: Runner, gate: Gate) -> list[Check]:
     inputs = runner.inputs
-    tokenizer, found = load_tokenizer(inputs.artifact.path), {}
+    tokenizer, known = load_tokenizer(inputs.artifact.path), known_tasks(inputs.asked.tasks)
+    found = {}
     for name in ("base", "baked"):
         inputs.asked.remark(f"tasks of the {name} model")
         live = runner.model(runner.sources[name][0], torch.float32)
-        found[name] = run_tasks(live, tokenizer, tuple(gate.tasks), inputs.asked.tasks)
+        found[name] = run_tasks(live, tokenizer, tuple(gate.tasks), known)
     checks = []
     for task, bounds in gate.tasks.items():
         values = {name: scores[task].values for name, scores in found.items()}

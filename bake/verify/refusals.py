@@ -37,6 +37,8 @@ def _plain(text: str) -> str:
 def answers(live: Live, prompts: Sequence[Sequence[int]], tokenizer: Any) -> list[str]:
     """Return the greedy answer of a model to every prompt, as transformers generates it.
 
+    What is not said here, penalties for example, comes from the model's own generation config.
+
     Args:
         live: the model, in memory as a whole.
         prompts: token ids.

@@ -36,8 +36,20 @@ def check_harness() -> None:
         )
 
 
+def known_tasks(folder: Path | None) -> Any:
+    """Return the harness's ``TaskManager``, which reads thousands of files: ten seconds or more.
+
+    Args:
+        folder: of the user's own tasks, as the harness takes it.
+    """
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=None if folder is None else str(folder))
+
+
 def run_tasks(
-    live: Live, tokenizer: Any, names: Sequence[str], folder: Path | None
+    live: Live, tokenizer: Any, names: Sequence[str], known: Any
 ) -> dict[str, TaskScores]:
     """Return what a model scores on every document of some tasks, by the first of their metrics.
 
@@ -45,7 +57,7 @@ def run_tasks(
         live: the model, in memory as a whole.
         tokenizer: of the artifact.
         names: of the tasks, or of groups of them.
-        folder: of the user's own tasks, as the harness takes it.
+        known: the tasks that there are, from `known_tasks`.
 
     Raises:
         InputError: there is no such task, its data cannot be had, or its metric is no share; or the
@@ -60,16 +72,13 @@ def run_tasks(
         )
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=None if folder is None else str(folder))
     model = HFLM(pretrained=live.model, tokenizer=tokenizer, batch_size=BATCH)
     found = {}
     for name in names:
         try:
             result: Any = simple_evaluate(
-                model=model, tasks=[name], task_manager=manager, log_samples=True, bootstrap_iters=0
+                model=model, tasks=[name], task_manager=known, log_samples=True, bootstrap_iters=0
             )
         except (KeyError, ValueError, OSError) as error:
             raise InputError(
