@@ -174,6 +174,8 @@ class _Mixer:
         if isinstance(self.map, LowRankMap):
             if self.gathered is None or local.numel() == 0:
                 return tile
+            if self.rows is None:
+                return tile + self.map.left[indices] @ self.gathered
             return tile.index_add(0, local, self.map.left[indices] @ self.gathered)
         if isinstance(self.map, DiagonalMap):
             return tile.index_copy(0, local, self.map.scale[indices].unsqueeze(1) * tile[local])

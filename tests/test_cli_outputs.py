@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf_files
+import numpy as np
 import pytest
 import tiny
 from adapters import factors_of, rewritten
@@ -515,6 +516,34 @@ def test_a_gguf_says_what_rounding_left(work: AdapterFolder, tmp_path: Path) -> 
         pattern = rf"\n{re.escape(tensor['name'])} +F16 +nearest +[\d.]+% +{tensor['leak']:.1e} "
         assert re.search(pattern, text), text
     assert max(tensor["leak"] for tensor in record) > 10 * worst
+
+
+def test_a_plan_shows_what_storing_costs(tmp_path: Path, tiny_checkpoint: Checkpoints) -> None:
+    """The type that the table calls taken is the one that an export then takes."""
+    base = tiny_checkpoint("llama", hidden_size=64, intermediate_size=96, head_dim=16, **NO_BIAS)
+    recipe, file, out = write_recipe(tmp_path, base), tmp_path / "base.gguf", tmp_path / "out"
+    np.save(tmp_path / "mood.npy", np.random.default_rng(0).standard_normal(64))
+    plan = ("plan", recipe, "--gguf", file)
+    gguf_files.write(file, base, kind="Q5_0")
+    assert "Storage in base.gguf (may lose 5% of the KL)" in run(*plan).stdout
+    choices = json.loads(run(*plan, "--json").stdout)["storage"]["choices"]
+    rows = {
+        word: row
+        for word in ("keep", "Q8_0", "F16")
+        for row in choices
+        if set(row["types"].values()) == {word}
+    }
+    assert rows["keep"]["bytes"] < rows["Q8_0"]["bytes"] < rows["F16"]["bytes"]
+    assert rows["keep"]["lost"] > 10 * rows["Q8_0"]["lost"] > 100 * rows["F16"]["lost"]
+    told = shown(run("export", recipe, "--to", "gguf", "--gguf", file, "--out", out))
+    (taken,) = (row for row in choices if row["taken"])
+    assert json.loads((out / "bake.json").read_text())["export"]["gguf_type"] == taken["types"]
+    assert "of the edit's KL is lost to rounding" in " ".join(told.split())
+    # Nothing to choose: in F16 every tensor stays what it is.
+    gguf_files.write(file, base, kind="F16")
+    (row,) = json.loads(run(*plan, "--json").stdout)["storage"]["choices"]
+    assert row["types"] == {} and row["lost"] == 0.0
+    assert "as they are: none is in blocks" in run(*plan).stdout
 
 
 # --- Modelfiles --------------------------------------------------------------------------------

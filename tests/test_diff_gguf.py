@@ -39,10 +39,8 @@ def baked(base: Path, source: Path, out: Path, **options: Any) -> Path:
     ablation = edit(opened, "ablate", make.ablate(vector(128)), "resid")
     plan = plan_of(opened, [ablation], targets=("llama.cpp",))
     record = {"base": {"model": str(base)}}
-    allow = frozenset({"approximate"})
-    written(
-        "gguf", plan, opened.checkpoint, out, gguf=source, record=record, allow=allow, **options
-    )
+    asked = {"allow": frozenset({"approximate"}), "gguf_type": "keep", **options}
+    written("gguf", plan, opened.checkpoint, out, gguf=source, record=record, **asked)
     return out / source.name
 
 

@@ -20,17 +20,25 @@ from torch import Tensor
 from bake import __version__
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, translation
 from bake.artifact.artifact import Artifact
-from bake.checkpoints.gguf.codec import FLOATS, decode, encode, encode_with_feedback
+from bake.checkpoints.gguf.codec import (
+    FLOATS,
+    decode,
+    encode,
+)
 from bake.checkpoints.gguf.file import open_gguf
 from bake.checkpoints.gguf.ggml import VARIABLE, load_ggml
-from bake.checkpoints.gguf.grid import PLANES, read_grid, with_codes
+from bake.checkpoints.gguf.grid import PLANES, ends, read_codes, read_grid, with_codes
+from bake.checkpoints.gguf.rounding import allowed_error, encode_measured
 from bake.checkpoints.gguf.types import BY_NAME, TYPES
 from bake.edits import Edit, WeightUpdate
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
 from bake.families import find_family, resolve
 from bake.families.gguf import gguf_places
+from bake.outputs.export import Export
+from bake.outputs.gguf.edit import new_tensors
 from bake.outputs.gguf.modelfile import modelfile
 from bake.plan import Plan
+from bake.rounding import Feedback
 from bake.sites import Site, SiteKind
 
 EPSILON = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}  # half a unit in the last place
@@ -124,7 +132,9 @@ def edits_of(base: harness.Base, case: Case) -> list[Edit]:
 
 
 def export(base: harness.Base, plan: Plan, file: Path, out: Path, **options: Any) -> Artifact:
-    return written("gguf", plan, base.checkpoint, out, gguf=file, **options)
+    """Edit a file; every tensor keeps its type unless the test says otherwise."""
+    asked = {"gguf_type": "keep", **options}
+    return written("gguf", plan, base.checkpoint, out, gguf=file, **asked)
 
 
 # --- the same function as the checkpoint route ---------------------------------------------------
@@ -350,7 +360,7 @@ def test_rounding_that_undoes_the_edit_is_refused(tiny_checkpoint: Tiny, tmp_pat
     file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0")
     with pytest.raises(InexactPlan, match=r"rounding to Q4_0 leaves \d\d% of the edit") as error:
         export(base, plan, file, tmp_path / "out", rounding="nearest")
-    assert "use --rounding feedback, or --edited-type Q8_0" in str(error.value)
+    assert "use --rounding feedback, or --gguf-type Q8_0" in str(error.value)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
     name = "blk.1.ffn_down.weight"
@@ -406,7 +416,7 @@ def test_edited_tensors_in_another_type(tiny_checkpoint: Tiny, tmp_path: Path) -
     plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
     kinds = {"blk.0.attn_output.weight": "F16"}
     file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0", kinds=kinds)
-    out = export(base, plan, file, tmp_path / "out", edited_type="Q8_0").path
+    out = export(base, plan, file, tmp_path / "out", gguf_type="Q8_0").path
     before, after = gguf_files.stored(file), gguf_files.stored(out / "base.gguf")
     assert after["blk.1.ffn_down.weight"][0] == "Q8_0"
     assert after["blk.0.attn_output.weight"][0] == "F16"  # not in blocks: it keeps its precision
@@ -414,9 +424,66 @@ def test_edited_tensors_in_another_type(tiny_checkpoint: Tiny, tmp_path: Path) -
     assert len(untouched) > 20
     assert all(after[name] == before[name] for name in untouched)
     with pytest.raises(UsageError, match="there is no GGUF tensor type 'Q9'"):
-        export(base, plan, file, tmp_path / "c", edited_type="Q9")
+        export(base, plan, file, tmp_path / "c", gguf_type="Q9")
     with pytest.raises(UsageError, match="rounding is 'up'"):
         export(base, plan, file, tmp_path / "c", rounding="up")
+
+
+def test_the_smallest_type_within_the_limit_is_taken(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    """By itself an export widens what noise would drown, and no further than the limit asks."""
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0")
+    taken, sizes = {}, []
+    for limit in (1e-9, 0.05, 0.3, 1e9):
+        out = export(base, plan, file, tmp_path / f"{limit}", gguf_type="auto", most_kl=limit)
+        told = json.loads((out.path / "bake.json").read_text(encoding="utf-8"))["export"]
+        assert told["storage"]["asked"] == {"embed": "auto", "writers": "auto"}
+        assert told["storage"]["limit"] == limit
+        taken[limit] = set(told["gguf_type"].values())
+        for name, (kind, _) in gguf_files.stored(out.path / "base.gguf").items():
+            if name in _written(out.path) and name.endswith("weight") and "norm" not in name:
+                part = "embed" if name == "token_embd.weight" else "writers"
+                assert kind == told["gguf_type"].get(part, "keep").replace("keep", "Q4_0"), name
+        sizes.append((out.path / "base.gguf").stat().st_size)
+        # What is written has the noise that samples promised.
+        rows = json.loads((out.path / "bake.json").read_text(encoding="utf-8"))["gguf"]["tensors"]
+        errors = [row["error"] for row in rows if "error" in row]
+        assert (told["storage"]["lost"] <= limit) or limit == 1e-9
+        assert max(errors) < {1e-9: 1e-3, 0.05: 0.06, 0.3: 0.2, 1e9: 1.0}[limit]
+    assert taken[1e-9] == {"F16"} and taken[1e9] == {"keep"}
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[1] > sizes[-1]
+
+
+def test_every_kind_of_tensor_has_a_type_of_its_own(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate the stream"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0")
+    asked = {"embed": "Q8_0", "writers": "f16"}
+    after = gguf_files.stored(
+        export(base, plan, file, tmp_path / "out", gguf_type=asked).path / "base.gguf"
+    )
+    assert after["token_embd.weight"][0] == "Q8_0"
+    assert after["blk.1.ffn_down.weight"][0] == "F16"
+    assert after["blk.1.ffn_up.weight"][0] == "Q4_0"  # the edit does not reach it
+    for wrong in ({"embeds": "Q8_0"}, {"embed": "Q9"}, "Q9"):
+        with pytest.raises(UsageError, match="there is no"):
+            export(base, plan, file, tmp_path / "c", gguf_type=wrong)
+
+
+def test_matrices_can_be_asked_for_unrounded(tiny_checkpoint: Tiny, tmp_path: Path) -> None:
+    base = wide(tiny_checkpoint)
+    plan = harness.plan_of(base, edits_of(base, CASES["ablate outputs"]))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "Q4_0")
+    what = Export(plan, base.checkpoint, gguf=file, gguf_type="keep")
+    name, model = "blk.1.ffn_down.weight", what.model()
+    assert model is not None
+    exact = torch.cat(list(new_tensors(what, model)[0][name].exact()))
+    direction, old = ablation(64).right, gguf_files.values(file)[name]
+    assert float((direction @ exact).norm()) < 1e-14 * float((direction @ old).norm())
+    assert torch.allclose(exact, old - direction.T @ (direction @ old), rtol=0, atol=1e-15)
+    out = export(base, plan, file, tmp_path / "out").path
+    assert float((gguf_files.values(out / "base.gguf")[name] - exact).abs().max()) > 1e-3
 
 
 def test_k_quants_are_edited_without_a_quantiser(
@@ -447,9 +514,9 @@ def test_k_quants_are_edited_without_a_quantiser(
     with pytest.raises(UsageError, match="stored as Q4_K, which gguf-py decodes but") as error:
         export(base, plan, file, tmp_path / "b", rounding="nearest")
     assert "install llama-cpp-python or xllamacpp" in str(error.value)
-    assert "(--edited-type Q8_0)" in str(error.value)
+    assert "(--gguf-type Q8_0)" in str(error.value)
     assert not (tmp_path / "b").exists()
-    out = export(base, plan, file, tmp_path / "b", edited_type="Q8_0").path
+    out = export(base, plan, file, tmp_path / "b", gguf_type="Q8_0").path
     assert gguf_files.stored(out / "base.gguf")[name][0] == "Q8_0"
     monkeypatch.setenv(VARIABLE, str(file))
     with pytest.raises(InputError, match="is no ggml library"):
@@ -748,8 +815,10 @@ def test_codes_under_the_scales_that_are_there(kind: str) -> None:
         return torch.from_numpy(gguf.quants.dequantize(rows.numpy(), number).astype(np.float64))
 
     span = float(theirs(raw).abs().max())
-    assert float((grid.values(grid.codes) - theirs(raw)).abs().max()) <= 2.0**-22 * span
-    assert torch.equal(with_codes(raw, BY_NAME[kind], grid.codes), raw)
+    found = read_codes(raw, BY_NAME[kind])
+    assert float((grid.values(found) - theirs(raw)).abs().max()) <= 2.0**-22 * span
+    assert torch.equal(with_codes(raw, BY_NAME[kind], found), raw)
+    assert (grid.low, grid.high) == ends(BY_NAME[kind])
     codes = torch.randint(grid.low, grid.high + 1, (5, 2 * block), generator=generator)
     other = with_codes(raw, BY_NAME[kind], codes.to(torch.float64))
     assert float((grid.values(codes) - theirs(other)).abs().max()) <= 2.0**-22 * span
@@ -776,22 +845,60 @@ def test_blocks_whose_scales_do_not_reach_are_encoded_anew() -> None:
     kind = BY_NAME["Q4_0"]
     base = encode(values / 10, kind, "w")
     base[0, :18] = 0  # a block of zeros has no steps at all
-    near = values / 10
+    near = decode(base, kind, "w")
     near[7] *= 4
     near[0, 0] = 1.0
     direction = harness.vector(64, 1)[None]
-    fed = encode_with_feedback(near, direction, kind, "w", base=base)
+    fed, errors = encode_measured(near, kind, "w", base=base, feedback=Feedback(direction, 0))
     scales = [raw.reshape(64, 3, 18)[:, :, :2] for raw in (base, fed)]
     same = (scales[0] == scales[1]).all(dim=2)
     assert not bool(same[7].any())
     assert not bool(same[0, 0])
     assert bool(same[1:7].all())
     assert bool(same[8:].all())
-    # Half a step to the nearest code, one step of feedback, and a sixteenth of sixteen steps where
-    # a value lies outside of the range that is kept.
-    step = scales[1].contiguous().view(torch.float16).to(torch.float64).abs()
-    error = (decode(fed, kind, "w") - near).abs().reshape(64, 3, 32)
-    assert bool((error <= 2.5 * step + 1e-12).all())
+    assert torch.equal(decode(fed, kind, "w") - near, errors)
+
+
+@pytest.mark.parametrize("size", [1.0, 3e-7, 60.0])
+@pytest.mark.parametrize("shift", [0.0, 7.0])
+@pytest.mark.parametrize("kind", SIMPLE[3:])
+def test_no_value_is_further_off_than_its_grid_allows(kind: str, shift: float, size: float) -> None:
+    """Kept scales and fresh ones, large values and those at float16's lower end, every code."""
+    exact = size * (harness.vector(96 * 64).reshape(96, 64).to(torch.float64) + shift)
+    base = encode(exact, BY_NAME[kind], "w")
+    exact[5] *= 1.5  # beyond the scales that are there
+    direction = harness.vector(96, 1)[None]
+    for old in (base, None):
+        fed, _ = encode_measured(
+            exact, BY_NAME[kind], "w", base=old, feedback=Feedback(direction, 0)
+        )
+        allowed = allowed_error(fed, BY_NAME[kind], "w", "feedback")
+        off = (decode(fed, BY_NAME[kind], "w") - exact).abs()
+        assert allowed is not None
+        assert bool((off <= allowed).all())
+        # The control: of codes two steps further, hardly one passes.
+        low, high = ends(BY_NAME[kind])
+        codes = read_codes(fed, BY_NAME[kind])
+        wrong = with_codes(fed, BY_NAME[kind], torch.where(codes + 3 <= high, codes + 3, codes - 3))
+        moved = (decode(wrong, BY_NAME[kind], "w") - exact).abs()
+        assert float((moved > allowed).double().mean()) > 0.99
+        assert low < high
+
+
+@pytest.mark.parametrize("kind", SIMPLE[3:])
+def test_nearest_stays_within_its_bound(kind: str) -> None:
+    exact = harness.vector(96 * 64).reshape(96, 64).to(torch.float64)
+    raw, errors = encode_measured(exact, BY_NAME[kind], "w")
+    allowed = allowed_error(raw, BY_NAME[kind], "w", "nearest")
+    assert allowed is not None
+    assert bool((errors.abs() <= allowed).all())
+    assert not bool((errors.abs() <= allowed / 3).all())
+
+
+def test_types_without_an_even_grid_have_no_bound() -> None:
+    assert not {"MXFP4", *FLOATS} & set(PLANES)
+    raw = encode(harness.vector(64).reshape(2, 32), BY_NAME["MXFP4"], "w")
+    assert allowed_error(raw, BY_NAME["MXFP4"], "w", "nearest") is None
 
 
 def test_library_that_computes_something_else(tmp_path: Path) -> None:

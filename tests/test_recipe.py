@@ -13,6 +13,7 @@ from tiny import layout_of
 from bake import edits
 from bake.affine import AffineMap
 from bake.artifact import CARRIERS
+from bake.checkpoints.gguf.storage import PARTS, storage_words
 from bake.directions import Direction, Directions, Role, Shape
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import BakeError, DirectionError, HubError, InputError, UsageError
@@ -925,3 +926,34 @@ def test_the_documentation_has_every_key_of_a_family_table() -> None:
     for key in keys:
         named = (f"`{key}`", f"`[{key}]`", f"`[[{key}]]`", f"`[{key}.")
         assert any(name in text for name in named), key
+
+
+def test_types_of_a_gguf(tmp_path: Path) -> None:
+    """One word for all, or one for each kind of tensor; what is not named is chosen."""
+    assert recipe_of(tmp_path, EDIT).export.gguf_type == "auto"
+    assert recipe_of(tmp_path, EDIT).export.rounding is None
+    for text, meant in (
+        ('"q8_0"', dict.fromkeys(PARTS, "Q8_0")),
+        ('"keep"', dict.fromkeys(PARTS, "keep")),
+        ('{ embed = "F16" }', {**dict.fromkeys(PARTS, "auto"), "embed": "F16"}),
+    ):
+        export = recipe_of(tmp_path, EDIT + f"[export]\ngguf_type = {text}\n").export
+        assert export.gguf_type == meant
+    for text, told in (
+        ('gguf_type = "Q9"', "there is no GGUF tensor type 'Q9'"),
+        ('gguf_type = { embeds = "Q8_0" }', "did you mean 'embed'"),
+        ("gguf_type = 8", "is no text or table of texts"),
+        ('rounding = "up"', "rounding = 'up'"),
+    ):
+        with pytest.raises(UsageError) as error:
+            recipe_of(tmp_path, EDIT + f"[export]\n{text}\n")
+        assert told in str(error.value)
+
+
+def test_types_of_a_gguf_on_the_command_line() -> None:
+    assert storage_words((), "--gguf-type") is None
+    assert storage_words(("Q8_0",), "--gguf-type") == "Q8_0"
+    pairs = ("embed=Q8_0", "writers=keep")
+    assert storage_words(pairs, "--gguf-type") == {"embed": "Q8_0", "writers": "keep"}
+    with pytest.raises(UsageError, match="names a type for all and others beside it"):
+        storage_words(("Q8_0", "embed=F16"), "--gguf-type")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bake.errors import InputError
-from bake.rounding import feedback, to_storage
+from bake.rounding import Feedback, to_storage
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*NARROW, torch.float64)
@@ -111,6 +111,13 @@ def test_values_that_are_not_finite(dtype: torch.dtype, value: float) -> None:
 
 
 # With error feedback
+
+
+def feedback(
+    values: Tensor, directions: Tensor, dtype: torch.dtype, name: str, *, axis: int = 0
+) -> Tensor:
+    """Round a whole matrix, in one tile."""
+    return Feedback(directions, axis).to_storage(values, dtype, name)
 
 
 def ablated(seed: int, rows: int, columns: int, count: int) -> tuple[Tensor, Tensor]:

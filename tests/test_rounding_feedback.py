@@ -1,11 +1,19 @@
 """Rounding with error feedback: what the directions see of the errors cancels, at little cost."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
 import pytest
+import tiny
 import torch
+from exporting import written
 from torch import Tensor
 
+from bake.affine import LowRankMap
 from bake.errors import InputError
-from bake.rounding import corrections, feedback, to_storage
+from bake.rounding import Feedback, Moves, Where, to_storage
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -20,6 +28,29 @@ def problem(
     factors = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
     directions = torch.linalg.qr(factors)[0].T
     return weight, directions, weight - directions.T @ (directions @ weight)
+
+
+def feedback(
+    values: Tensor, directions: Tensor, dtype: torch.dtype, name: str, *, axis: int = 0
+) -> Tensor:
+    """Round a whole matrix, in one tile."""
+    return Feedback(directions, axis).to_storage(values, dtype, name)
+
+
+class Steps:
+    """Whole numbers that may move by a step, as far as ``low`` and ``high`` say."""
+
+    def __init__(self, values: Tensor, unit: Tensor, low: int, high: int) -> None:
+        self.values, self.unit, self.ends = values.clone(), unit, (low, high)
+        self.counts = torch.zeros_like(values)
+
+    def moves(self, where: Where) -> Moves:
+        done = self.counts[where]
+        return Moves(self.unit[where], self.ends[0] - done, self.ends[1] - done)
+
+    def move(self, where: Where, counts: Tensor) -> None:
+        self.counts[where] += counts
+        self.values[where] += counts * self.unit[where]
 
 
 def leak(directions: Tensor, rounded: Tensor, weight: Tensor) -> float:
@@ -103,22 +134,36 @@ def test_no_direction_is_rounding_to_nearest() -> None:
     assert torch.equal(feedback(exact, none, torch.float16, "w"), exact.to(torch.float16))
 
 
-def test_choices_that_are_equal_are_not_taken() -> None:
-    """A value moves only where the other neighbour is another one."""
+def test_values_that_cannot_move_stay() -> None:
     _, directions, exact = problem(64, 16, 1, torch.bfloat16)
-    nearest = exact.to(torch.bfloat16)
-    other = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
-    other[:, 3] = nearest[:, 3]
-    chosen = corrections(exact, (nearest, other), directions)
-    assert not bool(chosen[:, 3].any())
-    assert bool(chosen.any())
+    nearest = exact.to(torch.bfloat16).to(torch.float64)
+    unit = torch.full_like(nearest, 2.0**-12)
+    unit[:, 3] = 0.0
+    steps = Steps(nearest, unit, -1, 1)
+    Feedback(directions, 0).settle(nearest - exact, steps)
+    assert not bool(steps.counts[:, 3].any())
+    assert bool(steps.counts.any())
 
 
-def test_many_columns_are_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, directions, exact = problem(64, 50, 2, torch.bfloat16)
-    whole = feedback(exact, directions, torch.bfloat16, "w")
-    monkeypatch.setattr("bake.rounding._BLOCK", 64 * 7)
-    assert torch.equal(feedback(exact, directions, torch.bfloat16, "w"), whole)
+@pytest.mark.parametrize("tile", [300, 1024, 2048])
+def test_tiles_carry_on_what_was_seen(tile: int) -> None:
+    """However the rows are cut: the last tile settles what the others have left."""
+    weight, directions, exact = problem(2048, 96, 1, torch.bfloat16)
+
+    def rounded(stop: int) -> Tensor:
+        """Round with feedback up to a row, and to nearest behind it."""
+        state = Feedback(directions, 0)
+        starts = range(0, stop, tile)
+        tiles = [
+            state.to_storage(exact[start : start + tile], torch.bfloat16, "w") for start in starts
+        ]
+        done = sum(part.shape[0] for part in tiles)
+        return torch.cat([*tiles, to_storage(exact[done:], torch.bfloat16, "w")])
+
+    assert leak(directions, rounded(2048), weight) < 1e-5
+    assert rms(rounded(2048), exact) < 1.3 * rms(exact.to(torch.bfloat16), exact)
+    # The control: without the last tile a component is left.
+    assert leak(directions, rounded(2048 - tile), weight) > 1e-4
 
 
 def test_the_end_of_the_range_stays_finite() -> None:
@@ -133,6 +178,32 @@ def test_the_end_of_the_range_stays_finite() -> None:
         feedback(exact * 2, directions, torch.float16, "w")
 
 
+def test_a_checkpoint_is_rounded_as_asked(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With feedback a removed direction is gone; nothing that the edit leaves is touched."""
+    base = harness.base_at(
+        tiny_checkpoint("llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=96)
+    )
+    unit = harness.vector(256) / harness.vector(256).norm()
+    ablation = LowRankMap(-unit[:, None], unit[None], torch.zeros(256, dtype=torch.float64))
+    plan = harness.plan_of(base, [harness.edit(base, "ablate", ablation, "resid")])
+    before, names = tiny.tensors_of(base.path), [update.name for update in plan.tensors]
+    left: dict[str | None, float] = {}
+    for rounding in (None, "nearest", "feedback"):
+        out = tmp_path / f"{rounding}"
+        written("checkpoint", plan, base.checkpoint, out, rounding=rounding)
+        after = tiny.tensors_of(out)
+        changed = {n for n in after if n not in before or not torch.equal(before[n], after[n])}
+        assert changed <= {*names, *(bias.name for bias in plan.biases)}
+        name = "model.layers.1.mlp.down_proj.weight"
+        left[rounding] = leak(unit[None], after[name], before[name].double())
+        told = json.loads((out / "bake.json").read_text(encoding="utf-8")).get("export")
+        assert told == (None if rounding is None else {"rounding": rounding})
+    assert left[None] == left["nearest"]
+    assert left["feedback"] < 1e-4 < left["nearest"] / 10
+
+
 def test_one_sided_steps_need_a_way_back() -> None:
     """An edit that is small beside the steps: with three choices the walk does not get stuck."""
     generator = torch.Generator().manual_seed(0)
@@ -140,14 +211,11 @@ def test_one_sided_steps_need_a_way_back() -> None:
     direction = torch.randn(1, 1024, generator=generator, dtype=torch.float64)
     direction /= direction.norm()
     exact = codes - direction.T @ (direction @ codes)  # the steps are 1, the change is about 0.1
-    towards = torch.sign(exact - codes)
-    two = (codes, codes + towards)
-    three = (*two, codes - towards)
     left = {}
-    for name, choices in (("nearest", (codes,)), ("two", two), ("three", three)):
-        chosen = corrections(exact, choices, direction).to(torch.int64)
-        taken = torch.stack(choices).gather(0, chosen.unsqueeze(0))[0]
-        left[name] = float((direction @ taken).norm() / (direction @ codes).norm())
+    for name, low, high in (("nearest", 0, 0), ("two", 0, 1), ("three", -1, 1)):
+        steps = Steps(codes, torch.sign(exact - codes), low, high)
+        Feedback(direction, 0).settle(codes - exact, steps)
+        left[name] = float((direction @ steps.values).norm() / (direction @ codes).norm())
     assert left["nearest"] == pytest.approx(1.0)  # every value is nearest where it was
     assert left["three"] < 1e-4
     assert left["three"] < left["two"] / 10

@@ -239,13 +239,26 @@ class GgufFile(RecordPart, frozen=True, kw_only=True):
     sha256: str
 
 
+class StorageRecord(RecordPart, frozen=True, kw_only=True):
+    """Why edited matrices of a GGUF are stored in their types."""
+
+    asked: dict[str, str]
+    """By the kind of tensor: a type, ``keep``, or ``auto`` for the smallest within the limit."""
+    lost: float
+    """Of the edit's KL, by the noise of a sample."""
+    limit: float
+
+
 class ExportOptions(RecordPart, frozen=True, kw_only=True):
     """The options of the export that decide this carrier's bytes."""
 
     gguf: tuple[GgufFile, ...] = ()
     """The base in GGUF that was edited, or that an adapter was made for."""
+    gguf_type: dict[str, str] = {}
+    """The type of edited matrices by the kind of tensor; ``keep`` where each kept its own."""
+    storage: StorageRecord | None = None
     edited_type: str | UnsetType | None = UNSET
-    """The type of edited matrices; None where each kept its own."""
+    """Instead of ``gguf_type`` in records of earlier versions: for all, None to keep."""
     rounding: Literal["nearest", "feedback"] | None = None
     converter: str | None = None
     """The sha256 of llama.cpp's converter."""

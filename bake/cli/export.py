@@ -17,7 +17,7 @@ from bake.cli.options import (
 from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
-_EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
+_EXPORT = ("gguf", "llama_cpp", "gguf_type", "outtype", "rounding")
 """What an export is told beyond its plan, each by itself where the command line says nothing."""
 
 
@@ -39,7 +39,11 @@ _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
     help="For gguf: convert the baked checkpoint with this.",
 )
 @click.option(
-    "--edited-type", metavar="TYPE", help="For --gguf: the type of edited tensors; their own else."
+    "--gguf-type",
+    multiple=True,
+    metavar="[PART=]TYPE",
+    help="For --gguf: the type of edited tensors, instead of the recipe's: auto, keep, Q8_0 … "
+    "For a kind of tensor alone embed=TYPE, head=, writers= or readers=. May be repeated.",
 )
 @click.option(
     "--outtype",
@@ -49,7 +53,8 @@ _EXPORT = ("gguf", "llama_cpp", "edited_type", "outtype", "rounding")
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "feedback"]),
-    help="For --gguf: feedback keeps the edit, where nearest loses most of it in few bits.",
+    help="feedback cancels what the edit's directions see of rounding errors; it is what --gguf "
+    "does, while a checkpoint is rounded to nearest.",
 )
 @FORCE
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
@@ -85,12 +90,14 @@ def _export(
     output: Output, recipe: Path, out: Path, *, dry_run: bool, force: bool, **options: Any
 ) -> None:
     """Write what a recipe says, once its plan has been shown."""
+    from bake.checkpoints.gguf.storage import storage_words
     from bake.cli.render.plans import plan
     from bake.cli.render.results import exported
     from bake.jobs.exporting import export, would_be
     from bake.plan.record import plan_record
 
     named = {name: options.pop(name) for name in _EXPORT}
+    named["gguf_type"] = storage_words(named["gguf_type"], "--gguf-type")
     request = compile_request(recipe, bars=output.bar, **options)
     given = {name: value for name, value in named.items() if value is not None}
     chosen = request.export(out, force=force, **given)

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bake.cli.options import names_artifact, planned_again, recipe_options
+import click
+
+from bake.cli.options import PATH, names_artifact, planned_again, recipe_options
 from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
@@ -13,17 +15,24 @@ if TYPE_CHECKING:
 
 @bake_command("plan")
 @recipe_options
-def command(output: Output, recipe: str, *, base: str | None, **options: Any) -> None:
+@click.option(
+    "--gguf", type=PATH, metavar="FILE", help="Show what storing the edit in this GGUF costs."
+)
+def command(
+    output: Output, recipe: str, *, base: str | None, gguf: Path | None, **options: Any
+) -> None:
     """Say what RECIPE would change, whether that is exact, and why.
 
-    Reads headers only, and writes nothing. The exit code is 0 when `bake export` would go ahead,
-    and 3 when a finding is not exact and not allowed, or a target runtime refuses the result.
+    Reads headers only (and of --gguf some rows), and writes nothing. The exit code is 0 when
+    `bake export` would go ahead, and 3 when a finding is not exact and not allowed, or a target
+    runtime refuses the result.
 
     For an ARTIFACT (a folder, owner/name or hf://owner/name@revision) the plan is made again from
     the edits and the record in it and from its base. The exit code is 1 when it is not the plan
     of the record.
     """
-    from bake.cli.render import plans
+    from bake.cli.render import plans, rounding
+    from bake.jobs.storage import storage
     from bake.plan.record import plan_record
 
     again = planned_again(recipe, base, **options) if names_artifact(recipe, base) else None
@@ -31,15 +40,18 @@ def command(output: Output, recipe: str, *, base: str | None, **options: Any) ->
         request = compile_request(Path(recipe), bars=output.bar, **options)
     else:
         request = again.request
+    found = None if gguf is None else storage(request, gguf)
     output.present(
         data=lambda: {
             **request.provenance().to_json(),
             "plan": plan_record(request.plan).to_json(),
             "carriers": _carriers(request.plan),
+            **({} if found is None else {"storage": found.to_json()}),
             **({} if again is None else {"again": again.to_json()}),
         },
         view=lambda: [
             *plans.plan(request, verbose=output.verbose),
+            *([] if found is None else [rounding.storage(found)]),
             *([] if again is None else plans.again(again)),
         ],
         error=request.refusal() if again is None else again.failure(),

@@ -174,7 +174,8 @@ class GgufWeights(FileWeights):
         if kind.name in FLOATS:
             return half_step(values, kind.name)
         if kind.name in PLANES:
-            return read_grid(raw, kind, lambda some: decode(some, kind, name)).scale.abs()
+            grid = read_grid(raw, kind, lambda some: decode(some, kind, name))
+            return grid.steps(raw.shape[0]).to(torch.float64)
         return None
 
 

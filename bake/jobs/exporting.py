@@ -11,7 +11,7 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
-    from bake.artifact.schema import GgufTensor
+    from bake.artifact.schema import ExportOptions, GgufTensor
     from bake.outputs.export import Export
 
 
@@ -28,6 +28,13 @@ class Exported:
 
         gguf = read_record(written.path).gguf
         return [] if gguf is None else [t for t in gguf.tensors if t.error is not None]
+
+    def options(self, written: "Artifact") -> "ExportOptions":
+        """Return what a carrier's record says of the options that decide its bytes."""
+        from bake.artifact.record import read_record
+        from bake.artifact.schema import ExportOptions
+
+        return read_record(written.path).export or ExportOptions()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values: one artifact by itself, several as a list."""

@@ -31,6 +31,7 @@ def recorded_options(
             malformed.
     """
     from bake.artifact.schema import ExportOptions
+    from bake.checkpoints.gguf.storage import KEEP
 
     record, kind = replanned.artifact.record, replanned.artifact.kind
     stated = record.export or ExportOptions()
@@ -55,9 +56,10 @@ def recorded_options(
         force=force,
         gguf=gguf,
         llama_cpp=llama_cpp,
-        edited_type=stated.edited_type or None,
+        gguf_type=stated.gguf_type or stated.edited_type or KEEP,
+        storage=stated.storage,
         outtype=stated.outtype or (record.gguf and record.gguf.outtype) or "f16",
-        rounding=stated.rounding or "feedback",
+        rounding=stated.rounding,
     )
 
 

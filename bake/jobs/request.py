@@ -58,12 +58,19 @@ class Request:
 
         Args:
             out: the output, from which the path of a local base is told.
-            options: fields of ``Export`` beside plan, base and record.
+            options: fields of ``Export`` beside plan, base and record, instead of the recipe's.
         """
-        from bake.outputs.export import Export
+        from bake.outputs.export import MOST_KL, Export
 
-        allow = frozenset(self.recipe.export.allow)
-        return Export(self.plan, self.model.checkpoint, self.provenance(out), allow, **options)
+        asked = self.recipe.export
+        told = {
+            "gguf_type": asked.gguf_type,
+            "rounding": asked.rounding,
+            "most_kl": self.recipe.verify.most_kl or MOST_KL,
+            **options,
+        }
+        allow = frozenset(asked.allow)
+        return Export(self.plan, self.model.checkpoint, self.provenance(out), allow, **told)
 
     def provenance(self, out: Path | None = None) -> "Provenance":
         """Return what a record keeps of the request: recipe, base, directions.

@@ -23,10 +23,11 @@ from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
 from bake.fold import WeightFold, fold_bias, fold_weight
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
+from bake.outputs.functionals import feedback_of
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Plan, TensorUpdate
 from bake.plan.record import plan_record
-from bake.rounding import to_storage
+from bake.rounding import Rounding, to_storage
 
 
 def prepare_checkpoint(export: Export) -> CarrierWriter:
@@ -50,7 +51,8 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
     """
     plan, base = export.plan, export.checkpoint
     digests = BaseDigests(base)
-    replace, new = planned_tensors(plan, base, run.factors, digests)
+    rounding = export.rounding or "nearest"
+    replace, new = planned_tensors(plan, base, run.factors, digests, rounding)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
         before, made = digests.record(replace), plan_record(plan)
@@ -73,6 +75,7 @@ def planned_tensors(
     checkpoint: Checkpoint,
     shared: SharedFactors | None = None,
     digests: BaseDigests | None = None,
+    rounding: Rounding = "nearest",
 ) -> tuple[dict[str, Producer], dict[str, NewTensor]]:
     """Return producers of the tensors that a plan replaces, and those that it adds, by name.
 
@@ -81,11 +84,12 @@ def planned_tensors(
         checkpoint: the base.
         shared: takes the factors that adapters need from the tiles that pass.
         digests: takes the sha256 of every replaced tensor from the bytes that pass.
+        rounding: of weights; norms and biases are rounded to nearest.
     """
     replace: dict[str, Producer] = {}
     new: dict[str, NewTensor] = {}
     for update in plan.tensors:
-        producer = _weight_producer(update, checkpoint, shared, digests)
+        producer = _weight_producer(update, checkpoint, shared, digests, rounding)
         if update.create:
             dtype = checkpoint.tensors[update.source].dtype
             new[update.name] = NewTensor(dtype, update.shape, producer)
@@ -117,6 +121,7 @@ def _weight_producer(
     checkpoint: Checkpoint,
     shared: SharedFactors | None,
     digests: BaseDigests | None,
+    rounding: Rounding,
 ) -> Producer:
     dtype = checkpoint.tensors[update.source].torch_dtype
 
@@ -131,8 +136,11 @@ def _weight_producer(
             return
         reader = read if digests is None else digests.watched(update.source, read)
         reader = reader if shared is None else shared.watched(update, reader)
-        for tile in fold_weight(reader, _fold_of(update)):
-            yield to_storage(tile, dtype, update.name)
+        fold = _fold_of(update)
+        feedback = feedback_of(fold, rounding)
+        round_ = to_storage if feedback is None else feedback.to_storage
+        for tile in fold_weight(reader, fold):
+            yield round_(tile, dtype, update.name)
 
     return produce
 

@@ -44,7 +44,7 @@ def refuse(export: Export, carrier: str) -> None:
         InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the result.
         UsageError: an option is missing or contradicts another, or there is no such carrier.
     """
-    if export.rounding not in get_args(Rounding):
+    if export.rounding not in (None, *get_args(Rounding)):
         raise UsageError(f"rounding is {export.rounding!r}, and has to be nearest or feedback")
     if carrier_of(carrier).name == "gguf" and (export.gguf is None) == (export.llama_cpp is None):
         raise UsageError(

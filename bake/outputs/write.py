@@ -18,6 +18,7 @@ from bake.artifact.base import base_ref
 from bake.artifact.carrier import in_writing_order
 from bake.artifact.schema import ExportOptions, Provenance
 from bake.artifact.staged import Stage, check_apart, identity_of, staged
+from bake.checkpoints.gguf.storage import storage_types
 from bake.outputs.export import CarrierRun, CarrierWriter, Export, options_record
 from bake.outputs.registry import prepare
 from bake.outputs.shared import SharedFactors
@@ -96,7 +97,8 @@ def _adapters(what: Export, names: Mapping[str, object]) -> bool:
 
 def _identity(what: Export, names: Sequence[str]) -> str:
     """Return a digest of all that decides the output's bytes."""
-    options = [sorted(what.allow), what.edited_type, what.outtype, what.rounding]
+    types = dict(storage_types(what.gguf_type, "gguf_type"))
+    options = [sorted(what.allow), types, what.most_kl, what.outtype, what.rounding]
     base = [str(what.checkpoint.path), what.checkpoint.digest()]
     places = [None if path is None else str(path.resolve()) for path in (what.gguf, what.llama_cpp)]
     record = None if what.record is None else what.record.to_json()

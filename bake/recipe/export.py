@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from bake.artifact import CARRIERS
+from bake.checkpoints.gguf.storage import AUTO, storage_types
 from bake.errors import UsageError
 from bake.families import READS, RUNTIMES
 from bake.recipe.base import model_of
@@ -26,6 +29,8 @@ def read_export(values: Toml, where: str) -> ExportTable:
         to=_words("to", table.to, where),
         allow=_words("allow", table.allow, where),
         target=_words("target", table.target, where),
+        gguf_type=_types(table.gguf_type, where),
+        rounding=table.rounding,
     )
     _check_read(export.to, export.target if "target" in values else (), where)
     return export
@@ -58,13 +63,18 @@ def override(
         key: _words(key, given, f"--{key}")
         for key, given in (("to", to), ("allow", allow), ("target", target))
     }
-    export = ExportTable(
+    export = structs.replace(
+        recipe.export,
         to=words["to"] or recipe.export.to,
         allow=tuple(dict.fromkeys((*recipe.export.allow, *words["allow"]))),
         target=words["target"] or recipe.export.target,
     )
     _check_read(export.to, words["target"], "--target")
     return replace(recipe, base=base, export=export)
+
+
+def _types(given: str | dict[str, str], where: str) -> str | dict[str, str]:
+    return given if given == AUTO else dict(storage_types(given, f"{where} gguf_type"))
 
 
 def _words(key: str, given: Sequence[str], where: str) -> tuple[str, ...]:

@@ -15,10 +15,12 @@ from msgspec import Meta
 
 from bake import section
 from bake.artifact import CARRIERS
+from bake.checkpoints.gguf.storage import AUTO, PARTS
 from bake.directions import Shape
 from bake.edits import EditKind
 from bake.errors import UsageError
 from bake.families import RUNTIMES
+from bake.rounding import Rounding
 
 ALLOWANCES = ("recast", "nulling", "approximate")
 
@@ -137,6 +139,16 @@ class ExportTable(Table, frozen=True, kw_only=True):
     target: Annotated[tuple[Annotated[str, _one_of(*RUNTIMES)], ...], Meta(min_length=1)] = (
         "transformers",
     )
+    gguf_type: Annotated[
+        str | dict[str, str],
+        Meta(
+            description="auto, keep, or a type of ggml such as Q8_0; of all edited tensors, or of "
+            + ", ".join(PARTS),
+            extra={"meant": "no text or table of texts"},
+        ),
+    ] = AUTO
+    rounding: Rounding | None = None
+    """None: what each carrier does by itself."""
 
 
 class CardTable(Table, frozen=True, kw_only=True):

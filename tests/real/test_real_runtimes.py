@@ -70,7 +70,7 @@ def test_llamacpp_serves_edited_tensors_of_a_wider_type(
     exported: Callable[..., Path],
     llamacpp_python: Path,
 ) -> None:
-    options = ("--gguf", subject.files.gguf, "--edited-type", "Q8_0")
+    options = ("--gguf", subject.files.gguf, "--gguf-type", "Q8_0")
     file = exported("ablation", "gguf", *options) / subject.files.gguf.name
     hooked = subject.hooked("ablation")
     found = lost(hooked, subject.base, served(subject, LLAMA_CPP, llamacpp_python, file))

@@ -90,8 +90,10 @@ def serve(file: Path, python: Path, adapter: Path | None = None) -> RuntimeResul
 
 
 def export(base: Base, file: Path, out: Path, **options: Any) -> Path:
+    """Edit a file; every tensor keeps its type unless the test says otherwise."""
     plan = base.subject.plan(base.specs, targets=("llama.cpp",))
-    artifact = written("gguf", plan, base.subject.checkpoint, out, gguf=file, **options)
+    asked = {"gguf_type": "keep", **options}
+    artifact = written("gguf", plan, base.subject.checkpoint, out, gguf=file, **asked)
     return artifact.path / file.name
 
 
@@ -187,6 +189,16 @@ def test_edited_blocks_load_and_serve(
     (file,) = rewritten(base.file, tmp_path / "base.gguf", chosen)
     edited = export(base, file, tmp_path / "out", rounding=rounding)
     only_the_edit(file, edited)
+    check_served(file, edited, llamacpp_python)
+
+
+def test_wider_types_are_served(base: Base, llamacpp_python: Path, tmp_path: Path) -> None:
+    """What is promoted is read by llama.cpp beside the blocks that stay."""
+    (file,) = rewritten(
+        base.file, tmp_path / "base.gguf", lambda n: "F32" if n.startswith("position") else "Q4_0"
+    )
+    edited = export(base, file, tmp_path / "out", gguf_type="Q8_0")
+    assert "Q8_0" in {kind for kind, _ in stored(edited).values()}
     check_served(file, edited, llamacpp_python)
 
 

@@ -1,15 +1,16 @@
 """The grid of a block: its values are offset + scale × code, and where the bits of the codes lie.
 
 A block keeps scales and codes apart, so codes can be exchanged under the scales that are there.
-The layouts are those of ggml (ggml/src/ggml-common.h: ``block_q4_0`` and so on); scale and offset
-are read off the decoder itself, as what it makes of the codes 0 and 1.
+The layouts are those of ggml (ggml/src/ggml-common.h: ``block_q4_0`` and so on). Of the simple
+types scale and offset are the float16 numbers that a block begins with; of the others they are read
+off the decoder itself, as what it makes of the codes 0 and 1.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
 
 from bake.checkpoints.gguf.types import GgmlType
@@ -33,16 +34,20 @@ class Plane:
     def unpack(self, blocks: UInt8[Tensor, "n size"]) -> UInt8[Tensor, "n block"]:
         """Return these bits of every code."""
         packed = blocks[:, self.start : self.stop].reshape(blocks.shape[0], -1, 1, self.run)
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8).reshape(1, 1, -1, 1)
-        return ((packed >> shifts) & ((1 << self.bits) - 1)).reshape(blocks.shape[0], -1)
+        fields = [(packed >> shift) & self._mask for shift in range(0, 8, self.bits)]
+        return torch.cat(fields, dim=2).reshape(blocks.shape[0], -1)
 
     def pack(self, blocks: UInt8[Tensor, "n size"], codes: UInt8[Tensor, "n block"]) -> None:
-        """Write these bits of every code into the blocks."""
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8).reshape(1, 1, -1, 1)
-        values = codes.reshape(blocks.shape[0], -1, 8 // self.bits, self.run) << shifts
-        # The fields do not overlap, so their sum is their union.
-        packed = values.sum(dim=2, dtype=torch.uint8)
+        """Write these bits of every code into the blocks; the codes have no others."""
+        fields = codes.reshape(blocks.shape[0], -1, 8 // self.bits, self.run)
+        packed = fields[:, :, 0]
+        for number in range(1, fields.shape[2]):
+            packed = packed | (fields[:, :, number] << number * self.bits)
         blocks[:, self.start : self.stop] = packed.reshape(blocks.shape[0], -1)
+
+    @property
+    def _mask(self) -> int:
+        return (1 << self.bits) - 1
 
 
 PLANES = {
@@ -58,63 +63,136 @@ PLANES = {
     "Q5_K": (Plane(48, 176, 4, 32), Plane(16, 48, 1, 32)),
     "Q6_K": (Plane(0, 128, 4, 64), Plane(128, 192, 2, 32)),
 }
+_ZERO = {"Q4_0": 8.0, "Q4_1": None, "Q5_0": 16.0, "Q5_1": None, "Q8_0": 0.0}
+"""Of the simple types: which code stands for 0; None where a block has a minimum instead."""
+SIMPLE = tuple(_ZERO)
+"""The types with one scale a block, whose decoders are the grid's own formula."""
 _SIGNED = ("Q8_0",)  # its codes are bytes in two's complement
+_RUN = 16  # values; all types have scales for so many, or for a multiple
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
-    """The values that a tensor's blocks can take under their scales, all [rows, columns]."""
+    """The values that a tensor's blocks can take under their scales.
 
-    codes: Float64[Tensor, "rows columns"]
-    scale: Float64[Tensor, "rows columns"]
-    offset: Float64[Tensor, "rows columns"]
+    Scale and offset are [blocks, runs, 1], for so many equal runs of a block's values: in float32,
+    with which decoders compute, or in float64 where they were read off one.
+    """
+
+    kind: GgmlType
+    scale: Float[Tensor, "blocks runs 1"]
+    offset: Float[Tensor, "blocks runs 1"]
     low: int
     high: int
 
-    def values(self, codes: Tensor) -> Tensor:
+    def values(self, codes: Float[Tensor, "rows columns"]) -> Float64[Tensor, "rows columns"]:
         """Return what the codes stand for."""
-        return self.offset + self.scale * codes
+        found = codes.to(self.scale.dtype).reshape(*self.scale.shape[:2], -1) * self.scale
+        return found.add_(self.offset).to(torch.float64).reshape(codes.shape)
 
-    def ideal(self, values: Tensor) -> Tensor:
+    def ideal(self, values: Float64[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Return the codes, not whole and maybe out of range, that would stand for the values.
 
-        Where the scale is 0 all codes stand for one value, and those that are there stay.
+        They are infinite, or no numbers, where the scale is 0.
         """
-        flat = self.scale == 0
-        exact = (values - self.offset) / self.scale.masked_fill(flat, 1.0)
-        return torch.where(flat, self.codes, exact)
+        single = values.to(self.scale.dtype).reshape(*self.scale.shape[:2], -1)
+        return single.sub(self.offset).div_(self.scale).reshape(values.shape)
+
+    def steps(self, rows: int) -> Float[Tensor, "rows columns"]:
+        """Return the distance of neighbouring codes at every value, [rows, columns]."""
+        run = self.kind.block // self.scale.shape[1]
+        return self.scale.abs().reshape(rows, -1).repeat_interleave(run, dim=1)
 
 
 def read_grid(raw: UInt8[Tensor, "rows bytes"], kind: GgmlType, decode: Decoder) -> Grid:
     """Return the grid of some rows; the type is one of ``PLANES``."""
-    zeros, ones = (decode(_filled(raw, kind, code)) for code in (0, 1))
+    blocks = raw.reshape(-1, kind.size)
+    low, high = ends(kind)
+    if kind.name in _ZERO:
+        zero, numbers = _ZERO[kind.name], 2 if _ZERO[kind.name] is None else 1
+        header = blocks[:, : 2 * numbers].contiguous().view(torch.float16).to(torch.float32)
+        scale = header[:, :1]
+        offset = header[:, 1:] if zero is None else scale * -zero
+        return Grid(kind, scale.unsqueeze(2), offset.unsqueeze(2), low, high)
+    zeros, ones = (
+        decode(_filled(blocks, kind, code)).reshape(blocks.shape[0], -1, _RUN)[:, :, :1]
+        for code in (0, 1)
+    )
+    return Grid(kind, ones - zeros, zeros, low, high)
+
+
+def ends(kind: GgmlType) -> tuple[int, int]:
+    """Return the smallest and the largest code of one of ``PLANES``."""
     bits = sum(plane.bits for plane in PLANES[kind.name])
-    codes = torch.zeros_like(zeros)
+    low = -(1 << (bits - 1)) if kind.name in _SIGNED else 0
+    return low, low + (1 << bits) - 1
+
+
+def read_codes(raw: UInt8[Tensor, "rows bytes"], kind: GgmlType) -> Float[Tensor, "rows columns"]:
+    """Return the codes of some rows, whole numbers in float32."""
     blocks, shift = raw.reshape(-1, kind.size), 0
+    codes = torch.zeros(blocks.shape[0], kind.block, dtype=torch.uint8)
     for plane in PLANES[kind.name]:
-        codes += plane.unpack(blocks).reshape(codes.shape).to(torch.float64) * (1 << shift)
+        codes |= plane.unpack(blocks) << shift
         shift += plane.bits
-    low = 0
-    if kind.name in _SIGNED:
-        low = -(1 << (bits - 1))
-        codes = torch.where(codes >= -low, codes + 2 * low, codes)
-    return Grid(codes, ones - zeros, zeros, low, low + (1 << bits) - 1)
+    whole = codes.view(torch.int8) if kind.name in _SIGNED else codes
+    return whole.to(torch.float32).reshape(raw.shape[0], -1)
 
 
 def with_codes(
-    raw: UInt8[Tensor, "rows bytes"], kind: GgmlType, codes: Float64[Tensor, "rows columns"]
+    raw: UInt8[Tensor, "rows bytes"], kind: GgmlType, codes: Float[Tensor, "rows columns"]
 ) -> UInt8[Tensor, "rows bytes"]:
-    """Return the rows with other codes under the same scales."""
+    """Return the rows with other codes, whole numbers in range, under the same scales."""
     blocks = raw.reshape(-1, kind.size).clone()
-    whole = codes.reshape(-1, kind.block).to(torch.int64)
+    signed = codes.reshape(-1, kind.block).to(torch.int8 if kind.name in _SIGNED else torch.uint8)
+    whole = signed.view(torch.uint8)
     for plane in PLANES[kind.name]:
-        plane.pack(blocks, (whole & ((1 << plane.bits) - 1)).to(torch.uint8))
-        whole = whole >> plane.bits
+        plane.pack(blocks, whole & ((1 << plane.bits) - 1))
+        if plane is not PLANES[kind.name][-1]:
+            whole = whole >> plane.bits
     return blocks.reshape(raw.shape)
 
 
-def _filled(raw: Tensor, kind: GgmlType, code: int) -> Tensor:
-    """Return the rows with one code everywhere."""
-    columns = raw.shape[1] // kind.size * kind.block
-    same = torch.full((raw.shape[0], columns), float(code), dtype=torch.float64)
-    return with_codes(raw, kind, same)
+def fresh_blocks(
+    values: Float[Tensor, "n block"], kind: GgmlType
+) -> UInt8[Tensor, "n size"] | None:
+    """Return blocks of a simple type whose grids reach all values to half a step; codes are 0.
+
+    Half a step beyond its end a grid still reaches: with codes from L to H around the zero, every
+    value lies within it where scale ≥ max(highest / (H + ½), −lowest / (½ − L)), or with the signs
+    exchanged; with a minimum where offset ≤ lowest + scale / 2 and offset + (H + ½) scale ≥
+    highest. The offset is rounded down to a float16 and the scale up, so that it stays so. A scale
+    is infinite where the values are too large. None: the type has scales of scales.
+    """
+    if kind.name not in _ZERO:
+        return None
+    low, high = ends(kind)
+    least, most = values.amin(dim=1), values.amax(dim=1)
+    zero = _ZERO[kind.name]
+    if zero is None:
+        offset = _half(least + (most - least) / (2 * (high + 1)), up=False)
+        header = [_half((most - offset) / (high + 0.5), up=True), offset]
+    else:
+        above, below = high - zero + 0.5, zero - low + 0.5
+        straight = torch.maximum(most / above, -least / below)
+        turned = torch.maximum(-least / above, most / below)
+        scale = torch.where(straight <= turned, straight, -turned)
+        header = [torch.where(scale < 0, -1.0, 1.0) * _half(scale.abs(), up=True)]
+    blocks = torch.zeros(values.shape[0], kind.size, dtype=torch.uint8)
+    numbers = torch.stack(header, dim=1).to(torch.float16).view(torch.uint8)
+    blocks[:, : 2 * len(header)] = numbers
+    return blocks
+
+
+def _half(values: Tensor, *, up: bool) -> Tensor:
+    """Return float16 numbers that are not less than the values, or not more; as they came."""
+    rounded = values.to(torch.float16)
+    wrong = rounded.to(values.dtype) < values if up else rounded.to(values.dtype) > values
+    end = torch.full_like(rounded, torch.inf if up else -torch.inf)
+    return torch.where(wrong, torch.nextafter(rounded, end), rounded).to(values.dtype)
+
+
+def _filled(blocks: UInt8[Tensor, "n size"], kind: GgmlType, code: int) -> Tensor:
+    """Return the blocks with one code everywhere."""
+    same = torch.full((blocks.shape[0], kind.block), float(code))
+    return with_codes(blocks, kind, same)

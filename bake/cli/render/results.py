@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bake.cli.render.pieces import facts, listed, section, table
-from bake.cli.render.rounding import rounding
+from bake.cli.render.rounding import rounding, storage_told
 from bake.cli.render.tensors import changed_tensors
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def _artifact(result: "Exported", written: "Artifact", *, verbose: bool) -> list
     if measured:
         edits = f"{written.bytes_edited:,} bytes of tensors; the others as they were"
         rows.append(("edited", edits))
+    options = result.options(written)
+    if options.storage is not None:
+        rows.append(("types", storage_told(options.gguf_type, options.storage)))
     parts: list[RenderableType] = [Text(), facts(rows), *rounding(measured, verbose=verbose)]
     if verbose:
         files = table("file", "sha256")

@@ -1,14 +1,15 @@
 """What rounding left of an edit in a GGUF file, tensor by tensor, as its record has it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from bake.cli.render.pieces import section, table
+from bake.cli.render.pieces import section, size, table
 
 if TYPE_CHECKING:
-    from bake.artifact.schema import GgufTensor
+    from bake.artifact.schema import GgufTensor, StorageRecord
+    from bake.jobs.storage import Storage
 
 
 def rounding(tensors: "Sequence[GgufTensor]", *, verbose: bool) -> list[RenderableType]:
@@ -35,6 +36,41 @@ def rounding(tensors: "Sequence[GgufTensor]", *, verbose: bool) -> list[Renderab
             f"{max(tensor.error or 0.0 for tensor in group):.1e}",
         )
     return [section(title, rows)]
+
+
+def storage(found: "Storage") -> RenderableType:
+    """Return the table of what every type for the edited tensors comes to."""
+    rows = table(
+        "edited tensors", "file", "noise", "KL lost", "", right=("file", "noise", "KL lost")
+    )
+    for choice in found.choices:
+        rows.add_row(
+            types_shown(choice.types),
+            size(found.other_bytes + choice.nbytes),
+            f"{choice.noise:.1e}",
+            f"{choice.lost:.1%}",
+            "taken" if choice is found.taken else "",
+        )
+    return section(f"Storage in {found.file} (may lose {found.limit:.0%} of the KL)", rows)
+
+
+def storage_told(types: Mapping[str, str], why: "StorageRecord") -> str:
+    """Return the types of the edited tensors, and why they are these."""
+    lost = f"about {why.lost:.2g} of the edit's KL is lost to rounding"
+    if "auto" not in why.asked.values():
+        return f"{types_shown(types)}, as asked: {lost}"
+    if why.lost > why.limit:
+        return f"{types_shown(types)}, the least noise there is: {lost}, above {why.limit:.2g}"
+    return f"{types_shown(types)}, the smallest within {why.limit:.2g}: {lost}"
+
+
+def types_shown(types: Mapping[str, str]) -> str:
+    """Return types by the kind of tensor, as one word where they are the same."""
+    if not types:
+        return "as they are: none is in blocks"
+    if len(set(types.values())) == 1:
+        return next(iter(types.values()))
+    return ", ".join(f"{part} {word}" for part, word in types.items())
 
 
 def _type(tensor: "GgufTensor") -> str:

@@ -1,8 +1,9 @@
 """The GGUF output: execute a plan on an existing GGUF file of the base.
 
-Edited tensors are decoded, folded in float64 and encoded again in their own type. Everything else
-is copied byte for byte: the order of tensors, their bytes, every metadata key. Bake adds two keys
-of its own, new biases (in float32, as llama.cpp's converter stores them) and a head that was tied.
+Edited tensors are decoded, folded in float64 and encoded again, in their own type or in a wider one
+(``choice``). Everything else is copied byte for byte: the order of tensors, their bytes, every
+metadata key. Bake adds two keys of its own, new biases (in float32, as llama.cpp's converter stores
+them) and a head that was tied.
 """
 
 from collections import defaultdict
@@ -11,18 +12,29 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
-from bake.checkpoints.gguf.codec import FEEDBACK, FLOATS, check_encodable, decode, encode
+from bake.artifact.schema import Provenance, StorageRecord
+from bake.checkpoints.gguf.codec import FLOATS, decode, encode
 from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.gguf.ggml import Ggml, find_ggml
-from bake.checkpoints.gguf.types import BY_NAME, GgmlType, type_named
+from bake.checkpoints.gguf.storage import KEEP, storage_types
+from bake.checkpoints.gguf.types import BY_NAME
 from bake.errors import InexactPlan
 from bake.families.gguf import GgufPlace, gguf_places
 from bake.fold import WeightFold, fold_bias
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
-from bake.outputs.gguf.fold import bias_fold, guarded, in_file_order, weight_fold
+from bake.outputs.gguf.choice import (
+    CANDIDATES,
+    Choice,
+    Part,
+    choice_of,
+    chosen,
+    measured,
+)
+from bake.outputs.gguf.fold import bias_fold, in_file_order, weight_fold
 from bake.outputs.gguf.match import check_corners, check_loadable, check_norms, check_tensors
 from bake.outputs.gguf.modelfile import modelfile
 from bake.outputs.gguf.tensor import MatrixEdit
@@ -59,19 +71,69 @@ def prepare_gguf(export: Export) -> CarrierWriter:
     check_corners(edited, base, model, places)
     if len(model.parts) == 1:
         modelfile(model.path.name)  # raises for a name that a Modelfile cannot hold
-    new = _new_tensors(plan, model, places, export.edited_type, export.rounding)
-    return partial(_write, export, model, new)
+    new, choice = new_tensors(export, model)
+    return partial(_write, export, model, new, choice)
 
 
-def _write(export: Export, model: Gguf, new: Mapping[str, NewBytes], run: CarrierRun) -> Artifact:
+def storage_choices(export: Export) -> tuple[tuple[Choice, ...], Choice, int]:
+    """Return every type for all edited tensors, the choice of the export, and the other bytes.
+
+    Raises:
+        InexactPlan: llama.cpp has no slot for a tensor that the plan creates.
+        CheckpointError: the GGUF is malformed, or of another model.
+        UsageError: there is no such type, or nothing here encodes it.
+    """
+    plan, model = export.plan, export.model()
+    assert model is not None
+    check_loadable(plan, model)
+    check_tensors(plan, export.checkpoint, model, gguf_places(plan.layout))
+    edits, parts = _trials(export, model, find_ggml())
+    tried = ([part.trial(word) for part in parts] for word in (KEEP, *CANDIDATES))
+    single = [
+        choice_of(parts, [t for t in row if t is not None]) for row in tried if row and all(row)
+    ]
+    held = {edit.source for edit in edits if edit.folds and edit.kind.name not in FLOATS}
+    rest = sum(info.nbytes for name, info in model.tensors.items() if name not in held)
+    copied = [edit for edit in edits if not edit.folds and edit.name not in model.tensors]
+    rest += sum(model.tensors[edit.source].nbytes for edit in copied)
+    return tuple(single), chosen(parts, export.most_kl), rest
+
+
+def _trials(
+    export: Export, model: Gguf, ggml: Ggml | None
+) -> tuple[tuple[MatrixEdit, ...], tuple[Part, ...]]:
+    """Return the matrices that are written anew, in their own types, and what others come to."""
+    asked = storage_types(export.gguf_type, "gguf_type")
+    edits = _matrices(export.plan, model, gguf_places(export.plan.layout))
+    return edits, measured(edits, model, asked, export.rounding or "feedback", ggml)
+
+
+def _write(
+    export: Export, model: Gguf, new: Mapping[str, NewBytes], choice: Choice, run: CarrierRun
+) -> Artifact:
     folder = run.place.folder
     files = write_parts(model, new, export.plan, folder, run.progress)
     if str(Exactness.APPROXIMATE) not in export.allow:
         _refuse_undone(new)
-    write_small(model, new, export.plan, folder, files, run.record)
+    write_small(model, new, export.plan, folder, files, _settled(run.record, choice, export))
     fresh = sum(tensor.nbytes for tensor in new.values())
     size = sum((folder / name).stat().st_size for name in files)
     return Artifact("gguf", run.place.final, dict(sorted(files.items())), size, fresh)
+
+
+def _settled(record: Provenance, choice: Choice, export: Export) -> Provenance:
+    """Return the record with what was chosen, so that the same file can be made again."""
+    if not choice.types:
+        return record
+    assert record.export is not None
+    asked = storage_types(export.gguf_type, "gguf_type")
+    told = export.storage or StorageRecord(
+        asked={part: asked[part] for part in choice.types},
+        lost=float(f"{choice.lost:.2g}"),
+        limit=export.most_kl,
+    )
+    options = structs.replace(record.export, gguf_type=dict(choice.types), storage=told)
+    return structs.replace(record, export=options)
 
 
 def _refuse_undone(new: Mapping[str, NewBytes]) -> None:
@@ -94,40 +156,65 @@ def _refuse_undone(new: Mapping[str, NewBytes]) -> None:
             f"rounding to {tensor.kind.name} leaves {measure.change:.0%} of the edit of "
             f"{tensor.name}{leak}",
             why="its steps are coarser than the change of a single value",
-            fix="use --rounding feedback, or --edited-type Q8_0, or a GGUF in F16 or BF16; or "
+            fix="use --rounding feedback, or --gguf-type Q8_0, or a GGUF in F16 or BF16; or "
             'add allow = ["approximate"] to take it as it is',
         )
 
 
-def _new_tensors(
-    plan: Plan,
-    model: Gguf,
-    places: Mapping[str, GgufPlace],
-    edited_type: str | None,
-    rounding: Rounding,
-) -> dict[str, NewBytes]:
-    """Return every tensor that is written anew, by its name in the file."""
-    chosen = None if edited_type is None else type_named(edited_type)
-    ggml = find_ggml()
+def new_tensors(export: Export, model: Gguf) -> tuple[dict[str, NewBytes], Choice]:
+    """Return every tensor that is written anew, by its name in the file, and the types chosen.
+
+    Raises:
+        UsageError: there is no such type, or nothing here encodes it.
+        CheckpointError: rows of a tensor are no whole blocks of a type.
+    """
+    plan, ggml, rounding = export.plan, find_ggml(), export.rounding or "feedback"
+    places = gguf_places(plan.layout)
+    edits, parts = _trials(export, model, ggml)
+    choice = chosen(parts, export.most_kl)
     found: dict[str, NewBytes] = {}
-    stacks: defaultdict[tuple[str, str], dict[int | None, WeightFold]] = defaultdict(dict)
     for update in plan.tensors:
-        place = places[update.name]
         if update.replacement is not None:
+            place = places[update.name]
             value = partial(torch.add, update.replacement, place.addend)
             found[place.name] = _vector(place.name, model, value)
-            continue
-        folds = stacks[place.name, _source(update, place, places, model)]
-        if not update.is_copy():
-            folds[place.expert] = weight_fold(update, place)
-    for (name, source), folds in stacks.items():
-        found[name] = _matrix(name, source, folds, model, chosen, rounding, ggml)
+    for edit in edits:
+        found[edit.name] = _matrix(replace(edit, kind=choice.kind(edit)), model, rounding, ggml)
     for bias in plan.biases:
         # A zero companion is for a flag of config.json; a GGUF file has no such flag.
         if not bias.is_zero():
             name = places[bias.name].name
             found[name] = _vector(name, model, _bias_value(bias, model, places), bias.size)
-    return found
+    return found, choice
+
+
+def _matrices(plan: Plan, model: Gguf, places: Mapping[str, GgufPlace]) -> tuple[MatrixEdit, ...]:
+    """Return the matrices that are written anew, in the types that their sources have."""
+    stacks: defaultdict[tuple[str, str, str], dict[int | None, WeightFold]] = defaultdict(dict)
+    for update in plan.tensors:
+        if update.replacement is None:
+            place = places[update.name]
+            source, part = _source(update, place, places, model), _part(update, plan)
+            folds = stacks[place.name, source, part]
+            if not update.is_copy():
+                folds[place.expert] = weight_fold(update, place)
+    return tuple(
+        MatrixEdit(
+            name, source, model.tensors[source].kind, model.tensors[source].shape, folds, part
+        )
+        for (name, source, part), folds in stacks.items()
+    )
+
+
+def _part(update: TensorUpdate, plan: Plan) -> str:
+    """Return which kind of tensor an update is of, one of ``storage.PARTS``."""
+    layout = plan.layout
+    if update.is_table:
+        return "embed"
+    if update.name == layout.unembed.weight:
+        return "head"
+    writing = any(update.name == linear.weight for b in layout.branches for linear in b.writes)
+    return "writers" if writing else "readers"
 
 
 def _source(
@@ -137,31 +224,17 @@ def _source(
     return place.name if place.name in model.tensors else places[update.source].name
 
 
-def _matrix(
-    name: str,
-    source: str,
-    folds: dict[int | None, WeightFold],
-    model: Gguf,
-    chosen: GgmlType | None,
-    rounding: Rounding,
-    ggml: Ggml | None,
-) -> NewBytes:
-    base = model.tensors[source]
-    kind = base.kind
-    if folds:
-        if chosen is not None and kind.name not in FLOATS:
-            kind = chosen
-        recoded = kind == base.kind and kind.name in FEEDBACK and rounding == "feedback"
-        if not recoded or any(guarded(fold) is None for fold in folds.values()):
-            check_encodable(kind, ggml, name)
-        kind.row_bytes(base.shape[-1], where=name)
-    edit = MatrixEdit(name, source, kind, base.shape, folds)
-
-    def produce() -> Iterator[Tensor]:
-        return edit.produce(model, rounding, ggml)
-
-    before = base.kind.name if name in model.tensors else None
-    return NewBytes(name, kind, base.shape, produce, edit.measure if folds else None, before)
+def _matrix(edit: MatrixEdit, model: Gguf, rounding: Rounding, ggml: Ggml | None) -> NewBytes:
+    base = model.tensors.get(edit.name)
+    return NewBytes(
+        edit.name,
+        edit.kind,
+        edit.shape,
+        partial(edit.produce, model, rounding, ggml),
+        edit.measure if edit.folds else None,
+        None if base is None else base.kind.name,
+        partial(edit.exact, model),
+    )
 
 
 def _vector(

@@ -1,18 +1,20 @@
 """One edited GGUF tensor: decode, fold in float64, encode, and measure what the rounding left."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bake.checkpoints.gguf.codec import FEEDBACK, decode, encode, encode_with_feedback
+from bake.checkpoints.gguf.codec import FEEDBACK, decode, strips
 from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.gguf.ggml import Ggml
+from bake.checkpoints.gguf.rounding import encode_measured
 from bake.checkpoints.gguf.types import GgmlType
 from bake.fold import WeightFold, fold_weight
-from bake.outputs.gguf.fold import Functionals, guarded, removed
+from bake.outputs.functionals import Functionals, feedback_of, removed
 from bake.rounding import Rounding
 
 
@@ -28,13 +30,16 @@ class Measure:
     had: float = 0.0
     rounding: set[str] = field(default_factory=set)
 
-    def add(self, base: Tensor, exact: Tensor, written: Tensor) -> None:
-        """Add a stretch of the tensor: as it was, as it is meant to be, and as it reads back."""
-        self.error += float((written - exact).square().sum())
-        self.norm += float(exact.square().sum())
-        change = exact - base
-        self.meant += float(change.square().sum())
-        self.done += float((change * (written - base)).sum())
+    def add(self, base: Tensor, exact: Tensor, errors: Tensor) -> None:
+        """Add a stretch of the tensor: as it was, as it is meant to be, and what it is off by."""
+        for rows in strips(exact):
+            meant, off = exact[rows].flatten(), errors[rows].flatten()
+            change = meant - base[rows].flatten()
+            self.error += float(off.dot(off))
+            self.norm += float(meant.dot(meant))
+            size = float(change.dot(change))
+            self.meant += size
+            self.done += size + float(change.dot(off))
 
     @property
     def change(self) -> float:
@@ -89,71 +94,69 @@ class MatrixEdit:
     kind: GgmlType
     shape: tuple[int, ...]
     folds: Mapping[int | None, WeightFold]
+    part: str
+    """The kind of tensor, one of ``storage.PARTS``."""
     measure: Measure = field(default_factory=Measure)
+
+    @property
+    def numel(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+    def sample(self, gguf: Gguf) -> tuple[WeightFold, Tensor, Tensor, Tensor]:
+        """Return one fold, and of its first rows the bytes, the values and the new values."""
+        expert = next(iter(self.folds))
+        reader, fold = _Reader(gguf, self.source, expert), self.folds[expert]
+        exact = next(fold_weight(reader, fold))
+        stop = exact.shape[0]
+        return fold, reader.raw(0, stop), reader(0, stop), exact
+
+    def exact(self, gguf: Gguf) -> Iterator[Tensor]:
+        """Yield the rows of the new tensor in float64, as they are before they are rounded."""
+        for expert in self._experts():
+            yield from fold_weight(_Reader(gguf, self.source, expert), self._fold(expert))
 
     def produce(self, gguf: Gguf, rounding: Rounding, ggml: Ggml | None) -> Iterator[Tensor]:
         """Yield the rows of the new tensor as bytes, [rows, bytes]."""
-        experts: list[int | None] = [None] if len(self.shape) == 2 else [*range(self.shape[0])]
-        for expert in experts:
-            fold = self.folds.get(expert)
-            if fold is None and self.kind == gguf.tensors[self.source].kind:
+        for expert in self._experts():
+            if expert not in self.folds and self.kind == gguf.tensors[self.source].kind:
                 yield gguf.read_rows(self.source, 0, self.shape[-2], expert=expert)
-                continue
-            rows, columns = self.shape[-2:]
-            reader = _Reader(gguf, self.source, expert)
-            work = fold or WeightFold((rows, columns), 0)
-            yield from self._folded(work, reader, rounding, ggml)
+            else:
+                reader = _Reader(gguf, self.source, expert)
+                yield from self._rounded(self._fold(expert), reader, rounding, ggml)
 
-    def _folded(
-        self, fold: WeightFold, reader: "_Reader", rounding: Rounding, ggml: Ggml | None
-    ) -> Iterator[Tensor]:
-        vanishing = removed(fold)
-        before = [_Seen(functionals) for functionals in vanishing]
-        after = [_Seen(functionals) for functionals in vanishing]
-        start = 0
-        for exact, raw in self._rounded(fold, reader, rounding, ggml):
-            written = decode(raw, self.kind, self.name)
-            stop = start + exact.shape[0]
-            base = reader(start, stop)
-            self.measure.add(base, exact, written)
-            for then, now in zip(before, after, strict=True):
-                then.add(base, start)
-                # The exact matrix has nothing of it, save what an affine map puts there.
-                now.add(written - exact, start)
-            yield raw
-            start = stop
-        self.measure.had += sum(seen.square() for seen in before)
-        self.measure.left += sum(seen.square() for seen in after)
+    def _experts(self) -> Sequence[int | None]:
+        return [None] if len(self.shape) == 2 else range(self.shape[0])
+
+    def _fold(self, expert: int | None) -> WeightFold:
+        rows, columns = self.shape[-2:]
+        return self.folds.get(expert) or WeightFold((rows, columns), 0)
 
     def _rounded(
         self, fold: WeightFold, reader: "_Reader", rounding: Rounding, ggml: Ggml | None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield tiles in float64 and as bytes. Feedback along the rows holds the whole matrix."""
-        guard = guarded(fold) if rounding == "feedback" and self.kind.name in FEEDBACK else None
-        tiles = fold_weight(reader, fold)
-        self.measure.rounding.add("nearest" if guard is None else "feedback")
-        if guard is not None and guard.axis == 0:
-            tiles = iter([torch.cat(list(tiles))])
+    ) -> Iterator[Tensor]:
+        """Yield tiles as bytes, and measure them on the way."""
+        feedback = feedback_of(fold, rounding if self.kind.name in FEEDBACK else "nearest")
+        self.measure.rounding.add("nearest" if feedback is None else "feedback")
+        seen = [(_Seen(functionals), _Seen(functionals)) for functionals in removed(fold)]
         start = 0
-        for tile in tiles:
-            stop = start + tile.shape[0]
-            if guard is None:
-                yield tile, encode(tile, self.kind, self.name, ggml=ggml)
-            else:
-                old = reader.raw(start, stop) if reader.kind == self.kind else None
-                yield (
-                    tile,
-                    encode_with_feedback(
-                        tile,
-                        guard.rows,
-                        self.kind,
-                        self.name,
-                        axis=guard.axis,
-                        base=old,
-                        ggml=ggml,
-                    ),
-                )
+        for exact in fold_weight(reader, fold):
+            stop = start + exact.shape[0]
+            base, old = reader(start, stop), None
+            if reader.kind == self.kind and feedback is not None:
+                old = reader.raw(start, stop)
+            raw, errors = encode_measured(
+                exact, self.kind, self.name, base=old, feedback=feedback, ggml=ggml
+            )
+            self.measure.add(base, exact, errors)
+            for before, after in seen:
+                before.add(base, start)
+                # The exact matrix has nothing of it, save what an affine map puts there.
+                after.add(errors, start)
+            yield raw
             start = stop
+        self.measure.had += sum(before.square() for before, _ in seen)
+        self.measure.left += sum(after.square() for _, after in seen)
 
 
 class _Reader:

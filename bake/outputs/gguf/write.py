@@ -1,8 +1,10 @@
 """Write the files of a GGUF model that differs from its base in some tensors and two keys."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from bake import __version__
 from bake.artifact import schema
@@ -37,6 +39,8 @@ class NewBytes:
     measure: Measure | None = None
     base: str | None = None
     """The type that the base file has it in; None where it has no such tensor."""
+    exact: Callable[[], Iterator[Tensor]] | None = None
+    """Yields the rows in float64, before they are rounded; of matrices."""
 
     @property
     def nbytes(self) -> int:
