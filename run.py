@@ -49,14 +49,15 @@ def run_tests(*, quick: bool) -> int:
     """Run every check that continuous integration runs."""
     # repeng pins numpy<2, which nothing of it that the tests use needs.
     python = str(environment("tests", extra="[test]", alone=("repeng",)))
+    pytest = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"]
     jobs = [
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],
         [python, "-m", "mypy"],
-        [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"],
+        pytest,
     ]
     if not quick:
-        jobs.append([python, "-m", "pytest", "-q", "-m", "runtimes or slow or real"])
+        jobs.append([*pytest, "-m", "runtimes or slow or real"])
     return steps(*jobs)
 
 

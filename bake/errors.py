@@ -9,7 +9,8 @@ BakeError
 │   ├── DirectionError
 │   └── FamilyError
 ├── HubError            5  the network or the Hub
-└── ExactnessBug        6  a plan said EXACT and the measurement disagrees: a defect of bake
+├── ExactnessBug        6  a plan said EXACT and the measurement disagrees: a defect of bake
+└── Inconclusive        7  nothing that was measured could have failed: no evidence either way
 """
 
 from typing import ClassVar
@@ -46,7 +47,7 @@ class BakeError(Exception):
 
 
 class VerificationFailed(BakeError):
-    """A comparison missed its tolerance, or nothing was edited."""
+    """A comparison missed its tolerance."""
 
     exit_code = 1
 
@@ -91,6 +92,12 @@ class ExactnessBug(BakeError):
     """A plan said EXACT and the measurement disagrees: a defect of bake, never a warning."""
 
     exit_code = 6
+
+
+class Inconclusive(BakeError):
+    """No comparison that could have failed answers a question: no evidence either way."""
+
+    exit_code = 7
 
 
 def first_line(error: BaseException) -> str:

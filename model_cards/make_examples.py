@@ -53,6 +53,8 @@ def main() -> None:
                 options += ["--converter", given.converter]
                 options += ["--score", "contains:happy", "--score", "contains:sad"]
                 options += ["--generate", 48]  # a story's mood is seldom in its first words
+            if kind == "gguf":
+                options += ["--gguf", base]
             bake("verify", out, "--prompts", PROMPTS, *options)
             bake("card", out)
             keep(out, EXAMPLES / kind)

@@ -31,6 +31,8 @@ def written(
     def bars(label: str, *, unit: str | None = None) -> AbstractContextManager[Progress | None]:
         return nullcontext(progress)
 
+    if record is not None:  # what was allowed is needed to make the plan again
+        record = {"allow": sorted(options.get("allow", ())), **record}
     what = Export(plan, checkpoint, provenance(checkpoint, record), bars=bars, **options)
     return export(what, (carrier,), out)[0]
 

@@ -53,14 +53,10 @@ def test_example_is_what_its_records_give(kind: str, tmp_path: Path) -> None:
     assert lint_card(card, EXAMPLES / kind) == ()
 
     def change(content: dict[str, Any]) -> None:
-        content["runtimes"][0]["numbers"][_largest(content["runtimes"][0])] *= 1.01
+        content["runtimes"][0]["lost"] *= 1.01
 
     changed = artifact(tmp_path / "out", kind, verification=change)
     assert render_card(changed) != card  # the control: another record, another card
-
-
-def _largest(runtime: dict[str, Any]) -> str:
-    return f"{runtime['runtime']}: max |Δlog p|, served − hooked"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,23 +77,25 @@ def test_every_number_that_was_demanded_is_in_the_card(kind: str) -> None:
         start = f"| {row['name']} | {row['value']:.4g} | {row['limit']:.4g} | pass |"
         assert any(line.startswith(start) for line in lines), start
     for runtime in report["runtimes"]:
-        value = f"{runtime['numbers'][_largest(runtime)]:.4g}"
-        assert sum(runtime["runtime"] in line and value in line for line in lines) >= 3
+        lost = runtime["lost"]
+        for value, times in ((f"{lost:.4g}", 2), (f"{100 * lost:.4g} % of the edit is lost", 1)):
+            assert sum(runtime["runtime"] in line and value in line for line in lines) >= times
 
 
-def test_checkpoint_shows_floor_and_effect_beside_the_error() -> None:
+def test_checkpoint_shows_effect_and_floor_beside_the_error() -> None:
     text = render_card(EXAMPLES / "checkpoint")
     report = example("checkpoint", "verify.json")
-    floor = next(
-        r["value"]
-        for r in report["rows"]
-        if r["name"].startswith("noise floor: hooked in float32 −")
-    )
-    cells = [
-        floor,
-        *(report["metrics"][key]["max_dlogit"] for key in ("float64", "float32", "effect")),
-    ]
+    cells = [report["metrics"][key]["max_dlogit"] for key in ("float64", "float32", "effect")]
     assert f"| largest difference of a logit | {' | '.join(f'{c:.4g}' for c in cells)} |" in text
+    head = report["headline"]
+    lost, floor = (f"{100 * head[key]:.4g} %" for key in ("lost", "floor"))
+    said = f"{lost} are lost to {head['to']} (rounding alone: {floor})"
+    assert f"**passed**: effect {head['effect']:.4g} nats a token, of which {said}" in text
+    for answer in report["answers"]:
+        assert f"| {answer['text']} | passed |" in text
+    assert len(report["samples"]) == 3
+    for sample in report["samples"]:
+        assert f"| {sample['prompt']} | {sample['base']} | {sample['hooked']} |" in text
     score = report["effects"]["contains:happy"]["baked"]
     assert f"{score['value']:.4g} ({score['low']:.4g} to {score['high']:.4g}), n = 8" in text
     for plot in (EXAMPLES / "checkpoint" / "plots").iterdir():
@@ -123,8 +121,8 @@ def test_the_hubs_own_reader_takes_the_metadata(kind: str, tmp_path: Path) -> No
     values = {r.metric_name: r.metric_value for r in data.eval_results}
     assert len(values) == len(data.eval_results) >= len(report["runtimes"])
     for runtime in report["runtimes"]:
-        name = f"largest difference of a log-probability in {runtime['runtime']}, nats"
-        assert values[name] == runtime["numbers"][_largest(runtime)]  # to the last digit
+        name = f"share of the edit's KL that is lost in {runtime['runtime']}"
+        assert values[name] == runtime["lost"]  # to the last digit
     assert lint_card(text, out) == ()
 
 
@@ -191,7 +189,8 @@ def test_adapter_is_loaded_over_the_pinned_base(tmp_path: Path) -> None:
     assert "base = model.unload()" in text
     assert "adapter of rank 1 with alpha 1" in text
     # The plan unties the head of a checkpoint; an adapter leaves the base's files as they are.
-    assert "tie_word_embeddings" not in text and "lm\\_head" not in text
+    changed = text.partition("## Verification")[0]
+    assert "tie_word_embeddings" not in changed and "lm\\_head" not in changed
     assert "`model.layers.0-5.mlp.down_proj.weight` | 6 |" in text
     assert "tie_word_embeddings" in render_card(EXAMPLES / "checkpoint")
 
@@ -239,6 +238,7 @@ def test_every_kind_of_edit_has_its_formula_and_its_papers(kind: str, tmp_path: 
 def test_what_is_not_recorded_is_left_out(tmp_path: Path) -> None:
     def bare(content: dict[str, Any]) -> None:
         without_card(content)
+        del content["schema"]  # as the first versions wrote it
         for key in ("tensors", "dtypes", "card", "digest"):
             del content["base"][key]
         del content["directions"], content["files"]
@@ -549,6 +549,7 @@ def test_a_merged_adapter_is_named(tmp_path: Path) -> None:
 
     def change(content: dict[str, Any]) -> None:
         on_hub(content)
+        del content["schema"]  # as the first versions wrote it
         content |= {"kind": "merge", "adapter": {**adapter, "config": {"r": 8, "lora_alpha": 16}}}
         content["plan"] |= {"findings": [], "runtimes": []}
         del content["recipe"], content["directions"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cards import BASE, COMMIT, KINDS, artifact, blocks_of, not_of_its_language, on_hub
+from cards import BASE, COMMIT, KINDS, artifact, blocks_of, example, not_of_its_language, on_hub
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +14,12 @@ from bake.cards.card import lint_card, render_card
 from bake.cards.lint import _public
 
 Change = Callable[[str], str]
+
+REPORT = example("checkpoint", "verify.json")
+EFFECT = REPORT["metrics"]["effect"]["max_dlogit"]
+MEAN_KL = REPORT["metrics"]["float32"]["mean_kl"]
+MISSED = next(r["value"] for r in REPORT["rows"] if r["name"].startswith("plan: not rounded"))
+LOST = next(r["lost"] for r in REPORT["runtimes"] if r["runtime"] == "vllm")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,11 @@ def put(old: str, new: str) -> Change:
     return change
 
 
+def cell(value: float) -> str:
+    """Return a number as a table shows it."""
+    return f"| {value:.4g} |"
+
+
 def add(line: str) -> Change:
     return lambda text: text + "\n" + line + "\n"
 
@@ -50,14 +61,14 @@ def test_a_sound_card_passes(made: tuple[Path, str]) -> None:
     ("change", "said"),
     [
         # Numbers and facts.
-        (put("| 5.505e-07 |", "| 5.505e-09 |"), "'5.505e-09' in the row"),
-        (put("| 4.493 |", "| 8.986 |"), "verify.json gives '4.493'"),
+        (put(cell(MISSED), cell(MISSED / 100)), f"'{MISSED / 100:.4g}' in the row"),
+        (put(cell(EFFECT), cell(2 * EFFECT)), f"verify.json gives '{EFFECT:.4g}'"),
         (put("0.125 (0.02242", "0.99 (0.02242"), "in the row 'contains:happy'"),
-        (put("| 1.364e-05 |", "| 1.364e-06 |"), "in the row 'vllm'"),
+        (put(cell(LOST), cell(LOST / 10)), "in the row 'vllm'"),
         (put("| 0.32.0 | passed |", "| 0.33.0 | passed |"), "'0.33.0' in the row 'vllm'"),
         (put("| files as exported | 0 | 0 | pass |  |\n", ""), "rows in the table 'comparison'"),
         (put("| what was run |  |", "| what was done |  |"), "lacks the table 'what was run'"),
-        (put("value: 2.470870643281988e-13", "value: 2.4e-20"), "says '2.4e-20' of mean KL"),
+        (put(f"value: {MEAN_KL!r}", "value: 2.4e-20"), "says '2.4e-20' of mean KL"),
         (put("name: mean KL(hooked ‖ baked), nats", "name: fun"), "has a metric 'fun'"),
         (put("36e102d45614037b", "36e102d45614037c"), "a sha256 that no record has"),
         (put(COMMIT, COMMIT[::-1]), "does not link the base at its commit"),

@@ -23,7 +23,8 @@ from bake.cli import COMMANDS, main
 from bake.cli.render import pieces, results, screen, tensors
 from bake.errors import BakeError
 from bake.sites import parse_site
-from bake.verify.report import Report, Row
+from bake.verify.report import Headline, Report
+from bake.verify.rows import Row
 
 FAMILIES = Path(__file__).parent.parent / "bake" / "families"
 
@@ -447,6 +448,7 @@ def test_verify_passes_what_export_wrote_and_fails_what_was_changed_since(
     assert result.exit_code == 0
     assert "verification  passed" in result.stdout
     assert "base and hooked model" in result.stderr
+    assert "lost" in result.stdout and "to float" in result.stdout
     weights = load_file(out / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -486,13 +488,15 @@ def test_prompts_reach_the_comparison_as_the_file_they_are_in(
     folder_of: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading and tokenising them is the library's: its tests have every kind of file."""
+    from bake.jobs import verifying
     from bake.verify import compare
 
     made = folder_of()
     seen: dict[str, Any] = {}
-    report = Report("out", "base", "sha256:0", "exact", "F64", (Row("a", 1.0, 0.0, True),), {})
+    report = Report("out", "base", "sha256:0", "exact", "F64", (Row("a", 0.0, 1.0, True),), {})
+    monkeypatch.setattr(verifying, "planned_of", lambda source, asked: None)
     monkeypatch.setattr(
-        compare, "compare", lambda asked: seen.update(prompts=asked.prompts) or report
+        compare, "compare", lambda asked, _: seen.update(prompts=asked.prompts) or report
     )
     texts = made.folder / "prompts.txt"
     run("verify", made.folder / "out", "--prompts", texts)
@@ -501,19 +505,25 @@ def test_prompts_reach_the_comparison_as_the_file_they_are_in(
 
 def test_a_report_shows_every_number() -> None:
     rows = (
-        Row("effect", 1.5, 1e-13, True, "must be larger"),
-        Row("difference", 2e-3, 1e-6, False),
-        Row("floor", 0.25, None, None),
+        Row("effect", 1.5, 1e-13, True, "must be larger", "effect"),
+        Row("difference", 2e-3, 1e-6, False, "", "plan"),
+        Row("number", 0.25, None, None),
     )
-    report = Report("out", "base", "sha256:0", "exact", "BF16", rows, {"torch": "2"})
+    headline = Headline(1.25, 0.03, 0.01, "bfloat16")
+    report = Report(
+        "out", "base", "sha256:0", "exact", "BF16", rows, {"torch": "2"}, headline=headline
+    )
     target = screen.console()
     with target.capture() as captured:
         target.print(*results.report(report), sep="\n")
     text = captured.get()
     assert re.search(r"effect +1\.5 +1\.00e-13 +pass +must be larger", text)
     assert re.search(r"difference +0\.002 +1\.00e-06 +FAIL", text)
-    assert re.search(r"floor +0\.25 ", text)
+    # A number that nothing is demanded of has no verdict.
+    assert re.search(r"number +0\.25 +– ", text)
     assert "verification  failed" in text
+    assert "effect 1.25 nats a token, lost 3 % to bfloat16 (floor 1 %)" in text
+    assert re.search(r"Is the plan right on this model\? +failed", text)
 
 
 # --- directions and families -------------------------------------------------------------------

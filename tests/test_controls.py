@@ -13,8 +13,8 @@ from bake import edits as make
 from bake.affine import AffineMap, LowRankMap
 from bake.edits import Edit
 from bake.errors import InputError
+from bake.jobs.planned import judged
 from bake.plan import PartMap, Plan, TensorUpdate
-from bake.verify.compare import compare
 from bake.verify.verification import Verification
 
 MISSES = 1e-4  # a broken bake misses by this share of the effect: five orders above the tolerance
@@ -225,7 +225,7 @@ def test_biases_without_their_flag_are_caught(
     forgot = replace(plan, config=tuple(c for c in plan.config if c.key != "mlp_bias"))
     out = bake(base, forgot, tmp_path / "out")
     with pytest.raises(InputError, match=r"unexpected_keys.*mlp.down_proj.bias"):
-        compare(Verification(out, base=str(base.path)))
+        judged(Verification(out, base=str(base.path)))
 
 
 def test_a_flag_without_companion_zeros_is_caught(
@@ -238,7 +238,7 @@ def test_a_flag_without_companion_zeros_is_caught(
     lone = replace(plan, biases=tuple(bias for bias in plan.biases if not bias.is_zero()))
     out = bake(base, lone, tmp_path / "out")
     with pytest.raises(InputError, match=r"missing_keys.*mlp.gate_proj.bias"):
-        compare(Verification(out, base=str(base.path)))
+        judged(Verification(out, base=str(base.path)))
 
 
 def test_an_update_of_nothing_changes_nothing(

@@ -3,18 +3,22 @@
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness import base_at, edit, vector
+from transformers import GenerationConfig
 from words import write_tokenizer
 
+from bake import edits as make
 from bake.errors import InputError, UsageError
 from bake.verify import prompts as module
-from bake.verify.greedy import Generated, agreement, disagreement
+from bake.verify.greedy import Generated, agreement, disagreement, generate
 from bake.verify.interval import Interval
+from bake.verify.models import load
 from bake.verify.prompts import (
     PromptSet,
     built_in,
@@ -23,6 +27,7 @@ from bake.verify.prompts import (
     random_prompts,
     read_prompts,
 )
+from bake.verify.runs import batches_of, run
 from bake.verify.scores import scorer
 from bake.verify.tokenizer import CHAT, PLAIN
 
@@ -276,3 +281,26 @@ def test_agreement_ends_at_the_first_difference() -> None:
     # Where the reference was not sure, the rest of that text is not compared.
     unsure = Generated(made.tokens, ((9.0, 9.0, 9.0), (9.0, 0.2, 9.0)))
     assert disagreement(unsure, ((1, 2, 3), (4, 0, 0)), 0.1) is None
+
+
+def test_a_text_goes_on_behind_its_end_and_asks_for_no_penalty(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    """Batched, padded and cached, it is the arg-max of a whole pass at every token."""
+    base = base_at(tiny_checkpoint("gemma2", dtype=torch.float32))
+    live = load(base.checkpoint, torch.float32)
+    prompts = random_prompts(base.layout.dims["vocab"]).tokens[:4]
+    plain = generate(live, prompts, 12)
+    assert {len(tokens) for tokens in plain.tokens} == {12}
+    end = plain.tokens[0][2]
+    live.model.generation_config = GenerationConfig(eos_token_id=end, repetition_penalty=5.0)
+    assert generate(live, prompts, 12).tokens == plain.tokens
+    for prompt, tokens in zip(prompts, plain.tokens, strict=True):
+        rows = list(prompt)
+        for token in tokens:
+            logits = run(live, batches_of([rows])).logits[-1]
+            assert int(logits.argmax()) == token
+            rows.append(token)
+    # The control: with hooks it is another text.
+    shift = edit(base, "offset", make.offset(5 * vector(base.layout.hidden)), "resid_post.1")
+    assert generate(live, prompts, 12, [shift]).tokens != plain.tokens

@@ -18,10 +18,11 @@ from test_verify import baked
 
 from bake.cli import main
 from bake.errors import UsageError
-from bake.verify.compare import compare
+from bake.jobs.planned import judged
 from bake.verify.files import write_report
 from bake.verify.plots import titles
-from bake.verify.report import Report, Row
+from bake.verify.report import Report
+from bake.verify.rows import Row
 from bake.verify.verification import Verification
 
 
@@ -31,7 +32,7 @@ def report(
 ) -> Report:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
     out = baked(base, tmp_path_factory.mktemp("report") / "out")
-    return compare(Verification(out, base=str(base.path), generate=2))
+    return judged(Verification(out, base=str(base.path), generate=2))
 
 
 def test_files_hold_every_number(report: Report, tmp_path: Path) -> None:
@@ -97,13 +98,17 @@ def test_the_page_holds_everything_itself(report: Report, tmp_path: Path) -> Non
     assert "&lt;script&gt;alert(1)" in text
     assert text.count('class="pass"') >= len([r for r in report.rows if r.passed])
     assert 'class="fail"' not in text
+    # The verdict and what the edit lost come before everything else.
+    assert text.index("lost") < text.index("<table")
 
 
 def test_a_report_without_numbers_has_no_plots(tmp_path: Path) -> None:
-    bare = Report("out", "base", "sha256:0", "exact", "F64", (Row("a", 1.0, 0.0, False),), {})
+    bare = Report(
+        "out", "base", "sha256:0", "exact", "F64", (Row("a", 1.0, 0.0, False, "", "plan"),), {}
+    )
     assert titles(bare) == ()
     write_report(bare, tmp_path, html=True)
-    assert "**failed**" in (tmp_path / "verify.md").read_text(encoding="utf-8")
+    assert "**Failed**" in (tmp_path / "verify.md").read_text(encoding="utf-8")
     assert 'class="fail"' in (tmp_path / "verify.html").read_text(encoding="utf-8")
 
 

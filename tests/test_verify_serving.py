@@ -7,38 +7,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from cards import EXAMPLES
 from click.testing import CliRunner
 from exporting import written
 from harness import Base, bake, base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
-from test_verify import baked, edits_of
+from test_verify import baked, edits_of, row
 
 from bake import edits as make
-from bake.artifact.record import read_record
 from bake.cli import main
 from bake.errors import UsageError, VerificationFailed
+from bake.jobs.planned import judged
 from bake.process import RuntimeFailed, RuntimeMissing, find, run_script
 from bake.verify import serving
 from bake.verify.agreement import agreement
-from bake.verify.artifact import Baked
-from bake.verify.compare import compare
-from bake.verify.inputs import Inputs, opened
 from bake.verify.judgement import raise_unless_passed
-from bake.verify.report import Report, Row
-from bake.verify.runner import Runner
+from bake.verify.report import Report
+from bake.verify.rows import Row
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
-from bake.verify.runtimes.request import RuntimeResult
-from bake.verify.spoiled import MISTAKES, spoiled
-from bake.verify.stored import quantised, stored_dtypes
-from bake.verify.target import Target, target_of
+from bake.verify.served_rows import ServedRun
+from bake.verify.target import Target
 from bake.verify.verification import Verification
 
 HERE = Runtimes(("transformers",), {"transformers": Path(sys.executable)})
@@ -53,22 +47,25 @@ def test_transformers_in_its_own_process_serves_the_hooked_function(
     base: Base, tmp_path: Path
 ) -> None:
     out = baked(base, tmp_path / "out")
-    report = compare(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
+    report = judged(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
     assert report.passed
     (record,) = report.runtimes
     assert (record["runtime"], record["status"]) == ("transformers", "passed")
-    found = next(r for r in report.rows if r.name.startswith("transformers: max |Δlog p|"))
-    assert found.passed and found.value <= 1e-4
-    with opened(Verification(out, base=str(base.path), prompts=[(3, 4, 5)])) as inputs:
-        target = target_of(Runner(inputs))
-    assert target.effect > 100 * target.limit
+    found = next(r for r in report.rows if r.name.startswith("transformers: lost when served"))
+    assert found.passed and found.value <= found.limit < 1e-3
+    texts = next(r for r in report.rows if r.name.startswith("transformers: texts that part"))
+    assert texts.passed
+    controls = [r for r in report.rows if r.name.startswith("transformers: control")]
+    assert len(controls) == 2 and all(r.passed and r.value > 0.9 for r in controls)
+    floor = next(r for r in report.rows if r.name.startswith("transformers: floor"))
+    assert 0 <= floor.value < 1e-6
 
     # Whoever makes the published numbers again need not have the publisher's runtimes.
     content = json.loads(json.dumps(report.to_json()))
-    alone = compare(Verification(out, base=str(base.path), generate=0))
+    alone = judged(Verification(out, base=str(base.path), generate=0))
     found = agreement(content, alone)
     assert found.problems == ()
-    assert "not measured here (--runtime): effect: hooked − base, max |Δlog p|" in found.notes[0]
+    assert "not measured here (--runtime): transformers: lost when served" in found.notes[0]
     # A control of the checkpoint itself has to be there.
     lost = replace(alone, rows=tuple(r for r in alone.rows if "flipped sign" not in r.name))
     assert any("flipped sign" in text for text in agreement(content, lost).problems)
@@ -77,10 +74,10 @@ def test_transformers_in_its_own_process_serves_the_hooked_function(
 def test_a_wrong_bake_fails_in_the_runtime(base: Base, tmp_path: Path) -> None:
     plan = plan_of(base, edits_of(base))
     out = bake(base, replace(plan, biases=()), tmp_path / "out")
-    report = compare(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
+    report = judged(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
     (record,) = report.runtimes
     assert record["status"] == "failed"
-    found = next(r for r in report.rows if r.name.startswith("transformers: max |Δlog p|"))
+    found = next(r for r in report.rows if r.name.startswith("transformers: lost when served"))
     assert found.passed is False and found.value > 10 * found.limit
 
 
@@ -96,7 +93,7 @@ def test_a_runtime_that_is_not_there_is_missed_before_anything_is_run(
     ):
         asked = Verification(out, base=str(base.path), runtimes=runtimes, remark=said.append)
         with pytest.raises(RuntimeMissing, match=words):
-            compare(asked)
+            judged(asked)
     assert said == []
     arguments = ["verify", str(out), "--base", str(base.path), "--generate", "0", "--no-plots"]
     named = ["--runtime", "vllm", "--python", f"vllm={absent}"]
@@ -105,7 +102,7 @@ def test_a_runtime_that_is_not_there_is_missed_before_anything_is_run(
     assert "is no Python interpreter" in result.stderr
     assert not (out / "verify.json").exists()
     # The control: one that is there is run.
-    compare(Verification(out, base=str(base.path), runtimes=HERE, generate=0, remark=said.append))
+    judged(Verification(out, base=str(base.path), runtimes=HERE, generate=0, remark=said.append))
     assert any("transformers serves the artifact" in line for line in said)
 
 
@@ -173,7 +170,7 @@ def test_a_runtime_that_crashes_has_failed(
     broken.write_text('#!/bin/sh\n[ "$2" = -c ] && exit 0\necho boom >&2\nexit 3\n')
     broken.chmod(0o755)
     runtimes = Runtimes(("transformers",), {"transformers": broken})
-    report = compare(Verification(out, base=str(base.path), runtimes=runtimes, generate=0))
+    report = judged(Verification(out, base=str(base.path), runtimes=runtimes, generate=0))
     assert not report.passed
     assert report.runtimes[0]["status"] == "failed"
     assert "exit status 3" in report.runtimes[0]["reason"]
@@ -194,10 +191,10 @@ def test_an_adapter_is_verified_in_a_runtime(base: Base, tmp_path: Path) -> None
     record["kind"] = "control-vector"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(UsageError, match="is verified in a runtime that loads it") as caught:
-        compare(Verification(out, base=str(base.path)))
+        judged(Verification(out, base=str(base.path)))
     assert "llama.cpp" in str(caught.value)
     with pytest.raises(UsageError, match="vllm loads no control-vector"):
-        compare(Verification(out, base=str(base.path), runtimes=Runtimes(("vllm",))))
+        judged(Verification(out, base=str(base.path), runtimes=Runtimes(("vllm",))))
 
 
 def test_options_of_runtimes_that_name_none_are_refused(base: Base, tmp_path: Path) -> None:
@@ -211,20 +208,6 @@ def test_options_of_runtimes_that_name_none_are_refused(base: Base, tmp_path: Pa
     )
     assert result.exit_code == 2
     assert "--python names the runtime 'sglang'" in result.stderr
-
-
-def write_gguf(path: Path, kinds: Iterable[str]) -> None:
-    import gguf
-    import numpy as np
-
-    writer = gguf.GGUFWriter(path, "llama")
-    for kind in sorted(kinds):
-        wanted = gguf.GGMLQuantizationType[kind]
-        values = gguf.quants.quantize(np.ones((2, 32), dtype=np.float32), wanted)
-        writer.add_tensor(f"w.{kind}", values, raw_dtype=wanted)
-    for step in ("header", "kv_data", "tensors"):
-        getattr(writer, f"write_{step}_to_file")()
-    writer.close()
 
 
 # --- adapters: what no checkpoint's bench sees --------------------------------------------------
@@ -252,31 +235,27 @@ def test_an_adapter_has_floor_effect_and_controls_in_its_runtime(
     adapted: tuple[Base, Path],
 ) -> None:
     base, out = adapted
-    report = compare(Verification(out, base=str(base.path), runtimes=PEFT))
+    report = judged(Verification(out, base=str(base.path), runtimes=PEFT))
     assert report.passed, report.rows
-    (effect,) = group(report, "effect").values()
-    controls = group(report, "control")
-    assert [name.partition(",")[0] for name in controls] == [
-        "peft: control: served without the adapter",
-        "peft: control: nothing edited",
-        "peft: control: forgotten site",
-        "peft: control: flipped sign",
+    assert [answer.verdict for answer in report.answers] == ["passed"] * 3
+    # What base and factors make together is the planned weight, and broken factors are told.
+    assert row(report, "files: values off the plan") == 0
+    told = group(report, "files control")
+    assert {name.split(", ")[1] for name in told} >= {"forgotten tensor", "flipped sign"}
+    controls = group(report, "cost control")
+    assert list(controls) == [
+        "peft: control: nothing edited, share lost",
+        "peft: control: served without the edit, share lost",
     ]
-    for row in controls.values():
-        assert row.passed and row.limit is not None and row.value > 10 * row.limit, row
+    for found in (*told.values(), *controls.values()):
+        assert found.passed and found.limit is not None and found.value > 10 * found.limit, found
     # Without the adapter the engine serves the base: how far that is off is the engine's own floor.
-    floors = group(report, "floor")
-    own = floors["peft: noise floor, base served − base in float64"].value
-    assert 0 < own < 1e-4 < effect.value
-    assert 0 < floors["noise floor: hooked in float32 − in float64, max |Δlog p|"].value < 1e-4
+    assert 0 <= row(report, "peft: floor: base served") < 1e-6
     metrics = report.metrics["peft"]
     assert 0 <= metrics["mean_kl"] < 1e-8 < report.metrics["effect"]["mean_kl"]
     assert metrics["same_top"] == 1.0
-    assert metrics["max_dlogprob"] == pytest.approx(
-        next(r.value for r in report.rows if r.name.startswith("peft: max |Δlog p|")),
-        abs=1e-7,  # a table in float32 sums to one within its epsilon
-    )
     assert len(report.kl) == len(report.kl_effect) == report.runtimes[0]["tokens"]
+    assert report.headline.lost == report.runtimes[0]["lost"]
 
 
 def test_a_spoiled_adapter_fails(adapted: tuple[Base, Path], tmp_path: Path) -> None:
@@ -287,56 +266,11 @@ def test_a_spoiled_adapter_fails(adapted: tuple[Base, Path], tmp_path: Path) -> 
     tensors = load_file(file)
     name = next(name for name in tensors if "lora_B" in name)
     save_file({**tensors, name: -tensors[name]}, file, metadata={"format": "pt"})
-    report = compare(Verification(out, base=str(base.path), runtimes=PEFT))
+    report = judged(Verification(out, base=str(base.path), runtimes=PEFT))
     assert [record["status"] for record in report.runtimes] == ["failed"]
+    assert [answer.verdict for answer in report.answers] == ["passed", "failed", "failed"]
     with pytest.raises(VerificationFailed):
         raise_unless_passed(report)
-
-
-@pytest.fixture
-def answered(adapted: tuple[Base, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Inputs, Target]:
-    """A runtime that answers at once: a tenth of the way from the hooked model to the base."""
-    base, out = adapted
-    asked = Verification(out, base=str(base.path), prompts=[(3, 4, 5, 6)], runtimes=PEFT)
-    with opened(asked) as inputs:
-        target = target_of(Runner(inputs))
-    mixed = torch.from_numpy(0.9 * target.logprobs + 0.1 * target.base).log_softmax(-1).numpy()
-    bare = target.base[:4]
-    result = RuntimeResult("PEFT", "0", (mixed,), target.greedy.tokens, {}, (bare,))
-    monkeypatch.setattr(serving, "_ask", lambda *args: result)
-    return inputs, target
-
-
-def test_a_control_of_a_runtime_that_is_not_missed_fails(
-    answered: tuple[Inputs, Target],
-) -> None:
-    """A limit that the base itself keeps cannot tell a bake from none."""
-    inputs, target = answered
-
-    def status(limit: float) -> str:
-        found = serving.serve_all(inputs, PEFT, replace(target, limit=limit))
-        assert {r.passed for r in found.rows if r.group == "control"} == {limit < 100}
-        return str(found.records[0]["status"])
-
-    assert status(target.effect / 5) == "passed"
-    assert status(100.0) == "failed"
-
-
-def test_mistakes_that_the_prompts_do_not_reach_are_passed_over(base: Base) -> None:
-    """Forgetting one of two sites between which nothing lies changes nothing."""
-    hidden = base.layout.hidden
-    edits = (edit(base, "ablate", make.ablate(vector(hidden)), "resid"),)
-    kinds = {kind: list(spoiled(edits, "sha256:0", kind)) for kind in MISTAKES}
-    assert len(kinds["forgotten site"]) == len(edits[0].sites)
-    for name, (found,) in kinds["forgotten site"]:
-        assert len(found.sites) == len(edits[0].sites) - 1
-        assert name.startswith("ablate 'c' at ")
-    ((_, (flipped,)),) = kinds["flipped sign"]
-    x = vector(hidden, 3)
-    assert torch.allclose(flipped.map(x) - x, x - edits[0].map(x))  # type: ignore[operator]
-    assert [name for name, _ in spoiled(edits, "sha256:1", "forgotten site")] != [
-        name for name, _ in kinds["forgotten site"]
-    ]
 
 
 def test_prompts_of_an_adapter_are_in_the_bases_tokens(
@@ -352,7 +286,7 @@ def test_prompts_of_an_adapter_are_in_the_bases_tokens(
     ).path
     texts = tmp_path / "texts.txt"
     texts.write_text("Once upon a time\nThe cat sat down.\n")
-    report = compare(Verification(out, base=str(base.path), runtimes=PEFT, prompts=texts))
+    report = judged(Verification(out, base=str(base.path), runtimes=PEFT, prompts=texts))
     assert report.passed, report.rows
     assert (report.prompts["source"], report.prompts["prompts"]) == ("texts.txt", 2)
     result = CliRunner().invoke(
@@ -365,7 +299,7 @@ def test_prompts_of_an_adapter_are_in_the_bases_tokens(
 
 
 def test_an_approximate_adapter_is_held_to_its_number(
-    adapted: tuple[Base, Path], answered: tuple[Inputs, Target], tmp_path: Path
+    adapted: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, sound = adapted
     out = tmp_path / "out"
@@ -373,38 +307,30 @@ def test_an_approximate_adapter_is_held_to_its_number(
     record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
     record["plan"]["exactness"] = "approximate"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
-    prompts = [(3, 4, 5, 6)]
-    report = compare(Verification(out, base=str(base.path), runtimes=PEFT, prompts=prompts))
-    (share,) = (r.value for r in report.rows if r.name.startswith("peft: mean KL(hooked ‖ served)"))
+
+    def run(name: str, asked: Runtimes, target: Target) -> ServedRun:
+        """A runtime that answers a tenth of the way from the hooked model to the base."""
+        mixed = 0.9 * target.hooked + 0.1 * target.base
+        few = target.first(1)
+        return ServedRun("0", {}, target.greedy.tokens, mixed, few.base, 1)
+
+    monkeypatch.setattr(serving, "_run", run)
+    asked = Verification(out, base=str(base.path), runtimes=PEFT, prompts=[(3, 4, 5, 6)])
+    share = judged(asked).runtimes[0]["lost"]
     assert 0.001 < share < 0.1
-    assert report.runtimes[0]["status"] == "measured"
     for factor, status in ((2, "passed"), (0.5, "failed")):
-        again = compare(
-            Verification(
-                out, base=str(base.path), runtimes=PEFT, prompts=prompts, most_kl=factor * share
-            )
-        )
+        again = judged(replace(asked, most_kl=factor * share))
         assert again.runtimes[0]["status"] == status
 
 
 def test_options_that_an_adapter_would_ignore_are_refused(adapted: tuple[Base, Path]) -> None:
     base, out = adapted
-    for option in (["--score", "contains:a"], ["--generate", "3"], ["--device-map", "auto"]):
+    for option in (["--score", "contains:a"],):
         asked = ["verify", str(out), "--base", str(base.path), "--runtime", "peft", *option]
         result = CliRunner().invoke(main, asked)
         assert result.exit_code == 2, result.output
         assert f"{option[0]} is for checkpoints" in result.stderr
         assert not (out / "verify.json").exists()
-
-
-def test_the_types_of_a_gguf_file_decide_what_it_is_held_to(tmp_path: Path) -> None:
-    for kinds, wanted in (({"F16", "F32"}, {torch.float16, torch.float32}), ({"Q8_0"}, set())):
-        folder = tmp_path / "-".join(sorted(kinds))
-        folder.mkdir()
-        write_gguf(folder / "m.gguf", kinds)
-        artifact = Baked(folder, read_record(EXAMPLES / "gguf"), ())
-        assert set(stored_dtypes(artifact)) == wanted
-        assert quantised(artifact) is ("Q8_0" in kinds)
 
 
 # --- processes ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from test_verify import baked, row
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
 from bake.errors import FamilyError
-from bake.verify.compare import compare
+from bake.jobs.planned import judged
 from bake.verify.models import layout_of, load
 from bake.verify.observe import block_sites
 from bake.verify.runs import batches_of, halves, run
@@ -45,7 +45,7 @@ def test_streamed_runs_equal_those_in_memory_exactly(
         assert all(parameter.is_meta for parameter in parts.model.parameters())
     # Another value in one tensor reaches the model both ways, and leaves it again.
     name = base.layout.branches[1].writes[0].weight
-    zeros = {name: torch.zeros_like(base.checkpoint.read(name))}
+    zeros = {name: lambda: torch.zeros_like(base.checkpoint.read(name))}
     with whole.replaced(zeros), parts.replaced(zeros):
         changed = run(whole, batches).logits
         assert torch.equal(changed, run(parts, batches).logits)
@@ -59,8 +59,8 @@ def test_a_streamed_report_has_the_same_numbers(
 ) -> None:
     base = base_at(tiny_checkpoint(family, dtype=torch.float32))
     out = baked(base, tmp_path / "out")
-    whole = compare(Verification(out, base=str(base.path), streamed=False, generate=3))
-    parts = compare(Verification(out, base=str(base.path), streamed=True, generate=3))
+    whole = judged(Verification(out, base=str(base.path), streamed=False, generate=3))
+    parts = judged(Verification(out, base=str(base.path), streamed=True, generate=3))
     assert whole.passed and parts.passed
     named = {found.name: found.value for found in whole.rows}
     shared = [found for found in parts.rows if found.name in named]
@@ -76,13 +76,11 @@ def test_a_streamed_pass_tells_how_far_it_is(
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32, num_hidden_layers=21))
     out, said = baked(base, tmp_path / "out"), list[str]()
-    assert compare(Verification(out, base=str(base.path), streamed=True, remark=said.append)).passed
+    assert judged(Verification(out, base=str(base.path), streamed=True, remark=said.append)).passed
     first = said.index("base model in float64")
     assert said[first + 1 : first + 3] == ["    10 of 21 blocks", "    20 of 21 blocks"]
     said.clear()
-    assert compare(
-        Verification(out, base=str(base.path), streamed=False, remark=said.append)
-    ).passed
+    assert judged(Verification(out, base=str(base.path), streamed=False, remark=said.append)).passed
     assert not any("blocks" in line for line in said)
 
 
@@ -132,7 +130,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from bake.verify.compare import compare
+from bake.jobs.planned import judged
 from bake.verify.verification import Verification
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
@@ -143,7 +141,7 @@ def peak():
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 before = peak()
-report = compare(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=True))
+report = judged(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=True))
 assert report.passed, report.rows
 print(peak() - before)
 """

@@ -13,19 +13,23 @@ import pytest
 import tiny
 import torch
 from harness import Base, bake, base_at, edit, plan_of, vector
+from safetensors.torch import load_file, save_file
 from test_verify import baked, edits_of, row
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
-from bake.errors import InputError, UsageError, VerificationFailed
+from bake.checkpoints.hashes import sha256_of
+from bake.errors import Inconclusive, InputError, UsageError, VerificationFailed
+from bake.jobs.planned import judged
+from bake.outputs.checkpoint import planned_model
 from bake.verify import runner
 from bake.verify.artifact import changed_files, open_baked
-from bake.verify.compare import compare
-from bake.verify.controls import Control, changed, groups_of
+from bake.verify.controls import Control, Spoiling, groups_of, values
+from bake.verify.evidence import rows_of
 from bake.verify.judgement import raise_unless_passed
 from bake.verify.metrics import compare_logits, largest_difference
-from bake.verify.models import layout_of
-from bake.verify.report import Report, Row
+from bake.verify.report import Report
+from bake.verify.rows import Row
 from bake.verify.store import QUESTION, Store
 from bake.verify.verification import Verification
 
@@ -37,60 +41,108 @@ def rows(report: Report, group: str) -> dict[str, Row]:
 # --- controls ----------------------------------------------------------------------------------
 
 
-def test_controls_of_every_kind_fail(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """A tied model with biases gives occasion for each way to break it."""
-    base = base_at(tiny_checkpoint("llama", tied=True))
-    report = compare(Verification(baked(base, tmp_path / "out"), base=str(base.path)))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["F64", "BF16"])
+def test_controls_of_every_kind_fail(
+    dtype: torch.dtype, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A tied model with biases gives occasion for each way to break it, in any storage type."""
+    base = base_at(tiny_checkpoint("llama", tied=True, square=True, dtype=dtype))
+    report = judged(Verification(baked(base, tmp_path / "out"), base=str(base.path)))
     assert report.passed
-    controls = rows(report, "control")
-    for kind in ("nothing edited", "forgotten tensor", "flipped sign", "forgotten bias"):
-        assert any(name.startswith(f"control: {kind}") for name in controls), controls
-    assert f"control: tied head, {base.layout.unembed.weight}" in controls
-    assert len(controls) == 1 + 3 * 2 + 1
-    assert all(found.passed and found.value > 1e3 * found.limit for found in controls.values())
+    kinds = {"forgotten tensor", "flipped sign", "wrong axis", "forgotten bias"}
+    plan, files = rows(report, "plan control"), rows(report, "files control")
+    assert {name.split(", ")[1] for name in plan} == {*kinds, "tied head"}
+    assert {name.split(", ")[1] for name in files} == {*kinds, "tied head", "wrong block"}
+    assert f"control: plan, tied head, {base.layout.unembed.weight}" in plan
+    assert len(plan) == 5 and len(files) == 5 * 2 + 1
+    assert all(found.passed and found.value > 1e3 * found.limit for found in plan.values())
+    assert all(found.passed and found.value > 1.5 for found in files.values())
 
 
 def test_a_control_is_the_bake_that_it_says(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = base_at(tiny_checkpoint("llama", tied=True))
+    base = base_at(tiny_checkpoint("llama", tied=True, square=True))
     out = baked(base, tmp_path / "out")
-    artifact, after = open_baked(out), open_checkpoint(out)
-    layout = layout_of(after)
-    name = base.layout.branches[0].writes[0].weight
+    after, layout = open_checkpoint(out), base.layout
+    planned = planned_model(plan_of(base, edits_of(base)), base.checkpoint).tensors
+    writer, head, embed = layout.branches[0].writes[0], layout.unembed.weight, layout.embed
+    name, bias = writer.weight, writer.bias.name
+
+    def result(name: str, start: int, stop: int) -> torch.Tensor:
+        found = after.read_rows(name, start, stop).double()
+        return found.reshape(found.shape[0], -1)
+
+    spoiling = Spoiling(planned, rows_of(base.checkpoint), result, (head, embed))
     before, good = base.checkpoint.read(name), after.read(name)
-    made = {
-        kind: Control(kind, name).tensors(base.checkpoint, after, layout)[name]
-        for kind in ("forgotten tensor", "flipped sign")
-    }
-    assert torch.equal(made["forgotten tensor"], before) and not torch.equal(before, good)
-    assert torch.allclose(made["flipped sign"] - before, before - good)
-    head = layout.unembed.weight
-    tied = Control("tied head", head).tensors(base.checkpoint, after, layout)[head]
-    assert torch.equal(tied, after.read(layout.embed))
-    groups = groups_of(artifact, base.checkpoint, after, layout)
-    assert groups == groups_of(artifact, base.checkpoint, after, layout)
+
+    def broken(kind: str, tensor: str) -> torch.Tensor:
+        return values(spoiling, Control(kind, tensor))()
+
+    assert torch.equal(broken("forgotten tensor", name), before) and not torch.equal(before, good)
+    assert torch.allclose(broken("flipped sign", name) - before, before - good)
+    assert torch.allclose(broken("wrong axis", name) - before, (good - before).T)
+    assert not torch.allclose(good - before, (good - before).T)
+    assert torch.equal(broken("forgotten bias", bias), base.checkpoint.read(bias))
+    assert torch.equal(broken("tied head", head), after.read(embed))
+    shifted = broken("wrong block", name)
+    assert torch.equal(shifted[0], good[0].roll(1)) and torch.equal(shifted[1:], good[1:])
+    groups = groups_of(planned, base.checkpoint.tensors.__contains__, (head, embed), "sha256:0")
+    again = groups_of(planned, base.checkpoint.tensors.__contains__, (head, embed), "sha256:0")
+    assert groups == again
     assert {control.kind for group in groups for control in group} == {
         "forgotten tensor",
         "flipped sign",
+        "wrong axis",
         "forgotten bias",
         "tied head",
+        "wrong block",
     }
-    # A tensor that the bake left as it is breaks nothing when it is put back.
-    idle = (Control("forgotten tensor", base.layout.final_norm.weight),)
-    untouched = replace(idle[0], tensor=base.layout.branches[0].reads[0].weight)
-    assert list(changed((untouched,), base.checkpoint, after, layout)) == []
 
 
-def test_a_control_that_passes_fails_the_verification() -> None:
+def test_a_control_that_is_not_told_makes_it_inconclusive() -> None:
     found = (
-        Row("effect", 1.0, 1e-9, True, "", "effect"),
-        Row("control: flipped sign, w", 1e-12, 1e-9, False, "must be larger", "control"),
+        Row("plan", 1e-12, 1e-9, True, "", "plan"),
+        Row("control: flipped sign, w", 1e-12, 1e-9, False, "must be larger", "plan control"),
+        Row("values", 0.0, 0.0, True, "", "files"),
+        Row("control: w", 3.0, 1.0, True, "must be larger", "files control"),
     )
     report = Report("out", "base", "sha256:0", "exact", "F64", found, {})
-    with pytest.raises(VerificationFailed, match="a broken bake passes the comparison") as caught:
+    assert [answer.verdict for answer in report.answers] == ["inconclusive", "passed", "not asked"]
+    with pytest.raises(Inconclusive, match="control: flipped sign, w") as caught:
         raise_unless_passed(report)
-    assert "is not above 1.00e-09" in str(caught.value)
+    assert caught.value.exit_code == 7
+    # With a control that is told it passes, and with none at all it does not.
+    told = (found[0], replace(found[1], value=1.0, passed=True), *found[2:])
+    assert replace(report, rows=told).verdict == "passed"
+    assert replace(report, rows=(found[0], *found[2:])).verdict == "inconclusive"
+    # A limit that is missed is a failure, whatever else is open.
+    missed = replace(found[2], value=1.0, passed=False)
+    assert replace(report, rows=(*found[:2], missed, found[3])).verdict == "failed"
+
+
+def test_one_wrong_value_is_found(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Two units in the last place of one value of one tensor, which no logit would show."""
+    base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16))
+    out = baked(base, tmp_path / "out")
+    file = out / "model.safetensors"
+    name = base.layout.branches[1].writes[0].weight
+    for steps, held in ((0, True), (2, False)):
+        tensors = load_file(file)
+        value = tensors[name][3, 5]
+        tensors[name][3, 5] = value * (1 + steps * 2.0**-7)
+        save_file(tensors, file, metadata={"format": "pt"})
+        record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
+        record["files"][file.name] = sha256_of(file)
+        (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
+        report = judged(Verification(out, base=str(base.path), generate=0))
+        assert (report.answers[1].verdict == "passed") is held
+        assert row(report, "files: values off the plan") == (0 if held else 1)
+    # A tensor that the plan leaves alone is held to its bytes.
+    tensors[base.layout.branches[1].reads[0].weight][0, 0] *= 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = judged(Verification(out, base=str(base.path), generate=0))
+    assert row(report, "files: tensors that were to stay") == 1
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -134,45 +186,38 @@ def test_a_nulling_plan_leaves_its_edit_nothing_to_do(
     edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
     plan = plan_of(base, edits, allow=["nulling"])
     out = bake(base, plan, tmp_path / "out", allow=frozenset({"nulling"}))
-    report = compare(Verification(out, base=str(base.path)))
+    report = judged(Verification(out, base=str(base.path)))
     assert report.exactness == "nulling"
     assert report.passed, report.rows
-    fixed = next(found for found in report.rows if found.name.startswith("max |h(x) − x|"))
-    assert fixed.passed
+    fixed = next(found for found in report.rows if found.name.startswith("plan: max |h(x) − x|"))
+    assert fixed.passed and fixed.value < 1e-9
     # The function is another one than the hooked one, and that is said, not judged.
-    error = next(found for found in report.rows if found.name.startswith("baked − hooked"))
-    assert error.passed is None and error.value > 0.1
-    assert 0 < row(report, "mean KL(hooked ‖ baked) / mean KL") < 1
-    if dtype is torch.float64:
-        assert fixed.value < 1e-9
-        controls = rows(report, "control")
-        assert len(controls) >= 2 and all(found.passed for found in controls.values())
-        assert not any("tied head" in name for name in controls)
+    lost = next(found for found in report.rows if found.name.startswith("lost in storage"))
+    assert lost.passed is None and 0 < lost.value < 1
+    controls = rows(report, "plan control")
+    assert len(controls) >= 2 and all(found.passed for found in controls.values())
+    assert not any("tied head" in name for name in controls)
 
 
 def test_an_approximate_plan_is_held_to_the_number_that_is_asked_for(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base = base_at(tiny_checkpoint("llama"))
-    plan = plan_of(base, edits_of(base))
-    out = bake(base, replace(plan, biases=()), tmp_path / "out")
+    base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16))
+    out = baked(base, tmp_path / "out")
     record = json.loads((out / "bake.json").read_text(encoding="utf-8"))
     record["plan"]["exactness"] = "approximate"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
-    report = compare(Verification(out, base=str(base.path)))
-    share = row(report, "mean KL(hooked ‖ baked) / mean KL")
-    assert 0 < share < 1
-    assert compare(Verification(out, base=str(base.path), most_kl=2 * share)).passed
-    controls = rows(report, "control")
-    assert controls.pop("control: nothing edited, KL share").value == 1.0
-    assert all(found.passed is None for found in controls.values())  # no number was asked for
-    # A number that the base model keeps as well says nothing.
-    blind = compare(Verification(out, base=str(base.path), most_kl=1.5))
-    assert rows(blind, "control")["control: nothing edited, KL share"].passed is False
-    failed = compare(Verification(out, base=str(base.path), most_kl=share / 2))
-    assert not failed.passed
-    with pytest.raises(VerificationFailed, match="mean KL"):
+    report = judged(Verification(out, base=str(base.path), generate=0))
+    share = row(report, "lost in storage")
+    assert 0 < share < 0.05 and report.passed  # five per cent where nobody asks for another
+    asked = Verification(out, base=str(base.path), generate=0, most_kl=2 * share)
+    assert judged(asked).passed
+    failed = judged(replace(asked, most_kl=share / 2))
+    assert failed.answers[2].verdict == "failed"
+    with pytest.raises(VerificationFailed, match="lost in storage"):
         raise_unless_passed(failed)
+    # A number that the base model keeps as well says nothing.
+    assert judged(replace(asked, most_kl=1.5)).verdict == "inconclusive"
 
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -203,7 +248,7 @@ def test_leaks_vanish_where_the_direction_is_ablated(
 ) -> None:
     base = base_at(tiny_checkpoint("llama"))
     edits = [edit(base, "ablate", make.ablate(vector(24)), ["attn_out.*", "mlp_out.1"], "mood")]
-    report = compare(
+    report = judged(
         Verification(bake(base, plan_of(base, edits), tmp_path / "out"), base=str(base.path))
     )
     cells = {(leak["writer"], leak["layer"]): leak for leak in report.leaks}
@@ -221,7 +266,7 @@ def test_what_an_affine_edit_sets_is_no_leak(
     base = base_at(tiny_checkpoint("llama"))
     edits = [edit(base, "affine", make.affine(vector(24), alpha=0.5), ["attn_out.1"], "mood")]
     out = bake(base, plan_of(base, edits), tmp_path / "out")
-    (leak,) = compare(Verification(out, base=str(base.path))).leaks
+    (leak,) = judged(Verification(out, base=str(base.path))).leaks
     size = 0.5 * float(vector(24).norm())
     assert leak["after"] == pytest.approx(size) and leak["constant"] == pytest.approx(size)
     assert 0.01 < leak["before"] < 0.9 * size
@@ -231,19 +276,17 @@ def test_the_floor_and_the_effect_are_beside_every_layer(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16))
-    report = compare(Verification(baked(base, tmp_path / "out"), base=str(base.path), generate=4))
+    report = judged(Verification(baked(base, tmp_path / "out"), base=str(base.path), generate=4))
     sites = report.layers["sites"]
     assert sites == ["resid_pre.0", "resid_pre.1", "resid_pre.2", "resid_post.2"]
-    columns = (report.layers[k] for k in ("effect", "float64", "floor bfloat16", "bfloat16"))
-    for effect, error, floor, serving in zip(*columns, strict=True):
-        # A bfloat16 has 8 bits: what it loses is about 2⁻⁶ of the effect, and rounding no tenth.
-        assert 0 < error < effect / 10
-        assert 0 < floor < effect / 10
-        assert 0 < serving < effect / 10
-    floors = rows(report, "floor")
-    assert floors["noise floor: hooked in bfloat16 − in float64"].passed
+    columns = (report.layers[k] for k in ("effect", "plan, not rounded", "stored in bfloat16"))
+    for effect, error, stored in zip(*columns, strict=True):
+        # A bfloat16 has 8 bits: what it loses is about 2⁻⁶ of the effect, and the plan nothing.
+        assert error < 1e-9 * effect
+        assert 1e-6 * effect < stored < effect / 10
     assert 0 <= row(report, "same greedy tokens") <= 1
-    assert len(report.kl) == report.prompts["tokens"]
+    assert len(report.kl) == report.prompts["tokens"] + report.prompts["answers"]
+    assert report.prompts["answers"] == 4 * report.prompts["prompts"]
     assert report.prompts["source"] == "random"
     assert 0 < report.timing["forward"] < report.timing["total"]
 
@@ -256,7 +299,7 @@ def test_an_interrupted_verification_is_taken_up(
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
     out, kept = baked(base, tmp_path / "out"), tmp_path / "kept"
-    whole = compare(Verification(out, base=str(base.path), generate=3))
+    whole = judged(Verification(out, base=str(base.path), generate=3))
     real, runs = runner.run, []
 
     def interrupting(*args: object, **options: object) -> object:
@@ -267,14 +310,14 @@ def test_an_interrupted_verification_is_taken_up(
 
     monkeypatch.setattr(runner, "run", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        compare(Verification(out, base=str(base.path), generate=3, resume=kept))
-    assert len(list(kept.glob("*.safetensors"))) == 5
+        judged(Verification(out, base=str(base.path), generate=3, resume=kept))
+    assert len(list(kept.glob("*.safetensors"))) == 5 + 2  # and two texts
     monkeypatch.setattr(runner, "run", lambda *a, **o: runs.append(a) or real(*a, **o))
     done: list[str] = []
-    report = compare(
+    report = judged(
         Verification(out, base=str(base.path), generate=3, resume=kept, remark=done.append)
     )
-    assert len([line for line in done if line.endswith(("float64", "float32"))]) == len(runs) - 3
+    assert "base model in float64" not in done and "stored model in float32" in done
     assert [(a.name, a.value) for a in report.rows] == [(b.name, b.value) for b in whole.rows]
     assert report.layers == whole.layers
     for ours, theirs in zip(report.leaks, whole.leaks, strict=True):
@@ -287,7 +330,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bake.verify import runner
-from bake.verify.compare import compare
+from bake.jobs.planned import judged
 from bake.verify.verification import Verification
 real, runs = runner.run, []
 def run(*args, **options):
@@ -296,8 +339,8 @@ def run(*args, **options):
     runs.append(args)
     return real(*args, **options)
 runner.run = run
-compare(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=sys.argv[4] == "True",
-                     generate=0, resume=Path(sys.argv[3])))
+judged(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=sys.argv[4] == "True",
+                    generate=0, resume=Path(sys.argv[3])))
 """
 
 
@@ -314,9 +357,9 @@ def test_a_verification_that_was_killed_is_taken_up(
     assert len(list(kept.glob("*.safetensors"))) == 4
     said: list[str] = []
     options = {"base": str(base.path), "streamed": streamed, "generate": 0}
-    report = compare(Verification(out, resume=kept, remark=said.append, **options))  # type: ignore[arg-type]
-    assert "base model in float64" not in said and "baked model in float32" in said
-    whole = compare(Verification(out, **options))  # type: ignore[arg-type]
+    report = judged(Verification(out, resume=kept, remark=said.append, **options))  # type: ignore[arg-type]
+    assert "base model in float64" not in said and "stored model in float32" in said
+    whole = judged(Verification(out, **options))  # type: ignore[arg-type]
     assert [(a.name, a.value) for a in report.rows] == [(b.name, b.value) for b in whole.rows]
     assert report.passed and not kept.exists()
 
@@ -361,8 +404,8 @@ def test_a_model_too_large_for_memory_is_streamed(
     monkeypatch.setattr(module, "os", SimpleNamespace(sysconf=pages.__getitem__))
     said: list[str] = []
     out = baked(base, tmp_path / "out")
-    assert compare(Verification(out, base=str(base.path), remark=said.append)).passed
+    assert judged(Verification(out, base=str(base.path), remark=said.append)).passed
     assert not any("greedy" in line for line in said)
     pages["SC_PAGE_SIZE"] = 16 * elements
-    assert compare(Verification(out, base=str(base.path), remark=said.append)).passed
+    assert judged(Verification(out, base=str(base.path), remark=said.append)).passed
     assert any("greedy" in line for line in said)

@@ -18,6 +18,8 @@ from bake.errors import InputError
 T = TypeVar("T")
 
 VERIFICATION = "verify.json"
+FORMAT = 2
+"""Of ``verify.json``: since 2 it answers three questions."""
 
 HELD, MISSED, NOT_SHOWN, NOT_MEASURED = "held", "missed", "not shown", "not measured"
 """What comes of a limit of the gate: a whole interval within it, a whole one beyond it, one that
@@ -35,7 +37,7 @@ class Row(msgspec.Struct, frozen=True):
     passed: bool | None = None
     """None for a number that nothing is demanded of."""
     note: str = ""
-    group: str = "exact"
+    group: str = "metric"
 
 
 class Prompts(msgspec.Struct, frozen=True):
@@ -71,10 +73,10 @@ class Served(msgspec.Struct, frozen=True):
     greedy_tokens: Count | None = None
     environment: dict[str, Any] = {}
 
-    @property
-    def largest(self) -> float | None:
-        """The largest difference of a log-probability from the hooked model's, in nats."""
-        return self.numbers.get(f"{self.runtime}: max |Δlog p|, served − hooked")
+    lost: float | None = None
+    """The share of the edit's KL that is lost when it serves."""
+    floor: float | None = None
+    """The share that storage and runtime lose where nothing is edited."""
 
     @property
     def parted(self) -> float | None:
@@ -115,9 +117,41 @@ class Text(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """What is said to one of the questions."""
+
+    key: str = ""
+    text: str = ""
+    verdict: str = ""
+    reason: str = ""
+
+
+class Headline(msgspec.Struct, frozen=True):
+    """Effect, and the share of it that is lost to the storage type or in a runtime."""
+
+    effect: float | None = None
+    lost: float | None = None
+    floor: float | None = None
+    to: str = ""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """A prompt with what the models write after it."""
+
+    prompt: str = ""
+    base: str = ""
+    hooked: str = ""
+    baked: str = ""
+
+
 class Report(msgspec.Struct, frozen=True):
     """A verification."""
 
+    format: int = 1
+    verdict: str = ""
+    answers: tuple[Answer, ...] = ()
+    headline: Headline = Headline()
+    samples: tuple[Sample, ...] = ()
     passed: Any = None
     """True where nothing failed; whatever else a file may say there is no pass."""
     plan_digest: str | None = None
@@ -227,6 +261,8 @@ def unverified(folder: Path, record: Record) -> str | None:
     if report is None:
         return f"{VERIFICATION} is of another plan"
     failed = [row.name for row in report.rows if row.passed is False]
+    if report.verdict == "inconclusive":
+        return "the verification is inconclusive: nothing in it could have failed"
     if report.passed is not True or failed:
         return "the verification failed" + (f": {failed[0]}" if failed else "")
     if not any(row.passed for row in report.rows):

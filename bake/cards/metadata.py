@@ -66,8 +66,8 @@ def _metrics(report: Report) -> Iterator[tuple[str, str, float | None]]:
     ):
         yield key, name, values.get(key)
     for served in report.runtimes:
-        label = f"largest difference of a log-probability in {escape(served.runtime)}, nats"
-        yield "max_dlogprob", label, served.largest
+        label = f"share of the edit's KL that is lost in {escape(served.runtime)}"
+        yield "kl_share", label, served.lost
     for name, models in report.effects.items():
         kind = "perplexity" if name == "perplexity" else "score"
         on = (

@@ -84,6 +84,7 @@ if TYPE_CHECKING:
 @click.option("--html", is_flag=True, help="Write the report as one page as well.")
 @click.option("--plots/--no-plots", default=None, help="Draw the report's plots.")
 @table_options
+@click.option("--gguf", type=PATH, metavar="FILE", help="The base's GGUF, where it was edited.")
 @click.option("--adapter", type=PATH, metavar="DIR", help="The merged adapter, if it has moved.")
 def command(
     output: Output,

@@ -65,11 +65,22 @@ def recorded_options(
 
 def needs(replanned: Replanned) -> str | None:
     """Return which option names what the artifact was made with beside its base, or None."""
+    if from_gguf(replanned):
+        return "gguf"
+    return "llama-cpp" if _is_gguf(replanned) else None
+
+
+def from_gguf(replanned: Replanned) -> bool:
+    """Return whether an artifact was made from, or for, a GGUF of its base."""
     record = replanned.artifact.record
-    carrier = KINDS[record.kind]
-    if carrier.whole and not carrier.checkpoint:  # a model in GGUF
-        return "llama-cpp" if record.gguf is not None and record.gguf.converter else "gguf"
-    return "gguf" if record.export is not None and record.export.gguf else None
+    if _is_gguf(replanned):
+        return record.gguf is None or not record.gguf.converter
+    return record.export is not None and bool(record.export.gguf)
+
+
+def _is_gguf(replanned: Replanned) -> bool:
+    carrier = KINDS[replanned.artifact.record.kind]
+    return carrier.whole and not carrier.checkpoint
 
 
 def _check_parts(gguf: Path, recorded: "Sequence[GgufFile]", replanned: Replanned) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bake.errors import BakeError, UsageError
+from bake.jobs.planned import planned_of
 from bake.jobs.published import Reproduction, reproduction_of
 from bake.jobs.recorded import Source, base_of
 from bake.progress import Bars, no_bars
@@ -118,7 +119,7 @@ def verify(
             rebake_beside=folder if files.rebake else None,
             bars=bars,
         )
-    report = compare(asked)
+    report = compare(asked, planned_of(source, asked))
     if source.published:  # an artifact in the cache is called by its commit there
         report = replace(report, artifact=source.name)
     written = write_report(report, folder, plots=files.plots, html=files.html)

@@ -21,19 +21,19 @@ from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import (
     Checkpoint,
     NewCheckpoint,
-    NewTensor,
     Producer,
     patch_config,
     write_checkpoint,
 )
 from bake.checkpoints.adapter import FoundAdapter
+from bake.checkpoints.planned import PlannedModel, PlannedTensor
 from bake.errors import CheckpointError, InputError
 from bake.families import Layout
 from bake.fold import spans
 from bake.merge.peft_adapter import CONFIG, WEIGHTS, Module, PeftAdapter, open_adapter
 from bake.merge.record import merge_plan, merge_provenance
+from bake.outputs.checkpoint import stored_tensors
 from bake.progress import Progress
-from bake.rounding import to_storage
 
 KIND = "merge"
 
@@ -42,11 +42,15 @@ KIND = "merge"
 class _Work:
     """What becomes of every tensor, by its name in the base."""
 
-    replace: dict[str, Producer] = field(default_factory=dict)
-    new: dict[str, NewTensor] = field(default_factory=dict)
+    tensors: dict[str, PlannedTensor] = field(default_factory=dict)
     untied: bool = False
     sides: dict[str, str] = field(default_factory=dict)
     """Whether the adapter adds to a tensor (``update``) or replaces it; a copy is not named."""
+
+    def planned(self, base: Checkpoint, digest: str) -> PlannedModel:
+        """Return it as what is written, and judged by a verification."""
+        changes = {"tie_word_embeddings": False} if self.untied else {}
+        return PlannedModel(digest, self.tensors, patch_config(base.config_text, changes))
 
 
 def merge_adapter(
@@ -84,23 +88,42 @@ def merge_adapter(
     digests = BaseDigests(base)
     work = _Merger(opened, base, layout, digests).work()
     provenance = merge_provenance(opened, base, out, published=published, family=family)
-    plan = merge_plan(opened, base, layout, names=(*work.replace, *work.new), sides=work.sides)
+    plan = merge_plan(opened, base, layout, names=tuple(work.tensors), sides=work.sides)
+    planned = work.planned(base, plan.digest)
+    replace, new = stored_tensors(planned, base)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        before = digests.record(work.replace)
+        before = digests.record(replace)
         record = new_record(provenance, KIND, plan, files=files, base_tensors=before)
         return {RECORD: record_text(record).encode()}
 
     def write(place: Place) -> Artifact:
-        changes = {"tie_word_embeddings": False} if work.untied else {}
-        config = patch_config(base.config_text, changes)
-        merged = NewCheckpoint(base, work.replace, work.new, config, {})
+        merged = NewCheckpoint(base, replace, new, planned.config_text, {})
         found = write_checkpoint(merged, place, closing=closing, progress=progress)
         return Artifact(KIND, out, found.files, found.bytes_written, found.bytes_edited)
 
     shards = [base.file(shard) for shard in base.shards] if base.complete else []
     identity = identity_of([KIND, str(base.path), provenance.to_json(), plan.to_json()], shards)
     return write_staged(out, identity, force=force, write=write)
+
+
+def planned_merge(
+    adapter: Path, base: Checkpoint, layout: Layout | None, digest: str
+) -> PlannedModel:
+    """Return what an adapter makes of its base, in float64 and not rounded.
+
+    Args:
+        adapter: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        base: a complete checkpoint of the model that the adapter is for.
+        layout: the base's family resolved, as ``merge_adapter`` takes it.
+        digest: of the plan of the merge.
+
+    Raises:
+        InputError: as ``merge_adapter`` does, for all but the values.
+    """
+    return (
+        _Merger(open_adapter(adapter), base, layout, BaseDigests(base)).work().planned(base, digest)
+    )
 
 
 class _Merger:
@@ -152,12 +175,7 @@ class _Merger:
             )
         if self._is_tied_pair(name):
             self.result.untied = True
-        produce = self._sum(module, source, transposed)
-        if source == name:
-            self._put(name, produce, "update")
-        else:
-            self.result.new[name] = NewTensor(info.dtype, info.shape, produce)
-            self.result.sides[name] = "update"
+        self._put(name, source, self._sum(module, source, transposed), "update")
         if module.bias is not None:
             self._bias(module)
 
@@ -193,9 +211,8 @@ class _Merger:
         return self.layout.tied and name in (self.layout.embed, self.layout.unembed.weight)
 
     def _sum(self, module: Module, source: str, transposed: bool) -> Producer:
-        """Return the producer of W + s B A, tile by tile, in the base's dtype."""
+        """Return the producer of W + s B A, tile by tile, in float64."""
         info = self.base.tensors[source]
-        dtype = info.torch_dtype
 
         def produce() -> Iterator[Tensor]:
             a, b = self.adapter.read(module.a), self.adapter.read(module.b) * module.scale
@@ -203,7 +220,7 @@ class _Merger:
             read = self.digests.watched(source, partial(self.base.read_rows, source))
             for start, stop in spans(info.shape):
                 tile = read(start, stop).to(torch.float64, copy=True)
-                yield to_storage(tile.addmm_(left[start:stop], right), dtype, source)
+                yield tile.addmm_(left[start:stop], right)
 
         return produce
 
@@ -217,15 +234,13 @@ class _Merger:
                 where=self.where,
                 why="PEFT cannot merge it either: the base has no place for it",
             )
-        info = self.base.tensors[name]
         self._check_shape(added, name)
 
         def produce() -> Iterator[Tensor]:
             total = self.base.read(name).to(torch.float64)
-            total = total + module.scale * self.adapter.read(added)
-            yield to_storage(total, info.torch_dtype, name)
+            yield total + module.scale * self.adapter.read(added)
 
-        self._put(name, produce, "update")
+        self._put(name, name, produce, "update")
 
     def _replaced(self, target: str, tensor: str) -> None:
         """Put a tensor that the adapter stores whole in the place of the base's."""
@@ -240,12 +255,11 @@ class _Merger:
                 why="PEFT's versions disagree on whether the other one changes with it",
             )
         self._check_shape(tensor, name)
-        dtype = self.base.tensors[name].torch_dtype
 
         def produce() -> Iterator[Tensor]:
-            yield to_storage(self.adapter.read(tensor), dtype, name)
+            yield self.adapter.read(tensor)
 
-        self._put(name, produce, "replaced")
+        self._put(name, name, produce, "replaced")
 
     def _copy(self, target: str, tensor: str) -> None:
         """Require that what PEFT saved of the base is the base's: it saves embeddings whole."""
@@ -267,20 +281,22 @@ class _Merger:
         """Give the head a tensor of its own, the embedding as it was where no factors are."""
         assert self.layout is not None
         head, embed = self.layout.unembed.weight, self.layout.embed
-        if head in self.result.new or self.layout.head_is_stored:
+        if head in self.result.tensors or self.layout.head_is_stored:
             return
         info = self.base.tensors[embed]
 
         def produce() -> Iterator[Tensor]:
             for start, stop in spans(info.shape):
-                yield self.base.read_rows(embed, start, stop)
+                yield self.base.read_rows(embed, start, stop).to(torch.float64)
 
-        self.result.new[head] = NewTensor(info.dtype, info.shape, produce)
+        self.result.tensors[head] = PlannedTensor(head, info.dtype, info.shape, produce)
 
-    def _put(self, name: str, produce: Producer, side: str) -> None:
-        if name in self.result.replace:
+    def _put(self, name: str, source: str, produce: Producer, side: str) -> None:
+        """Let a tensor be what is produced, in type and shape of the base's that it is made of."""
+        if name in self.result.tensors:
             raise InputError(f"the adapter changes {name} twice", where=self.where)
-        self.result.replace[name] = produce
+        info = self.base.tensors[source]
+        self.result.tensors[name] = PlannedTensor(name, info.dtype, info.shape, produce)
         self.result.sides[name] = side
 
     def _check_shape(self, tensor: str, name: str) -> None:

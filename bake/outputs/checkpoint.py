@@ -1,7 +1,8 @@
 """The checkpoint output: execute a plan on the bytes of a checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from bake.checkpoints import (
     patch_config,
     write_checkpoint,
 )
+from bake.checkpoints.dtypes import torch_dtype
+from bake.checkpoints.planned import PlannedModel, PlannedTensor
 from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
 from bake.fold import WeightFold, fold_bias, fold_weight
@@ -27,7 +30,7 @@ from bake.outputs.functionals import feedback_of
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Plan, TensorUpdate
 from bake.plan.record import plan_record
-from bake.rounding import Rounding, to_storage
+from bake.rounding import Feedback, Rounding, to_storage
 
 
 def prepare_checkpoint(export: Export) -> CarrierWriter:
@@ -51,8 +54,8 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
     """
     plan, base = export.plan, export.checkpoint
     digests = BaseDigests(base)
-    rounding = export.rounding or "nearest"
-    replace, new = planned_tensors(plan, base, run.factors, digests, rounding)
+    planned = planned_model(plan, base, run.factors, digests)
+    replace, new = stored_tensors(planned, base, _feedbacks(plan, export.rounding or "nearest"))
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
         before, made = digests.record(replace), plan_record(plan)
@@ -60,48 +63,71 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
         return {RECORD: record_text(record).encode()}
 
     extra = edit_files(plan.reference, plan.edits)
-    made = NewCheckpoint(base, replace, new, edited_config(plan, base), extra)
+    made = NewCheckpoint(base, replace, new, planned.config_text, extra)
     return write_checkpoint(made, target, closing=closing, progress=run.progress)
 
 
-def edited_config(plan: Plan, checkpoint: Checkpoint) -> str:
-    """Return the text of the base's ``config.json`` with the plan's changes."""
-    changes = {c.key: DELETE if c.new is None else c.new for c in plan.config}
-    return patch_config(checkpoint.config_text, changes)
-
-
-def planned_tensors(
+def planned_model(
     plan: Plan,
     checkpoint: Checkpoint,
     shared: SharedFactors | None = None,
     digests: BaseDigests | None = None,
-    rounding: Rounding = "nearest",
-) -> tuple[dict[str, Producer], dict[str, NewTensor]]:
-    """Return producers of the tensors that a plan replaces, and those that it adds, by name.
+) -> PlannedModel:
+    """Return what a plan makes of a checkpoint, in float64 and not rounded.
 
     Args:
         plan: made for this checkpoint.
         checkpoint: the base.
         shared: takes the factors that adapters need from the tiles that pass.
         digests: takes the sha256 of every replaced tensor from the bytes that pass.
-        rounding: of weights; norms and biases are rounded to nearest.
     """
+    tensors: dict[str, PlannedTensor] = {}
+    for update in plan.tensors:
+        dtype = checkpoint.tensors[update.source].dtype
+        tiles = _weight_tiles(update, checkpoint, shared, digests)
+        tensors[update.name] = PlannedTensor(update.name, dtype, tuple(update.shape), tiles)
+    for bias in plan.biases:
+        dtype = plan.layout.dtype if bias.create else checkpoint.tensors[bias.name].dtype
+        tiles = _bias_tiles(bias, checkpoint, digests)
+        tensors[bias.name] = PlannedTensor(bias.name, dtype, (bias.size,), tiles)
+    changes = {c.key: DELETE if c.new is None else c.new for c in plan.config}
+    return PlannedModel(plan.digest, tensors, patch_config(checkpoint.config_text, changes))
+
+
+Feedbacks = Mapping[str, Callable[[], Feedback | None]]
+"""Begins the error feedback of a weight, by its name; None where it is rounded to nearest."""
+
+
+def _feedbacks(plan: Plan, rounding: Rounding) -> Feedbacks:
+    """Return how every weight is rounded; norms and biases are rounded to nearest."""
+    weights = (update for update in plan.tensors if update.replacement is None)
+    return {update.name: partial(feedback_of, _fold_of(update), rounding) for update in weights}
+
+
+def stored_tensors(
+    planned: PlannedModel, checkpoint: Checkpoint, feedbacks: Feedbacks = MappingProxyType({})
+) -> tuple[dict[str, Producer], dict[str, NewTensor]]:
+    """Return producers of the tensors that the base has, and those that it gets, each rounded."""
     replace: dict[str, Producer] = {}
     new: dict[str, NewTensor] = {}
-    for update in plan.tensors:
-        producer = _weight_producer(update, checkpoint, shared, digests, rounding)
-        if update.create:
-            dtype = checkpoint.tensors[update.source].dtype
-            new[update.name] = NewTensor(dtype, update.shape, producer)
+    for name, tensor in planned.tensors.items():
+        produce = partial(_rounded, tensor, feedbacks.get(name))
+        if name in checkpoint.tensors:
+            replace[name] = produce
         else:
-            replace[update.name] = producer
-    for bias in plan.biases:
-        producer = _bias_producer(bias, plan, checkpoint, digests)
-        if bias.create:
-            new[bias.name] = NewTensor(plan.layout.dtype, (bias.size,), producer)
-        else:
-            replace[bias.name] = producer
+            new[name] = NewTensor(tensor.dtype, tensor.shape, produce)
     return replace, new
+
+
+def _rounded(
+    tensor: PlannedTensor, begin: Callable[[], Feedback | None] | None
+) -> Iterator[Tensor]:
+    """Yield the tiles of a tensor in its storage type."""
+    dtype = torch_dtype(tensor.dtype, where=tensor.name)
+    feedback = None if begin is None else begin()
+    rounded = to_storage if feedback is None else feedback.to_storage
+    for tile in tensor.tiles():
+        yield rounded(tile, dtype, tensor.name)
 
 
 def _fold_of(update: TensorUpdate) -> WeightFold:
@@ -116,15 +142,12 @@ def _fold_of(update: TensorUpdate) -> WeightFold:
     )
 
 
-def _weight_producer(
+def _weight_tiles(
     update: TensorUpdate,
     checkpoint: Checkpoint,
     shared: SharedFactors | None,
     digests: BaseDigests | None,
-    rounding: Rounding,
 ) -> Producer:
-    dtype = checkpoint.tensors[update.source].torch_dtype
-
     def read(start: int, stop: int) -> Tensor:
         return checkpoint.read_rows(update.source, start, stop)
 
@@ -132,25 +155,18 @@ def _weight_producer(
         if update.replacement is not None:
             if digests is not None and not update.create:
                 digests.add(update.name)
-            yield to_storage(update.replacement, dtype, update.name)
+            yield update.replacement
             return
         reader = read if digests is None else digests.watched(update.source, read)
         reader = reader if shared is None else shared.watched(update, reader)
-        fold = _fold_of(update)
-        feedback = feedback_of(fold, rounding)
-        round_ = to_storage if feedback is None else feedback.to_storage
-        for tile in fold_weight(reader, fold):
-            yield round_(tile, dtype, update.name)
+        yield from fold_weight(reader, _fold_of(update))
 
     return produce
 
 
-def _bias_producer(
-    update: BiasUpdate, plan: Plan, checkpoint: Checkpoint, digests: BaseDigests | None
+def _bias_tiles(
+    update: BiasUpdate, checkpoint: Checkpoint, digests: BaseDigests | None
 ) -> Producer:
-    info = checkpoint.tensors.get(update.name)
-    dtype = checkpoint.tensors[plan.layout.embed].torch_dtype if info is None else info.torch_dtype
-
     def produce() -> Iterator[Tensor]:
         zeros = torch.zeros(update.size, dtype=torch.float64)
         bias = zeros if update.create else checkpoint.read(update.name)
@@ -168,7 +184,6 @@ def _bias_producer(
             assert update.weight is not None
             return checkpoint.read_rows(update.weight, start, stop)
 
-        value = fold_bias(bias, fold, read=read, shift=update.shift, addend=update.addend)
-        yield to_storage(value, dtype, update.name)
+        yield fold_bias(bias, fold, read=read, shift=update.shift, addend=update.addend)
 
     return produce

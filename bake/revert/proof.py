@@ -21,7 +21,7 @@ from bake.edit_store import EDITS, FITTED, load_edits
 from bake.errors import InputError
 from bake.families.fit import layout_of
 from bake.families.table import parse_family
-from bake.outputs.checkpoint import planned_tensors
+from bake.outputs.checkpoint import planned_model, stored_tensors
 from bake.plan import Plan, compile_plan
 from bake.plan.record import other_parts
 from bake.progress import Progress, Tally
@@ -63,7 +63,7 @@ def prove_base(
             f"the recorded one, made by bake {record.bake}; the edited tensors are those of "
             "the named base"
         )
-    replaced, new = planned_tensors(plan, base)
+    replaced, new = stored_tensors(planned_model(plan, base), base)
     produced = {**replaced, **{name: tensor.produce for name, tensor in new.items()}}
     tally = Tally(sum(artifact.tensors[name].nbytes for name in produced), progress)
     apart = 0

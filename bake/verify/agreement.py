@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bake.artifact.verification import VERIFICATION, parse_report
+from bake.artifact.verification import FORMAT, VERIFICATION, parse_report
 from bake.artifact.verification import Report as Published
 from bake.artifact.verification import Row as PublishedRow
 from bake.errors import InputError
 from bake.verify.markdown import table_lines
-from bake.verify.report import GROUPS, SERVED_EFFECT, Report, Row
+from bake.verify.report import Report
+from bake.verify.rows import GROUPS, Row
 from bake.verify.runtimes.registry import RUNTIMES
 
 
@@ -90,8 +91,10 @@ def agreement(content: Mapping[str, Any], report: Report) -> Agreement:
     published = _published(content)
     there, prompts = {row.name: _row(row) for row in published.rows}, published.prompts
     same_prompts = prompts.digest == report.prompts.get("digest")
+    # An earlier bake compared other things: which rows there are says nothing then.
+    comparable = same_prompts and published.format == FORMAT
     pairs = tuple(
-        _pair(there.get(name), row, same_prompts)
+        _pair(there.get(name), row, comparable)
         for name, row in _both({row.name: row for row in report.rows}, there)
     )
     problems = [f"{pair.name}: {pair.problem}" for pair in pairs if pair.problem is not None]
@@ -100,6 +103,8 @@ def agreement(content: Mapping[str, Any], report: Report) -> Agreement:
     if not published.passed:
         problems.insert(0, "the published verification did not pass")
     notes = []
+    if published.format < FORMAT:
+        notes.append("published by an earlier bake, which compared other things")
     if not same_prompts:
         notes.append(
             f"published on other prompts ({prompts.source or 'not named'}, "
@@ -133,7 +138,7 @@ def _pair(published: Row | None, here: Row | None, same_prompts: bool) -> Pair:
 def _elsewhere(row: Row) -> bool:
     """Whether a row is only there where somebody asked for it: of a runtime, or a side effect."""
     named = row.name.startswith(tuple(f"{name}: " for name in RUNTIMES))
-    return named or row.group in ("runtime", "side") or row.name == SERVED_EFFECT
+    return named or row.group in ("runtime", "side", "gate")
 
 
 def _difference(published: Row, here: Row, same_prompts: bool) -> str | None:
@@ -173,7 +178,7 @@ def _published(content: Mapping[str, Any]) -> Published:
 
 def _row(row: PublishedRow) -> Row:
     value = math.nan if row.value is None else row.value
-    group = row.group if row.group in GROUPS else "exact"
+    group = row.group if row.group in GROUPS else "metric"
     return Row(row.name, value, row.limit, row.passed, group=group)
 
 

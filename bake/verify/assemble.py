@@ -1,4 +1,4 @@
-"""Put a report together from the runs: rows, metrics, layers and leaks."""
+"""Put a report together from the runs: rows, headline, texts, metrics, layers and leaks."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -13,81 +13,52 @@ from bake.verify.adapter import as_merge, peft_version
 from bake.verify.evidence import Evidence
 from bake.verify.inputs import Inputs
 from bake.verify.leak import leaks
-from bake.verify.metrics import Compared, compare_logits, stream_differences
+from bake.verify.metrics import stream_differences
 from bake.verify.models import LOADING
 from bake.verify.observe import block_sites
-from bake.verify.report import Report, Row
-from bake.verify.runs import Trace, dtype_name
+from bake.verify.report import Headline, Report, Sample
+from bake.verify.rows import Row
 from bake.verify.serving import Served
+from bake.verify.stored.check import FilesChecked
+from bake.verify.tokenizer import has_tokenizer, load_tokenizer
+from bake.verify.verdict import Limits
+
+SAMPLES = 3
+"""Prompts whose texts a report shows."""
 
 
-def report_of(inputs: Inputs, evidence: Evidence, changed: Sequence[str] | None) -> Report:
-    """Return the report of a checkpoint.
+def report_of(
+    limits: Limits, checked: FilesChecked, changed: Sequence[str] | None, served: Served
+) -> Report:
+    """Return the report of an artifact.
 
     Args:
-        inputs: what was compared.
-        evidence: its runs.
+        limits: with the runs that everything is held against.
+        checked: what its files hold.
         changed: files that are not as they were exported; None where that is not known.
+        served: what came of asking the runtimes.
     """
-    exact = evidence.exact.reference
-    compared = {
-        dtype_name(dtype): _compared(inputs, runs.reference, runs.baked)
-        for dtype, runs in evidence.runs.items()
-    }
-    # The reference beside itself in float64: what the dtype alone costs, in every metric.
-    floors = {
-        f"floor {dtype_name(dtype)}": _compared(inputs, exact, evidence.runs[dtype].reference)
-        for dtype in inputs.dtypes
-    }
-    effect = _compared(inputs, exact, evidence.base)
-    serving = compared[dtype_name(inputs.storage)]
-    before, after = evidence.base.writes, evidence.exact.baked.writes
-    leaking = tuple(map(asdict, leaks(inputs.layout, inputs.artifact.edits, before, after)))
-    limits = verdict.limits_of(inputs, evidence)
+    inputs, evidence = limits.inputs, limits.evidence
+    name, found = inputs.stored_name, evidence.compared
+    compared = {"float64": found["planned"], "effect": found["base"]}
+    shown, effect = found["planned"], found["base"]
+    if "stored" in found:
+        shown = compared[name] = found["stored"]
+    elif served.compared and served.effect is not None:
+        shown, effect = next(iter(served.compared.values())), served.effect
+    leaking = _leaks(inputs, evidence)
     rows = (
         verdict.effect_row(limits),
-        *verdict.files_row(changed),
-        *verdict.exact_rows(limits),
-        *verdict.fixed_point_row(limits),
-        *verdict.divergence_row(limits, serving, effect),
-        *verdict.control_rows(limits),
-        *verdict.metric_rows(dtype_name(inputs.storage), serving),
-        *verdict.greedy_rows(limits),
+        *verdict.plan_rows(limits),
+        *verdict.files_rows(checked, changed),
+        *verdict.cost_rows(limits),
+        *served.rows,
+        *(verdict.metric_rows(name, found["stored"]) if "stored" in found else ()),
+        *verdict.greedy_rows(evidence),
         *verdict.leak_rows(leaking),
     )
-    return replace(
-        _report(inputs, rows, {**compared, **floors}, serving, effect),
-        layers=_layers(inputs, evidence),
-        leaks=leaking,
-    )
-
-
-def served_report(inputs: Inputs, served: Served, changed: Sequence[str] | None) -> Report:
-    """Return the report of what is no checkpoint: runtimes load it, and nothing else does.
-
-    Args:
-        inputs: what was compared.
-        served: what came of asking the runtimes.
-        changed: files that are not as they were exported; None where that is not known.
-    """
-    effect, *rows = served.rows
-    first = next(iter(served.compared.values()), None)
-    rows = [effect, *verdict.files_row(changed), *rows]
-    return replace(
-        _report(inputs, rows, served.compared, first, served.effect), runtimes=served.records
-    )
-
-
-def _report(
-    inputs: Inputs,
-    rows: Sequence[Row],
-    compared: Mapping[str, Compared],
-    shown: Compared | None,
-    effect: Compared | None,
-) -> Report:
-    """Return what every report has; the plots show one comparison beside the effect."""
     artifact, merged = inputs.artifact, inputs.artifact.merged
-    metrics = dict(compared) if effect is None else {**compared, "effect": effect}
+    metrics = {**compared, **served.compared}
     return Report(
         artifact=str(artifact.path),
         base=artifact.record.base.address,
@@ -95,14 +66,68 @@ def _report(
         exactness=artifact.exactness,
         dtype=inputs.layout.dtype,
         rows=tuple(replace(row, name=as_merge(row.name)) if merged else row for row in rows),
+        headline=_headline(limits, rows, served),
         environment=_environment(inputs),
-        prompts=inputs.prompts.to_json(),
-        metrics={name: asdict(found.metrics) for name, found in metrics.items()},
-        kl=() if shown is None else shown.kl,
-        points=() if shown is None else shown.points,
-        kl_effect=() if effect is None else effect.kl,
-        points_effect=() if effect is None else effect.points,
+        samples=_samples(inputs, evidence, served),
+        prompts=_prompts(inputs, evidence),
+        metrics={key: asdict(one.metrics) for key, one in metrics.items()},
+        layers=_layers(inputs, evidence),
+        leaks=leaking,
+        kl=shown.kl,
+        points=shown.points,
+        kl_effect=effect.kl,
+        points_effect=effect.points,
+        runtimes=served.records,
+        timing={"forward": evidence.seconds},
     )
+
+
+def _leaks(inputs: Inputs, evidence: Evidence) -> tuple[dict[str, Any], ...]:
+    """Return what every writer adds along the edited directions, before and after."""
+    before, after = evidence.base.writes, evidence.planned.writes
+    return tuple(map(asdict, leaks(inputs.layout, inputs.artifact.edits, before, after)))
+
+
+def _headline(limits: Limits, rows: Sequence[Row], served: Served) -> Headline:
+    """Return what is lost in the files, or in the first runtime where these are no checkpoint."""
+    effect = limits.evidence.divergence("base")
+    by_name = {row.name: row for row in rows}
+    if verdict.LOST in by_name:
+        lost, floor = by_name[verdict.LOST].value, by_name[verdict.FLOOR].value
+        return Headline(effect.largest, lost, floor, limits.inputs.stored_name)
+    for record in served.records:
+        if "lost" in record:
+            words = f"{limits.inputs.stored_name} in {record['runtime']}"
+            return Headline(effect.largest, record["lost"], record["floor"], words)
+    return Headline(effect.largest, None, None, limits.inputs.stored_name)
+
+
+def _samples(inputs: Inputs, evidence: Evidence, served: Served) -> tuple[Sample, ...]:
+    """Return a few prompts with the texts of base, hooked and baked model."""
+    texts, prompts = evidence.texts, inputs.prompts.tokens[:SAMPLES]
+    if not has_tokenizer(inputs.tokenizer) or not {"base", "hooked"} <= texts.keys():
+        return ()
+    tokenizer = load_tokenizer(inputs.tokenizer)
+    baked = texts["baked"].tokens if "baked" in texts else served.texts
+
+    def words(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    return tuple(
+        Sample(
+            words(prompt),
+            words(texts["base"].tokens[i]),
+            words(texts["hooked"].tokens[i][: inputs.generate]),
+            words(baked[i]) if i < len(baked) else "",
+        )
+        for i, prompt in enumerate(prompts)
+    )
+
+
+def _prompts(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
+    """Return what the models were run on."""
+    answered = sum(map(len, evidence.transcript.answers))
+    return {**inputs.prompts.to_json(), "answers": answered}
 
 
 def _environment(inputs: Inputs) -> dict[str, str]:
@@ -120,25 +145,13 @@ def _environment(inputs: Inputs) -> dict[str, str]:
     }
 
 
-def _compared(inputs: Inputs, reference: Trace, other: Trace) -> Compared:
-    last = block_sites(inputs.layout)[-1]
-    hidden = (reference.streams[last], other.streams[last])
-    return compare_logits(reference.logits, other.logits, hidden=hidden)
-
-
-def _layers(inputs: Inputs, evidence: Evidence) -> dict[str, Any]:
-    """Return how far each stream lies from that of the reference in float64, point by point."""
-    sites, storage = block_sites(inputs.layout), inputs.storage
-    exact, serving, name = evidence.exact, evidence.runs[storage], dtype_name(storage)
-    others = {
-        "effect": evidence.base,
-        "float64": exact.baked,
-        name: serving.baked,
-        f"floor {name}": serving.reference,
-    }
-    if storage == torch.float64:
-        del others["floor float64"]  # the reference itself
-    reference = exact.reference.streams
+def _layers(inputs: Inputs, evidence: Evidence) -> Mapping[str, Any]:
+    """Return how far each stream lies from that of the hooked model in float64, point by point."""
+    sites = block_sites(inputs.layout)
+    others = {"effect": evidence.base, "plan, not rounded": evidence.planned}
+    if evidence.stored is not None:
+        others[f"stored in {inputs.stored_name}"] = evidence.stored
+    reference = evidence.hooked.streams
     return {
         "sites": [str(site) for site in sites],
         **{key: stream_differences(reference, run.streams, sites) for key, run in others.items()},

@@ -1,26 +1,34 @@
-"""Compare a baked artifact with the hook-steered base model, logit by logit.
+"""Compare a baked artifact with the hook-steered base model: three questions, in their order.
 
 The reference shares no code with the fold: it loads the base with transformers, puts the edits on
-as hooks and runs it (for a merge, PEFT's adapter at work is the reference). The baked checkpoint is
-loaded as any user would load it.
+as hooks and runs it (for a merge, PEFT's adapter at work is the reference). What the plan comes to
+is handed in as values, which the hooks judge. The baked checkpoint is loaded as any user would load
+it.
 """
 
 from dataclasses import replace
 from time import perf_counter
 
 from bake.verify.artifact import changed_files
-from bake.verify.assemble import report_of, served_report
+from bake.verify.assemble import report_of
 from bake.verify.effects import with_side_effects
 from bake.verify.evidence import collect
-from bake.verify.inputs import opened
+from bake.verify.inputs import Inputs, opened
+from bake.verify.planned import Planned
 from bake.verify.report import Report
 from bake.verify.runner import Runner
 from bake.verify.serving import serve
+from bake.verify.stored.check import FilesChecked, check_files
+from bake.verify.verdict import Limits
 from bake.verify.verification import Verification
 
 
-def compare(asked: Verification) -> Report:
+def compare(asked: Verification, planned: Planned) -> Report:
     """Measure how far an artifact lies from the hook-steered base model.
+
+    Args:
+        asked: the artifact, and how it is measured.
+        planned: what its plan comes to, made again from base and edits.
 
     Raises:
         UsageError: something is asked for that has no meaning for the artifact.
@@ -28,7 +36,7 @@ def compare(asked: Verification) -> Report:
         FamilyError: no table fits the base.
     """
     start = perf_counter()
-    with opened(asked) as inputs:
+    with opened(asked, planned) as inputs:
         runner = Runner(inputs)
         report = _report_of(runner)
         runner.store.clear()
@@ -36,19 +44,17 @@ def compare(asked: Verification) -> Report:
 
 
 def _report_of(runner: Runner) -> Report:
-    """Return the report of a checkpoint, or of what runtimes alone load."""
     inputs = runner.inputs
     inputs.asked.remark("digests of the artifact's files")
     changed = changed_files(inputs.artifact)
-    if not inputs.artifact.carrier.checkpoint:
-        return with_side_effects(served_report(inputs, serve(runner), changed), runner, {})
+    checked = _checked(inputs)
     evidence = collect(runner)
-    report = report_of(inputs, evidence, changed)
-    report = with_side_effects(report, runner, evidence.texts)
-    served = serve(runner)
-    return replace(
-        report,
-        rows=(*report.rows, *served.rows),
-        runtimes=served.records,
-        timing={"forward": evidence.seconds},
-    )
+    limits = Limits(inputs, evidence)
+    report = report_of(limits, checked, changed, serve(limits))
+    return with_side_effects(report, runner, evidence.texts)
+
+
+def _checked(inputs: Inputs) -> FilesChecked:
+    """Compare what the files hold with the plan."""
+    inputs.asked.remark("files against the plan")
+    return check_files(inputs.files, inputs.planned.model.digest)

@@ -1,20 +1,31 @@
-"""Broken bakes that have to fail: a comparison that passes them could not see a mistake.
+"""Broken bakes that have to be told from sound ones: a comparison that passes them saw nothing.
 
-Each takes the baked checkpoint and spoils it as a careless tool would: a tensor keeps the value of
-the base, a change has the wrong sign, a bias is left at zero, the output head stays tied to the
-edited embedding. They are made from the two checkpoints and the record alone, without the fold.
+Each spoils one tensor as a careless tool would: it keeps the value of the base, its change has the
+wrong sign or lies along the wrong axis, a bias is left at zero, the output head stays tied to the
+edited embedding, a block of values is shifted by one. They are made from base and result alone,
+without the fold.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from bake.checkpoints import Checkpoint
-from bake.families import Layout
-from bake.verify.artifact import Baked
+from bake.checkpoints.planned import PlannedTensor
+
+TENSOR, SIGN, AXIS = "forgotten tensor", "flipped sign", "wrong axis"
+BIAS, TIED, BLOCK = "forgotten bias", "tied head", "wrong block"
+WIDTH = 32
+"""Values of a wrong block: as many as share a scale in the GGUF types."""
+
+T = TypeVar("T")
+
+Rows = Callable[[str, int, int], Tensor]
+"""Returns rows of a tensor by its name, as [rows, columns] in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,61 +33,105 @@ class Control:
     """One way to break a bake."""
 
     kind: str
-    """``forgotten tensor``, ``flipped sign``, ``forgotten bias`` or ``tied head``."""
     tensor: str
 
-    def tensors(self, base: Checkpoint, baked: Checkpoint, layout: Layout) -> dict[str, Tensor]:
-        """Return the tensors of the broken bake that differ from the baked checkpoint's.
 
-        Args:
-            base: the base checkpoint.
-            baked: the baked checkpoint.
-            layout: that of the baked checkpoint.
-        """
-        if self.kind == "tied head":
-            return {self.tensor: baked.read(layout.embed)}
-        good = baked.read(self.tensor)
-        known = self.tensor in base.tensors
-        before = base.read(self.tensor) if known else torch.zeros_like(good)
-        if self.kind == "flipped sign":
-            wide = 2 * before.to(torch.float64) - good.to(torch.float64)
-            return {self.tensor: wide.to(good.dtype)}
-        return {self.tensor: before.to(good.dtype)}
+@dataclass(frozen=True, slots=True, eq=False)
+class Spoiling:
+    """What the mistakes are made of.
+
+    Attributes:
+        planned: what is to be held, by name.
+        base: rows of the base; None where it has no such tensor.
+        result: rows of what was made.
+        tied: the head and the embedding that it is no longer tied to, where it was.
+    """
+
+    planned: Mapping[str, PlannedTensor]
+    base: Callable[[str, int, int], Tensor | None]
+    result: Rows
+    tied: tuple[str, str] | None
+
+    def rows(self, control: Control, start: int, stop: int) -> Tensor:
+        """Return what a mistake makes of some rows of its tensor."""
+        name, kind = control.tensor, control.kind
+        have = self.result(name, start, stop)
+        if kind == TIED:
+            assert self.tied is not None
+            return self.result(self.tied[1], start, stop)
+        if kind == BLOCK:
+            return _shifted(have) if start == 0 else have
+        before = self.base(name, start, stop)
+        was = torch.zeros_like(have) if before is None else before
+        if kind == SIGN:
+            return 2 * was - have
+        if kind == AXIS:
+            size = self.planned[name].shape[0]
+            whole = self.base(name, 0, size)
+            assert whole is not None
+            return was + (self.result(name, 0, size) - whole).T[start:stop]
+        return was
+
+
+def _shifted(rows: Tensor) -> Tensor:
+    """Return the rows with the values of the first block each in the place of the next."""
+    broken = rows.clone()
+    block = broken[0, :WIDTH] if broken.shape[1] > 1 else broken[:WIDTH, 0]
+    block.copy_(block.roll(1))
+    return broken
 
 
 def groups_of(
-    artifact: Baked, base: Checkpoint, baked: Checkpoint, layout: Layout
+    planned: Mapping[str, PlannedTensor],
+    in_base: Callable[[str], bool],
+    tied: tuple[str, str] | None,
+    digest: str,
 ) -> tuple[tuple[Control, ...], ...]:
     """Return the controls of each kind, in an order that the plan's digest decides.
 
-    A kind that the plan gives no occasion for (no bias, no head that was tied) is left out.
+    A kind that the plan gives no occasion for (no bias, no square matrix, no head that was tied) is
+    left out.
     """
-    chance = random.Random(artifact.plan_digest)
-    plan = artifact.record.plan
-    weights = [t.name for t in plan.tensors if _same_shape(t.name, base, baked)]
-    biases = [b.name for b in plan.biases if b.name in baked.tensors]
-    head = layout.unembed.weight
-    untied = head in baked.tensors and head not in base.tensors
+    chance = random.Random(digest)
+    changed = [t for name, t in planned.items() if in_base(name) and len(t.shape) > 1]
+    square = [t for t in changed if len(t.shape) == 2 and t.shape[0] == t.shape[1]]
+    vectors = [t for t in planned.values() if len(t.shape) == 1]
     groups = (
-        [Control("forgotten tensor", name) for name in weights],
-        [Control("flipped sign", name) for name in weights],
-        [Control("forgotten bias", name) for name in biases],
-        [Control("tied head", head)] if untied else [],
+        [Control(TENSOR, t.name) for t in changed],
+        [Control(SIGN, t.name) for t in changed],
+        [Control(AXIS, t.name) for t in square],
+        [Control(BIAS, t.name) for t in vectors],
+        [] if tied is None else [Control(TIED, tied[0])],
+        [Control(BLOCK, t.name) for t in planned.values()],
     )
     return tuple(tuple(chance.sample(group, len(group))) for group in groups if group)
 
 
-def _same_shape(name: str, base: Checkpoint, baked: Checkpoint) -> bool:
-    if name not in base.tensors or name not in baked.tensors:
-        return False
-    return base.tensors[name].shape == baked.tensors[name].shape
+def values(spoiling: Spoiling, control: Control) -> Callable[[], Tensor]:
+    """Return what computes all of a spoiled tensor, in the shape that it has."""
+    shape = spoiling.planned[control.tensor].shape
+    rows = prod(shape[:-1]) if len(shape) > 1 else shape[0]
+    return lambda: spoiling.rows(control, 0, rows).reshape(shape)
 
 
-def changed(
-    group: tuple[Control, ...], base: Checkpoint, baked: Checkpoint, layout: Layout
-) -> Iterator[tuple[Control, dict[str, Tensor]]]:
-    """Yield the controls of one kind whose tensors really differ from the baked ones."""
-    for control in group:
-        tensors = control.tensors(base, baked, layout)
-        if any(not torch.equal(value, baked.read(name)) for name, value in tensors.items()):
-            yield control, tensors
+def sample(
+    groups: Sequence[Sequence[Control]], each: int, try_out: Callable[[Control], T | None]
+) -> Iterator[tuple[Control, T]]:
+    """Yield some controls of every kind with what came of them.
+
+    Args:
+        groups: by kind.
+        each: how many of a kind.
+        try_out: returns None for one that breaks nothing: it says nothing either, and the next of
+            its kind is taken.
+    """
+    for group in groups:
+        wanted = each
+        for control in group:
+            result = try_out(control)
+            if result is None:
+                continue
+            yield control, result
+            wanted -= 1
+            if not wanted:
+                break

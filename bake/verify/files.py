@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,10 @@ def placeless(report: Report) -> Report:
         rows=tuple(replace(row, note=without_paths(row.note)) for row in report.rows),
         prompts=without_paths(report.prompts),
         environment=without_paths(report.environment),
+        samples=tuple(
+            replace(sample, **{key: without_paths(text) for key, text in asdict(sample).items()})
+            for sample in report.samples
+        ),
         runtimes=without_paths(report.runtimes),
         effects=without_paths(report.effects),
         text=without_paths(report.text),

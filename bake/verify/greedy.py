@@ -1,9 +1,10 @@
-"""Free-running text: the most likely token, again and again, without a cache to get wrong."""
+"""Free-running text: the most likely token, again and again, as transformers generates it."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -23,33 +24,62 @@ class Generated:
     seconds: float = 0.0
     """Spent in the model's own forward passes."""
 
+    def first(self, prompts: int, count: int) -> "Generated":
+        """Return the beginnings of the first few continuations."""
+        return Generated(
+            tuple(row[:count] for row in self.tokens[:prompts]),
+            tuple(row[:count] for row in self.margins[:prompts]),
+        )
+
 
 def generate(
     live: Live, prompts: Sequence[Sequence[int]], count: int, edits: Sequence[Edit] = ()
 ) -> Generated:
     """Return ``count`` greedy tokens after each prompt; an end-of-text token does not end them."""
-    rows = [list(prompt) for prompt in prompts]
-    margins: list[list[float]] = [[] for _ in rows]
+    tokens: list[tuple[int, ...]] = []
+    margins: list[tuple[float, ...]] = []
     seconds = 0.0
+    if not count:
+        return Generated(((),) * len(prompts), ((),) * len(prompts))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if edits:
             stack.enter_context(steered(live.model, live.layout, edits))
-        for _ in range(count):
-            done = 0
-            for batch in batches_of(rows):
-                start = perf_counter()
-                logits = live.model(batch.tokens.to(live.device), use_cache=False).logits
-                seconds += perf_counter() - start
-                last = torch.tensor(batch.lengths) - 1
-                ends = logits[torch.arange(len(last)), last.to(logits.device)].cpu()
-                values, ids = ends.double().topk(2)
-                for row, (value, best) in enumerate(zip(values, ids, strict=True), done):
-                    rows[row].append(int(best[0]))
-                    margins[row].append(float(value[0] - value[1]))
-                done += len(last)
-    made = (tuple(row[len(prompt) :]) for row, prompt in zip(rows, prompts, strict=True))
-    return Generated(tuple(made), tuple(map(tuple, margins)), seconds)
+        for batch in batches_of(prompts):
+            # Each row ends where its new tokens begin: padding is on the left, and masked.
+            width = batch.tokens.shape[1]
+            rows = torch.stack(
+                [row.roll(width - n) for row, n in zip(batch.tokens, batch.lengths, strict=True)]
+            )
+            mask = torch.arange(width) >= width - torch.tensor(batch.lengths).unsqueeze(1)
+            start = perf_counter()
+            made = _generate(live, rows, mask.long(), count)
+            seconds += perf_counter() - start
+            tokens += [tuple(row) for row in made.sequences[:, width:].tolist()]
+            best = torch.stack(made.logits, dim=1).double().topk(2).values
+            margins += [tuple(row) for row in (best[..., 0] - best[..., 1]).tolist()]
+    return Generated(tuple(tokens), tuple(margins), seconds)
+
+
+def _generate(live: Live, rows: torch.Tensor, mask: torch.Tensor, count: int) -> Any:
+    """Return what transformers generates: the sequences, and the logits of every step."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    # What a checkpoint asks for (penalties, sampling, where a text ends) is no arg-max, and what a
+    # config leaves unsaid is taken from the model's own.
+    live.model.generation_config = config
+    device = live.device
+    return live.model.generate(
+        rows.to(device), attention_mask=mask.to(device), generation_config=config
+    )
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:

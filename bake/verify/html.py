@@ -14,6 +14,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; padding: 0.25rem 0.6rem; border-bottom: 1px solid #e3e3e3; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .pass { color: #1d7a3a; font-weight: 600; } .fail { color: #b3261e; font-weight: 700; }
+.open { color: #9a6700; font-weight: 700; }
 code { font-size: 0.85rem; overflow-wrap: anywhere; }
 figure { margin: 0; } svg { max-width: 100%; height: auto; }
 """
@@ -21,6 +22,8 @@ _VERDICTS = {
     PASS: f'<span class="pass">{PASS}</span>',
     FAIL: f'<span class="fail">{FAIL}</span>',
 }
+
+_CLASSES = {"passed": "pass", "failed": "fail", "inconclusive": "open"}
 
 
 def page(report: Report, plots: Mapping[str, bytes]) -> str:
@@ -48,9 +51,10 @@ def page(report: Report, plots: Mapping[str, bytes]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
         f"<title>Verification of {escape(report.artifact)}</title><style>{_STYLE}</style></head>",
-        f"<body><h1>Verification: {_VERDICTS[PASS if report.passed else FAIL]}</h1>",
-        f"<table>{''.join(rows)}</table>",
+        f'<body><h1>Verification: <span class="{_CLASSES[report.verdict]}">{report.verdict}</span>',
+        f"</h1><p>{escape(report.headline.line())}</p>",
         *map(_table, tables(report)),
+        f"<h2>What was run</h2><table>{''.join(rows)}</table>",
     ]
     for title, image in plots.items():
         svg = image.decode("utf-8")

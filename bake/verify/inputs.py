@@ -17,8 +17,11 @@ from bake.verify.adapter import adapter_of
 from bake.verify.artifact import Baked, open_baked
 from bake.verify.fixed_point import nulled
 from bake.verify.memory import too_large
+from bake.verify.planned import Planned
 from bake.verify.prompts import PromptSet, default_prompts, given_prompts, read_prompts
 from bake.verify.runs import DTYPES
+from bake.verify.stored.files import StoredFiles
+from bake.verify.stored.registry import stored_files
 from bake.verify.verification import Verification
 
 GREEDY = 16
@@ -39,6 +42,10 @@ class Inputs:
     """The file of the user's own table."""
     streamed: bool
     """Whether one block is in memory at a time."""
+    planned: Planned
+    """What the plan comes to."""
+    files: StoredFiles
+    """What the artifact's files hold of it."""
     baked: Checkpoint | None
     """The artifact's own weights; None where it is no checkpoint."""
     adapter: Path | None
@@ -50,15 +57,14 @@ class Inputs:
         return DTYPES[self.layout.dtype]
 
     @property
-    def serving(self) -> torch.dtype:
-        """What text is generated in: the storage dtype, or float32 where that is float64."""
-        return torch.float32 if self.storage == torch.float64 else self.storage
+    def stored_name(self) -> str:
+        """What the edited values are stored in, by name: a dtype, or a type of GGUF files."""
+        return self.files.stored_name
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        """The dtypes below float64 that are compared: float32 and what the base is stored in."""
-        chosen = dict.fromkeys((torch.float32, self.storage))
-        return tuple(dtype for dtype in chosen if dtype != torch.float64)
+    def tokenizer(self) -> Path:
+        """The folder whose tokenizer turns tokens into text."""
+        return self.base.path if self.baked is None else self.artifact.path
 
     @property
     def device(self) -> str:
@@ -68,8 +74,14 @@ class Inputs:
         return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
 
     @property
+    def place(self) -> torch.device | None:
+        """Where a model goes that is put together here; None for the processor."""
+        accelerated = self.asked.device_map is not None and torch.cuda.is_available()
+        return torch.device("cuda") if accelerated else None
+
+    @property
     def most_kl(self) -> float | None:
-        """The share of the effect's KL that an approximate plan may lose."""
+        """The share of the effect's KL that may be lost, where the user or the recipe says one."""
         return self.artifact.most_kl if self.asked.most_kl is None else self.asked.most_kl
 
     @property
@@ -102,8 +114,12 @@ class Inputs:
 
 
 @contextmanager
-def opened(asked: Verification) -> Iterator[Inputs]:
+def opened(asked: Verification, planned: Planned) -> Iterator[Inputs]:
     """Open an artifact and its base, and require that they belong together.
+
+    Args:
+        asked: what is measured and how.
+        planned: what the artifact's plan comes to, made again from base and edits.
 
     Raises:
         UsageError: something is asked for that has no meaning for the artifact.
@@ -117,6 +133,7 @@ def opened(asked: Verification) -> Iterator[Inputs]:
         base = replace(base, harmless=(*base.harmless, *asked.assume_harmless))
         layout = fit.layout_of(base, family)
         checkpoint = artifact.carrier.checkpoint
+        baked = _baked(artifact, base) if checkpoint else None
         inputs = Inputs(
             asked=asked,
             artifact=artifact,
@@ -125,7 +142,9 @@ def opened(asked: Verification) -> Iterator[Inputs]:
             prompts=_prompts(asked, artifact.path if checkpoint else base.path, layout),
             family=family,
             streamed=too_large(base) if asked.streamed is None else asked.streamed,
-            baked=_baked(artifact, base) if checkpoint else None,
+            planned=planned,
+            files=stored_files(artifact, base, baked, layout, planned),
+            baked=baked,
             adapter=adapter_of(artifact, asked.adapter) if artifact.merged else None,
         )
         _check(inputs)

@@ -1,56 +1,77 @@
-"""What a failed report means, as the error that the command ends with."""
+"""What a report that did not pass means, as the error that the command ends with."""
 
-from bake.errors import ExactnessBug, VerificationFailed
-from bake.verify.report import Report, Row
+from collections.abc import Sequence
 
-_REASONS = {
-    "control": "a broken bake passes the comparison, so it cannot tell a sound one: the edit's "
-    "effect on these prompts is too small for this dtype",
-    "floor": "a reference that does not round was not evaluated in the dtype that it names",
-}
-# Where a number has to be larger than its limit.
-_ABOVE = ("effect", "control", "floor")
+from bake.errors import ExactnessBug, Inconclusive, VerificationFailed
+from bake.verify.report import Report
+from bake.verify.rows import Row
 
 
 def raise_unless_passed(report: Report) -> None:
-    """Raise what a failed report means.
+    """Raise what a report that did not pass means.
 
     Raises:
-        VerificationFailed: the edit has no effect, a file was changed, a control passed, a runtime
-            failed, or a limit of a plan that is not exact was missed.
-        ExactnessBug: a plan that says EXACT measures otherwise.
+        VerificationFailed: a file was changed, a runtime failed, or a limit was missed.
+        ExactnessBug: a plan that says EXACT measures otherwise, in files that nobody changed.
+        Inconclusive: no limit was missed, and one of the questions could not be answered.
     """
     if report.passed:
         return
     failed = [row for row in report.rows if row.passed is False]
-    by_group = {row.group: row for row in reversed(failed)}
-    if not failed:
-        raise VerificationFailed("nothing was demanded of this artifact", where=report.artifact)
-    if "effect" in by_group:
+    if report.verdict == "inconclusive":
+        raise _inconclusive(report, failed)
+    changed = [row for row in failed if row.name == "files as exported"]
+    if changed:
         raise VerificationFailed(
-            f"the edit has no effect: hooked and base differ by {by_group['effect'].value:.1e}",
-            where=report.artifact,
-            why="equality proves nothing where nothing was changed",
-            fix="look at the direction and the sites with `bake plan`",
-        )
-    if "files" in by_group:
-        raise VerificationFailed(
-            f"the artifact was changed after the export ({by_group['files'].note})",
+            f"the artifact was changed after the export ({changed[0].note})",
             where=report.artifact,
             why="its files have other digests than bake.json says",
             fix="export again",
         )
-    missed = by_group.get("exact") or failed[0]
-    if missed.group == "exact" and report.exactness == "exact":
+    missed = next(
+        row for row in failed if row.group in ("plan", "files", "cost", "runtime", "gate")
+    )
+    if missed.group in ("plan", "files") and report.exactness == "exact":
         raise ExactnessBug(
             _said(missed),
             where=report.artifact,
-            why="the plan says EXACT, so the files were changed after the export, or bake is wrong",
+            why="the plan says EXACT and the files are those of the export, or have no digests",
             fix="export again; if it fails again, report it with bake.json",
         )
-    raise VerificationFailed(_said(missed), where=report.artifact, why=_REASONS.get(missed.group))
+    raise VerificationFailed(_said(missed), where=report.artifact, why=_WHY.get(missed.group))
+
+
+_WHY = {
+    "cost": "the stored weights lose more of the edit than the rounding of their type explains, or "
+    "than is asked for ([verify] most_kl)",
+    "runtime": "what is served is further from the hooked model than storage and runtime explain",
+}
+
+
+def _inconclusive(report: Report, failed: Sequence[Row]) -> Inconclusive:
+    """Return what kept a question from being answered."""
+    effects = [row for row in failed if row.group == "effect"]
+    if effects:
+        return Inconclusive(
+            f"the edit has no effect: hooked and base differ by {effects[0].value:.1e}",
+            where=report.artifact,
+            why="equality proves nothing where nothing was changed",
+            fix="look at the direction and the sites with `bake plan`, or name prompts on which "
+            "the edit acts with --prompts",
+        )
+    open_ = [answer for answer in report.answers if answer.verdict == "inconclusive"]
+    answer = open_[0] if open_ else report.answers[0]
+    unknown = next((r.note for r in report.rows if r.group == "files" and r.passed is None), "")
+    unknown = unknown if answer.key == "files" else ""
+    return Inconclusive(
+        f"nothing tells a sound bake from a broken one here: {answer.text} {answer.reason}",
+        where=report.artifact,
+        why=unknown or "a comparison that no broken bake could fail proves nothing",
+        fix="name it with --gguf" if unknown else "name more prompts with --prompts",
+    )
 
 
 def _said(row: Row) -> str:
-    side = "not above" if row.group in _ABOVE else "above"
-    return f"{row.name}: {row.value:.2e} is {side} {row.limit:.2e}"
+    return f"{row.name}: {row.value:.2e} is above {row.limit:.2e}" + (
+        f" ({row.note})" if row.note else ""
+    )

@@ -16,7 +16,7 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
     lines = [
         "# Verification",
         "",
-        f"The baked model **{'passed' if report.passed else 'failed'}**.",
+        f"**{report.verdict.capitalize()}**: {report.headline.line()}.",
         "",
         f"- plan: {report.exactness}, `{report.plan_digest}`",
         f"- base: `{report.base}`",
@@ -30,9 +30,7 @@ def markdown(report: Report, plots: Mapping[str, str]) -> str:
         lines.append(f"- side effects: {side_effects_of(report)}")
     versions = ", ".join(f"{name} {version}" for name, version in report.environment.items())
     lines.append(f"- run with: {versions}")
-    comparisons, *more = tables(report)
-    lines += ["", *table_lines(comparisons.head, comparisons.rows)]
-    for table in more:
+    for table in tables(report):
         lines += ["", f"## {table.title}", ""]
         lines += [f"{table.note.capitalize()}.", ""] if table.note else []
         lines += table_lines(table.head, table.rows)

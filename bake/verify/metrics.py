@@ -139,12 +139,19 @@ def largest_difference(x: Tensor, y: Tensor) -> float:
     return max(float((a - b).abs().max()) for _, a, b in _pieces(x, y))
 
 
-def mean_kl(reference: Tensor, other: Tensor) -> float:
+def divergences(
+    reference: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]
+) -> Float[Tensor, " tokens"]:
+    """Return KL(reference ‖ other) after every token in nats, from logits."""
+    pieces = _pieces(reference, other)
+    return torch.cat([_kl(x.log_softmax(-1), y.log_softmax(-1)) for _, x, y in pieces])
+
+
+def mean_kl(
+    reference: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]
+) -> float:
     """Return the mean over tokens of KL(reference ‖ other) in nats, from logits."""
-    total = 0.0
-    for _, x, y in _pieces(reference, other):
-        total += float(_kl(x.log_softmax(-1), y.log_softmax(-1)).sum())
-    return total / len(reference)
+    return float(divergences(reference, other).mean())
 
 
 def stream_differences(

@@ -6,16 +6,20 @@ one block, whatever the size of the model; everything between the blocks (masks,
 the sum of the branches) is transformers' own code.
 """
 
-from collections.abc import Iterator
+import json
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bake.checkpoints import Checkpoint
+from bake.checkpoints import Checkpoint, TensorInfo
+from bake.checkpoints.config import CONFIG
+from bake.checkpoints.planned import PlannedModel
 from bake.errors import InputError, first_line
 from bake.families import Layout, fit
 from bake.verify.memory import give_back
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 # Softcapped attention exists in eager mode only, and grouped expert kernels take no float64.
 LOADING = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
+Values = Mapping[str, Callable[[], Tensor]]
+"""Returns each tensor's value, by name."""
+
 
 @dataclass(slots=True, eq=False)
 class Live:
@@ -36,8 +43,10 @@ class Live:
     layout: Layout
     checkpoint: Checkpoint
     streamed: bool
-    overrides: dict[str, Tensor]
-    """Tensors that stand in for the checkpoint's own, by name."""
+    planned: Values = field(default_factory=dict)
+    """Of a planned model, the values that no file holds."""
+    overrides: Values = field(default_factory=dict)
+    """What stands in for either inside ``replaced``."""
 
     @property
     def device(self) -> torch.device:
@@ -47,27 +56,31 @@ class Live:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor of the checkpoint, or what stands in for it."""
-        found = self.overrides.get(name)
-        return self.checkpoint.read(name) if found is None else found
+        found = self.overrides.get(name) or self.planned.get(name)
+        return self.checkpoint.read(name) if found is None else found()
 
     @contextmanager
-    def replaced(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+    def replaced(self, tensors: Values) -> Iterator[None]:
         """Run with other values in some tensors inside the context."""
-        affected = [
-            unit for unit in units_of(self.layout) if not tensors.keys().isdisjoint(unit.tensors)
-        ]
         self.overrides = dict(tensors)
         try:
-            self._reload(affected)
+            self._reload(tensors)
             yield
         finally:
             self.overrides = {}
-            self._reload(affected)
+            self._reload(tensors)
 
-    def _reload(self, units: list[Unit]) -> None:
-        if not self.streamed:  # a streamed part is read when it is called
-            for unit in units:
-                load_unit(self.model, unit, self.read)
+    def _reload(self, names: Collection[str]) -> None:
+        """Give the parameters that some tensors fill their values anew."""
+        if self.streamed:
+            return  # a streamed part is read when it is called
+        # A class that holds the experts of a block as one takes them all or none.
+        stacked = any("{expert}" in linear.module for linear in self.layout.linears)
+        for unit in units_of(self.layout):
+            held = [name for name in unit.tensors if name in names]
+            if held:
+                some = None if stacked else frozenset(held)
+                load_unit(self.model, unit, self.read, only=some)
 
 
 def layout_of(checkpoint: Checkpoint, family: Path | None = None) -> Layout:
@@ -101,13 +114,58 @@ def load(
     Raises:
         InputError: a tensor that the class does not expect, or lacks.
     """
+    # transformers first: what it says of a file is what any user would read.
+    model = _on_meta(checkpoint, dtype) if streamed else _whole(checkpoint, dtype, device_map)
+    live = Live(model, layout_of(checkpoint, family), checkpoint, streamed)
     if streamed:
-        layout = layout_of(checkpoint, family)
-        live = Live(_on_meta(checkpoint, dtype), layout, checkpoint, True, {})
+        _stream(live)
+    return live
+
+
+def load_planned(
+    base: Checkpoint,
+    planned: PlannedModel,
+    *,
+    family: Path | None = None,
+    streamed: bool = False,
+    device: torch.device | None = None,
+) -> Live:
+    """Return the model that a plan makes of a base, in float64: nothing of it is rounded.
+
+    Args:
+        base: with its weights at hand.
+        planned: what the plan makes of its tensors and its configuration.
+        family: a table of the user's own.
+        streamed: hold one part in memory at a time, and compute it again for each pass.
+        device: where the model goes; the processor when None.
+    """
+    checkpoint = _under_plan(base, planned)
+    layout = layout_of(checkpoint, family)
+    values = {name: tensor.value for name, tensor in planned.tensors.items()}
+    live = Live(_on_meta(checkpoint, torch.float64), layout, checkpoint, streamed, values)
+    units = units_of(layout)
+    if streamed:
         _stream(live)
         return live
-    model = _whole(checkpoint, dtype, device_map)
-    return Live(model, layout_of(checkpoint, family), checkpoint, False, {})
+    _check_closed(live, units)
+    for unit in units:
+        load_unit(live.model, unit, live.read)
+    live.model.to(device)
+    return live
+
+
+def _under_plan(base: Checkpoint, planned: PlannedModel) -> Checkpoint:
+    """Return the base with the plan's configuration and the names of its new tensors."""
+    new = {
+        name: TensorInfo(name, tensor.dtype, tensor.shape, "", 0, 0)
+        for name, tensor in planned.tensors.items()
+    }
+    return replace(
+        base,
+        config=json.loads(planned.config_text),
+        config_text=planned.config_text,
+        tensors={**base.tensors, **new},
+    )
 
 
 def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -> "PreTrainedModel":
@@ -169,10 +227,10 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with _loading(checkpoint):
-        config = AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        )
+    # The text is read and not the folder's file: a plan's configuration is in no folder.
+    with _loading(checkpoint), tempfile.TemporaryDirectory(prefix="bake-") as folder:
+        (Path(folder) / CONFIG).write_text(checkpoint.config_text, encoding="utf-8")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=False, **LOADING

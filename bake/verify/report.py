@@ -1,46 +1,50 @@
-"""``Report``: what a verification measured, against which limits."""
+"""``Report``: what a verification measured, what that answers, and which models said what."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bake.artifact.verification import finite
-
-SERVED_EFFECT = "effect: hooked − base, max |Δlog p|"
-"""The row beside those of the runtimes: of the tokens that they are asked for."""
-GROUPS = ("effect", "exact", "floor", "metric", "control", "files", "runtime", "side")
+from bake.artifact.verification import FORMAT, finite
+from bake.verify.questions import Answer, Verdict, answers, verdict
+from bake.verify.rows import Row
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One measured number; ``passed`` is None where nothing is demanded of it."""
+class Headline:
+    """What a reader wants to know first.
 
-    name: str
-    value: float
-    limit: float | None
-    passed: bool | None
-    note: str = ""
-    group: str = "exact"
-    """What the number is about, one of ``GROUPS``."""
+    Attributes:
+        effect: mean KL(hooked ‖ base) in nats, the larger one of prompts and answers; None where
+            nothing was run.
+        lost: the share of it that what is stored or served loses; None where nobody measured it.
+        floor: the share that rounding and runtime lose where nothing is edited.
+        to: what it is lost to: the storage type, or the runtime.
+    """
+
+    effect: float | None = None
+    lost: float | None = None
+    floor: float | None = None
+    to: str = ""
+
+    def line(self) -> str:
+        """Return it in one line."""
+        if self.effect is None:
+            return "nothing was run"
+        if self.lost is None:
+            return f"effect {self.effect:.3g} nats a token"
+        said = f"effect {self.effect:.3g} nats a token, lost {100 * self.lost:.2g} % to {self.to}"
+        return said + ("" if self.floor is None else f" (floor {100 * self.floor:.2g} %)")
 
 
-def at_most(
-    name: str, value: float, limit: float | None, note: str = "", group: str = "exact"
-) -> Row:
-    """Return a number that may not exceed its limit; held against nothing where there is none."""
-    return Row(name, value, limit, None if limit is None else value <= limit, note, group)
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt with what the models write after it."""
 
-
-def above(name: str, value: float, limit: float | None, group: str) -> Row:
-    """Return a number that has to exceed its limit; held against nothing where there is none."""
-    if limit is None:
-        return Row(name, value, None, None, "", group)
-    return Row(name, value, limit, value > limit, "must be larger", group)
-
-
-def unjudged(name: str, value: float, note: str = "", group: str = "metric") -> Row:
-    """Return a number that nothing is demanded of."""
-    return Row(name, value, None, None, note, group)
+    prompt: str
+    base: str
+    hooked: str
+    baked: str
+    """Empty where the artifact is no checkpoint and no runtime served it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,9 @@ class Report:
     environment: Mapping[str, str]
     prompts: Mapping[str, Any] = field(default_factory=dict)
     """Where the prompts came from, how many there are, and their digest."""
+    headline: Headline = Headline()
+    samples: tuple[Sample, ...] = ()
+    """A few prompts with the texts of the models."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """All numbers of each comparison: by dtype, and ``effect``."""
     layers: Mapping[str, Any] = field(default_factory=dict)
@@ -82,12 +89,27 @@ class Report:
     """Seconds in all, and of these in the models' forward passes."""
 
     @property
+    def answers(self) -> tuple[Answer, ...]:
+        """What is said to each question."""
+        return answers(self.rows)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst answer: ``passed``, ``failed`` or ``inconclusive``."""
+        return verdict(self.answers)
+
+    @property
     def passed(self) -> bool:
-        """Whether something was demanded, and every demand was met."""
-        verdicts = [row.passed for row in self.rows if row.passed is not None]
-        return bool(verdicts) and all(verdicts)
+        """Whether every question that was asked is answered, and well."""
+        return self.verdict == "passed"
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; a number that is not finite becomes null."""
-        content: dict[str, Any] = finite({**asdict(self), "passed": self.passed})
+        first = {
+            "format": FORMAT,
+            "verdict": self.verdict,
+            "passed": self.passed,
+            "answers": [asdict(answer) for answer in self.answers],
+        }
+        content: dict[str, Any] = finite({**first, **asdict(self)})
         return content

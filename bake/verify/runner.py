@@ -5,23 +5,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bake import __version__
 from bake.artifact.record import RECORD
-from bake.checkpoints import Checkpoint
 from bake.edits import Edit
 from bake.sites import Site
 from bake.verify.adapter import peft_version, with_adapter
 from bake.verify.greedy import Generated, generate
 from bake.verify.inputs import Inputs
-from bake.verify.models import Live, load
+from bake.verify.models import Live, Values, load, load_planned
 from bake.verify.runs import Batch, Trace, batches_of, dtype_name, run, trace_of
 from bake.verify.store import Store, question
+from bake.verify.transcript import Transcript, unanswered
 from bake.verify.verification import Remark
 
-Source = Literal["base", "adapted", "baked"]
-"""The base, the base with the adapter of a merge at work, or the artifact's own weights."""
+Source = Literal["base", "adapted", "planned", "stored"]
+"""The base, the base with the adapter of a merge at work, what the plan makes of it before anything
+is rounded, or the artifact's own weights."""
 
 STEP = 10
 """Blocks between two remarks on how far a streamed pass is."""
@@ -35,16 +35,15 @@ class Runner:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        self.batches = batches_of(inputs.prompts.tokens)
-        """The prompts as they are run."""
+        self.transcript: Transcript = unanswered(inputs.prompts.tokens)
+        """What the models are run on; the answers come with the first run of the reference."""
         self.store = Store(inputs.asked.resume, _question(inputs))
         self._live: tuple[Source, torch.dtype, Live] | None = None
 
     @property
-    def baked(self) -> Checkpoint:
-        """The artifact's own weights."""
-        assert self.inputs.baked is not None, "only a checkpoint has weights of its own"
-        return self.inputs.baked
+    def batches(self) -> tuple[Batch, ...]:
+        """The transcript as it is run."""
+        return batches_of(self.transcript.tokens)
 
     def model(self, source: Source, dtype: torch.dtype) -> Live:
         """Return one of the models; the one before it is let go first."""
@@ -52,8 +51,29 @@ class Runner:
             return self._live[2]
         self._live = None
         inputs = self.inputs
+        if source == "planned":
+            assert dtype == torch.float64, "a plan is not rounded"
+            live = load_planned(
+                inputs.base,
+                inputs.planned.model,
+                family=inputs.family,
+                streamed=inputs.streamed,
+                device=inputs.place,
+            )
+        else:
+            live = self._loaded(source, dtype)
+        if inputs.streamed:
+            _count_blocks(live, inputs.asked.remark)
+        self._live = (source, dtype, live)
+        return live
+
+    def _loaded(self, source: Source, dtype: torch.dtype) -> Live:
+        """Return a model whose weights are in files, as any user loads it."""
+        inputs = self.inputs
+        checkpoint = inputs.baked if source == "stored" else inputs.base
+        assert checkpoint is not None, "only a checkpoint has weights of its own"
         live = load(
-            self.baked if source == "baked" else inputs.base,
+            checkpoint,
             dtype,
             family=inputs.family,
             streamed=inputs.streamed,
@@ -62,9 +82,6 @@ class Runner:
         if source == "adapted":
             assert inputs.adapter is not None
             live.model = with_adapter(live.model, inputs.adapter)
-        if inputs.streamed:
-            _count_blocks(live, inputs.asked.remark)
-        self._live = (source, dtype, live)
         return live
 
     def release(self) -> None:
@@ -81,7 +98,7 @@ class Runner:
         batches: Sequence[Batch] | None = None,
         sites: Sequence[Site] = (),
         writes: bool = False,
-        tensors: dict[str, Tensor] | None = None,
+        tensors: Values | None = None,
     ) -> Trace:
         """Return one run: as an earlier attempt left it, or run now.
 
@@ -90,7 +107,7 @@ class Runner:
             source: which of the models.
             dtype: of weights and arithmetic.
             edits: hooks to set.
-            batches: the prompts; all of them when None.
+            batches: what it is run on; the whole transcript when None.
             sites: stream sites to record.
             writes: whether to record what every writer adds.
             tensors: values that replace those of the checkpoint, by name.
@@ -111,55 +128,45 @@ class Runner:
         dtype: torch.dtype,
         purpose: str = "",
         *,
-        batches: Sequence[Batch] | None = None,
         sites: Sequence[Site] = (),
+        tensors: Values | None = None,
     ) -> Trace:
         """Return a run of the reference, as ``trace`` returns one; ``purpose`` tells it apart."""
         name, source, edits = self._reference
         name = f"base and {name}{purpose}"
-        return self.trace(name, source, dtype, edits, batches=batches, sites=sites)
+        return self.trace(name, source, dtype, edits, sites=sites, tensors=tensors)
 
     def greedy(
         self,
         name: str,
         source: Source,
-        dtype: torch.dtype,
+        prompts: Sequence[Sequence[int]],
         count: int,
         edits: Sequence[Edit] = (),
-        *,
-        prompts: Sequence[Sequence[int]] | None = None,
     ) -> Generated:
-        """Return the greedy text after every prompt, as ``trace`` returns a run."""
-        label = f"greedy text of the {name} in {dtype_name(dtype)}"
+        """Return the greedy text after every prompt in float32, as ``trace`` returns a run."""
+        label = f"greedy text of the {name}"
         kept = self.store.load(f"{label}, {count}")
         if kept is not None:
             (tensors, seconds) = kept
             tokens, margins = (tensors[key].tolist() for key in ("tokens", "margins"))
             return Generated(tuple(map(tuple, tokens)), tuple(map(tuple, margins)), seconds)
         self.inputs.asked.remark(label)
-        live = self.model(source, dtype)
-        text = generate(live, prompts or self.inputs.prompts.tokens, count, edits)
+        text = generate(self.model(source, torch.float32), prompts, count, edits)
         numbers = {"tokens": torch.tensor(text.tokens), "margins": torch.tensor(text.margins)}
         self.store.save(f"{label}, {count}", numbers, text.seconds)
         return text
 
-    def reference_text(
-        self,
-        dtype: torch.dtype,
-        count: int,
-        purpose: str = "",
-        *,
-        prompts: Sequence[Sequence[int]] | None = None,
-    ) -> Generated:
-        """Return the greedy text of the reference."""
+    def reference_text(self, prompts: Sequence[Sequence[int]], count: int) -> Generated:
+        """Return the greedy text of the reference after every prompt."""
         name, source, edits = self._reference
-        return self.greedy(f"{name}{purpose}", source, dtype, count, edits, prompts=prompts)
+        return self.greedy(name, source, prompts, count, edits)
 
     @property
     def sources(self) -> dict[str, tuple[Source, tuple[Edit, ...]]]:
         """What base, hooked and baked model are run as: a model, and the hooks on it."""
         _, reference, edits = self._reference
-        return {"base": ("base", ()), "hooked": (reference, edits), "baked": ("baked", ())}
+        return {"base": ("base", ()), "hooked": (reference, edits), "baked": ("stored", ())}
 
     @property
     def _reference(self) -> tuple[str, Source, tuple[Edit, ...]]:

@@ -6,28 +6,30 @@ as any user's would. One that is not installed is missed before anything is meas
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bake.converter import convert, find_converter
 from bake.process import RuntimeFailed
 from bake.verify.inputs import GREEDY, Inputs
 from bake.verify.metrics import Compared, compare_logits
-from bake.verify.report import Row
-from bake.verify.runner import Runner
+from bake.verify.rows import Row
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
-from bake.verify.served_rows import served_rows, target_rows
+from bake.verify.served_rows import ServedRun, served_rows
+from bake.verify.stored.registry import gguf_file
 from bake.verify.target import Target, target_of
+from bake.verify.verdict import Limits
 
-UNADAPTED = 2
-"""How many of the prompts an adapter's runtime serves without the adapter as well."""
+UNEDITED = 2
+"""How many of the prompts a runtime serves without the edit as well."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,92 +42,139 @@ class Served:
     """All numbers of each runtime that answered, over the tokens that it was asked for."""
     effect: Compared | None = None
     """Those of the base, over the same tokens."""
+    texts: tuple[tuple[int, ...], ...] = ()
+    """Greedy texts of the first runtime that answered."""
 
 
-def serve(runner: Runner) -> Served:
-    """Ask every runtime of a verification, and return effect, floors and what came of each."""
-    inputs = runner.inputs
-    if inputs.asked.runtimes is None:
-        return Served()
-    inputs.asked.remark("reference for the runtimes")
-    return serve_all(inputs, inputs.asked.runtimes, target_of(runner))
-
-
-def serve_all(inputs: Inputs, runtimes: Runtimes, target: Target) -> Served:
-    """Ask runtimes, and return their rows and records.
+def serve(limits: Limits) -> Served:
+    """Ask every runtime of a verification, and return what came of each.
 
     A failure of one is its verdict; the others are asked all the same.
     """
-    rows, compared = list(target_rows(target)), dict[str, Compared]()
-    records: list[dict[str, Any]] = []
-    reference = torch.from_numpy(target.logprobs)
+    inputs = limits.inputs
+    if inputs.asked.runtimes is None:
+        return Served()
+    return serve_all(inputs.asked.runtimes, target_of(limits.evidence, limits))
+
+
+def serve_all(runtimes: Runtimes, target: Target) -> Served:
+    """Ask runtimes, and return their rows and records."""
+    inputs = target.limits.inputs
+    rows, records = list[Row](), list[dict[str, Any]]()
+    compared, texts = dict[str, Compared](), tuple[tuple[int, ...], ...]()
     for name in runtimes.names:
         inputs.asked.remark(f"{name} serves the artifact")
         try:
-            result = _ask(name, runtimes, inputs, target)
+            found = _run(name, runtimes, target)
         except RuntimeFailed as error:
             records.append({"runtime": name, "status": "failed", "reason": str(error)})
             rows.append(Row(f"{name}: serves the artifact", 0.0, 1.0, False, error.what, "runtime"))
             continue
-        answered = torch.from_numpy(np.concatenate(result.prompt_logprobs))
-        compared[name] = compare_logits(reference, answered)
-        own = served_rows(name, result, inputs, target)
-        rows += own
+        own = served_rows(name, found, target)
+        rows += own.rows
+        compared[name] = compare_logits(target.hooked, found.logprobs)
+        texts = texts or found.texts
         records.append(
             {
                 "runtime": name,
-                "status": _status(own),
-                "version": result.version,
-                "environment": dict(result.environment),
+                "status": _status(own.rows),
+                "version": found.version,
+                "environment": dict(found.environment),
                 "prompts": len(target.prompts),
-                "tokens": sum(map(len, target.prompts)),
+                "tokens": sum(map(len, target.spoken)),
                 "greedy_tokens": GREEDY,
-                "numbers": {row.name: row.value for row in own},
-                "limit": target.limit,
+                "lost": own.lost,
+                "floor": own.floor,
+                "limit": own.limit,
+                "numbers": {row.name: row.value for row in own.rows},
                 "metrics": asdict(compared[name].metrics),
             }
         )
-    effect = compare_logits(reference, torch.from_numpy(target.base))
-    return Served(tuple(rows), tuple(records), compared, effect)
+    effect = compare_logits(target.hooked, target.base)
+    return Served(tuple(rows), tuple(records), compared, effect, texts)
 
 
 def _status(rows: tuple[Row, ...]) -> str:
-    verdicts = [row.passed for row in rows if row.passed is not None]
+    verdicts = [row.passed for row in rows if row.passed is not None and row.group == "runtime"]
     if not all(verdicts):
         return "failed"
     return "passed" if verdicts else "measured"
 
 
-def _ask(name: str, runtimes: Runtimes, inputs: Inputs, target: Target) -> RuntimeResult:
-    """Return a runtime's answer: for the artifact, or for the base with the artifact over it."""
-    runtime, carrier, folder = RUNTIMES[name], inputs.artifact.carrier, inputs.artifact.path
-    own = _only_gguf(folder) if carrier.suffix == ".gguf" else folder
-    model = own if carrier.whole else inputs.base.path
+def _run(name: str, runtimes: Runtimes, target: Target) -> ServedRun:
+    """Return what a runtime says of the artifact, and of the base without the edit."""
+    inputs = target.limits.inputs
+    carrier, own = inputs.artifact.carrier, inputs.artifact.path
+    if carrier.suffix == ".gguf":
+        own = gguf_file(inputs.artifact)
+    base, few = _base_file(inputs), min(UNEDITED, len(target.prompts))
     with tempfile.TemporaryDirectory(prefix="bake-") as scratch:
-        if runtime.gguf and model.is_dir():
-            model = _converted(runtimes, model, Path(scratch))
-        request = RuntimeRequest(
-            model,
-            target.prompts,
-            GREEDY,
-            target.logprobs.shape[1],
-            "float32",
-            adapter=None if carrier.whole else own,
-            unadapted=0 if carrier.whole else min(UNADAPTED, len(target.prompts)),
-        )
-        return ask(runtime, request, runtimes.python(name), timeout=runtimes.timeout)
+        if not carrier.whole:
+            assert base is not None, "an adapter is loaded over it"
+            result = _ask(name, runtimes, target, base, Path(scratch), adapter=own, few=few)
+            unedited = result.unadapted
+        else:
+            result = _ask(name, runtimes, target, own, Path(scratch))
+            unedited = ()
+            if base is not None:
+                inputs.asked.remark(f"{name} serves the base")
+                bare = _ask(name, runtimes, target.first(few), base, Path(scratch))
+                unedited = bare.prompt_logprobs[:few]
+    count = len(target.spoken)
+    return ServedRun(
+        version=result.version,
+        environment=result.environment,
+        texts=result.greedy[count:],
+        logprobs=_joined(result.prompt_logprobs[:count]),
+        unedited=_joined(unedited) if unedited else None,
+        few=few,
+    )
+
+
+def _base_file(inputs: Inputs) -> Path | None:
+    """Return what a runtime loads as the base: a folder, or a GGUF; None where it is not here."""
+    if inputs.artifact.carrier.suffix != ".gguf":
+        return inputs.base.path
+    if inputs.planned.gguf is not None:
+        return inputs.planned.gguf.original.path
+    # A converted artifact has a converted base; of another one the base is not at hand.
+    about = inputs.artifact.record.gguf
+    return inputs.base.path if about is None or about.converter else None
+
+
+def _ask(
+    name: str,
+    runtimes: Runtimes,
+    target: Target,
+    model: Path,
+    scratch: Path,
+    *,
+    adapter: Path | None = None,
+    few: int = 0,
+) -> RuntimeResult:
+    """Return a runtime's answer over prompts with and without the hooked model's answers."""
+    runtime = RUNTIMES[name]
+    if runtime.gguf and model.is_dir():
+        model = _converted(runtimes, model, scratch)
+    request = RuntimeRequest(
+        model,
+        (*target.spoken, *target.prompts),
+        GREEDY,
+        target.hooked.shape[1],
+        "float32",
+        adapter=adapter,
+        unadapted=few,
+    )
+    return ask(runtime, request, runtimes.python(name), timeout=runtimes.timeout)
+
+
+def _joined(tables: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(tables).astype(np.float64))
 
 
 def _converted(runtimes: Runtimes, checkpoint: Path, scratch: Path) -> Path:
     """Return a checkpoint as a GGUF file in float32, by llama.cpp's own converter."""
-    model = scratch / "model.gguf"
+    model = scratch / f"{checkpoint.name}.gguf"
     script = find_converter(runtimes.converter)
     convert(checkpoint, model, converter=script, python=Path(sys.executable))
     return model
-
-
-def _only_gguf(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise RuntimeFailed("the artifact holds no GGUF file", where=str(folder))
-    return files[0]  # llama.cpp finds the further parts of a split file by itself

@@ -23,10 +23,31 @@ class Table:
     note: str = ""
 
 
+def outcome(report: Report) -> str:
+    """Return the verdict in one line: what was answered, and what the edit lost."""
+    return f"{report.verdict}: {report.headline.line()}"
+
+
 def tables(report: Report) -> tuple[Table, ...]:
-    """Return the comparisons, and runtimes and side effects where there are any."""
-    verdicts = {True: PASS, False: FAIL, None: ""}
-    comparisons = (
+    """Return the answers and texts, then the comparisons, runtimes and side effects."""
+    found = (_answers(report), _samples(report), _comparisons(report), *_others(report))
+    return tuple(table for table in found if table.rows)
+
+
+def _answers(report: Report) -> Table:
+    rows = ((answer.text, answer.verdict, answer.reason) for answer in report.answers)
+    return Table("Questions", ("question", "answer", ""), tuple(rows))
+
+
+def _samples(report: Report) -> Table:
+    rows = ((sample.prompt, sample.base, sample.hooked, sample.baked) for sample in report.samples)
+    return Table("Texts", ("prompt", *_MODELS), tuple(rows))
+
+
+def _comparisons(report: Report) -> Table:
+    """Return every number; one that nothing is demanded of has no verdict."""
+    verdicts = {True: PASS, False: FAIL, None: "–"}
+    rows = (
         (
             row.name,
             f"{row.value:.4g}",
@@ -36,6 +57,10 @@ def tables(report: Report) -> tuple[Table, ...]:
         )
         for row in report.rows
     )
+    return Table("Comparisons", ("comparison", *NUMBERS, "verdict", ""), tuple(rows))
+
+
+def _others(report: Report) -> tuple[Table, ...]:
     runtimes = (
         (
             str(record["runtime"]),
@@ -57,14 +82,10 @@ def tables(report: Report) -> tuple[Table, ...]:
         )
         for name, numbers in report.effects.items()
     )
-    more = (
+    return (
         Table("Runtimes", ("runtime", "version", "status", ""), tuple(runtimes)),
         Table("Side effects", ("", *_MODELS), tuple(effects), _measured_on(report)),
         _gate(report.gate),
-    )
-    return (
-        Table("Comparisons", ("comparison", *NUMBERS, "verdict", ""), tuple(comparisons)),
-        *(table for table in more if table.rows),
     )
 
 
@@ -113,4 +134,5 @@ def prompts_of(report: Report) -> str:
     if not found:
         return ""
     counts = f"{found['prompts']} with {found['tokens']} tokens"
-    return f"{found['source']}, {counts} ({found['form']})"
+    answers = f" and {found['answers']} of answers" if found.get("answers") else ""
+    return f"{found['source']}, {counts}{answers} ({found['form']})"

@@ -6,9 +6,16 @@ import torch
 
 SAFETY = 8.0
 FLOOR_FACTOR = 4.0
-"""How far above the noise floor a baked model may lie in the serving dtype. The hooked model rounds
-activations; the baked one rounds activations and, once, the edited weights to the same number of
-bits. Two sources of one size make √2 of one in the mean; 4 covers the maximum over all logits."""
+"""How far above its measured error in float32 the reference may err in float64, by the ratio of the
+machine epsilons: the largest of all logits scatters by less."""
+
+SHARE = 1e-9
+"""Of an edit's effect, what a plan that is exact may miss it by where nothing is rounded."""
+LOSS_FACTOR = 3.0
+"""How many times what rounding alone costs of an edit its stored weights may cost. Both are means
+over the same tokens of divergences of one size, each with other errors."""
+MOST_KL = 0.05
+"""The share of an edit that may be lost where nobody says how much."""
 
 
 def logit_tolerance(dtype: torch.dtype, *, layers: int, hidden: int, scale: float) -> float:
@@ -43,3 +50,11 @@ def stream_tolerance(dtype: torch.dtype, *, layers: int, scale: float) -> float:
     norm ``scale``. The safety factor covers rounding inside a write.
     """
     return SAFETY * torch.finfo(dtype).eps / 2 * 2 * (layers + 1) * scale
+
+
+def fold_tolerance(terms: int, scale: float) -> float:
+    """Return how far one folded value may lie from itself, computed on another processor.
+
+    A product over n terms, summed in float64 in another order, errs by about u√n of its size.
+    """
+    return SAFETY * torch.finfo(torch.float64).eps / 2 * math.sqrt(terms) * scale

@@ -5,7 +5,7 @@ part goes through transformers' own conversion, so that a tensor which the class
 form (experts stacked into one) is loaded as ``from_pretrained`` loads it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,8 +73,16 @@ def _head(layout: Layout) -> tuple[str, ...]:
     return (weight, bias.name) if bias.state == "present" else (weight,)
 
 
-def load_unit(model: "PreTrainedModel", unit: Unit, read: Read) -> None:
+def load_unit(
+    model: "PreTrainedModel", unit: Unit, read: Read, *, only: Collection[str] | None = None
+) -> None:
     """Give the parameters of one part the values that ``read`` returns, in the model's dtype.
+
+    Args:
+        model: the live model.
+        unit: the part.
+        read: returns a tensor by its name.
+        only: the tensors that are read; all of the part when None.
 
     Raises:
         CheckpointError: transformers does not expect a tensor, or expects another shape.
@@ -93,7 +101,8 @@ def load_unit(model: "PreTrainedModel", unit: Unit, read: Read) -> None:
     config = LoadStateDictConfig(
         dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
     )
-    tensors: Mapping[str, Tensor] = {name: read(name) for name in unit.tensors}
+    names = unit.tensors if only is None else [name for name in unit.tensors if name in only]
+    tensors: Mapping[str, Tensor] = {name: read(name) for name in names}
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, None)
     unexpected = [key for key in info.unexpected_keys if not key.endswith(unit.buffers)]
     wrong = [*unexpected, *info.mismatched_keys, *info.error_msgs]

@@ -1,184 +1,269 @@
 """Rows of a report: each number beside the limit that it is judged by."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bake.sites import Site
-from bake.verify.evidence import Evidence, Measured
+from bake.verify.evidence import ControlRun, Evidence
 from bake.verify.fixed_point import distance
 from bake.verify.greedy import agreement
 from bake.verify.inputs import Inputs
-from bake.verify.metrics import Compared, largest_difference, mean_kl
-from bake.verify.report import Row, above, at_most, unjudged
-from bake.verify.runs import dtype_name
-from bake.verify.tolerance import FLOOR_FACTOR, logit_tolerance, stream_tolerance
+from bake.verify.loss import Divergence, mean_of, rounding_divergence
+from bake.verify.metrics import Compared, largest_difference
+from bake.verify.rows import Row, above, at_most, unjudged
+from bake.verify.stored.check import FilesChecked
+from bake.verify.stored.deviation import DIRECTION, NOISE, Deviation
+from bake.verify.tolerance import (
+    FLOOR_FACTOR,
+    LOSS_FACTOR,
+    MOST_KL,
+    SHARE,
+    logit_tolerance,
+    logprob_tolerance,
+    stream_tolerance,
+)
 
-WIDE = (torch.float64, torch.float32)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Limits:
     """What the rows of one verification are held to."""
 
     inputs: Inputs
     evidence: Evidence
-    effect: float
-    """max |Δlogit| of hooked against base, in float64."""
 
     @property
     def exactness(self) -> str:
         """What the plan says of the artifact."""
         return self.inputs.artifact.exactness
 
-    @property
-    def demanded(self) -> bool:
-        """Whether the plan says that baked and hooked are one function."""
-        return self.exactness == "exact"
+    @cached_property
+    def scale(self) -> float:
+        """The largest logit of the hooked model."""
+        return float(self.evidence.hooked.logits.abs().max())
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """Return what rounding alone may move a logit by.
+    @cached_property
+    def effect(self) -> float:
+        """max |Δlogit| of hooked against base, in float64."""
+        return self.evidence.compared["base"].metrics.max_dlogit
+
+    @cached_property
+    def rounding(self) -> float:
+        """What rounding in float64 alone may move a logit by.
 
         To the general bound comes what this model makes of rounding: a token whose stream has a
-        small variance before a norm amplifies it. float32 shows how much, and the other dtypes
-        round by another machine epsilon.
+        small variance before a norm amplifies it. float32 shows how much, and float64 rounds by
+        another machine epsilon.
         """
-        layout, scale = self.inputs.layout, float(self.evidence.exact.reference.logits.abs().max())
-        bound = logit_tolerance(dtype, layers=layout.layers, hidden=layout.hidden, scale=scale)
-        unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-        return bound + FLOOR_FACTOR * unit * self.floor(torch.float32)
-
-    def floor(self, dtype: torch.dtype) -> float:
-        """Return how far the reference in one dtype lies from itself: in float64, and rebatched."""
-        measured, exact = self.evidence.runs[dtype], self.evidence.exact
-        error = largest_difference(measured.reference.logits, exact.reference.logits)
-        return max(error, self.rebatched(measured))
-
-    def rebatched(self, measured: Measured) -> float:
-        """Return how far the reference lies from itself in other batches."""
-        assert measured.rebatched is not None
-        return largest_difference(measured.reference.logits, measured.rebatched.logits)
+        evidence, layout, scale = self.evidence, self.inputs.layout, self.scale
+        bound = logit_tolerance(
+            torch.float64, layers=layout.layers, hidden=layout.hidden, scale=scale
+        )
+        unit = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        amplified = largest_difference(evidence.narrow.logits, evidence.hooked.logits)
+        return bound + FLOOR_FACTOR * unit * amplified
 
     @property
-    def limit(self) -> float:
-        """What the baked checkpoint may differ by in float64, given how it is stored."""
-        storage = self.inputs.storage
-        if storage in WIDE:
-            return self.tolerance(storage)
-        return FLOOR_FACTOR * self.floor(storage)
+    def plan(self) -> float:
+        """What the planned model may differ by from the hooked one, in a logit."""
+        return max(SHARE * self.effect, self.rounding)
 
+    @cached_property
+    def arithmetic(self) -> float:
+        """The KL that arithmetic in float32 may add, in nats."""
+        layout, scale = self.inputs.layout, self.scale
+        tolerance = logprob_tolerance(
+            torch.float32, layers=layout.layers, hidden=layout.hidden, scale=scale
+        )
+        return rounding_divergence(tolerance)
 
-def limits_of(inputs: Inputs, evidence: Evidence) -> Limits:
-    """Return what the rows of a verification are held to."""
-    effect = largest_difference(evidence.exact.reference.logits, evidence.base.logits)
-    return Limits(inputs, evidence, effect)
+    @cached_property
+    def floor(self) -> Divergence:
+        """What rounding of the same weights costs where nothing is edited; zero where none is."""
+        draws = self.evidence.draws
+        return mean_of(draws) if draws else Divergence(0.0, 0.0)
+
+    def loss(self, effect: Divergence, *floors: float) -> float | None:
+        """Return the share of the effect that storage and runtime may lose, or None.
+
+        Args:
+            effect: of the edit, over the tokens that are compared.
+            floors: shares of it that are lost where nothing was edited.
+        """
+        most = self.inputs.most_kl
+        if self.exactness == "nulling":
+            return most  # another function than the hooked one, which is said, and no loss
+        if self.exactness != "exact":
+            return MOST_KL if most is None else most
+        slack = self.arithmetic / effect.largest if effect.largest else math.inf
+        if slack >= 1:
+            return math.inf  # no edit is told from none here, which the control says
+        return min(MOST_KL if most is None else most, LOSS_FACTOR * sum(floors) + slack)
 
 
 def effect_row(limits: Limits) -> Row:
     """The edit does something: equality proves nothing where nothing was changed."""
-    return above("effect: hooked − base", limits.effect, limits.tolerance(torch.float64), "effect")
+    return above("effect: hooked − base", limits.effect, limits.rounding, "effect")
 
 
-def files_row(changed: Sequence[str] | None) -> tuple[Row, ...]:
-    """The files are those that the export wrote."""
-    if changed is None:
-        return ()
-    note = f"changed: {', '.join(changed[:3])}" + (" …" if len(changed) > 3 else "")
-    return (
-        at_most("files as exported", float(len(changed)), 0.0, note if changed else "", "files"),
-    )
+# --- is the plan right? ------------------------------------------------------------------------
 
 
-def exact_rows(limits: Limits) -> tuple[Row, ...]:
-    """Baked against hooked, in float64 and in every other dtype, with the floors beside them."""
-    exact, limit = limits.evidence.exact, limits.limit
-    error = largest_difference(exact.baked.logits, exact.reference.logits)
-    share = f"{error / limits.effect:.1e} of the effect" if limits.effect else "no effect"
-    demanded = limit if limits.demanded else None
-    rows = [at_most("baked − hooked, evaluated in float64", error, demanded, share)]
-    for dtype, measured in limits.evidence.runs.items():
-        if dtype != torch.float64:
-            rows += _dtype_rows(limits, dtype, measured, limit)
+def plan_rows(limits: Limits) -> tuple[Row, ...]:
+    """The planned model, nothing of it rounded, against the hooks, and broken plans beside it."""
+    evidence = limits.evidence
+    if limits.exactness == "nulling":
+        value, limit = _fixed_point(limits, evidence.planned.streams)
+        rows = [at_most("plan: max |h(x) − x|, not rounded, in float64", value, limit, "", "plan")]
+        broken = [(c, _fixed_point(limits, c.streams)[0]) for c in evidence.controls]
+        # The head reads the stream and writes nothing to it.
+        broken = [(c, value) for c, value in broken if c.kind != "tied head"]
+    else:
+        limit = limits.plan
+        value = evidence.missed
+        share = f"{value / limits.effect:.1e} of the effect" if limits.effect else "no effect"
+        name = "plan: not rounded − hooked, in float64"
+        rows = [at_most(name, value, limit, share, "plan")]
+        broken = [(c, c.difference) for c in evidence.controls]
+    differences = limits.inputs.planned.differences
+    said = differences[0] if differences else ""
+    rows.append(at_most("plan: differences from the record", len(differences), 0.0, said, "plan"))
+    return (*rows, *(_plan_control(control, value, limit) for control, value in broken))
+
+
+def _plan_control(control: ControlRun, value: float, limit: float) -> Row:
+    return above(f"control: plan, {control.kind}, {control.tensor}", value, limit, "plan control")
+
+
+def _fixed_point(limits: Limits, streams: Mapping[Any, Any]) -> tuple[float, float]:
+    edits = limits.inputs.nulled
+    _, scale = distance(edits, limits.evidence.planned.streams)
+    value, _ = distance(edits, streams)
+    return value, stream_tolerance(torch.float64, layers=limits.inputs.layout.layers, scale=scale)
+
+
+# --- do the files hold it? ---------------------------------------------------------------------
+
+
+def files_rows(checked: FilesChecked, changed: Sequence[str] | None) -> tuple[Row, ...]:
+    """The files are those that the export wrote, and hold what the plan means, value by value."""
+    rows = []
+    if changed is not None:
+        note = f"changed: {_first(changed)}" if changed else ""
+        rows.append(at_most("files as exported", len(changed), 0.0, note, "files"))
+    if not checked.deviations and not checked.strays:
+        note = "what they should hold is not known: the base's GGUF is not at hand"
+        return (*rows, unjudged("files: values compared", 0.0, note, "files"))
+    outside = sum(one.outside for one in checked.deviations)
+    wrong = [one.name for one in checked.deviations if one.outside]
+    note = f"of {checked.values:,}" + (f"; {_first(wrong)}" if wrong else "")
+    rows += [
+        at_most("files: values off the plan", outside, 0.0, note, "files"),
+        at_most(
+            "files: tensors that were to stay, or to be there",
+            len(checked.strays),
+            0.0,
+            _first(checked.strays),
+            "files",
+        ),
+        _worst("files: rounding over that of nearest", checked, lambda one: one.noise, NOISE),
+        _worst(
+            "files: rounding along the edit over that of nearest",
+            checked,
+            lambda one: one.direction,
+            DIRECTION,
+        ),
+    ]
+    for control, found in checked.controls:
+        name = f"control: files, {control.kind}, {control.tensor}"
+        rows.append(above(name, found.score, 1.0, "files control"))
     return tuple(rows)
 
 
-def _dtype_rows(limits: Limits, dtype: torch.dtype, measured: Measured, limit: float) -> list[Row]:
-    name, floor, rebatched = dtype_name(dtype), limits.floor(dtype), limits.rebatched(measured)
-    # Rounding of the stored weights costs the wide dtypes as much as it costs float64.
-    allowed = FLOOR_FACTOR * floor + (limit if dtype in WIDE else 0.0)
-    error = largest_difference(measured.baked.logits, limits.evidence.exact.reference.logits)
-    narrow = dtype not in WIDE
-    return [
-        Row(
-            f"noise floor: hooked in {name} − in float64",
-            largest_difference(measured.reference.logits, limits.evidence.exact.reference.logits),
-            0.0 if narrow else None,
-            floor > 0 if narrow else None,
-            "must be larger" if narrow else "",
-            "floor",
-        ),
-        unjudged(f"noise floor: hooked in {name}, other batches", rebatched, group="floor"),
-        at_most(
-            f"baked in {name} − hooked in float64", error, allowed if limits.demanded else None
-        ),
-    ]
+def _worst(name: str, checked: FilesChecked, by: Any, limit: float) -> Row:
+    worst: Deviation | None = checked.worst(by)
+    if worst is None:
+        return at_most(name, 0.0, limit, "", "files")
+    return at_most(name, by(worst), limit, worst.name, "files")
 
 
-def fixed_point_row(limits: Limits) -> tuple[Row, ...]:
-    """A nulling plan leaves nothing for its edits to do, evaluated in float64."""
-    edits = limits.inputs.nulled
-    if limits.exactness != "nulling" or not edits:
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+
+
+# --- what did it cost? -------------------------------------------------------------------------
+
+
+def cost_rows(limits: Limits) -> tuple[Row, ...]:
+    """What is lost of the edit in the stored weights, beside what rounding alone loses."""
+    evidence = limits.evidence
+    if evidence.stored is None:
         return ()
-    value, limit = _fixed_point(limits, limits.evidence.exact.baked.streams)
-    return (at_most("max |h(x) − x| in the baked model", value, limit),)
+    effect, lost = evidence.divergence("base"), evidence.divergence("stored")
+    floor = limits.floor.over(effect)
+    limit = limits.loss(effect, floor)
+    rows = [
+        at_most(LOST, lost.over(effect), limit, _parts(lost, effect), "cost"),
+        unjudged(FLOOR, floor, "rounding the same weights unedited", "floor"),
+    ]
+    if limit is not None:
+        rows.append(above("control: nothing edited, share lost", 1.0, limit, "cost control"))
+    return (*rows, *_stand_in_rows(limits))
 
 
-def _fixed_point(limits: Limits, streams: Mapping[Site, Tensor]) -> tuple[float, float]:
-    edits = limits.inputs.nulled
-    _, scale = distance(edits, limits.evidence.exact.baked.streams)
-    value, _ = distance(edits, streams)
-    return value, stream_tolerance(
-        limits.inputs.storage, layers=limits.inputs.layout.layers, scale=scale
+LOST = "lost in storage: KL(hooked ‖ stored) / KL(hooked ‖ base)"
+"""The row that says what the stored weights lose of the edit."""
+FLOOR = "floor: KL share of rounding alone"
+
+
+def _parts(lost: Divergence, effect: Divergence) -> str:
+    words = [f"prompts {lost.prompts / effect.prompts:.2e}"] if effect.prompts else []
+    if lost.answers is not None and effect.answers:
+        words.append(f"answers {lost.answers / effect.answers:.2e}")
+    return ", ".join(words)
+
+
+def _stand_in_rows(limits: Limits) -> tuple[Row, ...]:
+    """What is lost of the effect's KL without each of the stand-ins: what each is worth."""
+    evidence = limits.evidence
+    if limits.exactness != "approximate":
+        return ()
+    whole = evidence.compared["base"].metrics.mean_kl
+    return tuple(
+        unjudged(f"without {c.tensor}: KL share lost", c.kl / whole, c.kind)
+        for c in evidence.controls
+        if whole and c.kl is not None and c.kind in ("forgotten tensor", "forgotten bias")
     )
-
-
-def divergence_row(limits: Limits, comparison: Compared, effect: Compared) -> tuple[Row, ...]:
-    """KL over effect: what an approximate plan is judged by, where a number is asked for."""
-    whole, most = effect.metrics.mean_kl, limits.inputs.most_kl
-    share = comparison.metrics.mean_kl / whole if whole else float("inf")
-    return (at_most("mean KL(hooked ‖ baked) / mean KL(hooked ‖ base)", share, most),)
 
 
 def metric_rows(name: str, comparison: Compared) -> tuple[Row, ...]:
-    """The numbers in the serving dtype that nothing is demanded of."""
+    """The numbers that nothing is demanded of."""
     numbers = comparison.metrics
     return (
         unjudged("same most likely token", numbers.same_top, "share of tokens"),
-        unjudged("mean KL(hooked ‖ baked)", numbers.mean_kl, "nats"),
-        unjudged("95 % of KL(hooked ‖ baked)", numbers.p95_kl, "nats"),
-        unjudged("largest KL(hooked ‖ baked)", numbers.max_kl, "nats"),
-        unjudged(f"mean |Δlogit| in {name}", numbers.mean_dlogit),
-        unjudged(f"99 % of |Δlogit| in {name}", numbers.p99_dlogit),
-        unjudged(f"largest |Δlog p| in {name}", numbers.max_dlogprob, "nats"),
-        unjudged(f"mean |Δlog p| in {name}", numbers.mean_dlogprob, "nats"),
-        unjudged("least cosine of final hidden states", numbers.cosine),
+        unjudged(f"mean KL(hooked ‖ stored) of {name}", numbers.mean_kl, "nats"),
+        unjudged("95 % of KL(hooked ‖ stored)", numbers.p95_kl, "nats"),
+        unjudged("largest KL(hooked ‖ stored)", numbers.max_kl, "nats"),
+        unjudged("largest |Δlog p|", numbers.max_dlogprob, "nats"),
+        unjudged("mean |Δlog p|", numbers.mean_dlogprob, "nats"),
     )
 
 
-def greedy_rows(limits: Limits) -> tuple[Row, ...]:
-    """How far the two models write the same text, freely running in the serving dtype."""
-    texts = limits.evidence.texts
-    if not texts:
+def greedy_rows(evidence: Evidence) -> tuple[Row, ...]:
+    """How far the two models write the same text, freely running in float32."""
+    texts = evidence.texts
+    if "baked" not in texts:
         return ()
-    same = agreement(texts["hooked"].tokens, texts["baked"].tokens)
+    ours, theirs = texts["hooked"].tokens, texts["baked"].tokens
+    same = agreement([row[: len(theirs[0])] for row in ours], theirs)
     return (unjudged("same greedy tokens", same, "share of tokens before the texts part"),)
 
 
 def leak_rows(leaks: Sequence[Mapping[str, Any]]) -> tuple[Row, ...]:
-    """The writer that adds most along a direction that the edits read, in the baked model."""
+    """The writer that adds most along a direction that the edits read, in the planned model."""
     if not leaks:
         return ()
     worst = max(leaks, key=lambda leak: float(leak["varying"]))
@@ -186,57 +271,3 @@ def leak_rows(leaks: Sequence[Mapping[str, Any]]) -> tuple[Row, ...]:
     note = f"{worst['writer']}{layer}; at most {max(leak['before'] for leak in leaks):.3g} before"
     name = "largest leak of a writer, |rᵀ·write|"
     return (unjudged(name, worst["varying"], note),)
-
-
-def control_rows(limits: Limits) -> tuple[Row, ...]:
-    """Every broken bake misses the limit that the artifact is held to."""
-    exactness = limits.exactness
-    if exactness == "approximate":
-        return _stand_in_rows(limits)
-    rows = []
-    nulling = exactness == "nulling"
-    if limits.demanded:
-        value = limits.effect
-        rows.append(_control(limits, "control: nothing edited", value, limits.limit, alone=True))
-    elif not nulling:
-        return ()
-    for control in limits.evidence.controls:
-        if nulling and control.kind == "tied head":
-            continue  # the head reads the stream and writes nothing to it
-        value, limit = control.difference, limits.limit
-        if nulling:
-            value, limit = _fixed_point(limits, control.streams)
-        rows.append(_control(limits, f"control: {control.kind}, {control.tensor}", value, limit))
-    return tuple(rows)
-
-
-def _stand_in_rows(limits: Limits) -> tuple[Row, ...]:
-    """What is lost of the effect's KL without each of the stand-ins, and without all of them.
-
-    The base model loses all of it. A stand-in that corrects a little may be missed by less than the
-    recipe's number: that number cannot tell it then, which is said and held against nothing.
-    """
-    most = limits.inputs.most_kl
-    whole = mean_kl(limits.evidence.exact.reference.logits, limits.evidence.base.logits)
-    if not whole:
-        return ()  # the effect's own row fails
-    rows = [above("control: nothing edited, KL share", 1.0, most, "control")]
-    for control in limits.evidence.controls:
-        lost = control.kl / whole
-        row = above(f"control: {control.kind}, {control.tensor}, KL share", lost, most, "control")
-        if row.passed is False:
-            row = replace(row, passed=None, note="below what the limit can tell")
-        rows.append(row)
-    return tuple(rows)
-
-
-def _control(limits: Limits, name: str, value: float, limit: float, *, alone: bool = False) -> Row:
-    """Return the row of a broken bake.
-
-    In a narrow dtype one tensor among hundreds may move the logits by less than the rounding of all
-    does. That is said, and held against nothing: only the bake without any edit has to fail there.
-    """
-    row = above(name, value, limit, "control")
-    if not row.passed and limits.inputs.storage not in WIDE and not alone:
-        return replace(row, passed=None, note="below what this dtype can tell")
-    return row

@@ -43,6 +43,9 @@ class Verification:
     those that the record names."""
     adapter: Path | None = None
     """Of a merge, the adapter's folder, where it has moved since."""
+    gguf: Path | None = None
+    """The base's GGUF that the artifact was made from, where it does not lie beside artifact or
+    base."""
     streamed: bool | None = None
     """Hold one block in memory at a time; when None, where memory asks for it."""
     device_map: str | None = None
@@ -135,12 +138,7 @@ class Verification:
 
     def _check_served(self, kind: str, where: str) -> None:
         """Refuse what is for checkpoints, of an artifact that runtimes alone load."""
-        given = {
-            "generate": self.generate or None,
-            "score": self.scores or None,
-            "text": self.text,
-            "device-map": self.device_map,
-        }
+        given = {"score": self.scores or None, "text": self.text}
         for name, value in given.items():
             if value is not None:
                 raise UsageError(

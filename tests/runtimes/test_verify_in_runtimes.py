@@ -20,10 +20,10 @@ from bake.checkpoints import open_checkpoint
 from bake.converter import convert
 from bake.edit_store import dump_edits
 from bake.edits import Edit
-from bake.verify.artifact import open_baked
-from bake.verify.compare import compare
+from bake.jobs.planned import judged
 from bake.verify.report import Report
 from bake.verify.runtimes.registry import Runtimes
+from bake.verify.served_rows import SERVED
 from bake.verify.verification import Verification
 
 pytestmark = pytest.mark.runtimes
@@ -78,30 +78,18 @@ def offset(base: Base) -> list[Edit]:
 
 def check(base: Base, out: Path, asked: Runtimes) -> Report:
     """Every runtime that was asked passes, and keeps what the project promises."""
-    report = compare(Verification(out, base=str(base.path), runtimes=asked, generate=0))
+    report = judged(Verification(out, base=str(base.path), runtimes=asked, generate=0))
     statuses = {entry["runtime"]: entry["status"] for entry in report.runtimes}
     assert statuses == dict.fromkeys(asked.names, "passed"), report.runtimes
     assert report.passed
-    effect = next(row for row in report.rows if row.group == "effect")
-    for name in asked.names:
-        served = next(row for row in report.rows if row.name.startswith(f"{name}: max |Δlog p|"))
-        assert served.value <= PROMISED
-        assert effect.value > 1000 * PROMISED
-        if open_baked(out).kind == "checkpoint":
-            continue
-        controls = [row for row in report.rows if row.name.startswith(f"{name}: control: ")]
-        assert len(controls) >= 3 and all(row.passed for row in controls), controls
-        if open_baked(out).kind == "gguf":
-            continue
-        # The engine without the adapter serves the base, and that is not the hooked model.
-        bare, own = (
-            next(row.value for row in report.rows if row.name == f"{name}: {words}")
-            for words in (
-                "control: served without the adapter",
-                "noise floor, base served − base in float64",
-            )
-        )
-        assert own <= PROMISED < 1000 * PROMISED < bare
+    assert report.metrics["effect"]["max_dlogprob"] > 1000 * PROMISED
+    for entry in report.runtimes:
+        assert entry["metrics"]["max_dlogprob"] <= PROMISED
+        # The engine without the edit serves the base, and that is not the hooked model.
+        name = f"{entry['runtime']}: control: served without the edit, share lost"
+        (bare,) = (row for row in report.rows if row.name == name)
+        assert bare.passed and bare.value == pytest.approx(1, abs=0.01)
+        assert entry["floor"] < bare.limit < 0.1
     return report
 
 
@@ -161,13 +149,14 @@ def test_a_gguf_in_half_precision_of_a_base_in_float32(
         out = written("gguf", plan, llama.checkpoint, target, gguf=base, record=record(llama)).path
         if not sound:  # one writer was forgotten
             (out / "bake" / "edits.safetensors").write_bytes(dump_edits(edits))
-        report = compare(Verification(out, base=str(llama.path), runtimes=runtimes("llama.cpp")))
+        report = judged(Verification(out, base=str(llama.path), runtimes=runtimes("llama.cpp")))
         assert [r["status"] for r in report.runtimes] == ["passed" if sound else "failed"]
-        served = next(row for row in report.rows if "served − hooked" in row.name)
+        served = next(row for row in report.rows if SERVED in row.name)
         assert served.passed is sound
-        # Half precision costs more than float32 may, and the floor of float16 is beside it.
-        assert served.value > 10 * PROMISED
-        assert any("hooked in float16" in row.name for row in report.rows)
+        # Half precision costs more than float32 may, and what it costs unedited is beside it.
+        (entry,) = report.runtimes
+        assert entry["metrics"]["max_dlogprob"] > 10 * PROMISED
+        assert 1e-8 < entry["floor"] < served.limit
 
 
 def test_a_gguf_lora(plain: Base, runtimes: Callable[..., Runtimes], tmp_path: Path) -> None:
@@ -192,7 +181,7 @@ def test_a_bake_of_another_edit_fails_in_every_runtime(
     other = [edit(llama, "ablate", make.ablate(vector(HIDDEN, 1)), ["attn_out.*", "mlp_out.*"])]
     (out / "bake" / "edits.safetensors").write_bytes(dump_edits(other))
     asked = runtimes("vllm", "llama.cpp")
-    report = compare(Verification(out, base=str(llama.path), runtimes=asked, generate=0))
+    report = judged(Verification(out, base=str(llama.path), runtimes=asked, generate=0))
     assert [entry["status"] for entry in report.runtimes] == ["failed", "failed"]
     assert not report.passed
     assert torch.tensor([row.value for row in report.rows if row.group == "runtime"]).max() > 1e-2

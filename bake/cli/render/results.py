@@ -165,8 +165,10 @@ def report(measured: "Report") -> list[RenderableType]:
         for row in words.rows:
             body.add_row(*(verdicts.get(cell, cell) for cell in row))
         sections.append(section(", ".join(filter(None, (words.title, words.note))), body))
-    outcome = Text("passed", "bold green") if measured.passed else Text("failed", "bold red")
+    style = {"passed": "bold green", "failed": "bold red", "inconclusive": "bold yellow"}
+    outcome = Text(measured.verdict, style[measured.verdict])
     return [
+        facts([("verification", outcome), ("", measured.headline.line())]),
         facts(
             [
                 ("artifact", measured.artifact),
@@ -180,7 +182,6 @@ def report(measured: "Report") -> list[RenderableType]:
         Text(),
         facts(
             [
-                ("verification", outcome),
                 *([("gate", gate)] if (gate := gate_of(measured)) else []),
                 *([("side effects", said)] if (said := side_effects_of(measured)) else []),
                 ("run with", ", ".join(f"{k} {v}" for k, v in measured.environment.items())),

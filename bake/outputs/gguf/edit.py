@@ -22,6 +22,7 @@ from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.gguf.ggml import Ggml, find_ggml
 from bake.checkpoints.gguf.storage import KEEP, storage_types
 from bake.checkpoints.gguf.types import BY_NAME
+from bake.checkpoints.planned import PlannedTensor
 from bake.errors import InexactPlan
 from bake.families.gguf import GgufPlace, gguf_places
 from bake.fold import WeightFold, fold_bias
@@ -188,6 +189,18 @@ def new_tensors(export: Export, model: Gguf) -> tuple[dict[str, NewBytes], Choic
     return found, choice
 
 
+def planned_gguf(export: Export, model: Gguf) -> dict[str, PlannedTensor]:
+    """Return every tensor that is written anew as the plan means it, in float64 and not rounded.
+
+    Raises:
+        BakeError: as ``new_tensors``.
+    """
+    return {
+        name: PlannedTensor(name, tensor.kind.name, tensor.shape, tensor.exact)
+        for name, tensor in new_tensors(export, model)[0].items()
+    }
+
+
 def _matrices(plan: Plan, model: Gguf, places: Mapping[str, GgufPlace]) -> tuple[MatrixEdit, ...]:
     """Return the matrices that are written anew, in the types that their sources have."""
     stacks: defaultdict[tuple[str, str, str], dict[int | None, WeightFold]] = defaultdict(dict)
@@ -248,7 +261,11 @@ def _vector(
     def produce() -> Iterator[Tensor]:
         yield encode(value().unsqueeze(0), kind, name)
 
-    return NewBytes(name, kind, shape, produce, None, None if base is None else kind.name)
+    def exact() -> Iterator[Tensor]:
+        yield value()
+
+    before = None if base is None else kind.name
+    return NewBytes(name, kind, shape, produce, None, before, exact)
 
 
 def _bias_value(

@@ -1,10 +1,8 @@
 """Write the files of a GGUF model that differs from its base in some tensors and two keys."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from bake import __version__
 from bake.artifact import schema
@@ -36,11 +34,11 @@ class NewBytes:
     kind: GgmlType
     shape: tuple[int, ...]
     produce: Producer
-    measure: Measure | None = None
-    base: str | None = None
+    measure: Measure | None
+    base: str | None
     """The type that the base file has it in; None where it has no such tensor."""
-    exact: Callable[[], Iterator[Tensor]] | None = None
-    """Yields the rows in float64, before they are rounded; of matrices."""
+    exact: Producer
+    """Yields the rows in float64, before they are rounded."""
 
     @property
     def nbytes(self) -> int:

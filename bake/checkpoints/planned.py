@@ -1,0 +1,59 @@
+"""``PlannedModel``: a checkpoint as a plan means it, before anything is rounded to be stored.
+
+It is how whoever computes values (``outputs``, ``merge``) hands them to whoever writes them and to
+whoever judges them (``verify``), which share nothing else.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bake.checkpoints.stream import Producer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedTensor:
+    """One tensor, in float64.
+
+    Attributes:
+        name: as the files hold it.
+        dtype: the type that it is stored in, as safetensors spells it.
+        shape: the sizes of the axes.
+        tiles: yields consecutive rows of it, in float64.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    tiles: Producer
+
+    def value(self) -> "Tensor":
+        """Return all of it, in float64."""
+        import torch
+
+        return torch.cat([tile.clone() for tile in self.tiles()]).reshape(self.shape)
+
+    def spans(self) -> "Iterator[tuple[int, int, Tensor]]":
+        """Yield the tiles, each with its first row and the one past its last."""
+        start = 0
+        for tile in self.tiles():
+            yield start, start + tile.shape[0], tile
+            start += tile.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedModel:
+    """What becomes of a base: its changed and its new tensors, and its configuration.
+
+    Attributes:
+        digest: of the plan.
+        tensors: by name; every other tensor of the base stays as it is.
+        config_text: ``config.json`` with the plan's changes.
+    """
+
+    digest: str
+    tensors: Mapping[str, PlannedTensor]
+    config_text: str

@@ -1,0 +1,133 @@
+"""``Deviation``: how far one stored tensor lies from the planned one, in steps of its type.
+
+Rounding to nearest errs by a number between −½ and ½ step, uniform and independent of the others.
+So three things are known of every honest rounding, whatever the tensor: no value is off by more
+than the type's reach, the mean square is a twelfth of the squared step, and along a direction r the
+errors add up as Σ rᵢ² step² / 12. Rounding that favours a direction errs less along it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bake.verify.stored.files import Directions, Rows, StoredFiles
+from bake.verify.tolerance import fold_tolerance
+
+NOISE = 2.0
+"""The most that the root mean square of the errors may be of that of rounding to nearest. Rounding
+that moves some values to their other neighbour, to keep a direction, adds up to a half of it."""
+DIRECTION = 3.0
+"""The same of the errors' component along a direction. Over the columns of a matrix it is a sum of
+sixteen squares or more, whose root is above three times its mean once in 10²⁰ matrices."""
+COLUMNS = 16
+"""Columns from which on the component along a direction is judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """What came of comparing one tensor."""
+
+    name: str
+    values: int
+    outside: int
+    """Values that are off by more than the type's reach."""
+    noise: float
+    """Root mean square of the errors, over that of rounding to nearest."""
+    direction: float
+    """The same of the component along the edited directions; 0 where there is none."""
+
+    @property
+    def score(self) -> float:
+        """The largest of the three over its limit, plus one for every value outside."""
+        return max(self.noise / NOISE, self.direction / DIRECTION) + self.outside
+
+    @property
+    def held(self) -> bool:
+        """Whether the files hold the planned tensor."""
+        return self.outside == 0 and self.noise <= NOISE and self.direction <= DIRECTION
+
+
+Spoil = Callable[[int, int, Rows], Rows]
+"""Returns other values for the stored rows between two indices."""
+
+
+def deviation(files: StoredFiles, name: str, spoil: Spoil | None = None) -> Deviation:
+    """Compare one stored tensor with the planned one.
+
+    Args:
+        files: that hold it.
+        name: one of ``files.planned``.
+        spoil: what a mistake makes of the stored values; None for the values as they are.
+    """
+    found = files.directions(name) if files.unbiased else None
+    total = _Sums(found)
+    for start, stop, tile in files.planned[name].spans():
+        exact = tile.reshape(tile.shape[0], -1) if tile.ndim > 1 else tile.unsqueeze(1)
+        have = files.rows(name, start, stop)
+        if spoil is not None:
+            have = spoil(start, stop, have)
+        total.add(exact, have, files.steps(name, start, stop, exact), files.reach(name), start)
+    return total.deviation(name)
+
+
+class _Sums:
+    """Squares of errors and of what they may be, summed while the tiles pass."""
+
+    def __init__(self, directions: Directions | None) -> None:
+        self.directions = directions
+        self.values = self.outside = self.columns = 0
+        self.errors = self.expected = self.along_expected = self.within = 0.0
+        self.across: Tensor | None = None
+
+    def add(self, exact: Rows, have: Rows, steps: Rows, reach: float, start: int) -> None:
+        error = have - exact
+        # The same sum in another order, on another processor, rounds otherwise in float64.
+        slack = fold_tolerance(max(exact.shape), float(exact.abs().max()) if exact.numel() else 0.0)
+        self.values += error.numel()
+        self.outside += int((~(error.abs() <= reach * steps + slack)).sum())
+        square = steps.square() / 12 + slack * slack
+        self.errors += float(error.square().sum())
+        self.expected += float(square.sum())
+        if self.directions is not None and exact.shape[1] > 1:
+            self._along(error, square, start)
+
+    def _along(self, error: Rows, square: Rows, start: int) -> None:
+        assert self.directions is not None
+        basis = self.directions.basis
+        if self.directions.axis == 1:
+            self.columns += error.shape[0]
+            self.within += float((error @ basis.T).square().sum())
+            self.along_expected += float((square @ basis.square().T).sum())
+            return
+        part = basis[:, start : start + error.shape[0]]
+        self.columns = error.shape[1]
+        found = part @ error
+        self.across = found if self.across is None else self.across + found
+        self.along_expected += float((part.square() @ square).sum())
+
+    def deviation(self, name: str) -> Deviation:
+        along = self.within if self.across is None else float(self.across.square().sum())
+        judged = self.columns >= COLUMNS
+        return Deviation(
+            name,
+            self.values,
+            self.outside,
+            _ratio(self.errors, self.expected),
+            _ratio(along, self.along_expected) if judged else 0.0,
+        )
+
+
+def _ratio(found: float, expected: float) -> float:
+    if math.isnan(found):
+        return math.inf
+    return math.sqrt(found / expected) if expected else math.inf if found else 0.0
+
+
+def float_steps(exact: Rows, dtype: torch.dtype) -> Rows:
+    """Return the distance between neighbours of a floating-point type at every value."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(exact.abs().clamp_(min=info.smallest_normal)).exponent
+    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)

@@ -1,0 +1,59 @@
+"""Which reader says what an artifact's files hold."""
+
+from pathlib import Path
+
+from bake.artifact.carrier import Part
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.gguf.file import open_gguf
+from bake.errors import InputError
+from bake.families import Layout
+from bake.verify.artifact import Baked
+from bake.verify.planned import Planned
+from bake.verify.stored.factors import over_checkpoint, over_converted, over_gguf
+from bake.verify.stored.files import StoredFiles
+from bake.verify.stored.gguf import StoredGguf
+from bake.verify.stored.tensors import StoredTensors
+from bake.verify.stored.vectors import StoredVectors
+
+
+def stored_files(
+    artifact: Baked, base: Checkpoint, baked: Checkpoint | None, layout: Layout, planned: Planned
+) -> StoredFiles:
+    """Return what answers for the files of an artifact.
+
+    Args:
+        artifact: with its record and edits.
+        base: its base.
+        baked: its own weights, where it is a checkpoint.
+        layout: of the base.
+        planned: what its plan comes to.
+    """
+    edits = artifact.edits if artifact.fitted is None else artifact.fitted
+    if baked is not None:
+        return StoredTensors(baked, base, planned.model, layout, edits)
+    carrier, model = artifact.carrier, planned.model.tensors
+    if carrier.suffix != ".gguf":
+        return over_checkpoint(artifact.path, base, layout, model)
+    file = open_gguf(gguf_file(artifact))
+    if carrier.whole:
+        return StoredGguf(file, planned.gguf, layout, edits)
+    if Part.CONSTANTS in carrier.holds:
+        return StoredVectors(file, edits)
+    if planned.gguf is not None:
+        return over_gguf(file, planned.gguf.original, layout, planned.gguf.tensors)
+    options = artifact.record.export
+    if options is not None and options.gguf:  # made for a GGUF that is not at hand
+        model = {}
+    return over_converted(file, base, layout, model)
+
+
+def gguf_file(artifact: Baked) -> Path:
+    """Return the GGUF file of an artifact, the first of a split one, as runtimes are given it.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = sorted(artifact.path.glob(f"*{artifact.carrier.suffix}"))
+    if not files:
+        raise InputError("the artifact holds no GGUF file", where=str(artifact.path))
+    return files[0]
