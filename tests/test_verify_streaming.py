@@ -50,6 +50,12 @@ def test_streamed_runs_equal_those_in_memory_exactly(
         changed = run(whole, batches).logits
         assert torch.equal(changed, run(parts, batches).logits)
         assert not torch.equal(changed, plain.logits)
+    # Nothing is left of it in a run with other values, or with none.
+    other = base.layout.branches[0].writes[0].weight
+    only = {other: lambda: torch.zeros_like(base.checkpoint.read(other))}
+    with whole.replaced(only), parts.replaced(only):
+        assert torch.equal(run(whole, batches).logits, run(parts, batches).logits)
+    whole.restore()
     assert torch.equal(run(whole, batches).logits, plain.logits)
 
 

@@ -22,7 +22,7 @@ from bake.checkpoints.hashes import sha256_of
 from bake.errors import Inconclusive, InputError, UsageError, VerificationFailed
 from bake.jobs.planned import judged
 from bake.outputs.checkpoint import planned_model
-from bake.verify import runner
+from bake.verify import runner, store
 from bake.verify.artifact import changed_files, open_baked
 from bake.verify.controls import Control, Spoiling, groups_of, values
 from bake.verify.evidence import rows_of
@@ -308,6 +308,7 @@ def test_an_interrupted_verification_is_taken_up(
         runs.append(args)
         return real(*args, **options)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(store, "WORTH_KEEPING", 0.0)
     monkeypatch.setattr(runner, "run", interrupting)
     with pytest.raises(KeyboardInterrupt):
         judged(Verification(out, base=str(base.path), generate=3, resume=kept))
@@ -326,10 +327,26 @@ def test_an_interrupted_verification_is_taken_up(
     assert not kept.exists()
 
 
+def test_a_run_of_a_moment_is_made_again(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control is the test above, where everything is worth keeping."""
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    out, kept = baked(base, tmp_path / "out"), tmp_path / "kept"
+
+    def interrupted(*args: object, **options: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        judged(Verification(out, base=str(base.path), generate=3, resume=kept))
+    assert kept.is_dir() and not list(kept.glob("*.safetensors"))
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bake.verify import runner
+from bake.verify import runner, store
 from bake.jobs.planned import judged
 from bake.verify.verification import Verification
 real, runs = runner.run, []
@@ -338,7 +355,7 @@ def run(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     runs.append(args)
     return real(*args, **options)
-runner.run = run
+runner.run, store.WORTH_KEEPING = run, 0.0
 judged(Verification(Path(sys.argv[1]), base=sys.argv[2], streamed=sys.argv[4] == "True",
                     generate=0, resume=Path(sys.argv[3])))
 """
@@ -366,13 +383,13 @@ def test_a_verification_that_was_killed_is_taken_up(
 
 def test_a_run_that_was_cut_short_on_disk_is_run_again(tmp_path: Path) -> None:
     store = Store(tmp_path / "kept", {})
-    store.save("a", {"x": torch.ones(200)}, 0.5)
+    store.save("a", {"x": torch.ones(200)}, 60.0)
     (file,) = (tmp_path / "kept").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     assert store.load("a") is None
     # Another verification of the same artifact ends first, and clears the folder.
     Store(tmp_path / "kept", {}).clear()
-    store.save("b", {"x": torch.ones(2)}, 0.5)
+    store.save("b", {"x": torch.ones(2)}, 60.0)
     assert store.load("b") is not None
     store.clear()
     store.clear()
@@ -381,9 +398,9 @@ def test_a_run_that_was_cut_short_on_disk_is_run_again(tmp_path: Path) -> None:
 
 def test_another_question_starts_anew(tmp_path: Path) -> None:
     store = Store(tmp_path / "kept", {"prompts": 1})
-    store.save("a", {"x": torch.ones(2)}, 0.5)
+    store.save("a", {"x": torch.ones(2)}, 60.0)
     found = Store(tmp_path / "kept", {"prompts": 1}).load("a")
-    assert found is not None and found[1] == 0.5
+    assert found is not None and found[1] == 60.0
     assert Store(tmp_path / "kept", {"prompts": 2}).load("a") is None
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("mine")

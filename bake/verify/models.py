@@ -47,6 +47,8 @@ class Live:
     """Of a planned model, the values that no file holds."""
     overrides: Values = field(default_factory=dict)
     """What stands in for either inside ``replaced``."""
+    stale: frozenset[str] = frozenset()
+    """Tensors whose parameters still hold what stood in for them."""
 
     @property
     def device(self) -> torch.device:
@@ -61,14 +63,23 @@ class Live:
 
     @contextmanager
     def replaced(self, tensors: Values) -> Iterator[None]:
-        """Run with other values in some tensors inside the context."""
+        """Run with other values in some tensors inside the context.
+
+        Their own come back with the next use, which may put yet others there: see ``restore``.
+        """
+        before, self.stale = self.stale, self.stale | tensors.keys()
         self.overrides = dict(tensors)
         try:
-            self._reload(tensors)
+            self._reload(before | tensors.keys())
+            self.stale = frozenset(tensors)
             yield
         finally:
             self.overrides = {}
-            self._reload(tensors)
+
+    def restore(self) -> None:
+        """Give every parameter the value that is its own."""
+        self._reload(self.stale)
+        self.stale = frozenset()
 
     def _reload(self, names: Collection[str]) -> None:
         """Give the parameters that some tensors fill their values anew."""

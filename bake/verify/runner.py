@@ -47,6 +47,12 @@ class Runner:
 
     def model(self, source: Source, dtype: torch.dtype) -> Live:
         """Return one of the models; the one before it is let go first."""
+        live = self._held(source, dtype)
+        live.restore()
+        return live
+
+    def _held(self, source: Source, dtype: torch.dtype) -> Live:
+        """Return one of the models, in which other values may be left of the run before."""
         if self._live is not None and self._live[:2] == (source, dtype):
             return self._live[2]
         self._live = None
@@ -117,7 +123,7 @@ class Runner:
         if kept is not None:
             return trace_of(*kept)
         self.inputs.asked.remark(label)
-        live = self.model(source, dtype)
+        live = self._held(source, dtype)
         with live.replaced(tensors or {}):
             trace = run(live, batches or self.batches, edits, sites=sites, writes=writes)
         self.store.save(label, trace.tensors(), trace.seconds)

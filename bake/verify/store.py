@@ -21,6 +21,8 @@ from torch import Tensor
 from bake.errors import UsageError
 
 QUESTION = "question.json"
+WORTH_KEEPING = 20.0
+"""Seconds: a run of less is made again rather than kept, since its logits may be gigabytes."""
 
 
 class Store:
@@ -57,9 +59,9 @@ class Store:
             return None  # the machine went down while it was written: it is run again
 
     def save(self, name: str, tensors: Mapping[str, Tensor], seconds: float) -> None:
-        """Keep the tensors of a run."""
+        """Keep the tensors of a run, unless it took so little that it is made again."""
         path = self._path(name)
-        if path is None:
+        if path is None or seconds < WORTH_KEEPING:
             return
         # Another verification of the same artifact may have ended, and cleared the folder.
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The tokenizer of a model, and its chat template: how a prompt becomes tokens."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def load_tokenizer(out: Path) -> Any:
     Raises:
         InputError: transformers loads none.
     """
+    return _loaded(out, tuple((f.name, f.stat().st_mtime_ns) for f in sorted(out.iterdir())))
+
+
+@lru_cache(maxsize=2)
+def _loaded(out: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
+    """Return a tokenizer, once for every state of its folder: it takes seconds."""
     from transformers import AutoTokenizer
 
     try:

@@ -128,6 +128,14 @@ def _ratio(found: float, expected: float) -> float:
 
 def float_steps(exact: Rows, dtype: torch.dtype) -> Rows:
     """Return the distance between neighbours of a floating-point type at every value."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(exact.abs().clamp_(min=info.smallest_normal)).exponent
-    return torch.ldexp(torch.full_like(exact, info.eps / 2), exponent)
+    info, (bits, exponent) = torch.finfo(dtype), _EXPONENT[exact.dtype]
+    # A number without its sign and mantissa is the power of two at or below it.
+    size = exact.abs().clamp_(min=info.smallest_normal)
+    return size.view(bits).bitwise_and_(exponent).view(exact.dtype).mul_(info.eps)
+
+
+_EXPONENT = {
+    torch.float32: (torch.int32, 0x7F80_0000),
+    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
+}
+"""Of numbers in IEEE 754: integers of their size, and the bits of the exponent."""
