@@ -23,6 +23,7 @@ from test_merge import trained
 
 from bake.checkpoints import open_checkpoint
 from bake.outputs.gguf.modelfile import MODELFILE
+from bake.verify import store
 from bake.verify.store import Store
 
 NO_BIAS = {"attention_bias": False, "mlp_bias": False}
@@ -446,6 +447,7 @@ def test_an_interrupted_verification_leaves_the_artifact_as_it_was(
         save(*args, **options)
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(store, "WORTH_KEEPING", 0.0)
     monkeypatch.setattr(Store, "save", interrupting)
     result = run("verify", out, "--no-plots")
     assert result.exit_code == 130

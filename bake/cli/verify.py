@@ -105,10 +105,10 @@ def command(
     is made again from the recipe and the base that it names and has to be the recorded one, and
     what is measured is held against what was published. The report goes to ./verify-NAME.
 
-    The exit code is 0 when every limit holds, 1 when one does not, the recipe's gate on side
-    effects is not held or the edit has no effect, 4
-    when a runtime that was asked for is not installed, and 6 when a plan that says exact measures
-    otherwise.
+    The exit code is 0 when every limit holds, 1 when one does not or the recipe's gate on side
+    effects is not held, 4 when a runtime that was asked for is not installed, 6 when a plan that
+    says exact measures otherwise, and 7 when the edit has no effect or no broken bake could have
+    failed, which is inconclusive.
     """
     from bake.artifact.staged import runs_of
     from bake.cli.render import results
@@ -159,6 +159,6 @@ def _asked(
 
 
 def _kept(partial: Path) -> str:
-    if not partial.is_dir():
+    if not any(partial.glob("*.safetensors")):
         return NOTHING_KEPT
     return f"finished runs are in {partial}; the same command takes them up"
