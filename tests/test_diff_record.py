@@ -442,7 +442,7 @@ def test_a_merge_is_held_to_its_record(tmp_path: Path, tiny_checkpoint: Any) -> 
     plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(24)), "resid")])
     written("lora", plan, base.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
     out = tmp_path / "out"
-    merge_adapter(tmp_path / "lora", base.checkpoint, out, layout=base.layout)
+    merge_adapter(tmp_path / "lora", base.checkpoint, out)
     found = diff(str(out), str(base.checkpoint.path))
     assert found.violations == () and found.plan is not None and found.changes
     name = "model.norm.weight"  # which no adapter of this plan has

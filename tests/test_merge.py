@@ -104,7 +104,6 @@ def test_merge_equals_the_adapter_at_work(
         adapter,
         base.checkpoint,
         tmp_path / "merged",
-        layout=base.layout,
         progress=lambda part, whole: done.append((part, whole)),
     )
     running = peft_logits(base, adapter)
@@ -125,7 +124,7 @@ def test_merge_equals_the_adapter_at_work(
 def test_untouched_tensors_keep_their_bytes(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama"))
     adapter = trained(base, tmp_path / "adapter", target_modules=["q_proj"])
-    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout).path
+    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out").path
     merged = open_checkpoint(out)
     changed = {
         name
@@ -141,7 +140,7 @@ def test_untouched_tensors_keep_their_bytes(tiny_checkpoint: Checkpoints, tmp_pa
 def test_half_precision_is_rounded_once(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16))
     adapter = trained(base, tmp_path / "adapter")
-    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout).path
+    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out").path
     name = "model.layers.1.self_attn.q_proj"
     factors = factors_of(adapter)
     a, b = (factors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
@@ -157,9 +156,9 @@ def test_tiles(
     base = base_at(tiny_checkpoint("gpt2"))
     options = {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}
     adapter = trained(base, tmp_path / "adapter", **options)
-    whole = merge_adapter(adapter, base.checkpoint, tmp_path / "whole", layout=base.layout)
+    whole = merge_adapter(adapter, base.checkpoint, tmp_path / "whole")
     monkeypatch.setattr("bake.fold.TILE_VALUES", 100)
-    tiled = merge_adapter(adapter, base.checkpoint, tmp_path / "tiled", layout=base.layout)
+    tiled = merge_adapter(adapter, base.checkpoint, tmp_path / "tiled")
     one, two = tiny.tensors_of(whole.path), tiny.tensors_of(tiled.path)
     assert set(one) == set(two) and "lm_head.weight" in one
     for name, tensor in one.items():
@@ -181,7 +180,7 @@ def test_an_exported_adapter_merges_to_the_hooked_model(
         plan = plan_of(base, edits)
         adapter = written("lora", plan, base.checkpoint, tmp_path / f"{family}-lora").path
         out = tmp_path / family
-        merge_adapter(adapter, base.checkpoint, out, layout=base.layout)
+        merge_adapter(adapter, base.checkpoint, out)
         hooked = logits(base.model, base, edits)
         effect = float((hooked - logits(base.model, base)).abs().max())
         assert effect > 1e-2
@@ -231,7 +230,7 @@ def test_refused(case: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> Non
     adapter = trained(base, tmp_path / "adapter", **options)
     changed = rewritten(adapter, tmp_path / "changed", factors_of(adapter), **changes)
     with pytest.raises(InputError, match=message):
-        merge_adapter(changed, base.checkpoint, tmp_path / "out", layout=base.layout)
+        merge_adapter(changed, base.checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -275,10 +274,10 @@ def test_every_tensor_must_be_consumed(tiny_checkpoint: Checkpoints, tmp_path: P
             shutil.rmtree(path)
             path = rewritten(adapter, tmp_path / str(number), changed)
         with pytest.raises(kind, match=message):
-            merge_adapter(path, base.checkpoint, tmp_path / "out", layout=base.layout)
+            merge_adapter(path, base.checkpoint, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     # The control: as it was, it merges.
-    assert merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout)
+    assert merge_adapter(adapter, base.checkpoint, tmp_path / "out")
 
 
 def test_a_bias_that_has_no_place(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -288,7 +287,7 @@ def test_a_bias_that_has_no_place(tiny_checkpoint: Checkpoints, tmp_path: Path) 
     tensors[f"{PREFIX}.mlp.down_proj.lora_B.bias"] = torch.ones(24)
     changed = rewritten(adapter, tmp_path / "changed", tensors, lora_bias=True)
     with pytest.raises(InputError, match=r"adds a bias to .*down_proj, which has none"):
-        merge_adapter(changed, base.checkpoint, tmp_path / "out", layout=base.layout)
+        merge_adapter(changed, base.checkpoint, tmp_path / "out")
 
 
 def test_copies_of_the_base(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -299,35 +298,35 @@ def test_copies_of_the_base(tiny_checkpoint: Checkpoints, tmp_path: Path) -> Non
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     tensors[name] = base.checkpoint.read("model.embed_tokens.weight")
     good = rewritten(adapter, tmp_path / "good", tensors)
-    merge_adapter(good, base.checkpoint, tmp_path / "out", layout=base.layout)
+    merge_adapter(good, base.checkpoint, tmp_path / "out")
     tensors[name] = tensors[name] + 1e-3
     other = rewritten(adapter, tmp_path / "other", tensors)
     with pytest.raises(InputError, match=r"another model\.embed_tokens\.weight than the base"):
-        merge_adapter(other, base.checkpoint, tmp_path / "no", layout=base.layout)
+        merge_adapter(other, base.checkpoint, tmp_path / "no")
     tensors[name] = torch.ones(60, 24)
     resized = rewritten(adapter, tmp_path / "resized", tensors)
     with pytest.raises(InputError, match=r"has the shape \[60, 24\]"):
-        merge_adapter(resized, base.checkpoint, tmp_path / "no", layout=base.layout)
+        merge_adapter(resized, base.checkpoint, tmp_path / "no")
 
 
 def test_what_is_no_adapter(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama"))
     with pytest.raises(InputError, match="this is no PEFT adapter"):
-        merge_adapter(tmp_path, base.checkpoint, tmp_path / "out", layout=base.layout)
+        merge_adapter(tmp_path, base.checkpoint, tmp_path / "out")
     adapter = trained(base, tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(InputError, match="is a pickle, which can run code"):
-        merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout)
+        merge_adapter(adapter, base.checkpoint, tmp_path / "out")
     (adapter / "adapter_model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match="cannot be read"):
-        merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout)
+        merge_adapter(adapter, base.checkpoint, tmp_path / "out")
     (adapter / "adapter_config.json").write_text("[]")
     with pytest.raises(BakeError, match=r"adapter_config\.json"):
-        merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout)
+        merge_adapter(adapter, base.checkpoint, tmp_path / "out")
 
 
 def test_an_output_over_the_base(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("llama"))
     adapter = trained(base, tmp_path / "adapter")
     with pytest.raises(UsageError, match="overlap"):
-        merge_adapter(adapter, base.checkpoint, base.path / "out", layout=base.layout)
+        merge_adapter(adapter, base.checkpoint, base.path / "out")

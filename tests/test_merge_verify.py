@@ -45,7 +45,7 @@ PROMPTS = [[5, 9, 4, 33, 7, 21, 8], [40, 3, 17, 6, 6], [11, 12, 13]]
 def merged(base: Base, folder: Path, **options: Any) -> Path:
     """Train an adapter beside ``out`` and merge it."""
     adapter = trained(base, folder / "adapter", **options)
-    return merge_adapter(adapter, base.checkpoint, folder / "out", layout=base.layout).path
+    return merge_adapter(adapter, base.checkpoint, folder / "out").path
 
 
 def verify(out: Path, **options: Any) -> Report:
@@ -114,7 +114,7 @@ def test_experts(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     base = base_at(tiny_checkpoint("mixtral"))
     plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(24)), "resid")])
     adapter = written("lora", plan, base.checkpoint, tmp_path / "adapter").path
-    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out", layout=base.layout).path
+    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out").path
     assert verify(out).passed
 
 
@@ -155,7 +155,7 @@ def test_a_base_on_the_hub_is_recorded_by_id_and_commit(
     base, commit = base_at(tiny_checkpoint("llama")), "c0ffee" + "0" * 34
     fetched = replace(base.checkpoint, source="owner/name@main", revision=commit)
     adapter = trained(base, tmp_path / "adapter")
-    out = merge_adapter(adapter, fetched, tmp_path / "out", layout=base.layout).path
+    out = merge_adapter(adapter, fetched, tmp_path / "out").path
     told = json.loads((out / "bake.json").read_text())["base"]
     assert (told["model"], told["revision"], told["path"]) == ("owner/name", commit, None)
     found = read_record(out).base
@@ -209,7 +209,7 @@ def test_an_adapter_that_does_nothing_proves_nothing(
     adapter = trained(base, tmp_path / "adapter")
     zeros = {name: 0 * tensor for name, tensor in factors_of(adapter).items()}
     nothing = rewritten(adapter, tmp_path / "nothing", zeros)
-    out = merge_adapter(nothing, base.checkpoint, tmp_path / "out", layout=base.layout).path
+    out = merge_adapter(nothing, base.checkpoint, tmp_path / "out").path
     with pytest.raises(Inconclusive, match="the edit has no effect"):
         raise_unless_passed(verify(out))
 

@@ -303,7 +303,7 @@ def test_a_merge_goes_back_too(base: Path, tmp_path: Path) -> None:
     opened = base_at(base)
     plan = plan_of(opened, [edit(opened, "ablate", make.ablate(vector(32)), "z.*")])
     written("lora", plan, opened.checkpoint, tmp_path / "lora", record={"base": {"model": "x"}})
-    merge_adapter(tmp_path / "lora", opened.checkpoint, tmp_path / "out", layout=opened.layout)
+    merge_adapter(tmp_path / "lora", opened.checkpoint, tmp_path / "out")
     said = reverted(tmp_path / "out", tmp_path / "back")
     assert said["bit_for_bit"] and len(said["edited"]) == 3
     assert said["notes"] == []

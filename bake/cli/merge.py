@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bake.cli.options import FORCE, OUT, table_options
+from bake.cli.options import FORCE, OUT
 from bake.cli.output import Output, bake_command
 
 
@@ -14,7 +14,6 @@ from bake.cli.output import Output, bake_command
 @click.argument("base")
 @OUT
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
-@table_options
 @FORCE
 def command(
     output: Output, adapter: str, base: str, out: Path, *, force: bool, **options: Any
@@ -22,8 +21,8 @@ def command(
     """Merge the PEFT adapter ADAPTER into the checkpoint BASE.
 
     Both are folders or Hub ids. The model is never loaded: untouched tensors keep their bytes,
-    their order and their files. Rank and alpha patterns, rank-stabilised scaling, biases and
-    embedding factors are merged; what is no sum of base and factors (DoRA) is refused.
+    their order and their files. PEFT itself says, on a model without values, what the adapter's
+    configuration means: patterns, saved modules, ties. What it would not load is refused.
     """
     from bake.artifact.staged import check_before
     from bake.cli.render import results
@@ -32,6 +31,4 @@ def command(
     check_before(out, force=force)
     output.keeps(out)
     merged = merge(adapter, base, out, force=force, bars=output.bar, **options)
-    if merged.no_table is not None:
-        output.remark(f"merging without a family table: {merged.no_table}")
     output.present(data=merged.to_json, view=lambda: results.merged(merged))

@@ -1,7 +1,8 @@
-"""A PEFT LoRA adapter as weights: the base with the products of its factors added, row by row."""
+"""A PEFT adapter as weights: the tensors of its base that a merge would write, unrounded."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,41 +14,62 @@ from typing_extensions import override
 from bake.artifact.record import RECORD
 from bake.diff.sources import Model, base_of
 from bake.diff.weights import Stored, Weights
-from bake.errors import InputError, UsageError
-from bake.families import Layout
-from bake.merge.peft_adapter import Module, PeftAdapter, open_adapter
+from bake.errors import UsageError
+from bake.merge.adapter_config import read_config
+from bake.merge.change import ReadRows
+from bake.merge.merge import merge_work
+from bake.merge.work import Work
 
 _ROWS = 256
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class AdaptedWeights(Weights):
     """The tensors of a base that an adapter changes, as a runtime in float64 would have them.
 
     Attributes:
         base: the base's weights.
-        factors: by tensor, left [m, r] and right [r, n] of what is added to it.
-        tensors: those tensors, in float64.
+        work: what becomes of which tensors.
     """
 
     base: Weights
-    factors: Mapping[str, tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]]
-    tensors: Mapping[str, Stored]
+    work: Work
 
     derived: ClassVar[bool] = True
 
+    @cached_property
+    def sources(self) -> Mapping[str, str]:
+        """The base's tensor that each one is made from; what stays as it is is left out."""
+        items = self.work.items.items()
+        return {name: item.source for name, item in items if item.change.changes}
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:  # type: ignore[override]
+        """The changed tensors, in float64."""
+        found = {}
+        for name, source in self.sources.items():
+            shape = self.base.tensors[source].shape
+            found[name] = Stored("F64", shape, 8 * torch.Size(shape).numel(), True)
+        return found
+
+    @cached_property
+    def _readers(self) -> Mapping[str, ReadRows]:
+        return {name: self.work.rows(name) for name in self.sources}
+
     @override
     def chunks(self, name: str) -> Iterator[memoryview]:
-        rows = self.tensors[name].matrix[0]
+        stored = self.tensors[name]
+        rows = stored.matrices * stored.matrix[0]
         for start in range(0, rows, _ROWS):
             yield self.rows(name, start, min(start + _ROWS, rows)).numpy().data
 
     @override
     def rows(self, name: str, start: int, stop: int) -> UInt8[Tensor, "rows bytes"]:
-        left, right = self.factors[name]
-        raw = self.base.rows(name, start, stop)
-        wide = self.base.values(name, raw).to(torch.float64) + left[start:stop] @ right
-        return wide.contiguous().view(torch.uint8)
+        stored = self.tensors[name]
+        each = stored.matrix[0] if stored.stacks else 1
+        first, last = start // each, -(-stop // each)
+        wide = self._readers[name](first, last).reshape((last - first) * each, -1)
+        return wide[start - first * each : stop - first * each].contiguous().view(torch.uint8)
 
     @override
     def values(self, name: str, raw: UInt8[Tensor, "rows bytes"]) -> Float[Tensor, "rows n"]:
@@ -55,7 +77,7 @@ class AdaptedWeights(Weights):
 
     @override
     def keep(self, name: str) -> None:
-        self.base.keep(name)
+        self.base.keep(self.sources[name])
 
 
 def base_of_adapter(source: str) -> str:
@@ -69,51 +91,24 @@ def base_of_adapter(source: str) -> str:
     record = folder / RECORD
     if record.is_file():
         return base_of(source, record, folder.resolve())
-    named = open_adapter(folder).config.get("base_model_name_or_path")
+    named = read_config(folder).get("base_model_name_or_path")
     return named if isinstance(named, str) and named else base_of(source, None, None)
 
 
-def adapted(source: str, base: Model, layout: Layout | None) -> AdaptedWeights:
-    """Return a base with an adapter's factors.
+def adapted(source: str, base: Model) -> AdaptedWeights:
+    """Return what an adapter makes of its base.
 
     Args:
         source: the adapter's folder.
         base: a checkpoint.
-        layout: the base's family resolved, which says what the modules of a live model are on disk;
-            without it names have to be plain.
 
     Raises:
-        InputError: the adapter is malformed, or a module of it has no place in the base.
-        UsageError: it is more than factors.
+        InputError: a merge would refuse it.
+        UsageError: the base is no checkpoint.
     """
-    opened = open_adapter(Path(source).expanduser())
-    whole = [*opened.replaced, *(m.path for m in opened.modules if m.bias is not None)]
-    if whole or base.checkpoint is None:
-        what = f"holds more than factors: {', '.join(whole[:3])}" if whole else "is no GGUF file"
+    if base.checkpoint is None:
         raise UsageError(
-            f"{source} {what}",
-            fix=f"`bake merge {source} BASE --out DIR`, then `bake diff BASE DIR`",
+            f"{source} is an adapter, and {base.label} is a GGUF file",
+            fix="name the checkpoint that the GGUF file was made from",
         )
-    stems = {} if layout is None else layout.stems
-    factors, tensors = {}, {}
-    for module in opened.modules:
-        name = f"{stems.get(module.path, module.path)}.weight"
-        stored = base.weights.tensors.get(name)
-        left, right = _factors(opened, module)
-        if stored is None or stored.shape != (left.shape[0], right.shape[1]) or not stored.numeric:
-            found = "is not there" if stored is None else f"is {stored.dtype} {list(stored.shape)}"
-            raise InputError(
-                f"{module.path} has no place in the base: {name} {found}",
-                where=source,
-                fix="name the base that the adapter was made for",
-            )
-        factors[name] = (left, right)
-        tensors[name] = replace(stored, dtype="F64", nbytes=8 * left.shape[0] * right.shape[1])
-    return AdaptedWeights(base.weights, factors, tensors)
-
-
-def _factors(opened: PeftAdapter, module: Module) -> tuple[Tensor, Tensor]:
-    """Return what is added to the stored weight, as left and right factor."""
-    a, b = opened.read(module.a), module.scale * opened.read(module.b)
-    # A table stores a row for every token, and its factors are A [r, V] and B [d, r].
-    return (a.T, b.T) if module.is_table or opened.transposed else (b, a)
+    return AdaptedWeights(base.weights, merge_work(Path(source).expanduser(), base.checkpoint))

@@ -104,15 +104,15 @@ def _diff_adapter(
     given: Mapping[str, Float[Tensor, "n d"]],
 ) -> Diff:
     """Return what an adapter adds to its base: nothing is stored, so nothing is compared."""
-    roles, layout = _roles(base, family)
-    weights = adapted(out, base, layout)
+    roles, _ = _roles(base, family)
+    weights = adapted(out, base)
     found = _Walk()
-    for name in weights.tensors:
+    for name, source in weights.sources.items():
         weights.keep(name)
         # Of the sum nothing is rounded but in float64, and its storage type is nobody's.
         found.changes[name] = tuple(
             replace(change, dtypes=(change.dtypes[0], change.dtypes[0]))
-            for change in measure(base.weights, weights, name, name, most=most)
+            for change in measure(base.weights, weights, source, name, most=most)
         )
     made = replace(_assemble(base, base, None, None, roles, found), out=out, adapter=True)
     spaces = _spaces(made, base.weights, weights, roles, (), given, most or 1)

@@ -14,7 +14,7 @@ from bake.checkpoints.source import Counted, LocalFiles
 from bake.diff.bytesource import Spool
 from bake.diff.weights import CheckpointWeights, FileWeights, GgufWeights
 from bake.errors import CheckpointError, UsageError
-from bake.merge.peft_adapter import CONFIG
+from bake.merge.adapter_config import CONFIG
 
 _SCHEME = "hf://"
 

@@ -1,7 +1,6 @@
 """What an artifact's plan comes to, for verification: made again from its base and its edits."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,12 +95,9 @@ def _beside(artifact: "Baked", folders: Sequence[Path]) -> Path | None:
 
 def _merged(artifact: "Baked", asked: "Verification") -> "PlannedModel":
     """Return what the adapter of a merge makes of its base."""
-    from bake.families.fit import layout_of
     from bake.merge.merge import planned_merge
     from bake.verify.adapter import adapter_of
     from bake.verify.inputs import open_base
 
     base = open_base(artifact, asked.base)
-    base = replace(base, harmless=(*base.harmless, *asked.assume_harmless))
-    layout = layout_of(base, artifact.family() if asked.family is None else asked.family)
-    return planned_merge(adapter_of(artifact, asked.adapter), base, layout, artifact.plan_digest)
+    return planned_merge(adapter_of(artifact, asked.adapter), base, artifact.plan_digest)
