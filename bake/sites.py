@@ -162,7 +162,8 @@ def _expand_one(text: str, layers: int) -> tuple[Site, ...]:
 
 def _hidden_state(text: str, index: int, layers: int) -> Site:
     """Map an index of transformers' ``output_hidden_states`` to the site it was read from."""
-    if index == -1 or index == layers:
+    index = index + layers + 1 if index < 0 else index  # there is one more of them than blocks
+    if index == layers:
         raise UsageError(
             f"{text!r} is no residual-stream site",
             why="transformers takes the last hidden state after the final norm",
@@ -171,7 +172,8 @@ def _hidden_state(text: str, index: int, layers: int) -> Site:
     if not 0 <= index < layers:
         raise UsageError(
             f"{text!r} is out of range: the model has {layers} blocks",
-            fix=f"hidden_states[0] to hidden_states[{layers - 1}] are residual-stream sites",
+            fix=f"hidden_states[0] to hidden_states[{layers - 1}], or [-{layers + 1}] to [-2] from "
+            "the end, are residual-stream sites",
         )
     return Site(SiteKind.RESID_PRE, 0) if index == 0 else Site(SiteKind.RESID_POST, index - 1)
 

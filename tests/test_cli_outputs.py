@@ -133,9 +133,9 @@ WRONG: dict[str, tuple[Callable[[AdapterFolder], tuple[object, object]], int, st
     ),
     "not fetched": (lambda b: ("owner/none", b.base), 5, "owner/none"),
     "a pickle": (pickled, 4, "adapter_model.bin is a pickle, which can run code"),
-    "another rank": (wrong_rank, 4, "gives it the rank 4"),
-    "DoRA": (dora, 4, "an adapter with use_dora cannot be merged"),
-    "another base": (other_base, 4, "name the base that the adapter was made for"),
+    "another rank": (wrong_rank, 4, "base and configuration make it"),
+    "DoRA": (dora, 4, "and the file lacks it"),
+    "another base": (other_base, 4, "the sizes of the base"),
     "no base": (lambda b: (b.adapter, b.folder / "none"), 4, "none"),
 }
 

@@ -11,12 +11,14 @@ from click.testing import CliRunner
 from exporting import written
 from harness import base_at, edit, plan_of, vector
 from safetensors.torch import load_file, save_file
+from test_merge import trained
 from torch import Tensor
 
 from bake import edits as make
 from bake.cli import main
 from bake.diff import diff
 from bake.errors import InputError, UsageError
+from bake.merge.merge import merge_adapter
 
 PREFIX = "base_model.model."
 NAMES = ("model.layers.1.self_attn.o_proj", "model.layers.2.mlp.down_proj")
@@ -99,21 +101,36 @@ def test_the_command_line_finds_the_base_in_the_adapter(base: Path, tmp_path: Pa
     assert data["adapter"] is True and data["as_recorded"] is None
 
 
-def test_an_adapter_that_is_more_than_factors_is_refused(base: Path, tmp_path: Path) -> None:
+def test_what_an_adapter_stores_whole_is_compared_too(base: Path, tmp_path: Path) -> None:
     norm = {f"{PREFIX}model.norm.weight": torch.ones(96)}
-    path = adapter(tmp_path / "a", base, **norm)
-    config = json.loads((path / "adapter_config.json").read_text())
-    config["modules_to_save"] = ["norm"]
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="holds more than factors") as caught:
-        diff(str(path), str(base))
-    assert "bake merge" in str(caught.value)
+    found = diff(str(adapter(tmp_path / "a", base, **norm)), str(base))
+    changes = {change.tensor: change for change in found.changes}
+    assert set(changes) == {*(f"{name}.weight" for name in NAMES), "model.norm.weight"}
+    before = tiny.tensors_of(base)["model.norm.weight"].double()
+    size = float((1 - before).norm() / before.norm())
+    assert changes["model.norm.weight"].relative == pytest.approx(size, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["mlp"]}])
+def test_a_tied_head_is_compared_with_the_embedding(
+    options: dict[str, Any], tmp_path: Path, tiny_checkpoint: Any
+) -> None:
+    """Whatever a merge takes: here a head that the base's files do not hold."""
+    tied = base_at(tiny_checkpoint("llama", tied=True))
+    path = trained(tied, tmp_path / "a", target_modules=["lm_head", "q_proj"], **options)
+    found = {change.tensor: change for change in diff(str(path), str(tied.path)).changes}
+    merged = tiny.tensors_of(merge_adapter(path, tied.checkpoint, tmp_path / "out").path)
+    before = tied.checkpoint.read("model.embed_tokens.weight").double()
+    size = float((merged["lm_head.weight"] - before).norm() / before.norm())
+    assert size > 1e-2 and "model.embed_tokens.weight" not in found
+    assert found["lm_head.weight"].relative == pytest.approx(size, rel=1e-6)
+    assert ("model.layers.0.mlp.up_proj.weight" in found) == ("modules_to_save" in options)
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     path = adapter(tmp_path / "a", base)
     tiny.write_checkpoint(tiny.make_model("llama"), tmp_path / "other")
-    with pytest.raises(InputError, match="has no place in the base"):
+    with pytest.raises(InputError, match="base and configuration make it"):
         diff(str(path), str(tmp_path / "other"))
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
-from bake.errors import BakeError, CheckpointError, InputError, UsageError
+from bake.errors import BakeError, InputError, UsageError
 from bake.merge.merge import merge_adapter
 
 Checkpoints = Callable[..., Path]
@@ -49,6 +49,10 @@ def trained(base: Base, out: Path, **options: Any) -> Path:
     return out
 
 
+FUSED = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plain": ("llama", {}, {}),
     "every layer": ("llama", {}, {"target_modules": "all-linear"}),
@@ -86,6 +90,18 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a scaled embedding": ("gemma", {"tied": False}, {"target_modules": ["embed_tokens"]}),
     "fused rows": ("phi3", {}, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     "beside experts": ("mixtral", {}, {"target_modules": ["o_proj"]}),
+    "fused experts, stored one by one": ("mixtral", {}, FUSED),
+    "DoRA": ("llama", {}, {"use_dora": True}),
+    "DoRA, stored the other way": (
+        "gpt2",
+        {},
+        {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True},
+    ),
+    "DoRA on an embedding": (
+        "llama",
+        {},
+        {"target_modules": ["embed_tokens", "o_proj"], "use_dora": True},
+    ),
 }
 
 
@@ -187,27 +203,66 @@ def test_an_exported_adapter_merges_to_the_hooked_model(
         assert float((logits(tiny.load(out), base) - hooked).abs().max()) <= RELATIVE * effect
 
 
-def test_without_a_table(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    """Plain names and storage need none; what only a table can say is refused."""
+def test_what_no_class_says(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """A table is not needed; a class that transformers has is, and that of both names."""
     base = base_at(tiny_checkpoint("llama"))
     adapter = trained(base, tmp_path / "adapter")
-    out = merge_adapter(adapter, base.checkpoint, tmp_path / "out").path
-    assert float((logits(tiny.load(out), base) - peft_logits(base, adapter)).abs().max()) < RELATIVE
-    tied = base_at(tiny_checkpoint("llama", tied=True))
-    embedding = trained(tied, tmp_path / "embedding", target_modules=["embed_tokens"])
-    with pytest.raises(InputError, match="without a family table bake cannot tell"):
-        merge_adapter(embedding, tied.checkpoint, tmp_path / "no")
-    gpt2 = base_at(tiny_checkpoint("gpt2"))
-    turned = trained(gpt2, tmp_path / "t", target_modules=["c_fc"], fan_in_fan_out=True)
-    with pytest.raises(InputError, match="no table that says how transformer"):
-        merge_adapter(turned, gpt2.checkpoint, tmp_path / "no")
+    wrong: dict[str, dict[str, Any]] = {
+        "has no class StrangeForCausalLM": {"architectures": ["StrangeForCausalLM"]},
+        "names no single class": {"architectures": None},
+        "model_type = 'gpt2' is not its type": {"model_type": "gpt2"},
+        "counts? no more|num_hidden_layers = 2147483648": {"num_hidden_layers": 2**31},
+        "far more tensors than the checkpoint": {"num_hidden_layers": 9000},
+    }
+    for number, (message, changes) in enumerate(wrong.items()):
+        strange = tmp_path / str(number)
+        shutil.copytree(base.path, strange)
+        config = {**tiny.config_of(strange), **changes}
+        (strange / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=message):
+            merge_adapter(adapter, open_checkpoint(strange), tmp_path / "no")
     assert not (tmp_path / "no").exists()
+    # The control: a key that no class reads changes nothing.
+    harmless = tmp_path / "harmless"
+    shutil.copytree(base.path, harmless)
+    config = {**tiny.config_of(harmless), "some_new_key": 3}
+    (harmless / "config.json").write_text(json.dumps(config))
+    out = merge_adapter(adapter, open_checkpoint(harmless), tmp_path / "out").path
+    assert float((logits(tiny.load(out), base) - peft_logits(base, adapter)).abs().max()) < RELATIVE
 
 
-FUSED = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "DoRA": ("llama", {"use_dora": True}, {}, "an adapter with use_dora cannot be merged"),
-    "fused parameters": ("mixtral", FUSED, {}, "with target_parameters cannot be merged"),
+    "DoRA without its lengths": (
+        "llama",
+        {},
+        {"use_dora": True},
+        "asks for .*lora_magnitude_vector.*, and the file lacks it",
+    ),
+    "another LoRA": ("llama", {}, {"alora_invocation_tokens": [1]}, "with alora_invocation_tokens"),
+    "a module more": (
+        "llama",
+        {},
+        {"target_modules": ["q_proj", "down_proj", "k_proj"]},
+        r"asks for .*k_proj\.lora_A\.weight, and the file lacks it",
+    ),
+    "a module less": ("llama", {}, {"target_modules": ["q_proj"]}, "would not load .*down_proj"),
+    "a layer less": ("llama", {}, {"layers_to_transform": [0, 1]}, r"would not load .*layers\.2"),
+    "an excluded module": ("llama", {}, {"exclude_modules": ["q_proj"]}, "would not load .*q_proj"),
+    "no modules": ("llama", {}, {"target_modules": ["nothing"]}, "does not take this adapter up"),
+    "a list of numbers": ("llama", {}, {"modules_to_save": [5]}, "is no list"),
+    "a number for a list": ("llama", {}, {"modules_to_save": 5}, "modules_to_save = 5 is no list"),
+    "no text": (
+        "llama",
+        {},
+        {"base_model_name_or_path": "\ud800"},
+        "is no Unicode text",
+    ),
+    "without end": (
+        "llama",
+        {},
+        {"rank_pattern": {"(([a-z0-9_.])+)+!": 4}},
+        "take more than 10 seconds",
+    ),
     "another method": ("llama", {}, {"peft_type": "IA3"}, "of type 'IA3', and only LORA"),
     "an initialisation that changes the base": (
         "llama",
@@ -216,8 +271,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "init_lora_weights = 'pissa' cannot be merged",
     ),
     "a key of the future": ("llama", {}, {"use_xlora": True}, "does not know the key 'use_xlora'"),
-    "another rank": ("llama", {}, {"r": 4}, "shapes .* gives it the rank 4"),
-    "no rank": ("llama", {}, {"r": "three"}, "r = 'three' or lora_alpha"),
+    "another rank": ("llama", {}, {"r": 4}, "base and configuration make it"),
+    "no rank": ("llama", {}, {"r": "three"}, "r = 'three' is no int"),
     "a broken pattern": ("llama", {}, {"rank_pattern": {"(": 3}}, "is no regular expression"),
     "single rows": ("llama", {}, {"trainable_token_indices": [1]}, "with trainable_token_indices"),
 }
@@ -244,21 +299,19 @@ def test_every_tensor_must_be_consumed(tiny_checkpoint: Checkpoints, tmp_path: P
     left = f"{PREFIX}.self_attn.q_proj.lora_B.weight"
     nowhere = f"{PREFIX}.self_attn.qq_proj"
     extra: list[tuple[dict[str, torch.Tensor | None], str, type[BakeError]]] = [
-        ({f"{PREFIX}.input_layernorm.weight": torch.ones(24)}, "input_layernorm", InputError),
-        ({f"{PREFIX}.mlp.up_proj.bias": torch.ones(40)}, "up_proj.bias has no", InputError),
-        ({"model.layers.0.x": torch.ones(2)}, "layers.0.x has no meaning", InputError),
-        ({f"{left}_scale": torch.ones(2)}, "B.weight_scale has no meaning", InputError),
-        ({f"{PREFIX}.mlp.down_proj.lora_magnitude_vector": torch.ones(2)}, "no mean", InputError),
-        ({left: None}, "q_proj has one factor and not the other", InputError),
+        ({"model.layers.0.x": torch.ones(2)}, "would not load model.layers.0.x", InputError),
+        ({f"{left}_scale": torch.ones(2)}, "not load .*B.weight_scale", InputError),
+        ({f"{PREFIX}.mlp.down_proj.lora_magnitude_vector": torch.ones(2)}, "not load", InputError),
+        ({left: None}, r"asks for .*q_proj\.lora_B\.weight, and the file lacks it", InputError),
         (
             {
                 f"{nowhere}.lora_A.weight": torch.ones(3, 24),
                 f"{nowhere}.lora_B.weight": torch.ones(24, 3),
             },
-            r"qq_proj\.lora_A\.weight has no place in the base",
-            CheckpointError,
+            r"would not load .*qq_proj\.lora_A\.weight",
+            InputError,
         ),
-        ({left: torch.ones(24, 3)}, r"make a matrix \[24, 24\]", InputError),
+        ({left: torch.ones(24, 3)}, r"has the shape \[24, 3\]", InputError),
         ({left: torch.full((32, 3), torch.nan)}, "holds NaN or infinity", InputError),
         (
             {left: torch.full((32, 3), 1e300, dtype=torch.float64)},
@@ -286,27 +339,47 @@ def test_a_bias_that_has_no_place(tiny_checkpoint: Checkpoints, tmp_path: Path) 
     tensors = factors_of(adapter)
     tensors[f"{PREFIX}.mlp.down_proj.lora_B.bias"] = torch.ones(24)
     changed = rewritten(adapter, tmp_path / "changed", tensors, lora_bias=True)
-    with pytest.raises(InputError, match=r"adds a bias to .*down_proj, which has none"):
+    with pytest.raises(InputError, match=r"adds a bias to .*q_proj, which has none"):
         merge_adapter(changed, base.checkpoint, tmp_path / "out")
 
 
 def test_copies_of_the_base(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    """PEFT saves an embedding beside its factors: the base's own, which is checked."""
+    """PEFT saves an embedding beside its factors, and loads that in the place of the base's."""
     base = base_at(tiny_checkpoint("llama"))
     adapter = trained(base, tmp_path / "adapter", target_modules=["embed_tokens"])
     tensors = factors_of(adapter)
     name = "base_model.model.model.embed_tokens.base_layer.weight"
-    tensors[name] = base.checkpoint.read("model.embed_tokens.weight")
-    good = rewritten(adapter, tmp_path / "good", tensors)
-    merge_adapter(good, base.checkpoint, tmp_path / "out")
-    tensors[name] = tensors[name] + 1e-3
-    other = rewritten(adapter, tmp_path / "other", tensors)
-    with pytest.raises(InputError, match=r"another model\.embed_tokens\.weight than the base"):
-        merge_adapter(other, base.checkpoint, tmp_path / "no")
+    before = None
+    for change in (0.0, 0.1):
+        tensors[name] = base.checkpoint.read("model.embed_tokens.weight") + change
+        other = rewritten(adapter, tmp_path / f"other{change}", tensors)
+        out = merge_adapter(other, base.checkpoint, tmp_path / f"out{change}").path
+        running = peft_logits(base, other)
+        assert float((logits(tiny.load(out), base) - running).abs().max()) <= RELATIVE
+        assert before is None or float((running - before).abs().max()) > 1e-2
+        before = running
     tensors[name] = torch.ones(60, 24)
     resized = rewritten(adapter, tmp_path / "resized", tensors)
-    with pytest.raises(InputError, match=r"has the shape \[60, 24\]"):
+    with pytest.raises(InputError, match=r"has the shape \[60, 24\]") as caught:
         merge_adapter(resized, base.checkpoint, tmp_path / "no")
+    assert "resize_token_embeddings(60)" in str(caught.value.fix)
+
+
+def test_a_tensor_of_the_base_in_the_file(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """PEFT loads what has a parameter's name over it, though no key of its config says so."""
+    base = base_at(tiny_checkpoint("llama"))
+    adapter = trained(base, tmp_path / "adapter")
+    tensors = factors_of(adapter)
+    without = peft_logits(base, adapter)
+    for number, (name, size) in enumerate(
+        (("input_layernorm.weight", 24), ("mlp.up_proj.bias", 40))
+    ):
+        more = tensors | {f"{PREFIX}.{name}": torch.full((size,), 0.7)}
+        path = rewritten(adapter, tmp_path / str(number), more)
+        out = merge_adapter(path, base.checkpoint, tmp_path / f"out{number}").path
+        running = peft_logits(base, path)
+        assert float((running - without).abs().max()) > 1e-2
+        assert float((logits(tiny.load(out), base) - running).abs().max()) <= RELATIVE
 
 
 def test_what_is_no_adapter(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from adapters import factors_of, rewritten
 from exporting import written
@@ -21,7 +20,6 @@ from bake import edits as make
 from bake.artifact.record import read_record
 from bake.errors import (
     ExactnessBug,
-    FamilyError,
     Inconclusive,
     InputError,
     UsageError,
@@ -212,23 +210,6 @@ def test_an_adapter_that_does_nothing_proves_nothing(
     out = merge_adapter(nothing, base.checkpoint, tmp_path / "out").path
     with pytest.raises(Inconclusive, match="the edit has no effect"):
         raise_unless_passed(verify(out))
-
-
-def test_without_a_table_there_is_no_verification(
-    tiny_checkpoint: Checkpoints, tmp_path: Path
-) -> None:
-    base = base_at(tiny_checkpoint("llama"))
-    strange = tmp_path / "base"
-    shutil.copytree(base.path, strange)
-    config = {**tiny.config_of(strange), "architectures": ["StrangeForCausalLM"]}
-    (strange / "config.json").write_text(json.dumps(config))
-    adapter = trained(base, tmp_path / "adapter")
-    from bake.checkpoints import open_checkpoint
-
-    out = merge_adapter(adapter, open_checkpoint(strange), tmp_path / "out").path
-    assert json.loads((out / "bake.json").read_text())["plan"]["family"] is None
-    with pytest.raises(FamilyError, match="StrangeForCausalLM"):
-        verify(out)
 
 
 def test_a_merge_in_a_runtime(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_stream_kinds_are_those_of_the_stream() -> None:
         ("hidden_states[0]", ["resid_pre.0"]),
         ("hidden_states[1]", ["resid_post.0"]),
         ("hidden_states[3]", ["resid_post.2"]),
+        ("hidden_states[-2]", ["resid_post.2"]),
+        ("hidden_states[-4]", ["resid_post.0"]),
+        ("hidden_states[-5]", ["resid_pre.0"]),
         (["mlp_out.2", "embed", "attn_out.0"], ["mlp_out.2", "embed", "attn_out.0"]),
         (["q.1", "q.0-2", "q.1"], ["q.1", "q.0", "q.2"]),
         (["resid_post.3", "resid"], ["resid_post.3", *names(STREAM[:-1])]),
@@ -193,7 +196,7 @@ def test_one_site_is_no_selection(text: str) -> None:
         ("hidden_states[-1]", "is no residual-stream site", "resid_post.3 (before the norm)"),
         ("hidden_states[4]", "is no residual-stream site", "ln_final_out (after it)"),
         ("hidden_states[5]", "is out of range: the model has 4 blocks", "to hidden_states[3]"),
-        ("hidden_states[-2]", "is out of range: the model has 4 blocks", "hidden_states[0] to"),
+        ("hidden_states[-6]", "is out of range: the model has 4 blocks", "hidden_states[0] to"),
         ([], "the selection of sites is empty", 'at = "resid"'),
     ],
 )

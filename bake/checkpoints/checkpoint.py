@@ -69,6 +69,11 @@ class Checkpoint:
         """Its id on the Hub, where it has a revision."""
         return self.source.partition("@")[0]
 
+    @property
+    def unindexed(self) -> tuple[str, ...]:
+        """Files of weights beside the shards, which transformers does not load."""
+        return tuple(name for name in self.left_out if name.endswith(".safetensors"))
+
     def read(self, name: str) -> 'Shaped[Tensor, "..."]':
         """Return one tensor in its storage type, in memory of its own.
 

@@ -14,6 +14,12 @@ from bake.cli.output import Output, bake_command
 @click.argument("base")
 @OUT
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a base on the Hub.")
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["base", "adapter"]),
+    default="base",
+    help="Whose tokenizer, chat template and generation settings the result gets.",
+)
 @FORCE
 def command(
     output: Output, adapter: str, base: str, out: Path, *, force: bool, **options: Any

@@ -8,6 +8,7 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
+    from bake.merge.merge import Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ def merge(
     out: Path,
     *,
     revision: str | None = None,
+    tokenizer: "Side" = "base",
     force: bool = False,
     bars: Bars = no_bars,
 ) -> Merged:
@@ -38,6 +40,7 @@ def merge(
         base: the same.
         out: the folder to create.
         revision: branch, tag or commit of a base on the Hub.
+        tokenizer: whose tokenizer, templates and generation settings go with the result.
         force: whether to replace what is at ``out``.
         bars: where progress is shown.
 
@@ -57,6 +60,7 @@ def merge(
             checkpoint,
             out,
             published=found,
+            tokenizer=tokenizer,
             force=force,
             progress=move,
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bake.errors import InputError, first_line
+from bake.errors import BakeError, InputError, first_line
 from bake.merge.adapter_config import CONFIG, WEIGHTS, meant
 from bake.merge.change import Change, Factors, Lengths
 from bake.merge.limits import check_patterns
@@ -117,8 +117,7 @@ def _load(wrapped: Any, folder: Path) -> None:
     """Let PEFT load the file into its layers, and require that nothing of it is left."""
     where = str(folder / WEIGHTS)
     mapping = getattr(wrapped.base_model.model, "_checkpoint_conversion_mapping", {})
-    # What is loaded stands in for parameters without values: nothing can be copied into these.
-    wrapped.load_state_dict = partial(type(wrapped).load_state_dict, wrapped, assign=True)
+    wrapped.load_state_dict = partial(_assign, wrapped, where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at what lacks, which ``_check_complete`` refuses
         try:
@@ -131,6 +130,8 @@ def _load(wrapped: Any, folder: Path) -> None:
             )
         except KeyError as error:
             raise _lacking(str(error.args[0]), where) from error
+        except BakeError:
+            raise
         except Exception as error:
             raise InputError(
                 f"PEFT does not load this adapter into the base: {_one_line(error)}", where=where
@@ -146,6 +147,49 @@ def _load(wrapped: Any, folder: Path) -> None:
             fix=f"compare the module's path with target_modules and modules_to_save in {CONFIG}, "
             "and with the modules of the base",
         )
+
+
+def _assign(wrapped: Any, where: str, state: Mapping[str, Tensor], *, strict: bool) -> Any:
+    """Put what is loaded in the place of parameters: into those without values nothing is copied.
+
+    Raises:
+        InputError: a tensor has another shape than PEFT's layers have around this base.
+    """
+    held = wrapped.state_dict()
+    tables = {f"{_PREFIX}{name}.weight" for name in _tables(wrapped.base_model.model)}
+    for key, value in state.items():
+        if key not in held or held[key].shape == value.shape:
+            continue
+        have, want = list(value.shape), list(held[key].shape)
+        name = key.replace(f".{_NAME}.", ".")
+        what = f"{name} has the shape {have}, and base and configuration make it {want}"
+        bare = key.replace(".modules_to_save.default", "").replace(".base_layer", "")
+        if bare in tables and have[1:] == want[1:]:
+            raise InputError(
+                what,
+                where=where,
+                why="the vocabulary was resized before training, and PEFT loads such an adapter "
+                "into a base that was resized in the same way",
+                fix='python -c "from transformers import AutoModelForCausalLM as M; '
+                "m = M.from_pretrained('BASE', dtype='auto'); "
+                f"m.resize_token_embeddings({have[0]}); m.save_pretrained('./resized')\", then "
+                "merge into ./resized",
+            )
+        raise InputError(
+            what,
+            where=where,
+            fix=f"compare r and rank_pattern in {CONFIG} with the file, and the sizes of the base "
+            "with those of the model that the adapter was trained on",
+        )
+    return type(wrapped).load_state_dict(wrapped, state, strict=strict, assign=True)
+
+
+def _tables(model: Any) -> Iterator[str]:
+    """Yield the paths of embedding and head, without PEFT's wrappers."""
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for path, module in model.named_modules(remove_duplicate=False):
+        if any(module is table for table in found if table is not None):
+            yield path.replace(".modules_to_save.default", "").replace(".base_layer", "")
 
 
 def _check_complete(wrapped: Any, base: set[int], where: str) -> None:
@@ -195,7 +239,7 @@ def _own(
     module: nn.Module, where: str, path: str, layers: Mapping[str, tuple[Any, ...]]
 ) -> Iterator[_Spot]:
     """Yield the parameters of one layer, those of its children left out."""
-    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False, remove_duplicate=False))
     for name, value in module.named_buffers(recurse=False, remove_duplicate=False):
         if name not in module._non_persistent_buffers_set:
             own[name] = value

@@ -139,9 +139,10 @@ class Change:
             return rows * columns
         if self.lengths is None:
             return rows
-        lengths = rows.flatten(1).norm(dim=1)
+        lengths: Tensor = rows.flatten(1).norm(dim=1)
         scale = self.lengths.values[start:stop].to(torch.float64) / lengths
-        return rows * scale.view(-1, *(1,) * (rows.ndim - 1))
+        scaled: Tensor = rows * scale.view(-1, *(1,) * (rows.ndim - 1))
+        return scaled
 
 
 def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

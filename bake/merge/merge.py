@@ -7,6 +7,7 @@ because that is what PEFT computes with the adapter at work (``merge_and_unload`
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from bake.artifact.artifact import Artifact
 from bake.artifact.base_digests import BaseDigests
@@ -18,6 +19,7 @@ from bake.checkpoints.planned import PlannedModel
 from bake.errors import InputError
 from bake.merge.adapter_config import WEIGHTS, read_config
 from bake.merge.applied import changes_of
+from bake.merge.beside import own_files
 from bake.merge.record import merge_plan, merge_provenance
 from bake.merge.skeleton import skeleton_of
 from bake.merge.work import Work, work_of
@@ -25,6 +27,7 @@ from bake.outputs.checkpoint import stored_tensors
 from bake.progress import Progress
 
 KIND = "merge"
+Side = Literal["base", "adapter"]
 
 
 def merge_adapter(
@@ -33,6 +36,7 @@ def merge_adapter(
     out: Path,
     *,
     published: FoundAdapter | None = None,
+    tokenizer: Side = "base",
     force: bool = False,
     progress: Progress | None = None,
 ) -> Artifact:
@@ -43,6 +47,7 @@ def merge_adapter(
         base: a complete checkpoint of the model that the adapter is for.
         out: a folder that does not exist, unless ``force``.
         published: where on the Hub the adapter is from, for the record; None for a folder.
+        tokenizer: whose tokenizer, templates and generation settings go with the result.
         force: replace an artifact of bake at ``out``.
         progress: called with the bytes of weights that are done and their total.
 
@@ -57,7 +62,8 @@ def merge_adapter(
     config = read_config(adapter)
     digests = BaseDigests(base)
     provenance = merge_provenance(adapter, config, base, out, published=published)
-    plan = merge_plan(adapter, config, work)
+    own = own_files(adapter, base)
+    plan = merge_plan(adapter, config, work, left=() if tokenizer == "adapter" else tuple(own))
     planned = work.planned(plan.digest, digests)
     replace, new = stored_tensors(planned, base)
 
@@ -67,12 +73,14 @@ def merge_adapter(
         return {RECORD: record_text(record).encode()}
 
     def write(place: Place) -> Artifact:
-        merged = NewCheckpoint(base, replace, new, planned.config_text, {})
+        taken = own if tokenizer == "adapter" else {}
+        merged = NewCheckpoint(base, replace, new, planned.config_text, taken)
         found = write_checkpoint(merged, place, closing=closing, progress=progress)
         return Artifact(KIND, out, found.files, found.bytes_written, found.bytes_edited)
 
     shards = [base.file(shard) for shard in base.shards] if base.complete else []
-    identity = identity_of([KIND, str(base.path), provenance.to_json(), plan.to_json()], shards)
+    what = [KIND, str(base.path), tokenizer, provenance.to_json(), plan.to_json()]
+    identity = identity_of(what, shards)
     return write_staged(out, identity, force=force, write=write)
 
 

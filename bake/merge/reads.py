@@ -73,7 +73,7 @@ def _is_plain_kernel(own: Any) -> bool:
     return plain and type(own).forward is base.forward
 
 
-def taken_apart(model: nn.Module, path: str) -> str | None:
+def taken_apart(model: Any, path: str) -> str | None:
     """Return the class that reads a layer's weight without calling the layer, or None.
 
     Args:
@@ -82,20 +82,20 @@ def taken_apart(model: nn.Module, path: str) -> str | None:
     """
     owner: nn.Module = model
     parts = path.split(".")
+    # Bloom and its like multiply slice by slice, where they were trained on several machines.
+    sliced = getattr(model.config, "pretraining_tp", 1) not in (None, 0, 1)
     for place, part in enumerate(parts):
-        if ".".join(parts[place:]) in _taken(type(owner)):
+        if ".".join(parts[place:]) in _taken(type(owner), sliced):
             return type(owner).__name__
         owner = owner.get_submodule(part)
     return None
 
 
 @cache
-def _taken(owner: type) -> frozenset[str]:
+def _taken(owner: type, sliced: bool) -> frozenset[str]:
     """Return the paths below a module whose weights its own methods take out of their layers."""
-    found: set[str] = set()
-    for method in _methods(owner):
-        found |= set(_weights(method))
-    return frozenset(found)
+    unrun = ("self.training",) if sliced else ("self.training", "self.pretraining_tp > 1")
+    return frozenset(path for method in _methods(owner) for path in _weights(method, unrun))
 
 
 def _methods(owner: type) -> Iterator[ast.AST]:
@@ -114,11 +114,16 @@ def _source(kind: type) -> str:
         return ""
 
 
-def _weights(node: ast.AST) -> Iterator[str]:
-    """Yield ``a.b`` for every ``self.a.b.weight`` that a method computes with in a forward pass."""
-    if isinstance(node, ast.If) and "self.training" in ast.unparse(node.test):
-        for child in node.orelse:
-            yield from _weights(child)
+def _weights(node: ast.AST, unrun: tuple[str, ...]) -> Iterator[str]:
+    """Yield ``a.b`` for every ``self.a.b.weight`` that a method computes with.
+
+    Args:
+        node: the method, or a part of it.
+        unrun: what a condition says whose branch is not run.
+    """
+    if isinstance(node, ast.If) and _is_unrun(ast.unparse(node.test), unrun):
+        for statement in node.orelse:
+            yield from _weights(statement, unrun)
         return
     if isinstance(node, ast.Attribute) and node.attr in _ABOUT:
         inner = node.value
@@ -130,4 +135,8 @@ def _weights(node: ast.AST) -> Iterator[str]:
             yield path
             return
     for child in ast.iter_child_nodes(node):
-        yield from _weights(child)
+        yield from _weights(child, unrun)
+
+
+def _is_unrun(test: str, unrun: tuple[str, ...]) -> bool:
+    return any(word in test and f"not {word}" not in test for word in unrun)

@@ -6,7 +6,7 @@ So verification, seal and push read it as they read an export's.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ def merge_provenance(
     )
 
 
-def merge_plan(adapter: Path, config: Mapping[str, Any], work: Work) -> PlanRecord:
+def merge_plan(
+    adapter: Path, config: Mapping[str, Any], work: Work, *, left: Sequence[str] = ()
+) -> PlanRecord:
     """Return what a merge changes.
 
     A merge is exact: base and adapter compute (W + s B A) x, and so does what is merged, in real
@@ -70,6 +72,7 @@ def merge_plan(adapter: Path, config: Mapping[str, Any], work: Work) -> PlanReco
         adapter: the folder of what is merged.
         config: its configuration.
         work: what becomes of the base.
+        left: files of the adapter that differ from the base's and do not go with the result.
     """
     changed = tuple(_changed(name, item, work.base) for name, item in work.items.items())
     keys = tuple(
@@ -87,7 +90,7 @@ def merge_plan(adapter: Path, config: Mapping[str, Any], work: Work) -> PlanReco
         biases=(),
         config=keys,
         runtimes=(),
-        notes=tuple(_notes(config, work)),
+        notes=tuple(_notes(config, work, left)),
         created_bytes=sum(row.bytes for row in changed if row.created),
     )
 
@@ -105,7 +108,7 @@ def _changed(name: str, item: Item, base: Checkpoint) -> TensorChange:
     )
 
 
-def _notes(config: Mapping[str, Any], work: Work) -> list[str]:
+def _notes(config: Mapping[str, Any], work: Work, left: Sequence[str]) -> list[str]:
     """Return what a reader should know: shapes alone do not tell a base from its finetunes."""
     notes = ["the output head is untied from the embedding"] if work.config else []
     named = config.get(_BASE)
@@ -113,6 +116,15 @@ def _notes(config: Mapping[str, Any], work: Work) -> list[str]:
         notes.append(
             f"the adapter names {_named(config)} as its base, and is merged into "
             f"{base_name(work.base)}"
+        )
+    if left:
+        notes.append(
+            f"the adapter's own {', '.join(left)} stay behind, for the tokenizer, template and "
+            "generation settings are the base's; --tokenizer adapter takes the adapter's"
+        )
+    if work.base.unindexed:
+        notes.append(
+            f"{', '.join(work.base.unindexed)} of the base stay behind: no index names them"
         )
     return notes
 

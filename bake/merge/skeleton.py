@@ -7,6 +7,7 @@ headers, with its own rules (``core_model_loading.py: convert_and_load_state_dic
 beside transformers' own is run.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,8 +106,8 @@ def _on_meta(config: Mapping[str, Any], tensors: int, where: str) -> "PreTrained
     kind, named = config.get("model_type"), config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise CheckpointError(f"architectures = {named!r} names no single class", where=_WHERE)
-    found = getattr(transformers, named[0], None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    found: Any = getattr(transformers, named[0], None)
+    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"transformers {transformers.__version__} has no class {named[0]}",
             where=_WHERE,

@@ -139,14 +139,14 @@ def _written(
     if source is None:
         raise _missing(base, keys[0], where)
     _check_stored(base, skeleton, source, change, where)
-    name = skeleton.new_name(keys[0], base.tensors)
-    if name is None:
+    new = skeleton.new_name(keys[0], base.tensors)
+    if new is None:
         raise InputError(
             f"the adapter tells {keys[0]} and {source} apart, which are one tensor of the base",
             where=where,
             why="bake finds no name under which transformers would read the other one",
         )
-    return {name: Item(source, change)}
+    return {new: Item(source, change)}
 
 
 def _check_apart(

@@ -47,6 +47,7 @@ def _artifact(result: "Exported", written: "Artifact", *, verbose: bool) -> list
             ("copied", f"{total - edited:,} bytes of tensors, as they were"),
             ("edited", f"{edited:,} bytes of tensors"),
             *([("new", f"{new:,} bytes of tensors")] if new else []),
+            *_unindexed(checkpoint.unindexed),
         ]
     if measured:
         edits = f"{written.bytes_edited:,} bytes of tensors; the others as they were"
@@ -61,6 +62,11 @@ def _artifact(result: "Exported", written: "Artifact", *, verbose: bool) -> list
             files.add_row(name, digest.removeprefix("sha256:"))
         parts.append(section("Files", files))
     return parts
+
+
+def _unindexed(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what is said of weights that no index names: nothing where there are none."""
+    return [("left behind", f"{', '.join(names)} (no index names them)")] if names else []
 
 
 def reproduced(result: "Reproduced") -> list[RenderableType]:

@@ -1,0 +1,35 @@
+"""The tokenizer, templates and generation settings beside an adapter, against the base's.
+
+Whoever trains with a template of its own saves it with the adapter. A merge writes the base's
+files, so what differs is either taken or told.
+"""
+
+from pathlib import Path
+
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.folder import CHAT_TEMPLATES, list_folder, regular_file
+
+FILES = frozenset(
+    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
+    "added_tokens.json vocab.json vocab.txt merges.txt spiece.model tekken.json "
+    "chat_template.jinja chat_template.json processor_config.json preprocessor_config.json "
+    "generation_config.json".split()
+)
+"""What says how text becomes tokens, how a conversation becomes text and how tokens are drawn."""
+
+
+def own_files(adapter: Path, base: Checkpoint) -> dict[str, bytes]:
+    """Return the files beside an adapter that the base lacks or has otherwise, by name.
+
+    Raises:
+        CheckpointError: one is a link out of its folder.
+    """
+    folder = adapter.resolve()
+    found = {}
+    for name in list_folder(folder):
+        if name not in FILES and not name.startswith(f"{CHAT_TEMPLATES}/"):
+            continue
+        data = regular_file(folder, name).read_bytes()
+        if name not in base.side_files or base.fetched(name).read_bytes() != data:
+            found[name] = data
+    return found

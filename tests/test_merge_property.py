@@ -1,0 +1,32 @@
+"""Random adapters on random bases: what PEFT computes is what a merge writes, or it is refused."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from peft_samples import ARCHITECTURES, sample
+
+SAMPLES = 8
+MANY = 360
+"""Of each architecture: more than 5,000 in all."""
+
+
+def found(architecture: str, seeds: range, folder: Path) -> Counter[str]:
+    return Counter(sample(seed, architecture, folder).partition(":")[0] for seed in seeds)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_merge_is_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
+    results = found(architecture, range(SAMPLES), tmp_path)
+    assert results["merged"] >= SAMPLES / 4, (
+        results
+    )  # a test that refuses everything proves nothing
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_many_merges_are_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
+    results = found(architecture, range(1000, 1000 + MANY), tmp_path)
+    assert results["merged"] >= MANY / 3, results
