@@ -1,5 +1,6 @@
 """Random adapters of random kinds, as PEFT writes them, for real classes of many architectures."""
 
+import copy
 import json
 import random
 import re
@@ -145,7 +146,10 @@ def _laid_out(model: Any, path: Path, tied: bool, layout: str) -> None:
 def leaves(model: Any) -> list[str]:
     """Return the paths of the layers that PEFT adapts."""
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, Conv1D)
-    return [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    # ``peft/tuners/tuners_utils.py: _check_lora_target_modules_mamba`` refuses these.
+    barred = ("out_proj", "conv1d") if model.config.model_type == "mamba" else ()
+    found = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+    return [path for path in found if not path.endswith(barred)]
 
 
 def _some(draw: random.Random, items: list[str], most: int) -> list[str]:
@@ -203,7 +207,7 @@ def trained(base: Base, out: Path, options: dict[str, Any], draw: random.Random)
     generator = torch.Generator().manual_seed(draw.randint(0, 9999))
     with peft_warnings():
         try:
-            model = get_peft_model(load(base.path), LoraConfig(**options))
+            model = get_peft_model(copy.deepcopy(base.model), LoraConfig(**options))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
             return None
         with torch.no_grad():
@@ -213,6 +217,7 @@ def trained(base: Base, out: Path, options: dict[str, Any], draw: random.Random)
                     seen.add(id(parameter))
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.add_(0.3 * noise)
+        model.create_or_update_model_card = lambda folder: None  # which takes longer than the rest
         model.save_pretrained(out, save_embedding_layers=draw.choice([True, False, False, "auto"]))
     file = out / "adapter_model.safetensors"
     kind = draw.choice([torch.float32, torch.float32, torch.bfloat16])
@@ -264,7 +269,7 @@ def sample(seed: int, architecture: str, folder: Path) -> str:
         return f"refused: {error.what}"
     with peft_warnings():
         model = PeftModel.from_pretrained(
-            load(base.path), str(adapter), autocast_adapter_dtype=False
+            copy.deepcopy(base.model), str(adapter), autocast_adapter_dtype=False
         )
     want = logits_of(model.eval())
     effect = float((want - base.logits).abs().max())

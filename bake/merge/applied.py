@@ -48,6 +48,7 @@ def changes_of(skeleton: Skeleton, folder: Path, config: Mapping[str, Any]) -> M
     wrapped = _wrapped(model, folder, config)
     before = {spot.key: id(spot.value) for spot in _inside(wrapped.base_model.model, where)}
     _load(wrapped, folder)
+    wrapped.requires_grad_(False)
     _check_complete(wrapped, base, where)
     spots = tuple(_inside(wrapped.base_model.model, where))
     for spot in spots:

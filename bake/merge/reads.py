@@ -85,8 +85,9 @@ def taken_apart(model: Any, path: str) -> str | None:
     # Bloom and its like multiply slice by slice, where they were trained on several machines.
     sliced = getattr(model.config, "pretraining_tp", 1) not in (None, 0, 1)
     for place, part in enumerate(parts):
-        if ".".join(parts[place:]) in _taken(type(owner), sliced):
-            return type(owner).__name__
+        kind: Any = type(owner)
+        if ".".join(parts[place:]) in _taken(kind, sliced):
+            return str(kind.__name__)
         owner = owner.get_submodule(part)
     return None
 

@@ -49,6 +49,10 @@ class Skeleton:
             found.setdefault(id(value), []).append(key)
         return {key: tuple(keys) for keys in found.values() for key in keys}
 
+    def held(self, key: str) -> bool:
+        """Whether the files hold a parameter, under its own name or that of one that it is."""
+        return any(name in self.disk or name in self.converted for name in self.tied[key])
+
     def new_name(self, key: str, taken: Iterable[str]) -> str | None:
         """Return a name under which transformers would read a parameter, or None.
 
@@ -107,7 +111,8 @@ def _on_meta(config: Mapping[str, Any], tensors: int, where: str) -> "PreTrained
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise CheckpointError(f"architectures = {named!r} names no single class", where=_WHERE)
     found: Any = getattr(transformers, named[0], None)
-    if not (inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)):
+    known = inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)
+    if not known:
         raise CheckpointError(
             f"transformers {transformers.__version__} has no class {named[0]}",
             where=_WHERE,

@@ -100,7 +100,7 @@ def work_of(base: Checkpoint, skeleton: Skeleton, found: Mapping[str, Change], w
                 items |= _written(base, skeleton, keys, sort, change, where)
     config = {TIED: False} if apart else {}
     if apart:
-        _check_apart(base, items, config, apart, where)
+        _check_apart(Work(base, items, config), skeleton, apart, where)
     return Work(base, items, config)
 
 
@@ -149,26 +149,27 @@ def _written(
     return {new: Item(source, change)}
 
 
-def _check_apart(
-    base: Checkpoint,
-    items: Mapping[str, Item],
-    config: Mapping[str, Any],
-    apart: Sequence[Sequence[str]],
-    where: str,
-) -> None:
-    """Require that transformers will keep apart what was tied and is two tensors now."""
-    text = patch_config(base.config_text, config)
-    names = (*base.tensors, *(name for name in items if name not in base.tensors))
+def _check_apart(work: Work, before: Skeleton, apart: Sequence[Sequence[str]], where: str) -> None:
+    """Require that transformers will keep apart what was tied and is two tensors now, no more."""
+    base = work.base
+    text = patch_config(base.config_text, work.config)
+    names = (*base.tensors, *(name for name in work.items if name not in base.tensors))
     after = skeleton_of(json.loads(text), names, lambda one, two: True, where=base.source)
+    why = None
     for first, *others in apart:
-        for key in others:
-            if key in after.tied[first] or not {first, key} <= after.disk.keys():
-                raise InputError(
-                    f"the adapter tells {first} and {key} apart, which are one tensor of the base",
-                    where=where,
-                    why=f"the class of the base ties them whatever {TIED} says",
-                    fix="train the adapter with ensure_weight_tying, or use it with PEFT",
-                )
+        if any(key in after.tied[first] or key not in after.disk for key in others):
+            why = f"the class of the base ties them whatever {TIED} says"
+    lost = [key for key in before.tied if before.held(key) and not after.held(key)]
+    if lost:
+        # Zamba2's blocks share their weights by the key that ties its head.
+        why = f"with {TIED} = false the class would not find {lost[0]} any more"
+    if why is not None:
+        raise InputError(
+            f"the adapter tells {' and '.join(apart[0])} apart, which are one tensor of the base",
+            where=where,
+            why=why,
+            fix="use the adapter with PEFT, or train another with ensure_weight_tying",
+        )
 
 
 def _missing(base: Checkpoint, key: str, where: str) -> InputError:
