@@ -20,6 +20,8 @@ from bake.artifact.schema import (
 )
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.adapter import FoundAdapter, adapter_digest
+from bake.errors import FamilyError
+from bake.families import find_family
 from bake.merge.work import Item, Work
 
 _BASE = "base_model_name_or_path"
@@ -84,7 +86,7 @@ def merge_plan(
     return PlanRecord(
         digest=f"sha256:{digest}",
         exactness="exact",
-        family=None,
+        family=_family(work.base),
         findings=(),
         tensors=changed,
         biases=(),
@@ -93,6 +95,14 @@ def merge_plan(
         notes=tuple(_notes(config, work, left)),
         created_bytes=sum(row.bytes for row in changed if row.created),
     )
+
+
+def _family(base: Checkpoint) -> str | None:
+    """Return the table of the base's class, with which the merge is verified; or None."""
+    try:
+        return find_family(base.config).name
+    except FamilyError:
+        return None
 
 
 def _changed(name: str, item: Item, base: Checkpoint) -> TensorChange:
