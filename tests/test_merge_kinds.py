@@ -198,6 +198,24 @@ def test_keys_that_ask_for_nothing(key: dict[str, Any], folder: Path, tmp_path: 
         merge_adapter(adapter, open_checkpoint(base.path), tmp_path / "no")
 
 
+def test_a_saved_module_that_is_stored_twice(folder: Path, tmp_path: Path) -> None:
+    """What stands in for nothing changes nothing; a second one that differs is refused."""
+    base = base_of("llama", False, "plain", folder)
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    adapter = make(base, tmp_path / "a", **options)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = "base_model.model.lm_head"
+    tensors[f"{head}.original_module.weight"] = tensors[f"{head}.weight"] + 1
+    tensors[f"{head}.modules_to_save.weight"] = tensors[f"{head}.weight"].clone()
+    save_file(tensors, file)
+    check(base, adapter, tmp_path / "out")
+    tensors[f"{head}.modules_to_save.weight"] += 1
+    save_file(tensors, file)
+    with pytest.raises(InputError, match=r"would not load .*lm_head\.modules_to_save\.weight"):
+        merge_adapter(adapter, open_checkpoint(base.path), tmp_path / "no")
+
+
 def fp8(name: str, weight: Tensor) -> Tensors:
     scale = weight.abs().max() / 448
     return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.view(1, 1)}

@@ -138,6 +138,7 @@ def _load(wrapped: Any, folder: Path) -> None:
                 f"PEFT does not load this adapter into the base: {_one_line(error)}", where=where
             ) from error
     left = [key.replace(f".{_NAME}.", ".") for key in result.unexpected_keys]
+    left = [name for name in left if not _doubled(name, folder)]
     if left:
         raise InputError(
             f"PEFT would not load {left[0]}"
@@ -148,6 +149,16 @@ def _load(wrapped: Any, folder: Path) -> None:
             fix=f"compare the module's path with target_modules and modules_to_save in {CONFIG}, "
             "and with the modules of the base",
         )
+
+
+def _doubled(name: str, folder: Path) -> bool:
+    """Whether a tensor is there a second time, as old versions stored saved modules."""
+    from safetensors import safe_open
+
+    other = name.replace(".modules_to_save.", ".")
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        there = other != name and {name, other} <= set(file.keys())
+        return there and torch.equal(file.get_tensor(name), file.get_tensor(other))
 
 
 def _assign(wrapped: Any, where: str, state: Mapping[str, Tensor], *, strict: bool) -> Any:
