@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
 from bake.edits import WeightUpdate
+from bake.tiles import spans
 
 ReadRows = Callable[[int, int], Float[Tensor, "rows columns"]]
 """Returns the rows from start to stop of a tensor, in storage dtype."""
 
-TILE_VALUES = 1 << 20  # 8 MB in float64: products with a few factors are quickest in a cache
 Rows = Sequence[int] | None
 
 
@@ -41,13 +41,6 @@ class WeightFold:
     def __post_init__(self) -> None:
         # A table looks rows up: it reads nothing, and its outputs lie along a row.
         assert not self.table or (self.output_axis == 1 and self.input is None)
-
-
-def spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first row of every tile of a matrix, and the row after its last."""
-    step = max(1, TILE_VALUES // max(1, shape[1]))
-    for start in range(0, shape[0], step):
-        yield start, min(start + step, shape[0])
 
 
 def fold_weight(read: ReadRows, fold: WeightFold) -> Iterator[Float[Tensor, "rows columns"]]:

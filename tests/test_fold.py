@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bake import fold as module
+from bake import tiles as module
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap, identity, tolerance
 from bake.edits import WeightUpdate
 from bake.fold import Rows, WeightFold, fold_bias, fold_weight

@@ -283,7 +283,7 @@ def test_only_edited_tensors_are_read_and_never_whole(
 
     monkeypatch.setattr(Checkpoint, "read_rows", read_rows)
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read whole"))
-    monkeypatch.setattr("bake.fold.TILE_VALUES", 120)  # three rows of 40
+    monkeypatch.setattr("bake.tiles.TILE_VALUES", 120)  # three rows of 40
     tiled = written("lora", plan, base.checkpoint, tmp_path / "tiled")
     assert {name for name, _ in seen} == {
         f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)

@@ -173,7 +173,7 @@ def test_tiles(
     options = {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True}
     adapter = trained(base, tmp_path / "adapter", **options)
     whole = merge_adapter(adapter, base.checkpoint, tmp_path / "whole")
-    monkeypatch.setattr("bake.fold.TILE_VALUES", 100)
+    monkeypatch.setattr("bake.tiles.TILE_VALUES", 100)
     tiled = merge_adapter(adapter, base.checkpoint, tmp_path / "tiled")
     one, two = tiny.tensors_of(whole.path), tiny.tensors_of(tiled.path)
     assert set(one) == set(two) and "lm_head.weight" in one

@@ -126,7 +126,7 @@ def test_bytes_are_those_of_separate_runs(
     base = base_at(tiny_checkpoint(family, dtype=torch.bfloat16, **config))
     plan = plan_of(base, EDITS[name](base))
     if rows is not None:  # several tiles a weight
-        monkeypatch.setattr("bake.fold.TILE_VALUES", rows * 24)
+        monkeypatch.setattr("bake.tiles.TILE_VALUES", rows * 24)
     together, alone = both(base, plan, tmp_path, ALL)
     assert [a.kind for a in together] == list(ALL)
     for carrier, one, other in zip(ALL, together, alone, strict=True):

@@ -15,9 +15,9 @@ from bake.artifact.record import RECORD
 from bake.diff.sources import Model, base_of
 from bake.diff.weights import Stored, Weights
 from bake.errors import UsageError
+from bake.merge.adapted import merge_work
 from bake.merge.adapter_config import read_config
 from bake.merge.change import ReadRows
-from bake.merge.merge import merge_work
 from bake.merge.work import Work
 
 _ROWS = 256

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.fold import spans
+from bake.tiles import spans
 
 ReadRows = Callable[[int, int], Tensor]
 """Returns rows ``start`` to ``stop`` of the base's tensor, in any float type."""

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.checkpoints import Checkpoint
-from bake.fold import ReadRows, spans
+from bake.fold import ReadRows
 from bake.plan.lowrank import LowRank, Target, low_rank, split_constant
+from bake.tiles import spans
 
 Factors = tuple[Tensor, Tensor]
 FactorSource = Callable[[Target], Factors]
