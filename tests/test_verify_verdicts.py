@@ -199,6 +199,30 @@ def test_a_nulling_plan_leaves_its_edit_nothing_to_do(
     assert not any("tied head" in name for name in controls)
 
 
+def test_a_relocated_plan_is_held_to_the_share_of_the_effect_that_it_loses(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    # One of 24 directions is much of what norms see; the constant makes the effect large beside it.
+    edits = [
+        edit(base, "affine", make.affine(vector(base.layout.hidden), alpha=2.0), "resid_mid.0")
+    ]
+    allow = frozenset({"relocate"})
+    out = bake(base, plan_of(base, edits, allow=allow), tmp_path / "out", allow=allow)
+    asked = Verification(out, base=str(base.path), generate=0)
+    report = judged(asked)
+    assert report.exactness == "relocated"
+    share = row(report, "plan: KL(hooked ‖ not rounded)")
+    assert 1e-3 < share < 0.01 and report.passed, report.rows
+    assert not any(found.name.startswith("plan: not rounded") for found in report.rows)
+    controls = rows(report, "plan control")
+    assert len(controls) >= 3 and all(found.passed for found in controls.values())
+    assert not judged(replace(asked, most_kl=share / 1.5)).passed
+    # What loses no more of the edit than is allowed says nothing, if a broken plan does not either.
+    blind = judged(replace(asked, most_kl=50.0))
+    assert blind.verdict == "inconclusive"
+
+
 def test_an_approximate_plan_is_held_to_the_number_that_is_asked_for(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ Outtype = Literal["f32", "f16", "bf16", "q8_0"]
 Status = Literal["exact", "approximate", "refused", "not tested"]
 """What a runtime makes of a carrier: the hooked function, something near it, nothing (it would
 refuse the files, or silently serve another model), or something that nobody has run."""
-Level = Literal["exact", "nulling", "approximate", "impossible"]
+Level = Literal["exact", "relocated", "nulling", "approximate", "impossible"]
 Part = TypeVar("Part", bound="RecordPart")
 
 

@@ -16,7 +16,7 @@ from bake.errors import InputError, UsageError
 from bake.recipe import DirectionSpec, EditTable
 from bake.sites import Site, parse_site, summary
 
-LEVELS = ("exact", "nulling", "approximate", "impossible")
+LEVELS = ("exact", "relocated", "nulling", "approximate", "impossible")
 """The classes of exactness, the best first."""
 _STANDS_FOR = re.compile(r"(\w+) '(.*)' at (.+)")
 _STRONG = ("ablate", "affine", "erase", "scale", "linear", "update")

@@ -23,6 +23,13 @@ from bake.sites import Site, SiteKind
 
 _HEAD_LIMIT = 258048  # vLLM lora/layers/logits_processor.py: rows of a head that an adapter is for
 _NO_GRAPH = "llama.cpp's graph of this architecture adds no control vector"
+_ACCEPTED_BY = {
+    Exactness.RELOCATED: {"relocate", "widen"},
+    Exactness.NULLING: {"nulling"},
+    Exactness.APPROXIMATE: {"approximate"},
+    Exactness.IMPOSSIBLE: set[str](),
+}
+"""The words of ``export.allow`` that accept a finding below EXACT."""
 _PLURAL: dict[Role, str] = {
     "linear": "linear layers",
     "expert": "experts",
@@ -44,8 +51,8 @@ class _Obstacle:
 def carrier_findings(plan: Plan, carrier: str) -> tuple[Finding, ...]:
     """Return what a carrier does with every edit of a plan.
 
-    Every finding is EXACT or IMPOSSIBLE, or NULLING where the plan says so. One that is IMPOSSIBLE
-    names the carriers that hold the edit in its remedy.
+    Every finding is EXACT or IMPOSSIBLE, or RELOCATED or NULLING where the plan says so. One that is
+    IMPOSSIBLE names the carriers that hold the edit in its remedy.
 
     Raises:
         UsageError: there is no such carrier.
@@ -72,7 +79,7 @@ def refuse(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) -> Non
     Args:
         plan: the plan.
         carrier: the carrier.
-        allow: the exactness classes below EXACT that the recipe accepts.
+        allow: what the recipe accepts below EXACT.
 
     Raises:
         InexactPlan: naming the first finding that is not exact, or the first wanted runtime that
@@ -81,7 +88,7 @@ def refuse(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) -> Non
     """
     own = carrier_of(carrier).checkpoint
     for finding in plan.findings if own else carrier_findings(plan, carrier):
-        if finding.exactness is Exactness.EXACT or finding.exactness in allow:
+        if finding.exactness is Exactness.EXACT or allow & _ACCEPTED_BY[finding.exactness]:
             continue
         sites = ", ".join(str(site) for site in finding.sites[:3])
         more = f" and {len(finding.sites) - 3} more" if len(finding.sites) > 3 else ""

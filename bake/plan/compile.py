@@ -11,6 +11,7 @@ from bake.plan.emit import Assembly, assemble
 from bake.plan.hooks import Hooks
 from bake.plan.pieces import Context, Gain
 from bake.plan.recast import obstacle, recast_changes, recast_layout
+from bake.plan.relocated import in_place, relocated
 from bake.plan.stream import StreamFold, fold_stream
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
@@ -36,7 +37,7 @@ def compile_plan(
         layout: the model.
         gain: reads one norm tensor, [hidden], as float64.
         config: the parsed config.json.
-        allow: ``recast`` and ``nulling``, what the plan may do beyond the plain fold.
+        allow: ``recast``, ``nulling`` and ``relocate``, what the plan may do beyond the plain fold.
         targets: the runtimes that must load the result.
 
     Raises:
@@ -45,7 +46,8 @@ def compile_plan(
     """
     allowed = frozenset(allow)
     hooks = Hooks(edits, layout)
-    stream = fold_stream(layout, hooks, nulling="nulling" in allowed)
+    ways = in_place(layout.dtype) if "relocate" in allowed else None
+    stream = fold_stream(layout, hooks, nulling="nulling" in allowed, relocation=ways)
     assembly = assemble(Context(layout, hooks, stream, gain))
     changes: tuple[ConfigChange, ...] = ()
     flags = assembly.flags
@@ -95,6 +97,9 @@ def _findings(edits: Sequence[Edit], stream: StreamFold, assembly: Assembly) -> 
         if not hard:
             places = {where for acting, where in assembly.found.places if index in acting}
             exactness, reason = _success(edit, index in stream.nulled, places)
+            moved = [one for one in stream.relocated if one.hook.edit == index]
+            if moved:
+                exactness, reason = Exactness.RELOCATED, relocated(moved, reason)
             yield Finding(index, edit.kind, edit.concept, edit.sites, exactness, reason)
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import tolerance
+from bake.affine import AffineMap, tolerance
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +37,23 @@ class Known:
     def turned(self, functionals: Float[Tensor, "m d"] | None) -> "Known":
         """Return the same values for functionals that moved with the stream."""
         return Known(functionals, self.values)
+
+    def through(self, map_: AffineMap) -> "Known":
+        """Return what is known of the stream behind a linear map, which need not be invertible.
+
+        A functional g of A x is constant where gᵀA is one of x that is: in the span of the
+        functionals that are known, or zero.
+        """
+        if self.functionals is None or self.values is None:
+            raise AssertionError("the stream before the embedding passes no map")
+        own = self.functionals
+        basis = torch.linalg.qr(torch.cat([own, map_.delta_factors()[1]]).T)[0].T
+        pulled = map_.adjoint(basis)
+        outside = pulled - (pulled @ own.T) @ own
+        u, sizes, _ = torch.linalg.svd(outside, full_matrices=False)
+        scale = max(1.0, float(pulled.abs().max()))
+        found = u[:, sizes <= tolerance(basis.shape[1]) * scale].T @ basis
+        return Known(found, map_.adjoint(found) @ own.T @ self.values)
 
     def meet(self, rows: Float[Tensor, "n d"]) -> "Known":
         """Return what is known of the sum of this and a write on which ``rows`` vanish.

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from bake.affine import AffineMap, DiagonalMap, chain, identity
+from bake.affine import AffineMap, DiagonalMap, LowRankMap, chain
 from bake.edits import WeightUpdate
 from bake.families import Linear, Norm, Part
+from bake.plan.lowrank import thin_factors
 from bake.plan.pieces import (
     Context,
     LayerChange,
@@ -16,9 +19,13 @@ from bake.plan.pieces import (
     norm_updates,
     scaled_norm,
 )
-from bake.plan.stream import thin
+from bake.plan.stream import Fold, thin
 from bake.plan.types import PartMap
 from bake.sites import Site
+
+LEAST_GAIN = 2.0**-10
+"""Of the largest gain of a norm, the least that a reader may be divided by: float16 has no room for
+more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,24 +50,25 @@ def fold_readers(context: Context) -> Pieces:
     for branch in layout.branches:
         key = branch.source, None if branch.norm_in is None else branch.norm_in.weight
         if key not in readings:
-            fold = context.stream.folds[branch.source]
-            readings[key] = _reading(context, branch.norm_in, fold.frame, fold.turned_by)
+            readings[key] = _reading(context, branch.norm_in, context.stream.folds[branch.source])
             pieces.append(readings[key].norm)
         pieces += [_reader(context, linear, readings[key]) for linear in branch.reads]
-    last = _reading(context, layout.final_norm, identity(layout.hidden), frozenset())
+    last = _reading(context, layout.final_norm, context.stream.folds[-1])
     return joined([*pieces, last.norm, _reader(context, layout.unembed, last)])
 
 
-def _reading(
-    context: Context, norm: Norm | None, frame: AffineMap, turned_by: frozenset[int]
-) -> _Reading:
+def _reading(context: Context, norm: Norm | None, fold: Fold) -> _Reading:
     """Fold what stands between the stream and its readers: turn, gain, bias, norm hook."""
+    frame, turned_by = fold.seen, fold.turned_by | fold.cleared_by
     if norm is None:
         return _Reading(None if frame.is_translation() else thin(frame), stream=turned_by)
     map_, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
     diagonal = as_diagonal(map_)
     if not frame.is_translation():
         gain, bias = context.norm_values(norm)
+        passed = _passed(frame, gain) if norm.bias is None else None
+        if passed is not None:
+            return _Reading(thin(chain([passed, map_], map_.width)), (norm.site,), turned_by)
         seen = chain([frame, DiagonalMap(gain, bias), map_], context.layout.hidden)
         ones, zeros = torch.ones_like(gain), torch.zeros_like(bias)
         plain = norm_updates(context, norm, turned_by, ones, zeros)
@@ -73,6 +81,18 @@ def _reading(
     updates = scaled_norm(context, norm, edits, diagonal, map_.bias)
     places = ((edits, f"gain and bias of {norm.live}"),)
     return _Reading(norm=Pieces(tensors=updates, places=places))
+
+
+def _passed(frame: AffineMap, gain: Float[Tensor, " d"]) -> LowRankMap | None:
+    """Return D T D⁻¹, what a thin frame T is behind a gain D, or None where a gain is too small.
+
+    The norm then keeps its gain, and what its readers change by stays thin.
+    """
+    left, right = thin_factors(frame)
+    sizes = gain.abs()
+    if 4 * left.shape[1] > frame.width or float(sizes.min()) < LEAST_GAIN * float(sizes.max()):
+        return None
+    return LowRankMap(left * gain.unsqueeze(1), right / gain, torch.zeros_like(gain))
 
 
 def _reader(context: Context, linear: Linear, reading: _Reading) -> Pieces:

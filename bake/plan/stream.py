@@ -9,6 +9,11 @@ and the last term must not depend on the token. There are two ways:
 1. A − I acts only on functionals of y_{p−1} that are constant (``Known``), because a hook or a
    write before left them so. The constant goes into a bias. A translation is the case A = I.
 2. A is orthogonal, and T_{p−1} = AᵀT_p: everything before p lives in a turned frame.
+
+Where neither is there, and the recipe allows it, the stream before p lives in a frame that is no
+isometry, T_{p−1} = Ã⁻¹T_p with an Ã that stands for A (``bake.plan.relocate``). Then the norms
+before p see another length, and in place a part of the edit is left behind p, which readers that
+find the edited component known to be zero leave out.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +23,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import AffineMap, LowRankMap, identity, tolerance
+from bake.affine import AffineMap, LowRankMap, chain, identity, tolerance
 from bake.families import Branch, Layout
 from bake.plan.hooks import Hook, Hooks
 from bake.plan.known import Known
 from bake.plan.lowrank import thin_factors
+from bake.plan.relocate import Carried, carried, null_rank, stretch
 from bake.sites import Site, SiteKind
+
+RELOCATE = (
+    '; or allow = ["relocate"]: this edit, but for what norms before it see and for the few '
+    "hundredths of it that are left (docs/relocation.md)"
+)
+SETTLED = 1e-9
+"""Of the constants before it, what a known value that is zero may be by rounding."""
+SMALLEST = 2.0**-12
+"""The least share of its size at which a component is carried: what reads it multiplies the
+rounding of everything before by as much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +60,43 @@ class Fold:
     """A, which acts on every write into the point."""
     constant: Float[Tensor, " d"]
     """What must be added at this point once, component hooks' constants included."""
-    frame: AffineMap
-    """T, with y = T z; its transpose acts last on what is written."""
+    seen: AffineMap
+    """What readers take for y: T z, without what an edit was to remove and left."""
+    inverse: AffineMap
+    """T⁻¹, with z = T⁻¹ y; it acts last on what is written."""
     edits: frozenset[int]
     """The edits that A and the constant come from, but for component hooks."""
     turned_by: frozenset[int]
     """The edits that T comes from, all of them at later points."""
+    cleared_by: frozenset[int]
+    """Edits at this point or before, of which readers leave out what was left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """How an edit without an exact fold is to be relocated.
+
+    Attributes:
+        place: α where a part of the edit is left behind it.
+        free: α where nothing is.
+        fresh: how many of the stream's last dimensions are zero everywhere.
+    """
+
+    place: float
+    free: float
+    fresh: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relocated:
+    """One hook that was relocated."""
+
+    hook: Hook
+    carried: Carried
+    cleared: bool
+    """Whether what it leaves is left out by all readers behind it."""
+    fresh: int
+    """How many fresh dimensions it takes."""
 
 
 @dataclass(slots=True)
@@ -62,6 +109,8 @@ class StreamFold:
     """For a point behind a post-norm, the projector that the write is to be cleared of."""
     nulled: set[int] = field(default_factory=set)
     """Edits that are nulled where they cannot be exact."""
+    relocated: list[Relocated] = field(default_factory=list)
+    """Hooks that are relocated where they cannot be exact."""
 
 
 @lru_cache(maxsize=64)
@@ -69,50 +118,172 @@ def _orthogonal(map_: AffineMap) -> bool:
     return map_.is_orthogonal()
 
 
-def fold_stream(layout: Layout, hooks: Hooks, *, nulling: bool) -> StreamFold:
-    """Return how every write changes so that the baked stream follows the hooked one."""
-    result = StreamFold()
-    known, scale = Known(None, None), 0.0
-    steps: list[_Point] = []
+def fold_stream(
+    layout: Layout, hooks: Hooks, *, nulling: bool, relocation: Relocation | None = None
+) -> StreamFold:
+    """Return how every write changes so that the baked stream follows the hooked one.
+
+    Args:
+        layout: the model.
+        hooks: its edits.
+        nulling: whether a projection behind a post-norm may be nulled.
+        relocation: how an edit without an exact fold may be relocated; None refuses it.
+    """
+    found = _walked(layout, hooks, nulling, relocation, frozenset())
+    if relocation is None or relocation.fresh or not found.cleared:
+        return found.folded(frozenset())
+    # What is left is left out by everybody, and the component need not be carried as small.
+    cleared = frozenset(found.cleared)
+    return _walked(layout, hooks, nulling, relocation, cleared).folded(cleared)
+
+
+def _walked(
+    layout: Layout,
+    hooks: Hooks,
+    nulling: bool,
+    relocation: Relocation | None,
+    cleared: frozenset[int],
+) -> "_Walk":
+    walk = _Walk(layout, hooks, relocation, cleared)
     for point, sites in enumerate(layout.points):
-        step = _Point(layout, hooks, point, known, result, scale)
+        step = _Point(walk, point)
         for hook in hooks.at(*sites):
             step.apply(hook)
         step.close(nulling=nulling)
-        known, scale = step.known, step.scale
-        steps.append(step)
-    # T_last = I and T_{p−1} = Q_pᵀ T_p.
-    frame: AffineMap = identity(layout.hidden)
-    turned_by = frozenset[int]()
-    for step in reversed(steps):
-        edits = frozenset(hook.edit for hook in step.applied)
-        result.folds.insert(0, Fold(step.linear, step.settled(), frame, edits, turned_by))
-        frame = step.turn.transpose().after(frame)
-        turned_by |= {hook.edit for hook in step.turning}
-    return result
+        walk.known, walk.scale = step.known, step.scale
+        walk.steps.append(step)
+    walk.look_back()
+    return walk
 
 
-class _Point:
-    """The state of the walk at one point: y = s + A w + k, s the skip path, w the writes."""
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One hook that turns the stream before it."""
+
+    hook: Hook
+    point: int
+    forward: AffineMap
+    back: AffineMap
+    carried: Carried | None
+    """None for an isometry, which leaves nothing and hides nothing from a norm."""
+    number: int
+    """Of the relocations."""
+    fresh: int
+
+
+class _Walk:
+    """One pass over the points, and what it found."""
 
     def __init__(
         self,
         layout: Layout,
         hooks: Hooks,
-        point: int,
-        known: Known,
-        result: StreamFold,
-        scale: float,
+        relocation: Relocation | None,
+        small: frozenset[int],
     ) -> None:
-        self.layout, self.hooks, self.point, self.known = layout, hooks, point, known
-        self.result = result
+        self.layout, self.hooks, self.relocation = layout, hooks, relocation
+        self.small = small
+        """Numbers of the relocations of which an earlier pass found that nothing is left."""
+        self.result = StreamFold()
+        self.known, self.scale = Known(None, None), 0.0
+        self.steps: list[_Point] = []
+        self.turns: list[_Turn] = []
+        self.fresh_used = 0
+        self.cleared: list[int] = []
+
+    def relocatable(self, hook: Hook, point: int) -> bool:
+        """Whether the edit could be relocated, if that were allowed."""
+        found = carried(hook.map, SMALLEST)
+        return found is not None and _obstacle(self.layout, point, found.forward) is None
+
+    def relocate(self, hook: Hook, point: int) -> _Turn | None:
+        """Return what stands for a hook on the skip path, or None where nothing may."""
+        ways = self.relocation
+        if ways is None:
+            return None
+        number = sum(turn.carried is not None for turn in self.turns)
+        free = bool(ways.fresh) or number in self.small
+        scale = ways.free if free else ways.place
+        fresh, rank = None, 0
+        if ways.fresh:
+            rank, first = null_rank(hook.map, scale), self.layout.hidden - ways.fresh
+            unit = torch.eye(self.layout.hidden, dtype=torch.float64)[first + self.fresh_used :]
+            if len(unit) < rank:
+                return None
+            fresh = unit
+        found = carried(hook.map, scale, fresh)
+        if found is None or _obstacle(self.layout, point, found.forward) is not None:
+            return None
+        self.fresh_used += rank
+        return _Turn(hook, point, found.forward, found.back, found, number, rank)
+
+    def look_back(self) -> None:
+        """Note which relocations leave nothing that a reader behind them would see."""
+        for turn in self.turns:
+            if turn.carried is None:
+                continue
+            _, rows = thin_factors(turn.hook.map)
+            behind = self.steps[turn.point :]
+            if all(_is_zero(step.known.constant(rows), step.scale) for step in behind):
+                self.cleared.append(turn.number)
+
+    def folded(self, cleared: frozenset[int]) -> StreamFold:
+        """Return what becomes of every point: T_last = 1, and T_{p−1} = Ã_p⁻¹ T_p."""
+        layout = self.layout
+        frame: AffineMap = identity(layout.hidden)
+        inverse: AffineMap = identity(layout.hidden)
+        turned_by = frozenset[int]()
+        turns = {turn.hook: turn for turn in self.turns}
+        for step in reversed(self.steps):
+            edits = frozenset(hook.edit for hook in step.applied)
+            clearing = [t for t in self.turns if t.number in cleared and t.point <= step.point]
+            seen = chain([frame, *(t.hook.map.without_bias() for t in clearing)], layout.hidden)
+            by = frozenset(turn.hook.edit for turn in clearing)
+            fold = Fold(step.linear, step.settled(), seen, inverse, edits, turned_by, by)
+            self.result.folds.insert(0, fold)
+            for hook in reversed(step.turning):
+                frame = turns[hook].back.after(frame)
+                inverse = inverse.after(turns[hook].forward)
+            turned_by |= {hook.edit for hook in step.turning}
+        for turn in self.turns:
+            if turn.carried is not None:
+                done = turn.number in cleared
+                self.result.relocated.append(Relocated(turn.hook, turn.carried, done, turn.fresh))
+        self._check_stretch(inverse)
+        return self.result
+
+    def _check_stretch(self, inverse: AffineMap) -> None:
+        """Refuse what would have to be carried so small that no storage type holds it."""
+        if not self.result.relocated:
+            return
+        least, _ = stretch(inverse)
+        if least >= SMALLEST:
+            return
+        reason = f"the edits together shrink a component of the stream to {least:.0e} of its size"
+        remedy = "edit fewer sites, or module outputs, where any affine map is exact"
+        for one in self.result.relocated:
+            self.result.failures.append(Failure(one.hook.edit, one.hook.site, reason, remedy))
+
+
+def _is_zero(values: Tensor | None, scale: float) -> bool:
+    if values is None:
+        return False
+    return not values.numel() or float(values.abs().max()) <= SETTLED * max(1.0, scale)
+
+
+class _Point:
+    """The state of the walk at one point: y = s + A w + k, s the skip path, w the writes."""
+
+    def __init__(self, walk: _Walk, point: int) -> None:
+        layout, hooks = walk.layout, walk.hooks
+        self.layout, self.hooks, self.point, self.known = layout, hooks, point, walk.known
+        self.walk, self.result = walk, walk.result
         self.writes = [branch for branch in layout.branches if branch.target == point]
         self.linear: AffineMap = identity(layout.hidden)
-        self.turn: AffineMap = identity(layout.hidden)
         self.constant = torch.zeros(layout.hidden, dtype=torch.float64)
         # subtle: what is known of the stream carries the rounding of every constant before it, so
         # zero is judged against the largest of them all, not of this point alone.
-        self.scale = scale
+        self.scale = walk.scale
         self.applied: list[Hook] = []
         self.turning: list[Hook] = []
         if point == 0:
@@ -137,16 +308,28 @@ class _Point:
             functionals = self.known.functionals
             assert functionals is not None
             self.known = self.known.turned(hook.map.linear(functionals))
-            self.turn = hook.map.without_bias().after(self.turn)
-            self.turning.append(hook)
+            forward = hook.map.without_bias()
+            self._turn(_Turn(hook, self.point, forward, forward.transpose(), None, -1, 0))
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
+        elif (turn := self.walk.relocate(hook, self.point)) is not None:
+            assert turn.carried is not None
+            self.known = self.known.through(hook.map.without_bias())
+            self._turn(turn)
+            self.constant = hook.map.linear(self.constant)
+            self._add(turn.carried.constant)
         else:
             reason, remedy = _refusal(self.layout, self.point, hook.map)
+            if self.walk.relocation is None and self.walk.relocatable(hook, self.point):
+                remedy += RELOCATE
             self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
             return
         self.linear = hook.map.without_bias().after(self.linear)
         self.applied.append(hook)
+
+    def _turn(self, turn: _Turn) -> None:
+        self.walk.turns.append(turn)
+        self.turning.append(turn.hook)
 
     def close(self, *, nulling: bool) -> None:
         """Settle the writes behind a post-norm, and note what is known after this point."""
@@ -205,8 +388,11 @@ class _Point:
 def _obstacle(layout: Layout, point: int, turn: AffineMap) -> str | None:
     """Return why the stream before a point cannot live in a turned frame, if so."""
     ones = torch.ones(layout.hidden, dtype=torch.float64)
-    image = turn.linear(ones)
-    centred = min(float((image - ones).abs().max()), float((image + ones).abs().max()))
+    images = turn.linear(ones), turn.adjoint(ones)
+    centred = max(
+        min(float((image - ones).abs().max()), float((image + ones).abs().max()))
+        for image in images
+    )
     for branch in layout.branches:
         if branch.target <= point and branch.norm_out is not None:
             return f"{branch.live} writes through {branch.norm_out.live}, which does not turn"

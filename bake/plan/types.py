@@ -22,6 +22,9 @@ class Exactness(StrEnum):
 
     EXACT = "exact"
     """The same function in real arithmetic."""
+    RELOCATED = "relocated"
+    """The same function but for the scale of norms, and for what of the edit the plan says is left:
+    what share of the effect is lost is measured."""
     NULLING = "nulling"
     """The direction is gone from the stream, but the function differs from the hooked one."""
     APPROXIMATE = "approximate"

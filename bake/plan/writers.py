@@ -23,8 +23,8 @@ def _tables(context: Context) -> Pieces:
     layout, hooks, fold = context.layout, context.hooks, context.stream.folds[0]
     site = Site(SiteKind.EMBED)
     own, stream = hooks.edits_at(site), fold.edits | fold.turned_by
-    outer = [fold.linear, fold.frame.transpose()]
-    constant = fold.frame.transpose().linear(fold.constant)
+    outer = [fold.linear, fold.inverse]
+    constant = fold.inverse.linear(fold.constant)
     embedded = [hooks.map_at(site).without_bias(), *outer]
     tables = [(layout.embed, embedded, _multiplier(layout), own | stream)]
     tables += [(name, outer, 1.0, stream) for name in layout.positions]
@@ -93,7 +93,7 @@ def _outer(context: Context, branch: Branch) -> tuple[AffineMap, frozenset[int]]
     """Return what a branch's output passes through, and the edits of the stream in it."""
     output, fold = context.hooks.map_at(branch.output_site), context.stream.folds[branch.target]
     if branch.norm_out is None:
-        maps = [output.without_bias(), fold.linear, fold.frame.transpose()]
+        maps = [output.without_bias(), fold.linear, fold.inverse]
         return thin(chain(maps, context.layout.hidden)), fold.edits | fold.turned_by
     nulling = context.stream.nulling.get(branch.target)
     if nulling is None:
@@ -143,7 +143,7 @@ def _constant(context: Context, point: int) -> Pieces:
 def _written(context: Context, point: int) -> Tensor:
     """Return the constant of a stream point as the baked stream has it."""
     fold = context.stream.folds[point]
-    return fold.frame.transpose().linear(fold.constant)
+    return fold.inverse.linear(fold.constant)
 
 
 def _sites(layout: Layout, point: int) -> tuple[Site, ...]:

@@ -37,7 +37,9 @@ class ControlRun:
     difference: float
     """max |Δlogit| from what the plan is held against."""
     kl: float | None
-    """Mean over tokens of KL(hooked ‖ broken) in nats, where stand-ins were fitted."""
+    """Mean over tokens of KL(hooked ‖ broken) in nats, where the plan is judged by that."""
+    share: float | None
+    """The same over that of the base on the same tokens."""
     streams: Mapping[Site, Tensor]
     """At the sites that were asked for."""
     seconds: float
@@ -145,6 +147,8 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
     """Return broken plans whose change the prompts reach, one of each kind.
 
     Where stand-ins were fitted, every one of them is forgotten once: each says what it is worth.
+    A relocated plan is judged by what it loses of the effect, beside which one tensor of one block
+    may be little: it is broken in every block at once, as a tool breaks it that forgets a layer.
     The others are run on the first few prompts, which are enough to tell them.
 
     Args:
@@ -155,25 +159,31 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
     inputs = runner.inputs
     planned, base = inputs.planned.model.tensors, inputs.base
     tied, fitted = untied(inputs.layout, planned), inputs.artifact.fitted is not None
+    relocated = inputs.artifact.exactness == "relocated"
     spoiling = Spoiling(planned, rows_of(base), _planned_rows(planned, base), tied)
     batches = runner.batches if fitted else batches_of(runner.transcript.tokens[:FEW])
     count = sum(sum(batch.lengths) for batch in batches)
     sound, meant = evidence.planned.logits[:count], evidence.meant.logits[:count]
+    hooked = evidence.hooked.logits[:count]
+    effect = mean_kl(hooked, evidence.base.logits[:count]) if relocated else 0.0
 
     def broken(control: Control) -> ControlRun | None:
         name, tensor = f"control: {control.kind}, {control.tensor}", control.tensor
-        tensors = {tensor: controls.values(spoiling, control)}
+        spoiled = controls.everywhere(planned, control) if relocated else (control,)
+        tensors = {one.tensor: controls.values(spoiling, one) for one in spoiled}
         trace = runner.trace(
             name, "planned", torch.float64, batches=batches, sites=sites, tensors=tensors
         )
         # An expert that no token is sent to cannot be seen to be wrong: take the next.
         if torch.equal(trace.logits, sound):
             return None
+        kl = mean_kl(hooked, trace.logits) if fitted or relocated else None
         return ControlRun(
             control.kind,
-            tensor,
+            tensor if len(spoiled) == 1 else f"{tensor} and its like in every block",
             largest_difference(trace.logits, meant),
-            mean_kl(evidence.hooked.logits, trace.logits) if fitted else None,
+            kl,
+            kl / effect if kl is not None and effect else None,
             trace.streams,
             trace.seconds,
         )

@@ -14,6 +14,8 @@ SHARE = 1e-9
 LOSS_FACTOR = 3.0
 """How many times what rounding alone costs of an edit its stored weights may cost. Both are means
 over the same tokens of divergences of one size, each with other errors."""
+RELOCATED_KL = 0.01
+"""The share of an edit that a relocated plan may lose, unrounded, where nobody says how much."""
 MOST_KL = 0.05
 """The share of an edit that may be lost where nobody says how much."""
 

@@ -21,6 +21,7 @@ from bake.verify.tolerance import (
     FLOOR_FACTOR,
     LOSS_FACTOR,
     MOST_KL,
+    RELOCATED_KL,
     SHARE,
     logit_tolerance,
     logprob_tolerance,
@@ -70,6 +71,12 @@ class Limits:
     def plan(self) -> float:
         """What the planned model may differ by from the hooked one, in a logit."""
         return max(SHARE * self.effect, self.rounding)
+
+    @property
+    def relocated(self) -> float:
+        """The share of the effect that a relocated plan may lose before anything is rounded."""
+        most = self.inputs.most_kl
+        return RELOCATED_KL if most is None else most
 
     @cached_property
     def arithmetic(self) -> float:
@@ -121,6 +128,11 @@ def plan_rows(limits: Limits) -> tuple[Row, ...]:
         broken = [(c, _fixed_point(limits, c.streams)[0]) for c in evidence.controls]
         # The head reads the stream and writes nothing to it.
         broken = [(c, value) for c, value in broken if c.kind != "tied head"]
+    elif limits.exactness == "relocated":
+        effect, lost = evidence.divergence("base"), evidence.divergence("planned")
+        value, limit = lost.over(effect), limits.relocated
+        rows = [at_most(RELOCATED, value, limit, _parts(lost, effect), "plan")]
+        broken = [(c, c.share) for c in evidence.controls if c.share is not None]
     else:
         limit = limits.plan
         value = evidence.missed
@@ -132,6 +144,10 @@ def plan_rows(limits: Limits) -> tuple[Row, ...]:
     said = differences[0] if differences else ""
     rows.append(at_most("plan: differences from the record", len(differences), 0.0, said, "plan"))
     return (*rows, *(_plan_control(control, value, limit) for control, value in broken))
+
+
+RELOCATED = "plan: KL(hooked ‖ not rounded) / KL(hooked ‖ base), in float64"
+"""The row that says what a relocated plan loses of the edit before anything is rounded."""
 
 
 def _plan_control(control: ControlRun, value: float, limit: float) -> Row:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 STYLES = {
     "exact": "green",
+    "relocated": "yellow",
     "nulling": "yellow",
     "approximate": "yellow",
     "impossible": "red",

@@ -1,0 +1,326 @@
+"""Relocated edits against hooks, in float64, with the norms' share and what is left put in by hand.
+
+The double is derived from the definition alone: it shares nothing with the plan.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from harness import (
+    RELATIVE,
+    Base,
+    bake,
+    base_at,
+    edit,
+    logits,
+    matrix,
+    plain_logits,
+    plan_of,
+    vector,
+)
+from torch import Tensor
+
+from bake import edits
+from bake.affine import AffineMap
+from bake.plan import Exactness, Plan
+from bake.plan.carriers import carrier_findings
+from bake.plan.lowrank import rank_of
+from bake.plan.relocate import carried, null_rank, stretch
+
+ALPHA = 2.0**-6  # in place, of what is stored in float64
+FREE = 0.375
+FAMILIES = ("llama", "mistral", "qwen2", "smollm3")
+BIASED = {"llama", "smollm3"}
+
+
+@dataclass(eq=False)
+class Double:
+    """A base under one hook, whose norms see the length of another stream, by hand."""
+
+    map: Tensor
+    shift: Tensor
+    point: int
+    """2 l + 2 for ``resid_post.l``, 2 l + 1 for ``resid_mid.l``, 2 l for ``resid_pre.l``."""
+    last: int | None = None
+    """The last point where the hook acts; ``point`` when None."""
+    alpha: float = ALPHA
+    lost: Tensor | None = None
+    """The projector onto what the hook removes; None where it removes nothing."""
+    left: bool = True
+    """Whether readers behind the hook see what is left, or only the norms do."""
+    scaled: bool = True
+    """Whether the norms see what the relocated model has."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def hook(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Return what stands behind the hook; ``skip`` is the stream before the last write."""
+        out = x @ self.map.T + self.shift
+        if self.lost is not None:
+            rest = self.alpha * ((skip - self.shift) @ self.lost.T)
+            self.kept.setdefault("rest", rest)
+            out = out + rest if self.left else out
+        return out
+
+    def seen(self, x: Tensor, point: int) -> Tensor:
+        """Return the stream whose length a norm at a point takes."""
+        if point < self.point:
+            out = x @ self.map.T
+            return out if self.lost is None else out + self.alpha * (x @ self.lost.T)
+        return x + self.kept["rest"] if self.lost is not None and not self.left else x
+
+    def norm(self, point: int) -> Callable[..., Tensor]:
+        def measured(module: Any, args: Any, out: Tensor) -> Tensor:
+            own, other = (
+                t.pow(2).mean(-1, keepdim=True) + module.variance_epsilon
+                for t in (args[0], self.seen(args[0], point))
+            )
+            return out * (own / other).sqrt()
+
+        return measured
+
+    @contextmanager
+    def on(self, model: Any) -> Iterator[None]:
+        self.kept.clear()
+        last = self.point if self.last is None else self.last
+        with ExitStack() as stack:
+
+            def put(handle: Any) -> None:
+                stack.callback(handle.remove)
+
+            for layer, block in enumerate(model.model.layers):
+                norms = block.input_layernorm, block.post_attention_layernorm
+
+                def entering(_: Any, args: Any, kwargs: Any, layer: int = layer) -> None:
+                    self.kept[f"in{layer}"] = args[0] if args else kwargs["hidden_states"]
+
+                def middle(_: Any, args: Any, layer: int = layer) -> None:
+                    self.kept[f"mid{layer}"] = args[0]
+
+                def attention(_: Any, __: Any, out: Any, layer: int = layer) -> Any:
+                    before = self.kept[f"in{layer}"]
+                    return (self.hook(before + out[0], before) - before, *out[1:])
+
+                def leaving(_: Any, __: Any, out: Any, layer: int = layer) -> Any:
+                    x = out if isinstance(out, Tensor) else out[0]
+                    y = self.hook(x, self.kept[f"mid{layer}"])
+                    return y if isinstance(out, Tensor) else (y, *out[1:])
+
+                put(block.register_forward_pre_hook(entering, with_kwargs=True))
+                put(norms[1].register_forward_pre_hook(middle))
+                if self.point <= 2 * layer + 1 <= last:
+                    put(block.self_attn.register_forward_hook(attention))
+                if self.point <= 2 * layer + 2 <= last:
+                    put(block.register_forward_hook(leaving))
+                if self.scaled:
+                    for place, norm in enumerate(norms):
+                        put(norm.register_forward_hook(self.norm(2 * layer + place)))
+            if self.scaled:
+                points = 2 * len(model.model.layers)
+                put(model.model.norm.register_forward_hook(self.norm(points)))
+            yield
+
+
+def doubled(base: Base, double: Double) -> Tensor:
+    with double.on(base.model):
+        return logits(base.model, base)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def relocated(base: Base, map_: AffineMap, at: str, **options: Any) -> Plan:
+    plan = plan_of(base, [edit(base, "linear", map_, at)], allow=("relocate", "recast"), **options)
+    assert plan.exactness is Exactness.RELOCATED, plan.findings[0]
+    return plan
+
+
+def eraser(width: int) -> AffineMap:
+    left, right = (torch.stack([vector(width, s), vector(width, s + 1)]) for s in (3, 5))
+    return edits.erase(left.T @ torch.linalg.inv(right @ left.T), right, mean=vector(width, 9))
+
+
+def edit_of(name: str, width: int) -> AffineMap:
+    direction, mean = vector(width), vector(width, 1)
+    return {
+        "ablation": lambda: edits.ablate(direction),
+        "subspace": lambda: edits.ablate(torch.stack([direction, mean])),
+        "affine": lambda: edits.affine(direction, mean=mean, alpha=0.5),
+        "eraser": lambda: eraser(width),
+        "half": lambda: edits.affine(direction, mean=mean, alpha=0.5, strength=0.5),
+        "learned": lambda: edits.linear(
+            torch.eye(width, dtype=torch.float64) + 0.3 * matrix(width), shift=mean
+        ),
+    }[name]()
+
+
+SITES = {"resid_post.1": 4, "resid_mid.1": 3, "resid_pre.1": 2, "resid_post.2": 6}
+SINGULAR = ("ablation", "subspace", "affine", "eraser")
+CASES = [
+    *((family, "ablation", "resid_post.1") for family in FAMILIES),
+    *(("llama", name, "resid_post.1") for name in (*SINGULAR[1:], "half", "learned")),
+    *(("llama", "affine", site) for site in SITES if site != "resid_post.1"),
+    ("qwen2", "affine", "resid_post.0"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "site"), CASES)
+def test_a_relocated_edit_is_the_hook_but_for_norms_and_what_is_left(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, name: str, site: str
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    map_ = edit_of(name, base.layout.hidden)
+    baked = logits(
+        tiny.load(
+            bake(
+                base,
+                relocated(base, map_, site),
+                tmp_path / "out",
+                allow=frozenset({"relocate", "recast"}),
+            )
+        ),
+        base,
+    )
+    hooked = logits(base.model, base, [edit(base, "linear", map_, site)])
+    effect = distance(hooked, plain_logits(base))
+    full, point = map_.matrix(), SITES.get(site, 2)
+    lost = torch.eye(len(full), dtype=torch.float64) - full if name in SINGULAR else None
+    double = Double(full, map_.bias, point, lost=lost)
+    assert distance(baked, doubled(base, double)) <= RELATIVE * effect
+    # Without the norms' share, or with another share left, it is not that.
+    double.scaled = False
+    assert distance(baked, doubled(base, double)) > 1e-3 * effect
+    other = Double(full, map_.bias, point, lost=lost, alpha=1.01 * ALPHA)
+    if name in SINGULAR:
+        assert distance(baked, doubled(base, other)) > 10 * RELATIVE * effect
+    assert distance(baked, hooked) > 10 * RELATIVE * effect
+
+
+def test_nothing_of_a_suffix_is_left_but_in_the_norms(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("mistral"))
+    map_ = edits.ablate(vector(base.layout.hidden))
+    sites = ("resid_post.1", "resid_mid.2", "resid_post.2")
+    edit_ = edit(base, "ablate", map_, sites)
+    plan = plan_of(base, [edit_], allow=("relocate",))
+    assert plan.exactness is Exactness.RELOCATED
+    baked = logits(
+        tiny.load(bake(base, plan, tmp_path / "out", allow=frozenset({"relocate"}))), base
+    )
+    hooked = logits(base.model, base, [edit_])
+    effect = distance(hooked, plain_logits(base))
+    lost = torch.eye(base.layout.hidden, dtype=torch.float64) - map_.matrix()
+    double = Double(map_.matrix(), map_.bias, 4, 6, FREE, lost, left=False)
+    assert (
+        distance(doubled(base, Double(map_.matrix(), map_.bias, 4, 6, scaled=False)), hooked)
+        <= RELATIVE * effect
+    )
+    assert distance(baked, doubled(base, double)) <= RELATIVE * effect
+    double.left = True
+    assert distance(baked, doubled(base, double)) > 1e-3 * effect
+
+
+def test_what_is_not_allowed_is_refused_with_the_way_out(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    for family, offered in (("llama", True), ("gemma2", False), ("gpt2", False)):
+        base = base_at(tiny_checkpoint(family))
+        found = edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")
+        (finding,) = plan_of(base, [found]).findings
+        assert finding.exactness is Exactness.IMPOSSIBLE and finding.remedy is not None
+        assert ("relocate" in finding.remedy) == offered, family
+        allowed = plan_of(base, [found], allow=("relocate",)).exactness
+        assert (allowed is Exactness.RELOCATED) == offered, family
+
+
+def test_an_edit_with_an_exact_fold_keeps_it(tiny_checkpoint: Callable[..., Path]) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    everywhere = edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid")
+    plans = [plan_of(base, [everywhere], allow=allow) for allow in ((), ("relocate",))]
+    assert {plan.exactness for plan in plans} == {Exactness.EXACT}
+    assert plans[0].digest == plans[1].digest
+    once = edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")
+    assert plan_of(base, [once], allow=("relocate",)).digest != plans[0].digest
+
+
+def test_an_ablation_in_place_is_an_adapter_of_rank_one(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **tiny.unbiased("llama")))
+    plan = relocated(base, edits.ablate(vector(base.layout.hidden)), "resid_post.1")
+    ranks = {update.name: rank_of(update) for update in plan.tensors if not update.is_copy()}
+    assert set(ranks.values()) == {1}
+    assert all("layers.2" not in name for name in ranks)
+    assert [f.exactness for f in carrier_findings(plan, "lora")] == [Exactness.RELOCATED]
+    constant = relocated(base, edit_of("affine", base.layout.hidden), "resid_post.1")
+    assert {f.exactness for f in carrier_findings(constant, "lora")} == {Exactness.IMPOSSIBLE}
+
+
+def test_edits_that_shrink_a_component_too_far_are_refused(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    map_ = edits.ablate(vector(base.layout.hidden))
+    sites = ("resid_post.0", "resid_post.1", "resid_post.2")
+    (finding,) = plan_of(base, [edit(base, "ablate", map_, sites)], allow=("relocate",)).findings
+    assert finding.exactness is Exactness.IMPOSSIBLE
+    assert "of its size" in finding.reason
+
+
+@pytest.mark.parametrize("name", [*SINGULAR, "half", "learned"])
+def test_what_stands_for_an_edit_is_invertible_and_as_near_as_it_says(name: str) -> None:
+    map_, width = edit_of(name, 24), 24
+    found = carried(map_, ALPHA)
+    assert found is not None
+    x = matrix(width, 7)
+    assert distance(found.back.linear(found.forward.linear(x)), x) <= RELATIVE
+    change = found.forward.linear(x) + found.constant - map_(x)
+    if name in SINGULAR:
+        lost = x - map_.linear(x)
+        assert found.left == ALPHA
+        assert distance(change, ALPHA * (lost - (map_.bias - map_.linear(map_.bias)))) <= RELATIVE
+        assert distance(change, torch.zeros_like(change)) > 1e-3
+    else:
+        assert found.left == 0 and null_rank(map_, ALPHA) == 0
+        assert distance(change, torch.zeros_like(change)) <= RELATIVE
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_fresh_dimensions_take_all_that_an_edit_removes(name: str) -> None:
+    width, rank = 24, 2 if name in ("subspace", "eraser") else 1
+    map_ = edit_of(name, width).scatter(torch.arange(width), width + 4)
+    fresh = torch.eye(width + 4, dtype=torch.float64)[width:]
+    assert null_rank(map_, FREE) == rank
+    found = carried(map_, FREE, fresh)
+    assert found is not None and found.left == 0
+    x = torch.nn.functional.pad(matrix(width, 7), (0, 4))
+    image = found.forward.linear(x)
+    assert distance(image[:, :width], map_.linear(x)[:, :width]) <= RELATIVE
+    assert float(image[:, width : width + rank].abs().max()) > 0.1
+    assert not bool(image[:, width + rank :].any())
+    assert distance(found.back.linear(image), x) <= RELATIVE
+    assert distance(found.constant, map_.bias) == 0
+
+
+def test_a_map_whose_null_space_has_no_complement_is_not_relocated() -> None:
+    # A³ = 0 on three dimensions, and A² ≠ 0.
+    basis = edits.orthonormal(torch.stack([vector(24, seed) for seed in range(3)]))
+    shift = torch.tensor([[0.0, 1, 0], [0, 0, 1], [0, 0, 0]], dtype=torch.float64)
+    full = torch.eye(24, dtype=torch.float64) + basis.T @ (shift - torch.eye(3)) @ basis
+    assert carried(edits.linear(full), ALPHA) is None
+
+
+def test_stretch_is_that_of_the_whole_matrix() -> None:
+    for name in (*SINGULAR, "half", "learned"):
+        map_ = edit_of(name, 24)
+        sizes = torch.linalg.svdvals(map_.matrix())
+        low, high = stretch(map_)
+        assert abs(high - float(sizes.max())) <= RELATIVE * high
+        assert abs(low - float(sizes.min())) <= RELATIVE * high
