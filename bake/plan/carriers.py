@@ -51,7 +51,7 @@ class _Obstacle:
 def carrier_findings(plan: Plan, carrier: str) -> tuple[Finding, ...]:
     """Return what a carrier does with every edit of a plan.
 
-    Every finding is EXACT or IMPOSSIBLE, or RELOCATED or NULLING where the plan says so. One that is
+    Every finding is EXACT or IMPOSSIBLE, or what the plan says of it. One that is
     IMPOSSIBLE names the carriers that hold the edit in its remedy.
 
     Raises:

@@ -7,7 +7,6 @@ without the fold.
 """
 
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -113,17 +112,6 @@ def values(spoiling: Spoiling, control: Control) -> Callable[[], Tensor]:
     shape = spoiling.planned[control.tensor].shape
     rows = prod(shape[:-1]) if len(shape) > 1 else shape[0]
     return lambda: spoiling.rows(control, 0, rows).reshape(shape)
-
-
-def everywhere(planned: Mapping[str, PlannedTensor], control: Control) -> tuple[Control, ...]:
-    """Return the same mistake in the like tensors of all blocks, of the same shape."""
-
-    def plain(name: str) -> str:
-        return re.sub(r"\.\d+\.", ".", name)
-
-    alike, shape = plain(control.tensor), planned[control.tensor].shape
-    names = [n for n, t in planned.items() if plain(n) == alike and t.shape == shape]
-    return tuple(Control(control.kind, name) for name in names)
 
 
 def sample(

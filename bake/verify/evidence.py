@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.planned import PlannedTensor
+from bake.families import Layout
 from bake.sites import Site
 from bake.verify import controls
 from bake.verify.controls import Control, Spoiling
@@ -148,7 +150,7 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
 
     Where stand-ins were fitted, every one of them is forgotten once: each says what it is worth.
     A relocated plan is judged by what it loses of the effect, beside which one tensor of one block
-    may be little: it is broken in every block at once, as a tool breaks it that forgets a layer.
+    may be little: all readers, or all writers, are broken at once.
     The others are run on the first few prompts, which are enough to tell them.
 
     Args:
@@ -167,9 +169,12 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
     hooked = evidence.hooked.logits[:count]
     effect = mean_kl(hooked, evidence.base.logits[:count]) if relocated else 0.0
 
-    def broken(control: Control) -> ControlRun | None:
+    roles = _roles(inputs.layout) if relocated else {}
+
+    def broken(group: Sequence[Control], control: Control) -> ControlRun | None:
         name, tensor = f"control: {control.kind}, {control.tensor}", control.tensor
-        spoiled = controls.everywhere(planned, control) if relocated else (control,)
+        role = roles.get(tensor)
+        spoiled = [x for x in group if x == control or (role and roles.get(x.tensor) == role)]
         tensors = {one.tensor: controls.values(spoiling, one) for one in spoiled}
         trace = runner.trace(
             name, "planned", torch.float64, batches=batches, sites=sites, tensors=tensors
@@ -180,7 +185,7 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
         kl = mean_kl(hooked, trace.logits) if fitted or relocated else None
         return ControlRun(
             control.kind,
-            tensor if len(spoiled) == 1 else f"{tensor} and its like in every block",
+            tensor if len(spoiled) == 1 else f"{tensor} and {len(spoiled) - 1} other {role}",
             largest_difference(trace.logits, meant),
             kl,
             kl / effect if kl is not None and effect else None,
@@ -196,8 +201,15 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
             continue  # a mistake of files
         every = fitted and not inputs.streamed
         each = len(group) if every and group[0].kind in (controls.TENSOR, controls.BIAS) else 1
-        found += [run for _, run in controls.sample([group], each, broken)]
+        runs = controls.sample([group], each, partial(broken, group))
+        found += [run for _, run in runs]
     return found
+
+
+def _roles(layout: Layout) -> dict[str, str]:
+    """Return which tensors read the stream and which write it."""
+    reads = {x.weight: "readers" for branch in layout.branches for x in branch.reads}
+    return reads | {x.weight: "writers" for branch in layout.branches for x in branch.writes}
 
 
 def rows_of(base: Checkpoint) -> Callable[[str, int, int], Tensor | None]:
