@@ -43,6 +43,21 @@ class WeightFold:
         assert not self.table or (self.output_axis == 1 and self.input is None)
 
 
+def padded(read: ReadRows, shape: Sequence[int], wide: Sequence[int]) -> ReadRows:
+    """Return a reader of a matrix with zeros behind its last rows and columns, up to a shape."""
+    if tuple(shape) == tuple(wide):
+        return read
+
+    def wider(start: int, stop: int) -> Tensor:
+        tile = torch.zeros(stop - start, wide[1], dtype=torch.float64)
+        last = min(stop, shape[0])
+        if last > start:
+            tile[: last - start, : shape[1]] = read(start, last)
+        return tile
+
+    return wider
+
+
 def fold_weight(read: ReadRows, fold: WeightFold) -> Iterator[Float[Tensor, "rows columns"]]:
     """Yield the tiles of W', in float64, in storage order."""
     mixers = [_Mixer(rows, map_) for rows, map_ in _across_rows(fold)]

@@ -42,6 +42,7 @@ class SiteKind(StrEnum):
 
 STREAM_KINDS = (SiteKind.RESID_PRE, SiteKind.RESID_MID, SiteKind.RESID_POST)
 HEAD_KINDS = (SiteKind.Q, SiteKind.K, SiteKind.V, SiteKind.Z)
+INNER_KINDS = (SiteKind.MLP_GATE, SiteKind.MLP_UP, SiteKind.MLP_ACT)
 GLOBAL_KINDS = (SiteKind.EMBED, SiteKind.LN_FINAL_OUT)  # one in the model, so they take no layer
 
 _ORDER = {kind: position for position, kind in enumerate(SiteKind)}

@@ -3,9 +3,11 @@
 The double is derived from the definition alone: it shares nothing with the plan.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,13 @@ from torch import Tensor
 
 from bake import edits
 from bake.affine import AffineMap
+from bake.jobs.planned import judged
 from bake.plan import Exactness, Plan
 from bake.plan.carriers import carrier_findings
 from bake.plan.lowrank import rank_of
 from bake.plan.relocate import carried, null_rank, stretch
+from bake.verify.precision import double_precision
+from bake.verify.verification import Verification
 
 ALPHA = 2.0**-6  # in place, of what is stored in float64
 FREE = 0.375
@@ -324,3 +329,130 @@ def test_stretch_is_that_of_the_whole_matrix() -> None:
         low, high = stretch(map_)
         assert abs(high - float(sizes.max())) <= RELATIVE * high
         assert abs(low - float(sizes.min())) <= RELATIVE * high
+
+
+# --- widened --------------------------------------------------------------------------------------
+
+
+class Widened(Double):
+    """The same for a widened model: nothing is left, and the norms see what went aside."""
+
+    def _aside(self, x: Tensor) -> Tensor:
+        """Return what the hook removes, in an orthonormal basis of what it can remove."""
+        assert self.lost is not None
+        u, sizes, _ = torch.linalg.svd(self.lost)
+        return self.alpha * (x @ self.lost.T) @ u[:, sizes > 1e-6]
+
+    def hook(self, x: Tensor, skip: Tensor) -> Tensor:
+        self.kept["aside"] = self._aside(skip)
+        return x @ self.map.T + self.shift
+
+    def seen(self, x: Tensor, point: int) -> Tensor:
+        # The norm takes a mean over as many values as x has: the length is what counts.
+        before = point < self.point
+        own, aside = (x @ self.map.T, self._aside(x)) if before else (x, self.kept["aside"])
+        squares = own.pow(2).sum(-1, keepdim=True) + aside.pow(2).sum(-1, keepdim=True)
+        return (squares / x.shape[-1]).sqrt().expand_as(x)
+
+
+WIDE_CASES = [
+    *((family, "ablation", "resid_post.1") for family in FAMILIES),
+    *(("llama", name, "resid_post.1") for name in SINGULAR[1:]),
+    ("llama", "affine", "resid_mid.1"),
+    ("qwen2", "affine", "resid_post.0"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "site"), WIDE_CASES)
+def test_nothing_of_an_edit_of_a_widened_model_is_left_but_in_the_norms(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, name: str, site: str
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    width, allow = base.layout.hidden, frozenset({"widen", "recast"})
+    map_ = edit_of(name, width)
+    asked = [edit(base, "linear", map_, site)]
+    plan = plan_of(base, asked, allow=allow)
+    assert plan.exactness is Exactness.RELOCATED and plan.widened, plan.findings[0]
+    out = bake(base, plan, tmp_path / "out", allow=allow)
+    assert tiny.config_of(out)["hidden_size"] == 64 > width
+    with torch.no_grad(), double_precision():
+        baked = tiny.load(out)(tiny.tokens(), use_cache=False).logits
+    hooked = logits(base.model, base, asked)
+    effect = distance(hooked, plain_logits(base))
+    full = map_.matrix()
+    lost = torch.eye(width, dtype=torch.float64) - full
+    double = Widened(full, map_.bias, SITES.get(site, 2), lost=lost, alpha=FREE)
+    assert distance(baked, doubled(base, double)) <= RELATIVE * effect
+    double.scaled = False
+    assert distance(doubled(base, double), hooked) <= RELATIVE * effect
+    other = Widened(full, map_.bias, SITES.get(site, 2), lost=lost, alpha=1.01 * FREE)
+    assert distance(baked, doubled(base, other)) > 1e-6 * effect
+
+
+def test_a_model_is_widened_only_where_something_would_be_left(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    width = base.layout.hidden
+    for name, at, widened in (
+        ("half", "resid_post.1", False),
+        ("ablation", "resid", False),
+        ("ablation", ("resid_post.1", "resid_mid.2", "resid_post.2"), False),
+        ("ablation", "resid_post.1", True),
+        ("ablation", ("resid_post.0", "resid_post.1", "resid_post.2"), True),
+    ):
+        plan = plan_of(base, [edit(base, "linear", edit_of(name, width), at)], allow=("widen",))
+        assert plan.widened == widened, (name, at)
+        assert plan.exactness is not Exactness.IMPOSSIBLE
+
+
+def test_a_family_that_nobody_has_widened_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
+    # Qwen3's norms inside the attention share their epsilon with those of the stream.
+    for family in ("mixtral", "qwen3"):
+        base = base_at(tiny_checkpoint(family))
+        asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
+        assert plan_of(base, asked, allow=("widen",)).exactness is Exactness.IMPOSSIBLE
+        plan = plan_of(base, asked, allow=("widen", "relocate"))
+        assert plan.exactness is Exactness.RELOCATED and not plan.widened
+
+
+def test_a_widened_plan_is_a_checkpoint_and_nothing_else(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **tiny.unbiased("llama")))
+    asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
+    plan = plan_of(base, asked, allow=("widen",))
+    assert {f.exactness for f in carrier_findings(plan, "lora")} == {Exactness.IMPOSSIBLE}
+    statuses = {verdict.runtime: verdict.status for verdict in plan.runtimes}
+    assert statuses["transformers"] == "approximate" and statuses["vllm"] == "not tested"
+
+
+def test_a_widened_checkpoint_in_shards_keeps_their_names_and_counts_its_bytes(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny.make_model("llama", dtype=torch.bfloat16, seed=1)
+    tiny.write_checkpoint(model, tmp_path / "base", max_shard_size="20KB")
+    base = base_at(tmp_path / "base")
+    asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
+    plan = plan_of(base, asked, allow=("widen",))
+    out = bake(base, plan, tmp_path / "out", allow=frozenset({"widen"}))
+    names = {path.name for path in (tmp_path / "base").glob("*.safetensors")}
+    assert len(names) > 1 and names == {path.name for path in out.glob("*.safetensors")}
+    shapes, dtypes = tiny.header_of(out)
+    assert set(dtypes.values()) == {"BF16"}
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert index["metadata"]["total_size"] == sum(2 * prod(shape) for shape in shapes.values())
+    tiny.load(out)
+
+
+def test_a_widened_artifact_is_verified(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    map_ = edits.affine(vector(base.layout.hidden), alpha=2.0)
+    asked, allow = [edit(base, "affine", map_, "resid_mid.0")], frozenset({"widen"})
+    out = bake(base, plan_of(base, asked, allow=allow), tmp_path / "out", allow=allow)
+    report = judged(Verification(out, base=str(base.path), generate=0))
+    assert report.exactness == "relocated" and report.passed, report.rows
+    strict = Verification(out, base=str(base.path), generate=0, most_kl=1e-6)
+    assert judged(strict).verdict == "failed"

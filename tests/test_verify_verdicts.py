@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,13 @@ from test_verify import baked, edits_of, row
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
 from bake.checkpoints.hashes import sha256_of
+from bake.checkpoints.planned import base_rows
 from bake.errors import Inconclusive, InputError, UsageError, VerificationFailed
 from bake.jobs.planned import judged
 from bake.outputs.checkpoint import planned_model
 from bake.verify import runner, store
 from bake.verify.artifact import changed_files, open_baked
 from bake.verify.controls import Control, Spoiling, groups_of, values
-from bake.verify.evidence import rows_of
 from bake.verify.judgement import raise_unless_passed
 from bake.verify.metrics import compare_logits, largest_difference
 from bake.verify.report import Report
@@ -73,7 +74,9 @@ def test_a_control_is_the_bake_that_it_says(
         found = after.read_rows(name, start, stop).double()
         return found.reshape(found.shape[0], -1)
 
-    spoiling = Spoiling(planned, rows_of(base.checkpoint), result, (head, embed))
+    spoiling = Spoiling(
+        planned, partial(base_rows, base.checkpoint, planned), result, (head, embed)
+    )
     before, good = base.checkpoint.read(name), after.read(name)
 
     def broken(kind: str, tensor: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ their files:
 """
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
 from pathlib import Path
 
@@ -55,6 +55,7 @@ class NewCheckpoint:
         new: tensors that the base lacks.
         config_text: the text of the new ``config.json``.
         extra_files: further files, by name relative to the folder; they replace side files.
+        reshaped: tensors of the base that get another shape; their shards are laid out anew.
     """
 
     source: Checkpoint
@@ -62,6 +63,7 @@ class NewCheckpoint:
     new: Mapping[str, NewTensor]
     config_text: str
     extra_files: Mapping[str, bytes]
+    reshaped: Mapping[str, NewTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +93,44 @@ def weight_files(made: NewCheckpoint) -> tuple[tuple[File, ...], str | None]:
         origin, size = source.file(shard), source.shard_sizes[shard]
         if origin.stat().st_size != size:
             raise CheckpointError("changed since it was opened", where=str(origin))
-        shards.append(File(names[shard], size, _pieces(infos[shard], size, made.replace), origin))
-    if not new:
+        if made.reshaped.keys().isdisjoint(info.name for info in infos[shard]):
+            pieces = _pieces(infos[shard], size, made.replace)
+            shards.append(File(names[shard], size, pieces, origin))
+        else:
+            file, infos[shard] = _laid_out(made, infos[shard], names[shard])
+            shards.append(file)
+    if not new and not made.reshaped:
         return tuple(shards), source.index_text
+    kept = (with_fields(i, shard=names[s]) for s in source.shards for i in infos[s])
+    tensors = {info.name: info for info in kept}
+    if not new:
+        text = source.index_text
+        return tuple(shards), None if text is None else extend_index(text, tensors, new=())
     header, added = build_header({n: (t.dtype, t.shape) for n, t in new.items()}, shard=extra)
     fills = tuple(Fill(info, new[info.name].produce) for info in added)
     _ = [info.torch_dtype for info in added]  # raises for types that no producer can yield
     shards.append(File(extra, added[-1].stop, (Literal(header), *fills)))
-    tensors = {i.name: with_fields(i, shard=names[i.shard]) for i in source.tensors.values()}
     tensors |= {info.name: info for info in added}
     return tuple(shards), extend_index(source.index_text, tensors, new=new)
+
+
+def _laid_out(
+    made: NewCheckpoint, infos: list[TensorInfo], name: str
+) -> tuple[File, list[TensorInfo]]:
+    """Return a shard in which tensors have other shapes, and where its tensors then are."""
+    forms = {i.name: made.reshaped.get(i.name) or (i.dtype, i.shape) for i in infos}
+    plain = {n: f if isinstance(f, tuple) else (f.dtype, f.shape) for n, f in forms.items()}
+    header, places = build_header(plain, shard=name)
+
+    def produced(info: TensorInfo) -> Producer:
+        wide, given = made.reshaped.get(info.name), made.replace.get(info.name)
+        if wide is not None:
+            return wide.produce
+        return given or (lambda: iter([made.source.read(info.name)]))
+
+    fills = tuple(Fill(info, produced(info)) for info in places)
+    _ = [info.torch_dtype for info in places]  # raises for types that no producer can yield
+    return File(name, places[-1].stop, (Literal(header), *fills)), list(places)
 
 
 def _shard_names(source: Checkpoint) -> tuple[dict[str, str], str]:

@@ -6,12 +6,15 @@ whoever judges them (``verify``), which share nothing else.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from bake.checkpoints.stream import Producer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bake.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +45,27 @@ class PlannedTensor:
         for tile in self.tiles():
             yield start, start + tile.shape[0], tile
             start += tile.shape[0]
+
+
+def base_rows(
+    base: "Checkpoint", planned: Mapping[str, PlannedTensor], name: str, start: int, stop: int
+) -> "Tensor | None":
+    """Return rows of a base's tensor as [rows, columns] in float64; None where it has none.
+
+    Where the plan gives it a larger shape, zeros stand for what the base does not have.
+    """
+    import torch
+
+    if name not in base.tensors:
+        return None
+    own = base.tensors[name].shape
+    wide = planned[name].shape if name in planned else own
+    last = min(stop, own[0])
+    rows = torch.zeros(stop - start, prod(wide[1:]), dtype=torch.float64)
+    if last > start:
+        found = base.read_rows(name, start, last).to(torch.float64).reshape(last - start, -1)
+        rows[: last - start, : found.shape[1]] = found
+    return rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -45,7 +45,7 @@ def recipe_options(function: F) -> F:
             "--allow",
             multiple=True,
             metavar="WHAT",
-            help="Allow as well: recast, relocate, nulling or approximate. May be repeated.",
+            help="Allow as well: recast, relocate, widen, nulling or approximate. May be repeated.",
         ),
         table_options,
         click.option(

@@ -11,7 +11,7 @@ from typing import Literal
 from bake.errors import UsageError
 from bake.families.runtime import Runtime
 from bake.families.table import Family
-from bake.sites import HEAD_KINDS, Site, SiteKind
+from bake.sites import HEAD_KINDS, INNER_KINDS, Site, SiteKind
 
 Shape = tuple[int, ...]
 
@@ -172,8 +172,7 @@ class Layout:
             if site.head >= heads:
                 raise UsageError(f"{site} names head {site.head}, but there are {heads}")
             return self.dims["head_dim"]
-        inner = (SiteKind.MLP_GATE, SiteKind.MLP_UP, SiteKind.MLP_ACT)
-        return self.dims["inner"] if site.kind in inner else self.hidden
+        return self.dims["inner"] if site.kind in INNER_KINDS else self.hidden
 
 
 def runtime_of(layout: Layout, name: str) -> Runtime | None:

@@ -81,6 +81,15 @@ class Recast(Table, frozen=True, kw_only=True):
     """Keys whose default of the source class is written out where config.json leaves it unsaid."""
 
 
+class Widen(Table, frozen=True, kw_only=True):
+    """How a model of this family is declared wider than it is, with dimensions that are zero."""
+
+    eps: str
+    """The config key of the norms' epsilon."""
+    run: Texts = ()
+    """The runtimes that widened models have been run in, besides transformers."""
+
+
 class GgufNames(Table, frozen=True, kw_only=True):
     """How llama.cpp's converter names and lays out the tensors of this family."""
 
@@ -186,6 +195,8 @@ class Family(Table, frozen=True, kw_only=True):
     run: Mapping[str, Carriers] = {}
     """For every runtime, the carriers of this family that tests have run in it."""
     recasts: Mapping[str, Recast] = msgspec.field(name="recast", default_factory=dict)
+    widen: Widen | None = None
+    """None where nobody has said how."""
     gguf: GgufNames | None = None
     """None where llama.cpp has no such architecture, or nobody has written its names down."""
 

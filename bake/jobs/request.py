@@ -130,7 +130,7 @@ def plan_edits(
         model: what is edited.
         edits: in the order in which they apply.
         to: the carriers to write.
-        allow: what a recipe may allow as well: recast, relocate, nulling.
+        allow: what a recipe may allow as well: recast, relocate, widen, nulling.
         target: the runtimes that must load the result.
 
     Raises:

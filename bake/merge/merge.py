@@ -62,7 +62,7 @@ def merge_adapter(
     own = own_files(adapter, base)
     plan = merge_plan(adapter, config, work, left=() if tokenizer == "adapter" else tuple(own))
     planned = work.planned(plan.digest, digests)
-    replace, new = stored_tensors(planned, base)
+    replace, _, new = stored_tensors(planned, base)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
         before = digests.record(replace)

@@ -24,7 +24,7 @@ from bake.checkpoints.dtypes import torch_dtype
 from bake.checkpoints.planned import PlannedModel, PlannedTensor
 from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
-from bake.fold import WeightFold, fold_bias, fold_weight
+from bake.fold import WeightFold, fold_bias, fold_weight, padded
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.functionals import feedback_of
 from bake.outputs.shared import SharedFactors
@@ -55,15 +55,16 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
     plan, base = export.plan, export.checkpoint
     digests = BaseDigests(base)
     planned = planned_model(plan, base, run.factors, digests)
-    replace, new = stored_tensors(planned, base, _feedbacks(plan, export.rounding or "nearest"))
+    rounding = _feedbacks(plan, export.rounding or "nearest")
+    replace, reshaped, new = stored_tensors(planned, base, rounding)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        before, made = digests.record(replace), plan_record(plan)
+        before, made = digests.record((*replace, *reshaped)), plan_record(plan)
         record = new_record(run.record, "checkpoint", made, files=files, base_tensors=before)
         return {RECORD: record_text(record).encode()}
 
     extra = edit_files(plan.reference, plan.edits)
-    made = NewCheckpoint(base, replace, new, planned.config_text, extra)
+    made = NewCheckpoint(base, replace, new, planned.config_text, extra, reshaped)
     return write_checkpoint(made, target, closing=closing, progress=run.progress)
 
 
@@ -88,7 +89,7 @@ def planned_model(
         tensors[update.name] = PlannedTensor(update.name, dtype, tuple(update.shape), tiles)
     for bias in plan.biases:
         dtype = plan.layout.dtype if bias.create else checkpoint.tensors[bias.name].dtype
-        tiles = _bias_tiles(bias, checkpoint, digests)
+        tiles = _bias_tiles(bias, plan.layout.shapes, checkpoint, digests)
         tensors[bias.name] = PlannedTensor(bias.name, dtype, (bias.size,), tiles)
     changes = {c.key: DELETE if c.new is None else c.new for c in plan.config}
     return PlannedModel(plan.digest, tensors, patch_config(checkpoint.config_text, changes))
@@ -106,17 +107,23 @@ def _feedbacks(plan: Plan, rounding: Rounding) -> Feedbacks:
 
 def stored_tensors(
     planned: PlannedModel, checkpoint: Checkpoint, feedbacks: Feedbacks = MappingProxyType({})
-) -> tuple[dict[str, Producer], dict[str, NewTensor]]:
-    """Return producers of the tensors that the base has, and those that it gets, each rounded."""
+) -> tuple[dict[str, Producer], dict[str, NewTensor], dict[str, NewTensor]]:
+    """Return what is made of a base's tensors, each rounded.
+
+    Producers of those that keep their shape, those that get another one, and those that are new.
+    """
     replace: dict[str, Producer] = {}
+    reshaped: dict[str, NewTensor] = {}
     new: dict[str, NewTensor] = {}
     for name, tensor in planned.tensors.items():
         produce = partial(_rounded, tensor, feedbacks.get(name))
-        if name in checkpoint.tensors:
+        if name not in checkpoint.tensors:
+            new[name] = NewTensor(tensor.dtype, tensor.shape, produce)
+        elif tensor.shape == tuple(checkpoint.tensors[name].shape):
             replace[name] = produce
         else:
-            new[name] = NewTensor(tensor.dtype, tensor.shape, produce)
-    return replace, new
+            reshaped[name] = NewTensor(tensor.dtype, tensor.shape, produce)
+    return replace, reshaped, new
 
 
 def _rounded(
@@ -159,20 +166,27 @@ def _weight_tiles(
             return
         reader = read if digests is None else digests.watched(update.source, read)
         reader = reader if shared is None else shared.watched(update, reader)
-        yield from fold_weight(reader, _fold_of(update))
+        shape = checkpoint.tensors[update.source].shape
+        yield from fold_weight(padded(reader, shape, update.shape), _fold_of(update))
 
     return produce
 
 
 def _bias_tiles(
-    update: BiasUpdate, checkpoint: Checkpoint, digests: BaseDigests | None
+    update: BiasUpdate,
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+    digests: BaseDigests | None,
 ) -> Producer:
     def produce() -> Iterator[Tensor]:
         zeros = torch.zeros(update.size, dtype=torch.float64)
-        bias = zeros if update.create else checkpoint.read(update.name)
+        bias = zeros
+        if not update.create:
+            own = checkpoint.read(update.name)
+            bias[: own.shape[0]] = own
         if digests is not None and not update.create:
             digests.add(update.name)
-        shape = (1, 1) if update.weight is None else checkpoint.tensors[update.weight].shape
+        shape = (1, 1) if update.weight is None else shapes[update.weight]
         fold = WeightFold(
             shape=(shape[0], shape[1]),
             output_axis=update.output_axis,
@@ -184,6 +198,8 @@ def _bias_tiles(
             assert update.weight is not None
             return checkpoint.read_rows(update.weight, start, stop)
 
-        yield fold_bias(bias, fold, read=read, shift=update.shift, addend=update.addend)
+        of = shape if update.weight is None else checkpoint.tensors[update.weight].shape
+        rows = padded(read, of, shape)
+        yield fold_bias(bias, fold, read=rows, shift=update.shift, addend=update.addend)
 
     return produce

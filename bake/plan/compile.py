@@ -11,10 +11,12 @@ from bake.plan.emit import Assembly, assemble
 from bake.plan.hooks import Hooks
 from bake.plan.pieces import Context, Gain
 from bake.plan.recast import obstacle, recast_changes, recast_layout
-from bake.plan.relocated import in_place, relocated
-from bake.plan.stream import StreamFold, fold_stream
+from bake.plan.relocate import null_rank
+from bake.plan.relocated import FREE, in_place, relocated
+from bake.plan.stream import Relocation, StreamFold, fold_stream
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
+from bake.plan.widen import Wide, widened
 from bake.sites import Site
 
 IMPOSSIBLE = Exactness.IMPOSSIBLE
@@ -37,7 +39,8 @@ def compile_plan(
         layout: the model.
         gain: reads one norm tensor, [hidden], as float64.
         config: the parsed config.json.
-        allow: ``recast``, ``nulling`` and ``relocate``, what the plan may do beyond the plain fold.
+        allow: ``recast``, ``relocate``, ``widen`` and ``nulling``, what the plan may do beyond the
+            plain fold.
         targets: the runtimes that must load the result.
 
     Raises:
@@ -45,19 +48,22 @@ def compile_plan(
         DirectionError: a map has another width than its site.
     """
     allowed = frozenset(allow)
-    hooks = Hooks(edits, layout)
-    ways = in_place(layout.dtype) if "relocate" in allowed else None
-    stream = fold_stream(layout, hooks, nulling="nulling" in allowed, relocation=ways)
-    assembly = assemble(Context(layout, hooks, stream, gain))
-    changes: tuple[ConfigChange, ...] = ()
+    context, wide = _context(edits, layout, gain, allowed)
+    layout = context.layout
+    assembly = assemble(context)
+    changes: tuple[ConfigChange, ...] = () if wide is None else wide.config(config)
     flags = assembly.flags
     may_recast = assembly.found.slotless and "recast" in allowed
     recast, notes = _recast(layout, config) if may_recast else (None, [])
     if recast is not None:
-        changes = recast_changes(layout, recast, config)
+        changes = (*recast_changes(layout, recast, config), *changes)
         layout = recast_layout(layout, recast)
-        assembly = assemble(Context(layout, hooks, stream, gain))
+        assembly = assemble(replace(context, layout=layout))
         flags = assembly.flags | set(layout.flags)
+    if wide is not None:
+        notes = [wide.note, *notes]
+        moved = sorted({one.hook.edit for one in context.stream.relocated})
+        assembly = replace(wide, layout=layout).completed(assembly, context.gain, moved)
     biases = (*assembly.biases, *_companions(layout, assembly.biases, flags))
     plan = Plan(
         layout=layout,
@@ -65,12 +71,34 @@ def compile_plan(
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
         config=_merged((*changes, *_own_changes(flags, assembly.untied, config))),
-        findings=tuple(_findings(edits, stream, assembly)),
+        findings=tuple(_findings(edits, context.stream, assembly)),
         runtimes=(),
         notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),
-        created_bytes=_created(layout, assembly.tensors, biases),
+        created_bytes=_created(layout, assembly.tensors, biases, wide),
     )
     return replace(plan, runtimes=checkpoint_runtimes(plan, config, targets))
+
+
+def _context(
+    edits: Sequence[Edit], layout: Layout, gain: Gain, allowed: Set[str]
+) -> tuple[Context, Wide | None]:
+    """Return what is folded into what: the model as it is, or widened where edits need that."""
+    hooks, nulling = Hooks(edits, layout), "nulling" in allowed
+    ways = in_place(layout.dtype) if allowed & {"relocate", "widen"} else None
+    stream = fold_stream(layout, hooks, nulling=nulling, relocation=ways)
+    # What leaves nothing behind it, as an invertible map or a suffix, is as good without.
+    rest = any(one.carried.left and not one.cleared for one in stream.relocated)
+    if "widen" in allowed and rest:
+        fresh = sum(null_rank(one.hook.map, FREE) for one in stream.relocated)
+        wide = widened(layout, fresh)
+        if wide is not None:
+            hooks = Hooks([wide.edit(edit) for edit in edits], wide.layout)
+            ways = Relocation(FREE, FREE, wide.fresh)
+            stream = fold_stream(wide.layout, hooks, nulling=nulling, relocation=ways)
+            return Context(wide.layout, hooks, stream, wide.gain(gain)), wide
+        if "relocate" not in allowed:
+            stream = fold_stream(layout, hooks, nulling=nulling)
+    return Context(layout, hooks, stream, gain), None
 
 
 def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, list[str]]:
@@ -172,7 +200,15 @@ def _ordered(layout: Layout, updates: Sequence[TensorUpdate]) -> list[TensorUpda
     return sorted(updates, key=lambda update: order.get(update.name, len(order)))
 
 
-def _created(layout: Layout, tensors: Sequence[TensorUpdate], biases: Sequence[BiasUpdate]) -> int:
+def _created(
+    layout: Layout,
+    tensors: Sequence[TensorUpdate],
+    biases: Sequence[BiasUpdate],
+    wide: Wide | None,
+) -> int:
     items = sum(prod(update.shape) for update in tensors if update.create)
+    if wide is not None:
+        before, after = wide.base.shapes, wide.layout.shapes
+        items += sum(prod(after[name]) - prod(shape) for name, shape in before.items())
     items += sum(bias.size for bias in biases if bias.create)
     return items * ITEM_BYTES[layout.dtype]

@@ -32,8 +32,8 @@ from bake.plan.relocate import Carried, carried, null_rank, stretch
 from bake.sites import Site, SiteKind
 
 RELOCATE = (
-    '; or allow = ["relocate"]: this edit, but for what norms before it see and for the few '
-    "hundredths of it that are left (docs/relocation.md)"
+    '; or allow = ["widen"], this edit but for what norms see of it, or ["relocate"], without new '
+    "dimensions and with a few hundredths of it left (docs/relocation.md)"
 )
 SETTLED = 1e-9
 """Of the constants before it, what a known value that is zero may be by rounding."""
@@ -260,7 +260,7 @@ class _Walk:
         if least >= SMALLEST:
             return
         reason = f"the edits together shrink a component of the stream to {least:.0e} of its size"
-        remedy = "edit fewer sites, or module outputs, where any affine map is exact"
+        remedy = 'allow = ["widen"], or edit module outputs, where any affine map is exact'
         for one in self.result.relocated:
             self.result.failures.append(Failure(one.hook.edit, one.hook.site, reason, remedy))
 

@@ -50,6 +50,9 @@ def checkpoint_runtimes(
         if runtime is None:
             silent = f"the table {plan.layout.family.name!r} says nothing of it"
             return (None, True) if name in GENERAL else (silent, False)
+        widen = plan.layout.family.widen
+        if plan.widened and (widen is None or name not in widen.run):
+            return "no widened model of this table has been run in it", False
         reason = model_hindrance(plan.layout, runtime, plan.biases, untied=untied)
         return reason or _misread(plan.layout, runtime, new), True
 

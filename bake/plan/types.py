@@ -138,7 +138,7 @@ class Plan:
     notes: tuple[str, ...]
     """What the plan does beyond the edits themselves: untied head, opened bias slots, a recast."""
     created_bytes: int
-    """Size of the tensors that the base checkpoint does not have."""
+    """Size of what the base checkpoint does not have: new tensors, and what others grow by."""
     asked: tuple[Edit, ...] | None = None
     """What the hooks apply, where ``edits`` holds fitted stand-ins for some of it."""
 
@@ -152,6 +152,11 @@ class Plan:
         """Whether a head that was tied to the embedding becomes a tensor of its own."""
         keys = {change.key for change in self.config if change.new is False}
         return self.layout.tied and "tie_word_embeddings" in keys
+
+    @property
+    def widened(self) -> bool:
+        """Whether the stream gets dimensions that the base does not have."""
+        return any(change.key == self.layout.family.dims.hidden for change in self.config)
 
     @property
     def exactness(self) -> Exactness:

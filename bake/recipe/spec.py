@@ -22,7 +22,7 @@ from bake.errors import UsageError
 from bake.families import RUNTIMES
 from bake.rounding import Rounding
 
-ALLOWANCES = ("recast", "relocate", "nulling", "approximate")
+ALLOWANCES = ("recast", "relocate", "widen", "nulling", "approximate")
 
 # That a text is not empty is for editors: whoever uses it says better what is wrong.
 Text = Annotated[str, Meta(extra_json_schema={"minLength": 1})]

@@ -145,6 +145,14 @@ def _matched(record: Record, artifact: Checkpoint, base: Checkpoint) -> dict[str
     if lost or surplus:
         what = f"lacks {lost[0]}" if lost else f"holds {surplus[0]}, which nothing accounts for"
         raise InputError(f"is not what the record says: it {what}", where=str(artifact.path))
+    for info in base.tensors.values():
+        if artifact.tensors[info.name].shape != info.shape:
+            raise InputError(
+                f"cannot be reverted: {info.name} has another shape than in the base",
+                where=str(artifact.path),
+                why="the model was widened, and every tensor of the stream was written anew",
+                fix=f"take the base itself, {base.source}",
+            )
     found: dict[str, str] = {}
     for info in base.tensors.values():
         found.setdefault(info.shard, artifact.tensors[info.name].shard)

@@ -63,7 +63,7 @@ def prove_base(
             f"the recorded one, made by bake {record.bake}; the edited tensors are those of "
             "the named base"
         )
-    replaced, new = stored_tensors(planned_model(plan, base), base)
+    replaced, _, new = stored_tensors(planned_model(plan, base), base)
     produced = {**replaced, **{name: tensor.produce for name, tensor in new.items()}}
     tally = Tally(sum(artifact.tensors[name].nbytes for name in produced), progress)
     apart = 0

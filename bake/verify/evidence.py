@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bake.checkpoints import Checkpoint
-from bake.checkpoints.planned import PlannedTensor
+from bake.checkpoints.planned import PlannedTensor, base_rows
 from bake.families import Layout
 from bake.sites import Site
 from bake.verify import controls
@@ -162,7 +162,8 @@ def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> li
     planned, base = inputs.planned.model.tensors, inputs.base
     tied, fitted = untied(inputs.layout, planned), inputs.artifact.fitted is not None
     relocated = inputs.artifact.exactness == "relocated"
-    spoiling = Spoiling(planned, rows_of(base), _planned_rows(planned, base), tied)
+    rows = partial(base_rows, base, planned)
+    spoiling = Spoiling(planned, rows, _planned_rows(planned, base), tied)
     batches = runner.batches if fitted else batches_of(runner.transcript.tokens[:FEW])
     count = sum(sum(batch.lengths) for batch in batches)
     sound, meant = evidence.planned.logits[:count], evidence.meant.logits[:count]
@@ -210,18 +211,6 @@ def _roles(layout: Layout) -> dict[str, str]:
     """Return which tensors read the stream and which write it."""
     reads = {x.weight: "readers" for branch in layout.branches for x in branch.reads}
     return reads | {x.weight: "writers" for branch in layout.branches for x in branch.writes}
-
-
-def rows_of(base: Checkpoint) -> Callable[[str, int, int], Tensor | None]:
-    """Return what reads rows of a base in float64; None where it has no such tensor."""
-
-    def read(name: str, start: int, stop: int) -> Tensor | None:
-        if name not in base.tensors:
-            return None
-        rows = base.read_rows(name, start, stop).to(torch.float64)
-        return rows.reshape(rows.shape[0], -1)
-
-    return read
 
 
 def _planned_rows(

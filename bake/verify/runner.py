@@ -126,6 +126,8 @@ class Runner:
         live = self._held(source, dtype)
         with live.replaced(tensors or {}):
             trace = run(live, batches or self.batches, edits, sites=sites, writes=writes)
+        # Of a widened stream, what the base has too.
+        trace = trace.narrowed(self.inputs.layout.hidden)
         self.store.save(label, trace.tensors(), trace.seconds)
         return trace
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -46,6 +46,12 @@ class Trace:
     writes: tuple[Tensor, ...]
     seconds: float
     """Spent in the model's own forward passes."""
+
+    def narrowed(self, width: int) -> "Trace":
+        """Return the trace with the first dimensions of the stream alone."""
+        streams = {site: value[:, :width] for site, value in self.streams.items()}
+        writes = tuple(value[:, :width] for value in self.writes)
+        return replace(self, streams=streams, writes=writes)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the trace as named tensors."""

@@ -64,6 +64,12 @@ def prepare_gguf(export: Export) -> CarrierWriter:
     plan, base, model = export.plan, export.checkpoint, export.model()
     assert model is not None
     refuse(replace(plan, runtimes=()), "checkpoint", export.allow)
+    if plan.widened:
+        raise InexactPlan(
+            "a GGUF of the base cannot be widened",
+            why="the edit gives every tensor of the stream another shape",
+            fix="convert the edited checkpoint with --llama-cpp, or allow relocate, not widen",
+        )
     places = gguf_places(plan.layout)
     check_loadable(plan, model)
     check_tensors(plan, base, model, places)

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: every value in a floating-point type, everything else as it was."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.dtypes import torch_dtype
-from bake.checkpoints.planned import PlannedModel, PlannedTensor
+from bake.checkpoints.planned import PlannedModel, PlannedTensor, base_rows
 from bake.edits import Edit
 from bake.families import Layout
 from bake.verify.stored.deviation import float_steps
@@ -73,9 +73,7 @@ class StoredTensors:
 
     def base(self, name: str, start: int, stop: int) -> Rows | None:
         """Return rows as the base has them; None where it has no such tensor."""
-        if name not in self.original.tensors:
-            return None
-        return _wide(self.original.read_rows(name, start, stop))
+        return base_rows(self.original, self.planned, name, start, stop)
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """Return rows as the files have them."""
@@ -100,7 +98,12 @@ class StoredTensors:
 
     def directions(self, name: str) -> Directions | None:
         """Return the directions that a tensor writes along."""
-        return self._directions.get(name)
+        found = self._directions.get(name)
+        if found is None:
+            return None
+        # Of a widened tensor the edits read what the base has of it.
+        more = self.planned[name].shape[found.axis] - found.basis.shape[1]
+        return replace(found, basis=torch.nn.functional.pad(found.basis, (0, more)))
 
 
 def _bytes(chunk: memoryview) -> Tensor:
