@@ -1,10 +1,10 @@
 """What a relocated edit behind one block loses of its effect, block by block, on a real model.
 
-    python benchmarks/relocation.py CHECKPOINT TEXTS.json [--blocks 8,14,22] [--ways widen,relocate]
+    python benchmarks/relocation.py CHECKPOINT TEXTS.json [--blocks 8,14,22] [--ways widen]
 
-CHECKPOINT is a Llama-like instruct model with a chat template (docs/relocation.md has the figures of
-SmolLM2-135M-Instruct in bfloat16), TEXTS a JSON list of lists of token ids, which are held out. The
-direction is the mean over 80 questions of a cheerful less a sorrowful system prompt, behind the
+CHECKPOINT is a Llama-like instruct model with a chat template (docs/relocation.md has the figures
+of SmolLM2-135M-Instruct in bfloat16), TEXTS a JSON list of lists of token ids, which are held out.
+The direction is the mean over 80 questions of a cheerful less a sorrowful system prompt, behind the
 block, at the last token. Printed is KL(hooked ‖ baked) over KL(hooked ‖ base), over all tokens but
 the first of each text, and over the first ones; of weights in float32, and rounded to bfloat16.
 Hooks and baked model run in float32.

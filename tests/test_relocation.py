@@ -389,6 +389,53 @@ def test_nothing_of_an_edit_of_a_widened_model_is_left_but_in_the_norms(
     assert distance(baked, doubled(base, other)) > 1e-6 * effect
 
 
+@contextmanager
+def without_lengths(model: Any, width: int) -> Iterator[None]:
+    """Run a model whose norms divide by a constant, so that none of them sees a length."""
+    blocks = model.model.layers
+    norms = [n for b in blocks for n in (b.input_layernorm, b.post_attention_layernorm)]
+    norms.append(model.model.norm)
+
+    def divided(module: Any, args: Any, out: Tensor) -> Tensor:
+        assert out.shape == args[0].shape
+        return 0.4 * (args[0].shape[-1] / width) ** 0.5 * module.weight * args[0]
+
+    hooks = [norm.register_forward_hook(divided) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("at", ["every block", "one direction twice"])
+def test_any_number_of_sites_is_exact_but_for_lengths(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, at: str
+) -> None:
+    """Another direction behind every block, one after another; and the same at two sites."""
+    base = base_at(tiny_checkpoint(family))
+    width, allow = base.layout.hidden, frozenset({"widen"})
+    asked = [
+        edit(base, "ablate", edits.ablate(vector(width, layer)), f"resid_post.{layer}")
+        for layer in range(3)
+    ]
+    if at == "one direction twice":
+        asked = [edit(base, "ablate", edits.ablate(vector(width)), ("resid_mid.0", "resid_post.2"))]
+    if family in BIASED:
+        asked[0] = edit(base, "affine", edit_of("affine", width), str(asked[0].sites[0]))
+    plan = plan_of(base, asked, allow=allow)
+    assert plan.widened and plan.exactness is Exactness.RELOCATED
+    wide = tiny.load(bake(base, plan, tmp_path / "out", allow=allow))
+    with torch.no_grad(), double_precision(), without_lengths(wide, width):
+        baked = wide(tiny.tokens(), use_cache=False).logits
+    with without_lengths(base.model, width):
+        hooked, plain = logits(base.model, base, asked), logits(base.model, base)
+        one = logits(base.model, base, asked[:1]) if len(asked) > 1 else plain
+    assert distance(baked, hooked) <= RELATIVE * distance(hooked, plain)
+    assert distance(one, hooked) > 1e-3 * distance(hooked, plain)
+
+
 def test_a_model_is_widened_only_where_something_would_be_left(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
