@@ -108,21 +108,23 @@ def hooked(model: Any, map_: LowRankMap, layer: int) -> Iterator[None]:
         handle.remove()
 
 
-def baked(plan: Plan, model: Model, dtype: torch.dtype) -> Any:
-    """Return the planned model in float32, its edited weights rounded to a type."""
+def baked(plan: Plan, model: Model, dtypes: list[torch.dtype]) -> Iterator[Any]:
+    """Yield the planned model in float32, its edited weights rounded to each of some types."""
     planned = planned_model(plan, model.checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(planned.config_text, encoding="utf-8")
         config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        live = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    values = {name: model.checkpoint.read(name).float() for name in model.checkpoint.tensors}
-    values |= {n: t.value().to(dtype).float() for n, t in planned.tensors.items()}
-    if config.tie_word_embeddings:
-        values["lm_head.weight"] = values["model.embed_tokens.weight"]
-    live.load_state_dict(values, assign=True)
-    live.model.rotary_emb = type(live.model.rotary_emb)(config)
-    return live.eval()
+    exact = {name: tensor.value() for name, tensor in planned.tensors.items()}
+    kept = {n: model.checkpoint.read(n).float() for n in model.checkpoint.tensors if n not in exact}
+    for dtype in dtypes:
+        with torch.device("meta"):
+            live = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        values = kept | {name: value.to(dtype).float() for name, value in exact.items()}
+        if config.tie_word_embeddings:
+            values["lm_head.weight"] = values["model.embed_tokens.weight"]
+        live.load_state_dict(values, assign=True)
+        live.model.rotary_emb = type(live.model.rotary_emb)(config)  # a buffer, and no weight
+        yield live.eval()
 
 
 def main() -> None:
@@ -134,11 +136,17 @@ def main() -> None:
     parser.add_argument("--ways", default="widen,relocate")
     parser.add_argument("--kinds", default="affine,ablate")
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--streams", type=Path, help="where the mean streams are kept")
     asked = parser.parse_args()
     live = AutoModelForCausalLM.from_pretrained(asked.checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(asked.checkpoint)
     texts = json.loads(asked.texts.read_text(encoding="utf-8"))
-    happy, sad = (streams(live, tokenizer, system) for system in (HAPPY, SAD))
+    if asked.streams is not None and asked.streams.is_file():
+        happy, sad = torch.load(asked.streams)
+    else:
+        happy, sad = (streams(live, tokenizer, system) for system in (HAPPY, SAD))
+        if asked.streams is not None:
+            torch.save((happy, sad), asked.streams)
     base, model = logprobs(live, texts), open_model(asked.checkpoint)
     blocks = [int(b) for b in asked.blocks.split(",") if b] or range(model.layout.layers)
     print("block  edit    effect, nats (first)  way       type      lost, % (first)", flush=True)
@@ -154,9 +162,10 @@ def main() -> None:
             edit = model.edit(EditKind(kind), "mood", map_, (f"resid_post.{layer}",))
             for way in asked.ways.split(","):
                 plan = model.plan([edit], ExportTable(allow=(way,)))
-                for dtype in asked.dtypes.split(","):
-                    made = logprobs(baked(plan, model, getattr(torch, dtype)), texts)
-                    lost = divergence(reference, made)
+                names = asked.dtypes.split(",")
+                types = [getattr(torch, name) for name in names]
+                for dtype, made in zip(names, baked(plan, model, types), strict=True):
+                    lost = divergence(reference, logprobs(made, texts))
                     shares = [100 * a / b for a, b in zip(lost, effect, strict=True)]
                     print(
                         f"{layer:5d}  {kind:6s}  {effect[0]:.4f} ({effect[1]:.4f})  {way:8s}  "

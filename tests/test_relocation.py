@@ -32,7 +32,7 @@ from bake import edits
 from bake.affine import AffineMap
 from bake.jobs.planned import judged
 from bake.plan import Exactness, Plan
-from bake.plan.carriers import carrier_findings
+from bake.plan.carriers import carrier_findings, carrier_runtimes
 from bake.plan.lowrank import rank_of
 from bake.plan.relocate import carried, null_rank, stretch
 from bake.verify.precision import double_precision
@@ -472,6 +472,8 @@ def test_a_widened_plan_is_a_checkpoint_and_nothing_else(
     assert {f.exactness for f in carrier_findings(plan, "lora")} == {Exactness.IMPOSSIBLE}
     statuses = {verdict.runtime: verdict.status for verdict in plan.runtimes}
     assert statuses["transformers"] == "approximate" and statuses["vllm"] == "not tested"
+    served = {verdict.runtime: verdict.status for verdict in carrier_runtimes(plan, "gguf")}
+    assert served["llama.cpp"] == "not tested"
 
 
 def test_a_widened_checkpoint_in_shards_keeps_their_names_and_counts_its_bytes(

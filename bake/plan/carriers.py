@@ -17,7 +17,14 @@ from bake.edits import Edit
 from bake.errors import InexactPlan
 from bake.families import Layout, runtime_of
 from bake.plan.lowrank import Role, Target, rank_of, targets_of
-from bake.plan.targets import GENERAL, ROUNDED, Hindrance, judged, model_hindrance
+from bake.plan.targets import (
+    GENERAL,
+    ROUNDED,
+    Hindrance,
+    judged,
+    model_hindrance,
+    untried_width,
+)
 from bake.plan.types import Exactness, Finding, Plan
 from bake.sites import Site, SiteKind
 
@@ -250,6 +257,8 @@ def _hindrance(plan: Plan, name: str, kind: Carrier) -> Hindrance:
     runtime = runtime_of(layout, engine)
     if runtime is None:
         return f"{where} says nothing of {engine}", False
+    if (untried := untried_width(plan, engine)) is not None:
+        return untried, False
     if kind.whole:
         untied = not layout.tied or plan.unties
         reason = model_hindrance(layout, runtime, plan.biases, untied=untied, companions=False)

@@ -39,6 +39,11 @@ def relocated(moved: Sequence[Relocated], places: str) -> str:
     site = max((one.hook.site for one in moved), key=lambda site: site.order)
     words = f"{places}; relocated: up to {site} the norms see a stream whose length is {least:.3g} "
     words += f"to {most:.3g} times the hooked one's, as much of it as lies along the edit"
+    aside = max((one.carried.scale for one in moved if one.fresh), default=0.0)
+    if aside:
+        words += (
+            f", and behind it {aside:.3g} times what the edit removes, in dimensions of its own"
+        )
     if left:
         words += f", and {left:.3g} of the edit is left undone"
     return words

@@ -192,7 +192,9 @@ class _Walk:
         self.cleared: list[int] = []
 
     def relocatable(self, hook: Hook, point: int) -> bool:
-        """Whether the edit could be relocated, if that were allowed."""
+        """Whether the edit could be relocated, if that were allowed; of a full map none asks."""
+        if 4 * thin_factors(hook.map)[0].shape[1] > self.layout.hidden:
+            return False  # its eigenvalues take longer than the plan
         found = carried(hook.map, SMALLEST)
         return found is not None and _obstacle(self.layout, point, found.forward) is None
 

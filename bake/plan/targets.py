@@ -50,13 +50,20 @@ def checkpoint_runtimes(
         if runtime is None:
             silent = f"the table {plan.layout.family.name!r} says nothing of it"
             return (None, True) if name in GENERAL else (silent, False)
-        widen = plan.layout.family.widen
-        if plan.widened and (widen is None or name not in widen.run):
-            return "no widened model of this table has been run in it", False
+        if (untried := untried_width(plan, name)) is not None:
+            return untried, False
         reason = model_hindrance(plan.layout, runtime, plan.biases, untied=untied)
         return reason or _misread(plan.layout, runtime, new), True
 
     return judged(plan, KINDS["checkpoint"], plan.findings, targets, hindrance)
+
+
+def untried_width(plan: Plan, name: str) -> str | None:
+    """Return why nobody knows that a runtime serves a widened plan, or None."""
+    widen = plan.layout.family.widen
+    if not plan.widened or (widen is not None and name in widen.run):
+        return None
+    return "no widened model of this table has been run in it"
 
 
 def judged(
