@@ -4,7 +4,7 @@
 
 CHECKPOINT is a Llama-like instruct model with a chat template (docs/relocation.md has the figures
 of SmolLM2-135M-Instruct in bfloat16), TEXTS a JSON list of lists of token ids, which are held out.
-The direction is the mean over 80 questions of a cheerful less a sorrowful system prompt, behind the
+The direction is the mean over 20 questions of a cheerful less a sorrowful system prompt, behind the
 block, at the last token. Printed is KL(hooked ‖ baked) over KL(hooked ‖ base), over all tokens but
 the first of each text, and over the first ones; of weights in float32, and rounded to bfloat16.
 Hooks and baked model run in float32.
@@ -38,26 +38,21 @@ TOPICS = (
     "the neighbours", "winter", "a letter you got", "the sea", "school", "a birthday",
     "moving to a new town", "a garden", "music",
 )  # fmt: skip
-FORMS = (
-    "Tell me about {}.",
-    "Describe {} in two sentences.",
-    "What do you feel about {}?",
-    "Write a short diary entry about {}.",
-)
+FORM = "Tell me about {}."
 
 
 @torch.no_grad()
 def streams(model: Any, tokenizer: Any, system: str) -> Tensor:
     """Return the mean stream behind every block, at the last token, [blocks, width]."""
     groups: dict[int, list[list[int]]] = {}
-    for question in (form.format(topic) for topic in TOPICS for form in FORMS):
+    for question in (FORM.format(topic) for topic in TOPICS):
         chat = [{"role": "system", "content": system}, {"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         groups.setdefault(len(ids), []).append(ids)
     total = []
     for group in groups.values():
         total.append(torch.stack(behind_blocks(model, group)).sum(1))
-    return torch.stack(total).sum(0) / (len(TOPICS) * len(FORMS))
+    return torch.stack(total).sum(0) / len(TOPICS)
 
 
 def behind_blocks(model: Any, tokens: list[list[int]]) -> list[Tensor]:
