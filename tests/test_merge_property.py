@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from peft_samples import ARCHITECTURES, sample
 
-SAMPLES = 6
+SAMPLES = 36
+"""Of each architecture: more than 500 in all."""
 MANY = 360
 """Of each architecture: more than 5,000 in all."""
 
@@ -19,9 +20,7 @@ def found(architecture: str, seeds: range, folder: Path) -> Counter[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_merge_is_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
     results = found(architecture, range(SAMPLES), tmp_path)
-    assert results["merged"] >= SAMPLES / 6, (
-        results
-    )  # a test that refuses everything proves nothing
+    assert results["merged"] >= SAMPLES / 3, results  # what refuses everything proves nothing
 
 
 @pytest.mark.slow

@@ -66,7 +66,9 @@ def _reading(context: Context, norm: Norm | None, fold: Fold) -> _Reading:
     diagonal = as_diagonal(map_)
     if not frame.is_translation():
         gain, bias = context.norm_values(norm)
-        passed = _passed(frame, gain) if norm.bias is None else None
+        # A turned frame is folded as earlier versions did, whose artifacts name their plan's digest.
+        relocated = bool(context.stream.relocated) and norm.bias is None
+        passed = _passed(frame, gain) if relocated else None
         if passed is not None:
             return _Reading(thin(chain([passed, map_], map_.width)), (norm.site,), turned_by)
         seen = chain([frame, DiagonalMap(gain, bias), map_], context.layout.hidden)
