@@ -66,7 +66,7 @@ def _reading(context: Context, norm: Norm | None, fold: Fold) -> _Reading:
     diagonal = as_diagonal(map_)
     if not frame.is_translation():
         gain, bias = context.norm_values(norm)
-        # A turned frame is folded as earlier versions did, whose artifacts name their plan's digest.
+        # A rotation keeps the plan that artifacts of earlier versions name by its digest.
         relocated = bool(context.stream.relocated) and norm.bias is None
         passed = _passed(frame, gain) if relocated else None
         if passed is not None:
