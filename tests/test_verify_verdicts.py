@@ -60,6 +60,27 @@ def test_controls_of_every_kind_fail(
     assert all(found.passed and found.value > 1.5 for found in files.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"attention_bias": False, "mlp_bias": False}), ("mistral", {})],
+)
+def test_a_bias_that_is_zero_is_no_control(
+    family: str, options: dict[str, bool], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A Llama gets bias slots in every layer for one offset: all but one of them hold zeros."""
+    base = base_at(tiny_checkpoint(family, dtype=torch.float32, **options))
+    edits = [edit(base, "offset", make.offset(vector(base.layout.hidden)), ["resid_post.1"])]
+    plan = plan_of(base, edits, allow=["recast"])
+    assert sum(bias.is_zero() for bias in plan.biases) > 1
+    out = bake(base, plan, tmp_path / "out", allow=frozenset({"recast"}))
+    said: list[str] = []
+    report = judged(Verification(out, base=str(base.path), remark=said.append))
+    assert report.verdict == "passed", report.answers
+    assert sum("control: forgotten bias" in line for line in said) == 1, "a zero was forgotten"
+    (told,) = rows(report, "plan control").values()
+    assert "forgotten bias" in told.name and told.value > 1e3 * told.limit
+
+
 def test_a_control_is_the_bake_that_it_says(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

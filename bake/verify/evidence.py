@@ -1,51 +1,21 @@
 """Everything that a verification runs: base, hooked, planned and stored model, and the controls."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
-from torch import Tensor
 
-from bake.checkpoints import Checkpoint
-from bake.checkpoints.planned import PlannedTensor, base_rows
-from bake.families import Layout
-from bake.sites import Site
-from bake.verify import controls
-from bake.verify.controls import Control, Spoiling
+from bake.verify.broken import BrokenPlans, ControlRun
 from bake.verify.fixed_point import stream_sites
 from bake.verify.greedy import Generated
 from bake.verify.inputs import GREEDY
 from bake.verify.loss import Divergence, divergence, split
-from bake.verify.metrics import Compared, compare_logits, largest_difference, mean_kl
+from bake.verify.metrics import Compared, compare_logits, largest_difference
 from bake.verify.moved import DRAWS, moved
 from bake.verify.observe import block_sites
 from bake.verify.runner import Runner
-from bake.verify.runs import Trace, batches_of
-from bake.verify.stored.files import untied
+from bake.verify.runs import Trace
 from bake.verify.transcript import Transcript
-
-FEW = 2
-"""Prompts that broken plans are run on."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ControlRun:
-    """One broken plan, in float64. Its logits are not kept: there may be many of them."""
-
-    kind: str
-    tensor: str
-    difference: float
-    """max |Δlogit| from what the plan is held against."""
-    kl: float | None
-    """Mean over tokens of KL(hooked ‖ broken) in nats, where the plan is judged by that."""
-    share: float | None
-    """The same over that of the base on the same tokens."""
-    streams: Mapping[Site, Tensor]
-    """At the sites that were asked for."""
-    seconds: float
-    """Spent in the model's own forward passes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +81,7 @@ def collect(runner: Runner) -> Evidence:
     evidence.missed = largest_difference(planned.logits, meant.logits)
     unmoved, speaking = base if inputs.artifact.merged else hooked, runner.transcript.speaking
     evidence.draws = [divergence(unmoved.logits, trace.logits, speaking) for trace in drawn]
-    evidence.controls = controls_of(runner, held, evidence)
+    evidence.controls = BrokenPlans(runner, held, base, hooked, planned, meant).runs()
     others = {"base": base, "planned": planned}
     if inputs.baked is not None:
         dtype = double if inputs.storage == double else torch.float32
@@ -143,83 +113,3 @@ def _answers(runner: Runner) -> dict[str, Generated]:
     if count:
         texts["base"] = runner.greedy("base model", "base", prompts, count)
     return texts
-
-
-def controls_of(runner: Runner, sites: Sequence[Site], evidence: Evidence) -> list[ControlRun]:
-    """Return broken plans whose change the prompts reach, one of each kind.
-
-    Where stand-ins were fitted, every one of them is forgotten once: each says what it is worth.
-    A relocated plan is judged by what it loses of the effect, beside which one tensor of one block
-    may be little: all readers, or all writers, are broken at once.
-    The others are run on the first few prompts, which are enough to tell them.
-
-    Args:
-        runner: what runs them.
-        sites: stream sites to record.
-        evidence: the sound runs.
-    """
-    inputs = runner.inputs
-    planned, base = inputs.planned.model.tensors, inputs.base
-    tied, fitted = untied(inputs.layout, planned), inputs.artifact.fitted is not None
-    relocated = inputs.artifact.exactness == "relocated"
-    rows = partial(base_rows, base, planned)
-    spoiling = Spoiling(planned, rows, _planned_rows(planned, base), tied)
-    batches = runner.batches if fitted else batches_of(runner.transcript.tokens[:FEW])
-    count = sum(sum(batch.lengths) for batch in batches)
-    sound, meant = evidence.planned.logits[:count], evidence.meant.logits[:count]
-    hooked = evidence.hooked.logits[:count]
-    effect = mean_kl(hooked, evidence.base.logits[:count]) if relocated else 0.0
-
-    roles = _roles(inputs.layout) if relocated else {}
-
-    def broken(group: Sequence[Control], control: Control) -> ControlRun | None:
-        name, tensor = f"control: {control.kind}, {control.tensor}", control.tensor
-        role = roles.get(tensor)
-        spoiled = [x for x in group if x == control or (role and roles.get(x.tensor) == role)]
-        tensors = {one.tensor: controls.values(spoiling, one) for one in spoiled}
-        trace = runner.trace(
-            name, "planned", torch.float64, batches=batches, sites=sites, tensors=tensors
-        )
-        # An expert that no token is sent to cannot be seen to be wrong: take the next.
-        if torch.equal(trace.logits, sound):
-            return None
-        kl = mean_kl(hooked, trace.logits) if fitted or relocated else None
-        return ControlRun(
-            control.kind,
-            tensor if len(spoiled) == 1 else f"{tensor} and {len(spoiled) - 1} other {role}",
-            largest_difference(trace.logits, meant),
-            kl,
-            kl / effect if kl is not None and effect else None,
-            trace.streams,
-            trace.seconds,
-        )
-
-    digest = inputs.planned.model.digest
-    groups = controls.groups_of(planned, lambda name: name in base.tensors, tied, digest)
-    found = []
-    for group in groups:
-        if group[0].kind == controls.BLOCK:
-            continue  # a mistake of files
-        every = fitted and not inputs.streamed
-        each = len(group) if every and group[0].kind in (controls.TENSOR, controls.BIAS) else 1
-        runs = controls.sample([group], each, partial(broken, group))
-        found += [run for _, run in runs]
-    return found
-
-
-def _roles(layout: Layout) -> dict[str, str]:
-    """Return which tensors read the stream and which write it."""
-    reads = {x.weight: "readers" for branch in layout.branches for x in branch.reads}
-    return reads | {x.weight: "writers" for branch in layout.branches for x in branch.writes}
-
-
-def _planned_rows(
-    planned: Mapping[str, PlannedTensor], base: Checkpoint
-) -> Callable[[str, int, int], Tensor]:
-    def read(name: str, start: int, stop: int) -> Tensor:
-        if name not in planned:
-            return base.read_rows(name, start, stop).to(torch.float64)
-        value = planned[name].value()
-        return value.reshape(value.shape[0], -1)[start:stop]
-
-    return read

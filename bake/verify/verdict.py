@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from bake.verify.evidence import ControlRun, Evidence
+from bake.verify.broken import ControlRun
+from bake.verify.evidence import Evidence
 from bake.verify.fixed_point import distance
 from bake.verify.greedy import agreement
 from bake.verify.inputs import Inputs

@@ -1,0 +1,180 @@
+"""Broken plans, run in the place of the sound one: what a verification has to tell from it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from bake.checkpoints import Checkpoint
+from bake.checkpoints.planned import PlannedTensor, base_rows
+from bake.families import Layout
+from bake.sites import Site
+from bake.verify import controls
+from bake.verify.controls import Control, Spoiling
+from bake.verify.metrics import largest_difference, mean_kl
+from bake.verify.runner import Runner
+from bake.verify.runs import Batch, Trace, batches_of
+from bake.verify.stored.files import untied
+
+FEW = 2
+"""Prompts that broken plans are run on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ControlRun:
+    """One broken plan, in float64. Its logits are not kept: there may be many of them."""
+
+    kind: str
+    tensor: str
+    difference: float
+    """max |Δlogit| from what the plan is held against."""
+    kl: float | None
+    """Mean over tokens of KL(hooked ‖ broken) in nats, where the plan is judged by that."""
+    share: float | None
+    """The same over that of the base on the same tokens."""
+    streams: Mapping[Site, Tensor]
+    """At the sites that were asked for."""
+    seconds: float
+    """Spent in the model's own forward passes."""
+
+
+@dataclass(frozen=True, eq=False)
+class BrokenPlans:
+    """What breaks the plan of one verification, and runs it.
+
+    Where stand-ins were fitted, every one of them is forgotten once: each says what it is worth.
+    A relocated plan is judged by what it loses of the effect, beside which one tensor of one block
+    may be little: all readers, all writers or all norms are broken at once. The others are run on
+    the first few prompts, which are enough to tell them.
+    """
+
+    runner: Runner
+    sites: Sequence[Site]
+    """Stream sites to record."""
+    base: Trace
+    """The base model in float64, as the other three."""
+    hooked: Trace
+    planned: Trace
+    meant: Trace
+    """What the plan is held against."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the plan's stand-ins were fitted."""
+        return self.runner.inputs.artifact.fitted is not None
+
+    @property
+    def relocated(self) -> bool:
+        """Whether the plan is judged by what it loses of the effect."""
+        return self.runner.inputs.artifact.exactness == "relocated"
+
+    @cached_property
+    def tensors(self) -> Mapping[str, PlannedTensor]:
+        """What the plan changes, by name."""
+        return self.runner.inputs.planned.model.tensors
+
+    @cached_property
+    def spoiling(self) -> Spoiling:
+        """What mistakes are made of."""
+        inputs, planned = self.runner.inputs, self.tensors
+        rows = partial(base_rows, inputs.base, planned)
+        tied = untied(inputs.layout, planned)
+        return Spoiling(planned, rows, _planned_rows(planned, inputs.base), tied)
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """What broken plans are run on."""
+        runner = self.runner
+        return runner.batches if self.fitted else batches_of(runner.transcript.tokens[:FEW])
+
+    @cached_property
+    def sound(self) -> Tensor:
+        """The planned model's logits over these batches: in others the same tokens round apart."""
+        if self.fitted:
+            return self.planned.logits
+        name = "planned model, first prompts"
+        return self.runner.trace(name, "planned", torch.float64, batches=self.batches).logits
+
+    @cached_property
+    def roles(self) -> Mapping[str, str]:
+        """Which tensors are broken together, by name."""
+        return _roles(self.runner.inputs.layout) if self.relocated else {}
+
+    @cached_property
+    def effect(self) -> float:
+        """Mean KL(hooked ‖ base) over these batches."""
+        count = len(self.sound)
+        return mean_kl(self.hooked.logits[:count], self.base.logits[:count])
+
+    def runs(self) -> list[ControlRun]:
+        """Return broken plans whose change the prompts reach, one of each kind."""
+        inputs, planned = self.runner.inputs, self.tensors
+        in_base, tied = inputs.base.tensors.__contains__, self.spoiling.tied
+        found = []
+        for group in controls.groups_of(planned, in_base, tied, inputs.planned.model.digest):
+            kind = group[0].kind
+            if kind == controls.BLOCK:
+                continue  # a mistake of files
+            every = self.fitted and not inputs.streamed
+            each = len(group) if every and kind in (controls.TENSOR, controls.BIAS) else 1
+            runs = controls.sample([group], each, partial(self.run, group))
+            found += [run for _, run in runs]
+        return found
+
+    def run(self, group: Sequence[Control], control: Control) -> ControlRun | None:
+        """Return what a broken plan says, or None where nothing of it is broken.
+
+        Args:
+            group: the controls of one kind.
+            control: one of them.
+        """
+        name, tensor = f"control: {control.kind}, {control.tensor}", control.tensor
+        if torch.equal(controls.values(self.spoiling, control)(), self.tensors[tensor].value()):
+            return None  # of a bias that is zero nothing can be forgotten
+        role = self.roles.get(tensor)
+        spoiled = [x for x in group if x == control or (role and self.roles.get(x.tensor) == role)]
+        trace = self.runner.trace(
+            name,
+            "planned",
+            torch.float64,
+            batches=self.batches,
+            sites=self.sites,
+            tensors={one.tensor: controls.values(self.spoiling, one) for one in spoiled},
+        )
+        # An expert that no token is sent to cannot be seen to be wrong: take the next.
+        if torch.equal(trace.logits, self.sound):
+            return None
+        judged = self.fitted or self.relocated
+        kl = mean_kl(self.hooked.logits[: len(self.sound)], trace.logits) if judged else None
+        return ControlRun(
+            control.kind,
+            tensor if len(spoiled) == 1 else f"{tensor} and {len(spoiled) - 1} other {role}",
+            largest_difference(trace.logits, self.meant.logits[: len(self.sound)]),
+            kl,
+            kl / self.effect if kl is not None and self.effect else None,
+            trace.streams,
+            trace.seconds,
+        )
+
+
+def _roles(layout: Layout) -> dict[str, str]:
+    """Return which tensors read the stream, which write it, and which are its norms' gains."""
+    norms = [layout.final_norm, *(norm for branch in layout.branches for norm in branch.norms)]
+    gains = {norm.weight: "norms" for norm in norms}
+    reads = {x.weight: "readers" for branch in layout.branches for x in branch.reads}
+    writes = {x.weight: "writers" for branch in layout.branches for x in branch.writes}
+    return gains | reads | writes
+
+
+def _planned_rows(
+    planned: Mapping[str, PlannedTensor], base: Checkpoint
+) -> Callable[[str, int, int], Tensor]:
+    def read(name: str, start: int, stop: int) -> Tensor:
+        if name not in planned:
+            return base.read_rows(name, start, stop).to(torch.float64)
+        value = planned[name].value()
+        return value.reshape(value.shape[0], -1)[start:stop]
+
+    return read
