@@ -20,7 +20,7 @@ def found(architecture: str, seeds: range, folder: Path) -> Counter[str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_merge_is_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
     results = found(architecture, range(SAMPLES), tmp_path)
-    assert results["merged"] >= SAMPLES / 3, results  # what refuses everything proves nothing
+    assert results["merged"] >= SAMPLES / 4, results  # what refuses everything proves nothing
 
 
 @pytest.mark.slow
@@ -28,4 +28,4 @@ def test_a_merge_is_what_peft_computes_or_refused(architecture: str, tmp_path: P
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_many_merges_are_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
     results = found(architecture, range(1000, 1000 + MANY), tmp_path)
-    assert results["merged"] >= MANY / 3, results
+    assert results["merged"] >= MANY / 4, results
