@@ -196,7 +196,10 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
         ),
         (
             EDIT + '[export]\nallow = ["guessing"]\n',
-            ["[export]: allow holds 'guessing'", "known are recast, relocate, widen, nulling, approximate"],
+            [
+                "[export]: allow holds 'guessing'",
+                "known are recast, relocate, widen, nulling, approximate",
+            ],
         ),
         ("\ufeff", ["begins with a byte order mark", "save it as UTF-8 without one"]),
         ("[[edits]\n", ["recipe.toml: the recipe is not valid TOML", "line"]),
