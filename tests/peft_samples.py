@@ -237,6 +237,29 @@ def drop(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def unread(base: Base, adapter: Path) -> bool:
+    """Whether the model computes without calling one of PEFT's layers: no sum of weights is that.
+
+    Asked of the model at work, and of nothing that bake reads off its source.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    with peft_warnings():
+        try:
+            model = PeftModel.from_pretrained(copy.deepcopy(base.model), str(adapter))
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+            return False
+    called: set[str] = set()
+    layers = [path for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for path in layers:
+        model.get_submodule(path).register_forward_hook(
+            lambda *_, path=path: called.add(path)  # type: ignore[misc]
+        )
+    logits_of(model.double().eval())
+    return not called.issuperset(layers)
+
+
 def sample(seed: int, architecture: str, folder: Path) -> str:
     """Merge one random adapter, and return what came of it.
 
@@ -266,7 +289,7 @@ def sample(seed: int, architecture: str, folder: Path) -> str:
         merge_adapter(adapter, open_checkpoint(base.path), out)
     except BakeError as error:
         assert error.what and not out.exists()
-        return f"refused: {error.what}"
+        return "not read" if unread(base, adapter) else f"refused: {error.what}"
     with peft_warnings():
         model = PeftModel.from_pretrained(
             copy.deepcopy(base.model), str(adapter), autocast_adapter_dtype=False

@@ -16,11 +16,16 @@ def found(architecture: str, seeds: range, folder: Path) -> Counter[str]:
     return Counter(sample(seed, architecture, folder).partition(":")[0] for seed in seeds)
 
 
+def check(results: Counter[str], count: int) -> None:
+    """Require that a third is merged, of what weights can hold: refusing all proves nothing."""
+    assert results["merged"] >= (count - results["not read"]) / 3, results
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_merge_is_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
     results = found(architecture, range(SAMPLES), tmp_path)
-    assert results["merged"] >= SAMPLES / 4, results  # what refuses everything proves nothing
+    check(results, SAMPLES)
 
 
 @pytest.mark.slow
@@ -28,4 +33,4 @@ def test_a_merge_is_what_peft_computes_or_refused(architecture: str, tmp_path: P
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_many_merges_are_what_peft_computes_or_refused(architecture: str, tmp_path: Path) -> None:
     results = found(architecture, range(1000, 1000 + MANY), tmp_path)
-    assert results["merged"] >= MANY / 4, results
+    check(results, MANY)

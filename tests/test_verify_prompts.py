@@ -29,7 +29,7 @@ from bake.verify.prompts import (
 )
 from bake.verify.runs import batches_of, run
 from bake.verify.scores import scorer
-from bake.verify.tokenizer import CHAT, PLAIN
+from bake.verify.tokenizer import CHAT, PLAIN, load_tokenizer
 
 
 class Tokenizer:
@@ -120,6 +120,19 @@ def test_a_chat_that_ends_in_the_models_words_asks_for_no_more(
 @pytest.fixture
 def real(tmp_path: Path) -> Any:
     return write_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_is_read_again_where_its_folder_has_changed(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    first = load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path) is first
+    # A cache may hold links whose files are gone.
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    second = load_tokenizer(tmp_path)
+    assert second is not first and second.chat_template != first.chat_template
+    with pytest.raises(InputError, match="no tokenizer that transformers loads"):
+        load_tokenizer(tmp_path / "missing")
 
 
 def test_real_text_through_a_real_template(real: Any, tmp_path: Path) -> None:

@@ -81,6 +81,28 @@ def test_a_bias_that_is_zero_is_no_control(
     assert "forgotten bias" in told.name and told.value > 1e3 * told.limit
 
 
+def test_an_expert_that_no_token_is_sent_to_is_no_control(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of forty experts the first prompts reach a few: a mistake in another one cannot be seen.
+
+    The first prompts are run among others once, and alone with a broken plan: prompts of several
+    lengths, so that they are padded otherwise.
+    """
+    base = base_at(tiny_checkpoint("mixtral", num_local_experts=40, dtype=torch.float32))
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), ["mlp_out.*"])]
+    out = bake(base, plan_of(base, edits), tmp_path / "out")
+    prompts = [[5], [6, 7], list(range(1, 40)), list(range(2, 30))]
+    said: list[str] = []
+    asked = Verification(out, base=str(base.path), prompts=prompts, generate=0, remark=said.append)
+    report = judged(asked)
+    assert report.verdict == "passed", report.answers
+    plan = rows(report, "plan control")
+    assert all(found.passed for found in plan.values())
+    # The effect: some were tried that nothing came of.
+    assert sum("control: forgotten tensor" in line or "flipped" in line for line in said) > 2
+
+
 def test_a_control_is_the_bake_that_it_says(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

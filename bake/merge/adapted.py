@@ -29,7 +29,6 @@ def merge_work(adapter: Path, base: Checkpoint) -> Work:
         return len(set(same.record((one, two)).values())) == 1
 
     skeleton = skeleton_of(base.config, base.tensors, equal, where=base.source)
-    skeleton.tied  # noqa: B018  before PEFT's layers are in the model
     found = changes_of(skeleton, adapter, config)
     work = work_of(base, skeleton, found, str(adapter / WEIGHTS))
     if not work.items:

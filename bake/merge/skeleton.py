@@ -10,7 +10,6 @@ beside transformers' own is run.
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,20 +33,14 @@ class Skeleton:
         disk: the name in the files of a parameter that lies there as it is.
         converted: the names of those that a parameter is put together from.
         names: how transformers renames what it reads.
+        tied: the parameters that are one and the same, all of them under each one's name.
     """
 
     model: "PreTrainedModel"
     disk: Mapping[str, str]
     converted: Mapping[str, tuple[str, ...]]
     names: "_Names"
-
-    @cached_property
-    def tied(self) -> Mapping[str, tuple[str, ...]]:
-        """The parameters that are one and the same, all of them under each one's name."""
-        found: dict[int, list[str]] = {}
-        for key, value in self.model.state_dict(keep_vars=True).items():
-            found.setdefault(id(value), []).append(key)
-        return {key: tuple(keys) for keys in found.values() for key in keys}
+    tied: Mapping[str, tuple[str, ...]]
 
     def held(self, key: str) -> bool:
         """Whether the files hold a parameter, under its own name or that of one that it is."""
@@ -99,7 +92,15 @@ def skeleton_of(
             converted[target] = (*converted.get(target, ()), name)
     disk = {key: name for key, name in disk.items() if key in renaming.state}
     _tie(model, disk, converted, equal)
-    return Skeleton(model, disk, converted, renaming)
+    # Settled here: PEFT's layers change what the model's parameters are called.
+    return Skeleton(model, disk, converted, renaming, _tied(model))
+
+
+def _tied(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    found: dict[int, list[str]] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(value), []).append(key)
+    return {key: tuple(keys) for keys in found.values() for key in keys}
 
 
 def _on_meta(config: Mapping[str, Any], tensors: int, where: str) -> "PreTrainedModel":

@@ -36,8 +36,6 @@ class ControlRun:
     """The same over that of the base on the same tokens."""
     streams: Mapping[Site, Tensor]
     """At the sites that were asked for."""
-    seconds: float
-    """Spent in the model's own forward passes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +129,9 @@ class BrokenPlans:
             control: one of them.
         """
         name, tensor = f"control: {control.kind}, {control.tensor}", control.tensor
-        if torch.equal(controls.values(self.spoiling, control)(), self.tensors[tensor].value()):
-            return None  # of a bias that is zero nothing can be forgotten
+        # Of a bias that is zero nothing can be forgotten, and a config flag may demand dozens.
+        if control.kind == controls.BIAS and self._is_sound(control):
+            return None
         role = self.roles.get(tensor)
         spoiled = [x for x in group if x == control or (role and self.roles.get(x.tensor) == role)]
         trace = self.runner.trace(
@@ -155,8 +154,11 @@ class BrokenPlans:
             kl,
             kl / self.effect if kl is not None and self.effect else None,
             trace.streams,
-            trace.seconds,
         )
+
+    def _is_sound(self, control: Control) -> bool:
+        spoiled = controls.values(self.spoiling, control)()
+        return torch.equal(spoiled, self.tensors[control.tensor].value())
 
 
 def _roles(layout: Layout) -> dict[str, str]:

@@ -45,21 +45,12 @@ class Evidence:
     controls: list[ControlRun] = field(default_factory=list)
     draws: list[Divergence] = field(default_factory=list)
     """The hooked base with its own weights moved by rounding, each a draw of its own."""
+    seconds: float = 0.0
+    """Spent in the models' own forward passes, by all runs."""
 
     def divergence(self, name: str) -> Divergence:
         """Return how far one of ``compared`` lies from the hooked model."""
         return split(torch.tensor(self.compared[name].kl), self.transcript.speaking)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in the models' own forward passes."""
-        runs: list[Trace | ControlRun | Generated | None] = [
-            *dict.fromkeys((self.base, self.hooked, self.planned, self.meant, self.narrow)),
-            self.stored,
-            *self.controls,
-            *self.texts.values(),
-        ]
-        return sum(run.seconds for run in runs if run is not None)
 
 
 def collect(runner: Runner) -> Evidence:
@@ -95,6 +86,7 @@ def collect(runner: Runner) -> Evidence:
     for name, trace in others.items():
         hidden = hooked.streams[last], trace.streams[last]
         evidence.compared[name] = compare_logits(hooked.logits, trace.logits, hidden=hidden)
+    evidence.seconds = runner.seconds
     runner.release()
     return evidence
 

@@ -38,6 +38,8 @@ class Runner:
         self.transcript: Transcript = unanswered(inputs.prompts.tokens)
         """What the models are run on; the answers come with the first run of the reference."""
         self.store = Store(inputs.asked.resume, _question(inputs))
+        self.seconds = 0.0
+        """Spent in the models' own forward passes, by earlier attempts too."""
         self._live: tuple[Source, torch.dtype, Live] | None = None
 
     @property
@@ -121,6 +123,7 @@ class Runner:
         label = f"{name} in {dtype_name(dtype)}"
         kept = self.store.load(label)
         if kept is not None:
+            self.seconds += kept[1]
             return trace_of(*kept)
         self.inputs.asked.remark(label)
         live = self._held(source, dtype)
@@ -128,21 +131,14 @@ class Runner:
             trace = run(live, batches or self.batches, edits, sites=sites, writes=writes)
         # Of a widened stream, what the base has too.
         trace = trace.narrowed(self.inputs.layout.hidden)
+        self.seconds += trace.seconds
         self.store.save(label, trace.tensors(), trace.seconds)
         return trace
 
-    def reference(
-        self,
-        dtype: torch.dtype,
-        purpose: str = "",
-        *,
-        sites: Sequence[Site] = (),
-        tensors: Values | None = None,
-    ) -> Trace:
-        """Return a run of the reference, as ``trace`` returns one; ``purpose`` tells it apart."""
+    def reference(self, dtype: torch.dtype, *, sites: Sequence[Site] = ()) -> Trace:
+        """Return a run of the reference, as ``trace`` returns one."""
         name, source, edits = self._reference
-        name = f"base and {name}{purpose}"
-        return self.trace(name, source, dtype, edits, sites=sites, tensors=tensors)
+        return self.trace(f"base and {name}", source, dtype, edits, sites=sites)
 
     def greedy(
         self,
@@ -157,10 +153,12 @@ class Runner:
         kept = self.store.load(f"{label}, {count}")
         if kept is not None:
             (tensors, seconds) = kept
+            self.seconds += seconds
             tokens, margins = (tensors[key].tolist() for key in ("tokens", "margins"))
             return Generated(tuple(map(tuple, tokens)), tuple(map(tuple, margins)), seconds)
         self.inputs.asked.remark(label)
         text = generate(self.model(source, torch.float32), prompts, count, edits)
+        self.seconds += text.seconds
         numbers = {"tokens": torch.tensor(text.tokens), "margins": torch.tensor(text.margins)}
         self.store.save(f"{label}, {count}", numbers, text.seconds)
         return text

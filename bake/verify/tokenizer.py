@@ -24,16 +24,10 @@ def load_tokenizer(out: Path) -> Any:
     Raises:
         InputError: transformers loads none.
     """
-    return _loaded(out, tuple((f.name, f.stat().st_mtime_ns) for f in sorted(out.iterdir())))
-
-
-@lru_cache(maxsize=2)
-def _loaded(out: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
-    """Return a tokenizer, once for every state of its folder: it takes seconds."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
+        # Not through links: a cache may hold some whose files are gone.
+        state = tuple((f.name, f.lstat().st_mtime_ns) for f in sorted(out.iterdir()))
+        return _loaded(out, state)
     except (OSError, ValueError) as error:
         raise InputError(
             "the artifact has no tokenizer that transformers loads",
@@ -41,6 +35,14 @@ def _loaded(out: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
             why=str(error).partition("\n")[0],
             fix="leave --prompts out to measure on random tokens",
         ) from error
+
+
+@lru_cache(maxsize=2)
+def _loaded(out: Path, state: tuple[tuple[str, int], ...]) -> Any:
+    """Return a tokenizer, once for every state of its folder: it takes seconds."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(out, local_files_only=True, trust_remote_code=False)
 
 
 def encoded(tokenizer: Any, kind: str, value: Any, where: str) -> tuple[list[int], str]:
