@@ -1,12 +1,14 @@
 """Write the JSON Schemas of a record and of a recipe anew: ``python docs/make_schemas.py``."""
 
 import json
+import sys
 from pathlib import Path
 
-from bake.artifact.schema import Record, json_schema
-from bake.recipe.schema import recipe_schema
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # these classes, whatever bake is installed
+
+from bake.artifact.schema import Record, json_schema  # noqa: E402
+from bake.recipe.schema import recipe_schema  # noqa: E402
 
 
 def schemas() -> dict[str, str]:

@@ -132,17 +132,6 @@ class Layout:
         return self.unembed.weight in self.shapes
 
     @property
-    def stems(self) -> Mapping[str, str]:
-        """The name of a module's tensors without ``.weight``, by its path in a live model."""
-        found = {self.embed_live: self.embed}
-        found |= dict(zip(self.family.embed.positions, self.positions, strict=True))
-        linears = (self.unembed, *self.linears)
-        found |= {linear.live: linear.weight for linear in linears if linear.live is not None}
-        norms = [norm for b in self.branches for norm in (b.norm_in, b.norm_out) if norm]
-        found |= {norm.live: norm.weight for norm in (*norms, self.final_norm)}
-        return {live: weight.removesuffix(".weight") for live, weight in found.items()}
-
-    @property
     def hidden(self) -> int:
         """Width of the residual stream."""
         return self.dims["hidden"]

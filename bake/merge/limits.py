@@ -81,9 +81,6 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
         yield rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
-_COUNTS = ("layer", "block", "depth", "expert", "head")
-
-
 class _Counted(TorchFunctionMode):
     """Counts the tensors that are made, and stops at too many."""
 
