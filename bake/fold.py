@@ -5,6 +5,7 @@ a row act on a tile alone. A thin map across rows, I + L R, needs R W first: one
 accumulates it, a second one writes. Only a dense map across rows holds the matrix.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,16 +44,35 @@ class WeightFold:
         assert not self.table or (self.output_axis == 1 and self.input is None)
 
 
-def padded(read: ReadRows, shape: Sequence[int], wide: Sequence[int]) -> ReadRows:
-    """Return a reader of a matrix with zeros behind its last rows and columns, up to a shape."""
+def padded(
+    read: ReadRows,
+    shape: Sequence[int],
+    wide: Sequence[int],
+    places: Sequence[Sequence[int] | None] = (None, None),
+) -> ReadRows:
+    """Return a reader of a matrix that has zeros where it is wider.
+
+    Args:
+        read: reads the rows of the matrix.
+        shape: its shape.
+        wide: the shape with the zeros.
+        places: for each axis, in rising order, where its rows or columns are; None for the first.
+    """
     if tuple(shape) == tuple(wide):
         return read
+    rows, columns = (
+        range(size) if place is None else place for size, place in zip(shape, places, strict=True)
+    )
+    index = torch.tensor(columns)
 
     def wider(start: int, stop: int) -> Tensor:
         tile = torch.zeros(stop - start, wide[1], dtype=torch.float64)
-        last = min(stop, shape[0])
-        if last > start:
-            tile[: last - start, : shape[1]] = read(start, last)
+        first, last = bisect_left(rows, start), bisect_left(rows, stop)
+        if last > first:
+            own = torch.tensor(rows[first:last]) - start
+            part = tile.new_zeros(last - first, wide[1])
+            part[:, index] = read(first, last).to(torch.float64)
+            tile[own] = part
         return tile
 
     return wider

@@ -6,7 +6,7 @@ The double is derived from the definition alone: it shares nothing with the plan
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,29 @@ from harness import (
     plan_of,
     vector,
 )
+from msgspec import structs
 from torch import Tensor
 
 from bake import edits
 from bake.affine import AffineMap
 from bake.jobs.planned import judged
-from bake.plan import Exactness, Plan
+from bake.plan import ConfigChange, Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes
+from bake.plan.emit import assemble
+from bake.plan.hooks import Hooks
 from bake.plan.lowrank import rank_of
+from bake.plan.pieces import Context
 from bake.plan.relocate import carried, null_rank, stretch
+from bake.plan.stream import fold_stream
+from bake.plan.widen import widened
 from bake.verify.precision import double_precision
 from bake.verify.verification import Verification
 
 ALPHA = 2.0**-6  # in place, of what is stored in float64
 FREE = 0.375
-FAMILIES = ("llama", "mistral", "qwen2", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "phi3", "mixtral", "gemma", "qwen3")
 BIASED = {"llama", "smollm3"}
+WIDENED = tuple(family for family in tiny.FAMILIES if tiny.TABLES[family].widen is not None)
 
 
 @dataclass(eq=False)
@@ -82,7 +89,7 @@ class Double:
     def norm(self, point: int) -> Callable[..., Tensor]:
         def measured(module: Any, args: Any, out: Tensor) -> Tensor:
             own, other = (
-                t.pow(2).mean(-1, keepdim=True) + module.variance_epsilon
+                t.pow(2).mean(-1, keepdim=True) + epsilon(module)
                 for t in (args[0], self.seen(args[0], point))
             )
             return out * (own / other).sqrt()
@@ -129,6 +136,11 @@ class Double:
                 points = 2 * len(model.model.layers)
                 put(model.model.norm.register_forward_hook(self.norm(points)))
             yield
+
+
+def epsilon(norm: Any) -> float:
+    found: float = getattr(norm, "variance_epsilon", None) or norm.eps
+    return found
 
 
 def doubled(base: Base, double: Double) -> Tensor:
@@ -241,6 +253,7 @@ def test_what_is_not_allowed_is_refused_with_the_way_out(
         (finding,) = plan_of(base, [found]).findings
         assert finding.exactness is Exactness.IMPOSSIBLE and finding.remedy is not None
         assert ("relocate" in finding.remedy) == offered, family
+        assert "widen" in finding.remedy
         allowed = plan_of(base, [found], allow=("relocate",)).exactness
         assert (allowed is Exactness.RELOCATED) == offered, family
 
@@ -441,7 +454,7 @@ def test_a_model_is_widened_only_where_something_would_be_left(
 ) -> None:
     base = base_at(tiny_checkpoint("llama"))
     width = base.layout.hidden
-    for name, at, widened in (
+    for name, at, grows in (
         ("half", "resid_post.1", False),
         ("ablation", "resid", False),
         ("ablation", ("resid_post.1", "resid_mid.2", "resid_post.2"), False),
@@ -449,18 +462,69 @@ def test_a_model_is_widened_only_where_something_would_be_left(
         ("ablation", ("resid_post.0", "resid_post.1", "resid_post.2"), True),
     ):
         plan = plan_of(base, [edit(base, "linear", edit_of(name, width), at)], allow=("widen",))
-        assert plan.widened == widened, (name, at)
+        assert plan.widened == grows, (name, at)
         assert plan.exactness is not Exactness.IMPOSSIBLE
 
 
+def unedited(base: Base) -> Plan:
+    """Return a plan that widens a model and does nothing else."""
+
+    def read(name: str) -> Tensor:
+        return base.checkpoint.read(name).to(torch.float64)
+
+    wide, config = widened(base.layout, 1), base.checkpoint.config
+    assert wide is not None
+    hooks, gain = Hooks([], wide.layout), wide.gain(read)
+    stream = fold_stream(wide.layout, hooks, nulling=False)
+    made = wide.completed(assemble(Context(wide.layout, hooks, stream, gain)), gain, ())
+    changes = wide.config(config)
+    if made.untied:
+        changes += (ConfigChange("tie_word_embeddings", True, False),)
+    return Plan(wide.layout, (), made.tensors, made.biases, changes, (), (), (), 0)
+
+
+@pytest.mark.parametrize("family", WIDENED)
+def test_a_widened_model_without_an_edit_is_the_same_model(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    plan, plain = unedited(base), plain_logits(base)
+
+    def off(broken: Plan, folder: str) -> float:
+        with torch.no_grad(), double_precision():
+            model = tiny.load(bake(base, broken, tmp_path / folder))
+            out = model(tiny.tokens(), use_cache=False).logits
+        return distance(out, plain) / float(plain.abs().max())
+
+    assert tiny.config_of(bake(base, plan, tmp_path / "out"))[base.layout.family.dims.hidden] > 32
+    assert off(plan, "sound") <= 1e-12
+    # Of what makes up for the width, all that a family has does something.
+    assert base.layout.family.widen is not None
+    eps = base.layout.family.widen.eps
+    forgotten = {"eps": replace(plan, config=tuple(c for c in plan.config if c.key != eps))}
+    for update in plan.tensors:
+        if update.replacement is not None and "scales" not in forgotten:
+            others = tuple(u for u in plan.tensors if u is not update)
+            plainly = replace(update, replacement=update.replacement * 1.001)
+            forgotten["scales"] = replace(plan, tensors=(*others, plainly))
+        elif update.outputs and update.name not in forgotten:
+            others = tuple(u for u in plan.tensors if u is not update)
+            forgotten[update.name] = replace(plan, tensors=(*others, replace(update, outputs=())))
+    named = {name.split(".")[-2] if "." in name else name: one for name, one in forgotten.items()}
+    for name, broken in named.items():
+        assert off(broken, name) > 1e-10, name
+
+
 def test_a_family_that_nobody_has_widened_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
-    # Qwen3's norms inside the attention share their epsilon with those of the stream.
-    for family in ("mixtral", "qwen3"):
-        base = base_at(tiny_checkpoint(family))
-        asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
-        assert plan_of(base, asked, allow=("widen",)).exactness is Exactness.IMPOSSIBLE
-        plan = plan_of(base, asked, allow=("widen", "relocate"))
-        assert plan.exactness is Exactness.RELOCATED and not plan.widened
+    found = base_at(tiny_checkpoint("gpt2"))
+    table = structs.replace(found.layout.family, widen=None)
+    base = replace(found, layout=replace(found.layout, family=table))
+    asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
+    (finding,) = plan_of(base, asked, allow=("widen",)).findings
+    assert finding.exactness is Exactness.IMPOSSIBLE
+    assert finding.remedy is not None and "widen" not in finding.remedy
+    (finding,) = plan_of(found, asked).findings
+    assert finding.remedy is not None and "widen" in finding.remedy
 
 
 def test_a_widened_plan_is_a_checkpoint_and_nothing_else(

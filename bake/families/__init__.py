@@ -5,12 +5,20 @@ from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, r
 from bake.families.resolve import resolve
 from bake.families.runtime import DESCRIBED, READS, RUNTIMES, Runtime
 from bake.families.section import Json
-from bake.families.table import Family, GgufNames, Recast, configured, parse_family
+from bake.families.table import (
+    SQRT_HIDDEN,
+    Family,
+    GgufNames,
+    Recast,
+    configured,
+    parse_family,
+)
 
 __all__ = [
     "DESCRIBED",
     "READS",
     "RUNTIMES",
+    "SQRT_HIDDEN",
     "BiasSlot",
     "Branch",
     "Family",

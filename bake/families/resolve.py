@@ -8,7 +8,7 @@ from bake.errors import FamilyError
 from bake.families.claims import Claims
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, Shape
 from bake.families.section import Json
-from bake.families.settings import Settings, read_settings
+from bake.families.settings import Settings, inner_width, read_settings
 from bake.families.table import Family, LinearRow
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
@@ -146,7 +146,7 @@ class _Block:
         sites = tuple(Site(kind, self.layer) for kind in row.sites)
         hidden = self.settings.dims["hidden"]
         # What is not the stream has the width of the sites there, or any where there are none.
-        width = sum(self.settings.width(kind) for kind in row.sites) or None
+        width = sum(inner_width(self.settings.dims, kind) for kind in row.sites) or None
         outer, inner = (width, hidden) if reads else (hidden, width)
         output_axis = 0 if row.layout == "linear" else 1
         expected = (outer, inner) if output_axis == 0 else (inner, outer)
@@ -159,15 +159,15 @@ class _Block:
             shape=shape,
             output_axis=output_axis,
             bias=_bias(self.settings, self.claims, f"{name}.bias", row.bias, shape[output_axis]),
-            parts=_parts(self.settings, row, sites) if reads else (),
+            parts=parts_of(self.settings.dims, row, sites) if reads else (),
             input_site=sites[0] if sites and not reads else None,
             live={None: name, "": None}.get(row.live, f"{self.path}.{row.live}"),
         )
 
 
-def _parts(settings: Settings, row: LinearRow, sites: tuple[Site, ...]) -> tuple[Part, ...]:
+def parts_of(dims: Mapping[str, int], row: LinearRow, sites: tuple[Site, ...]) -> tuple[Part, ...]:
     """Return which rows of a fused layer each site has."""
-    widths = [settings.width(site.kind) for site in sites]
+    widths = [inner_width(dims, site.kind) for site in sites]
     if row.fuse == "concat":
         starts = [sum(widths[:i]) for i in range(len(widths))]
         return tuple(
@@ -175,14 +175,12 @@ def _parts(settings: Settings, row: LinearRow, sites: tuple[Site, ...]) -> tuple
             for site, start, width in zip(sites, starts, widths, strict=True)
         )
     # Head by head: rows [head, site, head_dim], as GPT-NeoX views its fused projection.
-    size, count = settings.dims["head_dim"], len(sites)
+    size, count = dims["head_dim"], len(sites)
     return tuple(
         Part(
             site,
             tuple(
-                (head * count + i) * size + j
-                for head in range(settings.dims["heads"])
-                for j in range(size)
+                (head * count + i) * size + j for head in range(dims["heads"]) for j in range(size)
             ),
         )
         for i, site in enumerate(sites)

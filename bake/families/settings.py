@@ -9,7 +9,7 @@ from msgspec import structs
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
 from bake.families.section import Json
-from bake.families.table import MISSING, Family, configured
+from bake.families.table import MISSING, SQRT_HIDDEN, Family, configured
 from bake.sites import SiteKind
 
 
@@ -25,14 +25,6 @@ class Settings:
     assumed: tuple[str, ...]
     """Keys that the table does not know and the user takes to change nothing."""
 
-    def width(self, kind: SiteKind) -> int:
-        """Return the width of the activations between a reader and a writer."""
-        if kind in (SiteKind.Q, SiteKind.Z):
-            return self.dims["heads"] * self.dims["head_dim"]
-        if kind in (SiteKind.K, SiteKind.V):
-            return self.dims["kv_heads"] * self.dims["head_dim"]
-        return self.dims["inner"]
-
     def number(self, value: float | str) -> float:
         """Return a factor that the table says itself, or by the key that holds it.
 
@@ -41,13 +33,22 @@ class Settings:
         """
         if isinstance(value, float):
             return value
-        if value == "sqrt_hidden":
+        if value == SQRT_HIDDEN:
             return math.sqrt(self.dims["hidden"])
         number = configured(self.family, self.config, value)
         real = isinstance(number, int | float) and not isinstance(number, bool)
         if not real or not math.isfinite(number):
             raise FamilyError(f"the key {value!r} is missing or no number", where="config.json")
         return float(number)
+
+
+def inner_width(dims: Mapping[str, int], kind: SiteKind) -> int:
+    """Return the width of the activations between a reader and a writer."""
+    if kind in (SiteKind.Q, SiteKind.Z):
+        return dims["heads"] * dims["head_dim"]
+    if kind in (SiteKind.K, SiteKind.V):
+        return dims["kv_heads"] * dims["head_dim"]
+    return dims["inner"]
 
 
 def read_settings(

@@ -86,6 +86,10 @@ class Widen(Table, frozen=True, kw_only=True):
 
     eps: str
     """The config key of the norms' epsilon."""
+    same_eps: Annotated[tuple[SiteKind, ...], Meta(extra={"meant": "no list of texts"})] = ()
+    """Readers' outputs that pass a norm of their own width with this epsilon."""
+    heads: bool = False
+    """Whether heads are added, since the class takes their size from the width of the stream."""
     run: Texts = ()
     """The runtimes that widened models have been run in, besides transformers."""
 
@@ -211,6 +215,7 @@ class Family(Table, frozen=True, kw_only=True):
         return "served" if self.runtimes or self.gguf is not None else "core"
 
 
+SQRT_HIDDEN = "sqrt_hidden"  # for a multiplier: the root of the stream's width
 MISSING = object()  # no value and no default: never equal to what a condition allows
 
 
@@ -230,6 +235,7 @@ def parse_family(text: str, where: str) -> Family:
     _check_flags(family, where)
     _check_runtimes(family, where)
     _check_gguf(family, where)
+    _check_widen(family, where)
     run = {name: family.run.get(name, ()) for name in RUNTIMES}
     return structs.replace(family, run=run)
 
@@ -262,6 +268,16 @@ def _check_runtimes(family: Family, where: str) -> None:
                         f"{key} names {module!r}, which is no linear layer of the table",
                         where=place,
                     )
+
+
+def _check_widen(family: Family, where: str) -> None:
+    """Require a way for heads to keep their size in a wider model."""
+    if family.widen is not None and not (family.widen.heads or family.dims.head_dim):
+        raise FamilyError(
+            "heads = true is missing, and [dims] names no head_dim",
+            where=f"{where} [widen]",
+            why="the class then takes the size of a head from the width of the stream",
+        )
 
 
 def _check_gguf(family: Family, where: str) -> None:

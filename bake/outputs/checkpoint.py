@@ -1,6 +1,6 @@
 """The checkpoint output: execute a plan on the bytes of a checkpoint."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -167,9 +167,15 @@ def _weight_tiles(
         reader = read if digests is None else digests.watched(update.source, read)
         reader = reader if shared is None else shared.watched(update, reader)
         shape = checkpoint.tensors[update.source].shape
-        yield from fold_weight(padded(reader, shape, update.shape), _fold_of(update))
+        places = _places(update.placed, update.output_axis)
+        yield from fold_weight(padded(reader, shape, update.shape, places), _fold_of(update))
 
     return produce
+
+
+def _places(placed: Sequence[int] | None, axis: int) -> tuple[Sequence[int] | None, ...]:
+    """Return where the base's rows and columns are in a wider matrix."""
+    return (placed, None) if axis == 0 else (None, placed)
 
 
 def _bias_tiles(
@@ -183,7 +189,8 @@ def _bias_tiles(
         bias = zeros
         if not update.create:
             own = checkpoint.read(update.name)
-            bias[: own.shape[0]] = own
+            places = range(own.shape[0]) if update.placed is None else update.placed
+            bias[torch.tensor(places)] = own.to(torch.float64)
         if digests is not None and not update.create:
             digests.add(update.name)
         shape = (1, 1) if update.weight is None else shapes[update.weight]
@@ -199,7 +206,7 @@ def _bias_tiles(
             return checkpoint.read_rows(update.weight, start, stop)
 
         of = shape if update.weight is None else checkpoint.tensors[update.weight].shape
-        rows = padded(read, of, shape)
+        rows = padded(read, of, shape, _places(update.placed, update.output_axis))
         yield fold_bias(bias, fold, read=rows, shift=update.shift, addend=update.addend)
 
     return produce

@@ -11,12 +11,11 @@ from bake.plan.emit import Assembly, assemble
 from bake.plan.hooks import Hooks
 from bake.plan.pieces import Context, Gain
 from bake.plan.recast import obstacle, recast_changes, recast_layout
-from bake.plan.relocate import null_rank
-from bake.plan.relocated import FREE, in_place, relocated
-from bake.plan.stream import Relocation, StreamFold, fold_stream
+from bake.plan.relocated import in_place, into, relocated
+from bake.plan.stream import StreamFold, fold_stream, most_fresh
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
-from bake.plan.widen import Wide, widened
+from bake.plan.widen import Wide, sees_mean, widened
 from bake.sites import Site
 
 IMPOSSIBLE = Exactness.IMPOSSIBLE
@@ -49,12 +48,14 @@ def compile_plan(
     """
     allowed = frozenset(allow)
     context, wide = _context(edits, layout, gain, allowed)
-    layout = context.layout
     assembly = assemble(context)
-    changes: tuple[ConfigChange, ...] = () if wide is None else wide.config(config)
-    flags = assembly.flags
     may_recast = assembly.found.slotless and "recast" in allowed
-    recast, notes = _recast(layout, config) if may_recast else (None, [])
+    recast, notes = _recast(context.layout, config) if may_recast else (None, [])
+    if assembly.found.slotless and recast is None and "widen" in allowed:
+        context, wide = _context(edits, layout, gain, allowed, constants=True)
+        assembly = assemble(context)
+    layout, flags = context.layout, assembly.flags
+    changes: tuple[ConfigChange, ...] = () if wide is None else wide.config(config)
     if recast is not None:
         changes = (*recast_changes(layout, recast, config), *changes)
         layout = recast_layout(layout, recast)
@@ -62,7 +63,7 @@ def compile_plan(
         flags = assembly.flags | set(layout.flags)
     if wide is not None:
         notes = [wide.note, *notes]
-        moved = sorted({one.hook.edit for one in context.stream.relocated})
+        moved = sorted(context.stream.relocated_edits())
         assembly = replace(wide, layout=layout).completed(assembly, context.gain, moved)
     biases = (*assembly.biases, *_companions(layout, assembly.biases, flags))
     plan = Plan(
@@ -80,7 +81,12 @@ def compile_plan(
 
 
 def _context(
-    edits: Sequence[Edit], layout: Layout, gain: Gain, allowed: Set[str]
+    edits: Sequence[Edit],
+    layout: Layout,
+    gain: Gain,
+    allowed: Set[str],
+    *,
+    constants: bool = False,
 ) -> tuple[Context, Wide | None]:
     """Return what is folded into what: the model as it is, or widened where edits need that."""
     hooks, nulling = Hooks(edits, layout), "nulling" in allowed
@@ -88,17 +94,34 @@ def _context(
     stream = fold_stream(layout, hooks, nulling=nulling, relocation=ways)
     # What leaves nothing behind it, as an invertible map or a suffix, is as good without.
     rest = any(one.carried.left and not one.cleared for one in stream.relocated)
-    if "widen" in allowed and rest:
-        fresh = sum(null_rank(one.hook.map, FREE) for one in stream.relocated)
-        wide = widened(layout, fresh)
-        if wide is not None:
-            hooks = Hooks([wide.edit(edit) for edit in edits], wide.layout)
-            ways = Relocation(FREE, FREE, wide.fresh)
-            stream = fold_stream(wide.layout, hooks, nulling=nulling, relocation=ways)
-            return Context(wide.layout, hooks, stream, wide.gain(gain)), wide
-        if "relocate" not in allowed:
-            stream = fold_stream(layout, hooks, nulling=nulling)
+    stuck = len(stream.failures) + len(stream.nulled)
+    if "widen" in allowed and (rest or stuck or constants):
+        found = _widened(edits, layout, gain, hooks, constants)
+        if found is not None and (rest or constants or len(found[0].stream.failures) < stuck):
+            return found
+    if "widen" in allowed and rest and "relocate" not in allowed:
+        stream = fold_stream(layout, hooks, nulling=nulling)
     return Context(layout, hooks, stream, gain), None
+
+
+def _widened(
+    edits: Sequence[Edit], layout: Layout, gain: Gain, hooks: Hooks, constants: bool
+) -> tuple[Context, Wide] | None:
+    """Return a model that is widened for some edits, or None where it cannot be."""
+    mean = sees_mean(edits, layout)
+
+    def folded(fresh: int) -> tuple[Context, Wide] | None:
+        wide = widened(layout, fresh, mean=mean)
+        if wide is None:
+            return None
+        own = Hooks([wide.edit(edit) for edit in edits], wide.layout)
+        ways = into(wide.units, layout.dtype, constants=constants)
+        stream = fold_stream(wide.layout, own, nulling=False, relocation=ways)
+        return Context(wide.layout, own, stream, wide.gain(gain)), wide
+
+    # First with all that edits may need, then with what they took of it.
+    found = folded(most_fresh(layout, hooks) + constants)
+    return None if found is None else folded(found[0].stream.taken)
 
 
 def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, list[str]]:
@@ -125,9 +148,8 @@ def _findings(edits: Sequence[Edit], stream: StreamFold, assembly: Assembly) -> 
         if not hard:
             places = {where for acting, where in assembly.found.places if index in acting}
             exactness, reason = _success(edit, index in stream.nulled, places)
-            moved = [one for one in stream.relocated if one.hook.edit == index]
-            if moved:
-                exactness, reason = Exactness.RELOCATED, relocated(moved, reason)
+            if index in stream.relocated_edits():
+                exactness, reason = Exactness.RELOCATED, relocated(stream, index, reason)
             yield Finding(index, edit.kind, edit.concept, edit.sites, exactness, reason)
 
 

@@ -44,6 +44,11 @@ class Context:
         remedy = "use an edit without a constant"
         if site.kind in STREAM_KINDS:
             remedy += ", or serve the offset as a llama.cpp control vector"
+            if self.layout.family.widen is not None:
+                remedy += (
+                    ', or allow = ["widen"], exact but for norms, which do not see the constant '
+                    "(docs/relocation.md)"
+                )
         return remedy
 
 

@@ -67,10 +67,12 @@ def _reading(context: Context, norm: Norm | None, fold: Fold) -> _Reading:
     if not frame.is_translation():
         gain, bias = context.norm_values(norm)
         # A rotation keeps the plan that artifacts of earlier versions name by its digest.
-        relocated = bool(context.stream.relocated) and norm.bias is None
-        passed = _passed(frame, gain) if relocated else None
+        passed = _passed(frame, gain) if context.stream.is_relocated() else None
         if passed is not None:
-            return _Reading(thin(chain([passed, map_], map_.width)), (norm.site,), turned_by)
+            # Behind the map the bias has to be what it was, where a norm has one.
+            behind = gain * fold.inverse.linear(bias / gain)
+            own = Pieces(tensors=norm_updates(context, norm, turned_by, gain, behind))
+            return _Reading(thin(chain([passed, map_], map_.width)), (norm.site,), turned_by, own)
         seen = chain([frame, DiagonalMap(gain, bias), map_], context.layout.hidden)
         ones, zeros = torch.ones_like(gain), torch.zeros_like(bias)
         plain = norm_updates(context, norm, turned_by, ones, zeros)

@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bake.checkpoints.dtypes import torch_dtype
 from bake.plan.relocate import stretch
-from bake.plan.stream import Relocated, Relocation
+from bake.plan.stream import Relocated, Relocation, StreamFold
 
 LEAST = 2.0**-6
 """α in place at least: a checkpoint in float32 may be served in bfloat16."""
@@ -26,18 +28,47 @@ def in_place(dtype: str) -> Relocation:
     return Relocation(max(LEAST, math.sqrt(roundoff)), FREE)
 
 
-def relocated(moved: Sequence[Relocated], places: str) -> str:
+def into(fresh: Float[Tensor, "m d"], dtype: str, *, constants: bool) -> Relocation:
+    """Return how edits are relocated into dimensions of their own.
+
+    What a writer before a norm keeps beside, ε of its size, its norm sees: ε² is the roundoff.
+    """
+    roundoff = torch.finfo(torch_dtype(dtype, where="the embedding")).eps / 2
+    least = 2.0 ** round(math.log2(math.sqrt(roundoff)))
+    return Relocation(FREE, FREE, fresh, least, constants)
+
+
+def relocated(stream: StreamFold, edit: int, places: str) -> str:
     """Return what a finding says of an edit that is relocated.
 
     Args:
-        moved: its hooks without an exact fold.
+        stream: the folded stream.
+        edit: its index.
         places: where it is folded into, in words.
     """
+    words = f"{places}; relocated"
+    moved = [one for one in stream.relocated if one.hook.edit == edit]
+    if moved:
+        words += _before(moved)
+    aside = [hook for hook in stream.aside if hook.edit == edit]
+    if aside:
+        first = min((hook.site for hook in aside), key=lambda site: site.order)
+        words += f": behind {first} it is applied by what reads the stream, and the norms see what "
+        words += "it removes as well"
+    for one in stream.constants:
+        if edit in one.edits:
+            words += f": its constant, {one.size:.3g} long, is read from a dimension that the "
+            words += f"embedding sets, and the norms behind {one.site} do not see it"
+            break
+    return words
+
+
+def _before(moved: Sequence[Relocated]) -> str:
     scales = [stretch(one.carried.forward) for one in moved]
     least, most = min(low for low, _ in scales), max(high for _, high in scales)
     left = max(0.0 if one.cleared else one.carried.left for one in moved)
     site = max((one.hook.site for one in moved), key=lambda site: site.order)
-    words = f"{places}; relocated: up to {site} the norms see a stream whose length is {least:.3g} "
+    words = f": up to {site} the norms see a stream whose length is {least:.3g} "
     words += f"to {most:.3g} times the hooked one's, as much of it as lies along the edit"
     aside = max((one.carried.scale for one in moved if one.fresh), default=0.0)
     if aside:

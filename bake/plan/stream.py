@@ -13,10 +13,15 @@ and the last term must not depend on the token. There are two ways:
 Where neither is there, and the recipe allows it, the stream before p lives in a frame that is no
 isometry, T_{p−1} = Ã⁻¹T_p with an Ã that stands for A (``bake.plan.relocate``). Then the norms
 before p see another length, and in place a part of the edit is left behind p, which readers that
-find the edited component known to be zero leave out.
+find the edited component known to be zero leave out. Where norms stand behind the writers, the
+stream after p is read in another frame instead (``bake.plan.aside``).
+
+A constant that no bias takes is read from one more dimension, which the embedding sets: then
+y_p = T_p z_p + C_p, with C_p the sum of such constants up to p.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -25,18 +30,22 @@ from torch import Tensor
 
 from bake.affine import AffineMap, LowRankMap, chain, identity, tolerance
 from bake.families import Branch, Layout
+from bake.plan.aside import Aside
 from bake.plan.hooks import Hook, Hooks
 from bake.plan.known import Known
 from bake.plan.lowrank import thin_factors
 from bake.plan.relocate import Carried, carried, null_rank, stretch
 from bake.sites import Site, SiteKind
 
+WIDEN = '; or allow = ["widen"], this edit but for what norms see of it (docs/relocation.md)'
 RELOCATE = (
-    '; or allow = ["widen"], this edit but for what norms see of it, or ["relocate"], without new '
-    "dimensions and with a few hundredths of it left (docs/relocation.md)"
+    '; or allow = ["relocate"], without new dimensions and with a few hundredths of it left '
+    "(docs/relocation.md)"
 )
 SETTLED = 1e-9
 """Of the constants before it, what a known value that is zero may be by rounding."""
+UNNOTICED = 2.0**-8
+"""Of the largest constant, what the embedding sets a dimension to: its energy counts 2⁻¹⁶ of it."""
 SMALLEST = 2.0**-12
 """The least share of its size at which a component is carried: what reads it multiplies the
 rounding of everything before by as much."""
@@ -69,7 +78,12 @@ class Fold:
     turned_by: frozenset[int]
     """The edits that T comes from, all of them at later points."""
     cleared_by: frozenset[int]
-    """Edits at this point or before, of which readers leave out what was left."""
+    """Edits at this point or before, of which readers leave out what was left, or which they
+    apply."""
+    aside: Aside
+    """What a writer into the point that ends in a norm becomes."""
+    aside_by: frozenset[int]
+    """The edits that this comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +93,16 @@ class Relocation:
     Attributes:
         place: α where a part of the edit is left behind it.
         free: α where nothing is.
-        fresh: how many of the stream's last dimensions are zero everywhere.
+        fresh: unit vectors, [m, d], along which the stream is zero everywhere.
+        least: ε, at which a writer keeps something beside what its norm is to see.
+        constants: whether a constant that no bias takes is read from the embedding.
     """
 
     place: float
     free: float
-    fresh: int = 0
+    fresh: Float[Tensor, "m d"] | None = None
+    least: float = 1.0
+    constants: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,6 +129,34 @@ class StreamFold:
     """Edits that are nulled where they cannot be exact."""
     relocated: list[Relocated] = field(default_factory=list)
     """Hooks that are relocated where they cannot be exact."""
+    aside: list[Hook] = field(default_factory=list)
+    """Hooks that readers behind them apply, since writers cannot."""
+    constants: list["Constant"] = field(default_factory=list)
+    """What is read from a dimension of the embedding."""
+    least: float = 1.0
+    """ε of the writers before norms."""
+    taken: int = 0
+    """How many fresh dimensions are in use."""
+
+    def is_relocated(self) -> bool:
+        """Whether the norms see another length than that of the hooked stream."""
+        return bool(self.relocated or self.aside or self.constants)
+
+    def relocated_edits(self) -> frozenset[int]:
+        """Return the edits that make it so."""
+        hooks = (*(one.hook for one in self.relocated), *self.aside)
+        constant = (edits for one in self.constants for edits in one.edits)
+        return frozenset({*(hook.edit for hook in hooks), *constant})
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A constant that enters the stream at a point and is in no bias."""
+
+    edits: frozenset[int]
+    site: Site
+    size: float
+    """Its length."""
 
 
 @lru_cache(maxsize=64)
@@ -130,11 +176,20 @@ def fold_stream(
         relocation: how an edit without an exact fold may be relocated; None refuses it.
     """
     found = _walked(layout, hooks, nulling, relocation, frozenset())
-    if relocation is None or relocation.fresh or not found.cleared:
+    # A norm's bias, too, passes what its readers leave out.
+    closed = layout.final_norm.bias is not None
+    if relocation is None or relocation.fresh is not None or closed or not found.cleared:
         return found.folded(frozenset())
     # What is left is left out by everybody, and the component need not be carried as small.
     cleared = frozenset(found.cleared)
     return _walked(layout, hooks, nulling, relocation, cleared).folded(cleared)
+
+
+def most_fresh(layout: Layout, hooks: Hooks) -> int:
+    """Return how many fresh dimensions edits of the stream take at most."""
+    found = [hook for sites in layout.points for hook in hooks.at(*sites)]
+    ranks = sum(thin_factors(hook.map)[0].shape[1] for hook in found)
+    return 2 * ranks if any(branch.norm_out for branch in layout.branches) else ranks
 
 
 def _walked(
@@ -151,6 +206,8 @@ def _walked(
             step.apply(hook)
         step.close(nulling=nulling)
         walk.known, walk.scale = step.known, step.scale
+        walk.moved, walk.moved_by = step.moved, step.moved_by
+        walk.aside, walk.aside_by = step.aside, step.aside_by
         walk.steps.append(step)
     walk.look_back()
     return walk
@@ -188,15 +245,33 @@ class _Walk:
         self.known, self.scale = Known(None, None), 0.0
         self.steps: list[_Point] = []
         self.turns: list[_Turn] = []
-        self.fresh_used = 0
         self.cleared: list[int] = []
+        self.result.least = 1.0 if relocation is None else relocation.least
+        self.unused = relocation.fresh if relocation and relocation.fresh is not None else None
+        self.unit = self.take(1) if relocation is not None and relocation.constants else None
+        """Along it the embedding is the same for every token."""
+        self.moved = torch.zeros(layout.hidden, dtype=torch.float64)
+        """The sum of all constants that are read from there, up to the walk's point."""
+        self.moved_by = frozenset[int]()
+        self.aside, self.aside_by = Aside.nothing(layout.hidden), frozenset[int]()
 
-    def relocatable(self, hook: Hook, point: int) -> bool:
-        """Whether the edit could be relocated, if that were allowed; of a full map none asks."""
+    def take(self, count: int) -> Tensor | None:
+        """Return some fresh dimensions, or None where there are no such many left."""
+        if self.unused is None or len(self.unused) < count:
+            return None
+        taken, self.unused = self.unused[:count], self.unused[count:]
+        return taken
+
+    def offers(self, hook: Hook, point: int) -> str:
+        """Return how the edit could be relocated, if that were allowed; of a full map none asks."""
         if 4 * thin_factors(hook.map)[0].shape[1] > self.layout.hidden:
-            return False  # its eigenvalues take longer than the plan
+            return ""  # its eigenvalues take longer than the plan
         found = carried(hook.map, SMALLEST)
-        return found is not None and _obstacle(self.layout, point, found.forward) is None
+        if found is None or self.unused is not None:
+            return ""
+        widen = WIDEN if self.layout.family.widen is not None else ""
+        passes = _obstacle(self.layout, point, found.forward) is None
+        return widen + (RELOCATE if self.relocation is None and passes else "")
 
     def relocate(self, hook: Hook, point: int) -> _Turn | None:
         """Return what stands for a hook on the skip path, or None where nothing may."""
@@ -204,20 +279,40 @@ class _Walk:
         if ways is None:
             return None
         number = sum(turn.carried is not None for turn in self.turns)
-        free = bool(ways.fresh) or number in self.small
+        free = ways.fresh is not None or number in self.small
         scale = ways.free if free else ways.place
         fresh, rank = None, 0
-        if ways.fresh:
-            rank, first = null_rank(hook.map, scale), self.layout.hidden - ways.fresh
-            unit = torch.eye(self.layout.hidden, dtype=torch.float64)[first + self.fresh_used :]
-            if len(unit) < rank:
+        if ways.fresh is not None:
+            rank = null_rank(hook.map, scale)
+            fresh = self.take(rank)
+            if fresh is None:
                 return None
-            fresh = unit
         found = carried(hook.map, scale, fresh)
         if found is None or _obstacle(self.layout, point, found.forward) is not None:
             return None
-        self.fresh_used += rank
         return _Turn(hook, point, found.forward, found.back, found, number, rank)
+
+    def ends_in_norms(self, point: int) -> bool:
+        """Whether edits at a point are left to readers behind it, since writers end in norms."""
+        if self.unused is None:
+            return False
+        return any(b.norm_out is not None for b in self.layout.branches if b.target <= point)
+
+    def put_aside(self, hook: Hook, point: int, aside: Aside) -> Aside | None:
+        """Return what becomes of the stream behind one more edit, or None for want of room."""
+        lasting = point + 1 < len(self.layout.points) and not self._again(hook, point)
+        place = self.take(thin_factors(hook.map)[0].shape[1] if lasting else 0)
+        if place is None:
+            return None
+        found = aside.after(hook.map, place)
+        spare = self.take(found.removes - len(found.spare))
+        return None if spare is None else replace(found, spare=torch.cat([found.spare, spare]))
+
+    def _again(self, hook: Hook, point: int) -> bool:
+        """Whether the same projection acts at the next point, and nothing does in between."""
+        here, there = (self.hooks.at(*self.layout.points[p]) for p in (point, point + 1))
+        alone = here[-1] is hook and bool(there) and there[0].map is hook.map
+        return alone and hook.map.is_idempotent()
 
     def look_back(self) -> None:
         """Note which relocations leave nothing that a reader behind them would see."""
@@ -239,9 +334,24 @@ class _Walk:
         for step in reversed(self.steps):
             edits = frozenset(hook.edit for hook in step.applied)
             clearing = [t for t in self.turns if t.number in cleared and t.point <= step.point]
-            seen = chain([frame, *(t.hook.map.without_bias() for t in clearing)], layout.hidden)
-            by = frozenset(turn.hook.edit for turn in clearing)
-            fold = Fold(step.linear, step.settled(), seen, inverse, edits, turned_by, by)
+            apart = [t.hook.map.without_bias() for t in clearing]
+            seen = chain([frame, *apart, step.aside.seen, self._constants(step)], layout.hidden)
+            by = frozenset(turn.hook.edit for turn in clearing) | step.aside_by | step.moved_by
+            constant = step.settled()
+            if step.point == 0 and self.unit is not None:
+                constant = constant + self._size() * self.unit[0]
+                edits |= self.steps[-1].moved_by
+            fold = Fold(
+                step.linear,
+                constant,
+                seen,
+                inverse,
+                edits,
+                turned_by,
+                by,
+                step.before,
+                step.before_by,
+            )
             self.result.folds.insert(0, fold)
             for hook in reversed(step.turning):
                 frame = turns[hook].back.after(frame)
@@ -251,8 +361,23 @@ class _Walk:
             if turn.carried is not None:
                 done = turn.number in cleared
                 self.result.relocated.append(Relocated(turn.hook, turn.carried, done, turn.fresh))
+        if self.unused is not None and self.relocation is not None:
+            assert self.relocation.fresh is not None
+            self.result.taken = len(self.relocation.fresh) - len(self.unused)
         self._check_stretch(inverse)
         return self.result
+
+    def _size(self) -> float:
+        """Return what the embedding sets, a power of two that no norm notices."""
+        largest = max(float(step.moved.norm()) for step in self.steps)
+        return 2.0 ** round(math.log2(largest)) * UNNOTICED if largest else 0.0
+
+    def _constants(self, step: "_Point") -> AffineMap:
+        """Return what adds the constants up to a point, read from the embedding."""
+        if self.unit is None or not bool(step.moved.any()):
+            return identity(self.layout.hidden)
+        zeros = torch.zeros_like(step.moved)
+        return LowRankMap(step.moved.unsqueeze(1) / self._size(), self.unit, zeros)
 
     def _check_stretch(self, inverse: AffineMap) -> None:
         """Refuse what would have to be carried so small that no storage type holds it."""
@@ -280,6 +405,9 @@ class _Point:
         layout, hooks = walk.layout, walk.hooks
         self.layout, self.hooks, self.point, self.known = layout, hooks, point, walk.known
         self.walk, self.result = walk, walk.result
+        self.aside, self.before = walk.aside, walk.aside
+        self.aside_by, self.before_by = walk.aside_by, walk.aside_by
+        self.moved, self.moved_by = walk.moved, walk.moved_by
         self.writes = [branch for branch in layout.branches if branch.target == point]
         self.linear: AffineMap = identity(layout.hidden)
         self.constant = torch.zeros(layout.hidden, dtype=torch.float64)
@@ -302,6 +430,18 @@ class _Point:
         """Pass one hook: the skip path by one of the two ways, the writes and constants through."""
         left, right = thin_factors(hook.map)
         fixed = self.known.constant(right)
+        if left.shape[1] and self.walk.ends_in_norms(self.point):
+            aside = self.walk.put_aside(hook, self.point, self.aside)
+            if aside is None:
+                self._refuse(hook)
+                return
+            self.aside, self.aside_by = aside, self.aside_by | {hook.edit}
+            self.result.aside.append(hook)
+            self.known = self.known.through(hook.map.without_bias())
+            self.constant = hook.map.linear(self.constant)
+            self._add(hook.map.bias)
+            self.moved = hook.map.linear(self.moved)
+            return
         if fixed is not None:
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
@@ -312,22 +452,26 @@ class _Point:
             self.known = self.known.turned(hook.map.linear(functionals))
             forward = hook.map.without_bias()
             self._turn(_Turn(hook, self.point, forward, forward.transpose(), None, -1, 0))
+            self.moved = hook.map.linear(self.moved)
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
         elif (turn := self.walk.relocate(hook, self.point)) is not None:
             assert turn.carried is not None
             self.known = self.known.through(hook.map.without_bias())
             self._turn(turn)
+            self.moved = hook.map.linear(self.moved)
             self.constant = hook.map.linear(self.constant)
             self._add(turn.carried.constant)
         else:
-            reason, remedy = _refusal(self.layout, self.point, hook.map)
-            if self.walk.relocation is None and self.walk.relocatable(hook, self.point):
-                remedy += RELOCATE
-            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
+            self._refuse(hook)
             return
         self.linear = hook.map.without_bias().after(self.linear)
         self.applied.append(hook)
+
+    def _refuse(self, hook: Hook) -> None:
+        reason, remedy = _refusal(self.layout, self.point, hook.map)
+        remedy += self.walk.offers(hook, self.point)
+        self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
 
     def _turn(self, turn: _Turn) -> None:
         self.walk.turns.append(turn)
@@ -349,6 +493,21 @@ class _Point:
         for rows in nulls:
             self.known = self.known.meet(rows)
         self.known = self.known.shifted(self.settled())
+        self._move_constant()
+
+    def _move_constant(self) -> None:
+        """Leave the constant of this point to its readers, where no bias takes it."""
+        constant = self.settled()
+        if self.walk.unit is None or self.point == 0 or not bool(constant.any()):
+            return
+        if holder(self.layout, self.point) is not None:
+            return
+        sites = *self.layout.points[self.point], *(b.output_site for b in self.writes)
+        edits = self.hooks.edits_at(*sites)
+        edits = edits & self.hooks.of_constants or edits
+        self.moved, self.moved_by = self.moved + constant, self.moved_by | edits
+        self.result.constants.append(Constant(edits, sites[0], float(constant.norm())))
+        self.constant = torch.zeros_like(constant)
 
     def settled(self) -> Tensor:
         """Return the constant of this point, zero where its terms cancel to rounding."""
@@ -383,8 +542,19 @@ class _Point:
                 "rescaled"
             )
         for hook in self.applied:
-            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
+            offers = self.walk.offers(hook, self.point)
+            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy + offers))
         return nothing
+
+
+def holder(layout: Layout, point: int) -> Branch | None:
+    """Return the branch whose writer's bias takes the constant of a stream point."""
+    # The last writer before the site comes first: an MLP's bias rather than an attention's.
+    for branch in reversed(layout.branches):
+        usable = branch.target == point and branch.norm_out is None and len(branch.writes) == 1
+        if usable and branch.writes[0].bias.state != "never":
+            return branch
+    return None
 
 
 def _obstacle(layout: Layout, point: int, turn: AffineMap) -> str | None:

@@ -76,6 +76,8 @@ class TensorUpdate:
     replacement: Float[Tensor, " d"] | None = None
     edits: tuple[int, ...] = ()
     """Indices of the plan's edits that the new value holds, in order."""
+    placed: Sequence[int] | None = None
+    """Where the base's outputs are in a wider tensor, in rising order; None for the first ones."""
 
     @property
     def create(self) -> bool:
@@ -103,6 +105,8 @@ class BiasUpdate:
     addend: Float[Tensor, " m"] | None = None
     edits: tuple[int, ...] = ()
     """Indices of the plan's edits that change it; of a created bias, those with its constant."""
+    placed: Sequence[int] | None = None
+    """As of a tensor."""
 
     def is_zero(self) -> bool:
         """Whether the bias is created and stays zero: a companion that a config flag demands."""
@@ -187,6 +191,8 @@ def _plain(value: Any) -> Any:
         # Which edit a change comes from is no part of it: what artifacts recorded has to stay true.
         names = [name for name in value.__dataclass_fields__ if name != "edits"]
         fields = {name: _plain(getattr(value, name)) for name in names}
+        if fields.get("placed", 0) is None:  # a word that plans of earlier versions do not have
+            del fields["placed"]
         return {"type": type(value).__name__, **fields}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

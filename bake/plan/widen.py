@@ -2,7 +2,14 @@
 
 A model of width d with RMSNorms is one of width D: every reader gets zero columns, every writer and
 the embedding zero outputs. The norms divide by the root of a mean over D values instead of d, so
-that their gains are multiplied by √(d/D) and their epsilon by d/D. Heads keep their size.
+that their gains are multiplied by √(d/D) and their epsilon by d/D. Heads keep their size. Where
+norms inside the attention share the epsilon, what they divide is multiplied by √(d/D); where the
+embedding is multiplied by √D, its rows are by √(d/D). Where a class takes the size of a head from
+the width, heads are added that read nothing and write nothing.
+
+A LayerNorm does not see the mean of the stream. So writers leave it out, which changes nothing, and
+the mean of D values is that of d, zero; new dimensions are pairs (s, −s), which keep it so. Where
+an edit does see the mean, one of them keeps it, β of its size.
 """
 
 import math
@@ -14,18 +21,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import AffineMap
+from bake.affine import AffineMap, DiagonalMap, LowRankMap, chain, tolerance
 from bake.edits import Edit, WeightUpdate
-from bake.errors import FamilyError
-from bake.families import Json, Layout, Linear, Norm, configured
+from bake.errors import FamilyError, UsageError
+from bake.families import SQRT_HIDDEN, Json, Layout, Linear, configured
 from bake.plan.emit import Assembly
 from bake.plan.pieces import Gain
-from bake.plan.types import BiasUpdate, ConfigChange, TensorUpdate
-from bake.sites import HEAD_KINDS, INNER_KINDS
+from bake.plan.types import BiasUpdate, ConfigChange, PartMap, TensorUpdate
+from bake.plan.wide_layout import norms, wide_layout
+from bake.plan.writers import in_storage
+from bake.sites import HEAD_KINDS, INNER_KINDS, SiteKind
 
 STEPS = (64, 32, 16, 8)
 """What a width is a multiple of, besides the number of heads, which transformers wants it to be:
 the first with which the model does not grow by more than a thirty-second, or by 64."""
+MEAN = 2.0**-8
+"""β, at which the mean of a stream is kept that LayerNorms do not see."""
+_NORMED = {SiteKind.LN1_OUT, SiteKind.LN2_OUT, SiteKind.LN_FINAL_OUT}
+"""Sites of the width of the stream that are not the stream."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +48,47 @@ class Wide:
     base: Layout
     layout: Layout
     """The same model at its new width."""
+    keeps_mean: bool = False
+    """Whether an edit sees the mean of the stream that LayerNorms leave out."""
 
     @property
     def fresh(self) -> int:
         """How many dimensions are new, the last ones of the stream."""
         return self.layout.hidden - self.base.hidden
+
+    @property
+    def units(self) -> Float[Tensor, "m d"]:
+        """Unit vectors along which the wide stream is zero."""
+        return self._units[1:] if self.keeps_mean else self._units
+
+    @property
+    def _units(self) -> Float[Tensor, "m d"]:
+        fresh = torch.eye(self.layout.hidden, dtype=torch.float64)[self.base.hidden :]
+        if not self._centred:
+            return fresh
+        return (fresh[: len(fresh) // 2 * 2 : 2] - fresh[1::2]) / math.sqrt(2)
+
+    @property
+    def _centred(self) -> bool:
+        return self.base.family.norm.kind == "layer"
+
+    @property
+    def _mean(self) -> Float[Tensor, " d"]:
+        """The functional that is the mean of the base's dimensions."""
+        mean = torch.zeros(self.layout.hidden, dtype=torch.float64)
+        mean[: self.base.hidden] = 1 / self.base.hidden
+        return mean
+
+    @property
+    def into(self) -> LowRankMap:
+        """The map from the base's stream, with zeros behind it, to the wide one."""
+        mean, zeros = self._mean, torch.zeros(self.layout.hidden, dtype=torch.float64)
+        if not self._centred:
+            return LowRankMap(zeros[:, None][:, :0], zeros[None][:0], zeros)
+        left = -self.base.hidden * mean
+        if self.keeps_mean:
+            left = left + MEAN * self._units[0]
+        return LowRankMap(left.unsqueeze(1), mean.unsqueeze(0), zeros)
 
     @property
     def note(self) -> str:
@@ -53,24 +102,55 @@ class Wide:
         )
 
     def edit(self, edit: Edit) -> Edit:
-        """Return an edit as one of the wide model."""
-        stream = not {site.kind for site in edit.sites} & {*HEAD_KINDS, *INNER_KINDS}
+        """Return an edit as one of the wide model.
+
+        Raises:
+            UsageError: its sites are of different kinds, and there it would become different maps.
+        """
+        kinds = {site.kind for site in edit.sites}
+        stream = not kinds & {*HEAD_KINDS, *INNER_KINDS}
+        mixed = (kinds & _NORMED and kinds - _NORMED) if self._centred else False
+        if mixed or not (stream or kinds <= {*HEAD_KINDS, *INNER_KINDS}):
+            raise UsageError(
+                f"the edit {edit.concept!r} names {', '.join(sorted(kinds))} together, which a "
+                "widened model cannot tell one map for",
+                fix="make of it an edit for the stream and one for each other kind of site",
+            )
+        size = (self.base if edit.sites[0].head is None else self.layout).width(edit.sites[0])
+        wide = self.layout.width(edit.sites[0])
         if isinstance(edit.map, AffineMap):
-            own = torch.arange(self.base.hidden)
-            wide = edit.map.scatter(own, self.layout.hidden) if stream else edit.map
-            return replace(edit, map=wide)
+            found = edit.map.scatter(torch.arange(size), wide)
+            if self._centred and not kinds & _NORMED:
+                found = self._of_stream(found)
+            return replace(edit, map=found)
         pad = torch.nn.functional.pad
         left, right = edit.map.left, edit.map.right
+        left = pad(left, (0, 0, 0, wide - size))
+        inner = self.layout.dims["heads"] - self.base.dims["heads"]
+        more = self.fresh
         if stream:  # at a branch's output
-            return replace(edit, map=WeightUpdate(pad(left, (0, 0, 0, self.fresh)), right))
-        return replace(edit, map=WeightUpdate(left, pad(right, (0, self.fresh))))
+            more = inner * self.layout.dims["head_dim"] if SiteKind.ATTN_OUT in kinds else 0
+        return replace(edit, map=WeightUpdate(left, pad(right, (0, more))))
+
+    def _of_stream(self, map_: AffineMap) -> AffineMap:
+        """Return what a map of the base's stream, with zeros behind it, is on the wide one."""
+        left, right = map_.delta_factors()
+        mean = right @ self._mean * self.base.hidden  # the functionals of the all-ones vector
+        own = right - mean.unsqueeze(1) * self._mean
+        if self.keeps_mean:
+            own = own + mean.unsqueeze(1) * self._units[0] / MEAN
+        into = self.into
+        return LowRankMap(into.linear(left.T).T, own, into.linear(map_.bias))
 
     def gain(self, read: Gain) -> Gain:
         """Return what reads the norms of the wide model."""
         share = math.sqrt(self.base.hidden / self.layout.hidden)
         offset = self.base.family.norm.gain_offset
+        biases = {norm.bias for norm in norms(self.base)}
 
         def wider(name: str) -> Float[Tensor, " d"]:
+            if name in biases:
+                return torch.nn.functional.pad(read(name), (0, self.fresh))
             gain = share * (offset + read(name))
             return torch.cat([gain, gain.new_full((self.fresh,), share)]) - offset
 
@@ -91,9 +171,11 @@ class Wide:
             )
         new: dict[str, Json] = {
             family.dims.hidden: dims["hidden"],
-            family.dims.head_dim: dims["head_dim"],
+            family.dims.inner: dims["inner"],
             family.widen.eps: eps * self.base.hidden / self.layout.hidden,
         }
+        own = "heads" if family.widen.heads else "head_dim"
+        new[getattr(family.dims, own)] = dims[own]
         return tuple(ConfigChange(key, config.get(key), value) for key, value in new.items())
 
     def completed(self, made: Assembly, gain: Gain, edits: Sequence[int]) -> Assembly:
@@ -104,80 +186,136 @@ class Wide:
             gain: reads the norms of the wide model.
             edits: those that it is widened for.
         """
-        layout, own = self.layout, tuple(edits)
+        layout, own, around = self.layout, tuple(edits), self._around()
         tensors = {update.name: update for update in made.tensors}
         biases = {update.name: update for update in made.biases}
-        more: list[TensorUpdate] = [
-            TensorUpdate(layout.embed, layout.embed, layout.shapes[layout.embed], 1, is_table=True)
+        more = [
+            TensorUpdate(name, name, layout.shapes[name], 1, is_table=True)
+            for name in (layout.embed, *layout.positions)
         ]
-        head = [layout.unembed] if layout.head_is_stored else []
-        for linear in (*head, *layout.linears):
+        heads = [layout.unembed] if layout.head_is_stored else []
+        for linear in (*heads, *layout.linears):
             name, axis = linear.weight, linear.output_axis
             more.append(TensorUpdate(name, name, linear.shape, axis))
             slot = linear.bias
             if slot.state == "present" and slot.name not in biases:
-                if linear in _writes(layout):
+                if slot.size != self.base.shapes[slot.name][0] or name in around:
                     biases[slot.name] = BiasUpdate(slot.name, slot.size, create=False, edits=own)
-        for norm in _norms(layout):
-            name, shape = norm.weight, (layout.hidden,)
-            more.append(TensorUpdate(name, name, shape, 0, replacement=gain(name)))
+        for norm in norms(layout):
+            for own_name in (norm.weight, norm.bias):
+                if own_name is not None:
+                    new, shape = gain(own_name), (layout.hidden,)
+                    more.append(TensorUpdate(own_name, own_name, shape, 0, replacement=new))
         for update in more:
             tensors.setdefault(update.name, replace(update, edits=own))
-        return replace(made, tensors=tuple(tensors.values()), biases=tuple(biases.values()))
+        for name, (bias, change) in around.items():
+            tensors[name] = change.tensor(tensors[name])
+            if bias in biases:
+                biases[bias] = change.bias(biases[bias])
+        untied = made.untied or (layout.tied and layout.embed in around)
+        if untied and layout.unembed.weight not in tensors:
+            head = layout.unembed
+            tensors[head.weight] = TensorUpdate(head.weight, layout.embed, head.shape, 0, edits=own)
+        return replace(
+            made, tensors=tuple(tensors.values()), biases=tuple(biases.values()), untied=untied
+        )
+
+    def _around(self) -> dict[str, tuple[str, "_Around"]]:
+        """Return what else becomes of weights, by name: of which bias too, and what.
+
+        The embedding, which the model multiplies by a number of its width; what passes a norm with
+        the stream's epsilon, which is smaller now; what writes to a stream without mean; and fused
+        layers that have more heads.
+        """
+        base, layout, found = self.base, self.layout, dict[str, tuple[str, _Around]]()
+        assert base.family.widen is not None
+        if self._centred:
+            tables = {name: "" for name in (layout.embed, *layout.positions)}
+            writes = {w.weight: w.bias.name for b in layout.branches for w in b.writes}
+            found |= {n: (bias, _Around(self.into)) for n, bias in (tables | writes).items()}
+        if base.family.embed.multiplier == SQRT_HIDDEN:
+            own, new = (in_storage(math.sqrt(x.hidden), x.dtype) for x in (base, layout))
+            whole = PartMap(None, _times(own / new, layout.hidden))
+            found[layout.embed] = "", _Around(behind=(whole,))
+        share = math.sqrt(base.hidden / layout.hidden)
+        for old, linear in zip(base.linears, layout.linears, strict=True):
+            rows = [p.rows for p in linear.parts if p.site.kind in base.family.widen.same_eps]
+            placed = _places(old, linear)
+            if rows or placed is not None:
+                behind = tuple(PartMap(r, _times(share, len(r))) for r in rows)
+                found[linear.weight] = linear.bias.name, _Around(behind=behind, placed=placed)
+        return found
 
 
-def widened(layout: Layout, fresh: int) -> Wide | None:
-    """Return a model with so many more dimensions at least, or None where it cannot be widened."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Around:
+    """What becomes of a weight besides what edits do to it."""
+
+    first: LowRankMap | None = None
+    """Acts on its outputs before any edit does."""
+    behind: tuple[PartMap, ...] = ()
+    """Act on them last."""
+    placed: Sequence[int] | None = None
+
+    def _outputs(self, outputs: tuple[PartMap, ...]) -> tuple[PartMap, ...]:
+        if self.first is not None:
+            assert all(part.rows is None for part in outputs)
+            maps = [self.first, *(part.map for part in outputs)]
+            outputs = (PartMap(None, chain(maps, self.first.width)),)
+        return *outputs, *self.behind
+
+    def tensor(self, update: TensorUpdate) -> TensorUpdate:
+        return replace(update, outputs=self._outputs(update.outputs), placed=self.placed)
+
+    def bias(self, update: BiasUpdate) -> BiasUpdate:
+        return replace(update, outputs=self._outputs(update.outputs), placed=self.placed)
+
+
+def _places(old: Linear, new: Linear) -> Sequence[int] | None:
+    """Return where the outputs of a layer are that has more heads, where not all come first."""
+    pairs = zip(old.parts, new.parts, strict=True)
+    moved = {a: b for p, q in pairs for a, b in zip(p.rows, q.rows, strict=False)}
+    places = [moved[row] for row in sorted(moved)]
+    return None if places == list(range(len(places))) else places
+
+
+def _times(factor: float, width: int) -> AffineMap:
+    zeros = torch.zeros(width, dtype=torch.float64)
+    return DiagonalMap(zeros + factor, zeros)
+
+
+def sees_mean(edits: Sequence[Edit], layout: Layout) -> bool:
+    """Whether an edit of the stream depends on its mean."""
+    for edit in edits:
+        kinds = {site.kind for site in edit.sites}
+        if kinds & {*HEAD_KINDS, *INNER_KINDS, *_NORMED} or not isinstance(edit.map, AffineMap):
+            continue
+        right = edit.map.delta_factors()[1]
+        if float(right.sum(1).abs().sum()) > tolerance(layout.hidden) * float(right.abs().sum()):
+            return True
+    return False
+
+
+def widened(layout: Layout, fresh: int, *, mean: bool = False) -> Wide | None:
+    """Return a model with so many more dimensions, or None where it cannot be widened.
+
+    Args:
+        layout: the model.
+        fresh: how many dimensions are needed at least, besides that of the mean.
+        mean: whether edits see the mean of the stream.
+    """
     family = layout.family
-    if family.widen is None or any(norm.bias is not None for norm in _norms(layout)):
+    if family.widen is None:
         return None
-    return Wide(layout, _layout(layout, _width(layout, fresh)))
+    keeps = mean and family.norm.kind == "layer"
+    more = 2 * (fresh + keeps) if family.norm.kind == "layer" else fresh
+    return Wide(layout, wide_layout(layout, _width(layout, more)), keeps)
 
 
 def _width(layout: Layout, fresh: int) -> int:
     """Return the least width that runtimes take."""
-    heads, hidden = layout.dims["heads"], layout.hidden
-    multiples = [math.lcm(heads, step) for step in STEPS]
+    widen, hidden = layout.family.widen, layout.hidden
+    unit = layout.dims["head_dim" if widen is not None and widen.heads else "heads"]
+    multiples = [math.lcm(unit, step) for step in STEPS]
     step = next((m for m in multiples if m <= max(64, hidden // 32)), multiples[-1])
     return (hidden + fresh + step - 1) // step * step
-
-
-def _layout(layout: Layout, width: int) -> Layout:
-    """Return the layout of the wide model: other shapes of what reads and writes the stream."""
-    hidden, shapes = layout.hidden, dict(layout.shapes)
-
-    def side(linear: Linear, axis: int) -> Linear:
-        assert linear.shape[axis] == hidden
-        shape = tuple(width if i == axis else size for i, size in enumerate(linear.shape))
-        if linear.weight in shapes:
-            shapes[linear.weight] = shape
-        bias = linear.bias
-        if axis == linear.output_axis:
-            bias = replace(bias, size=width)
-            if bias.state == "present":
-                shapes[bias.name] = (width,)
-        return replace(linear, shape=shape, bias=bias)
-
-    branches = tuple(
-        replace(
-            branch,
-            reads=tuple(side(linear, 1 - linear.output_axis) for linear in branch.reads),
-            writes=tuple(side(linear, linear.output_axis) for linear in branch.writes),
-        )
-        for branch in layout.branches
-    )
-    unembed = side(layout.unembed, 1)
-    shapes[layout.embed] = (shapes[layout.embed][0], width)
-    shapes |= {norm.weight: (width,) for norm in _norms(layout)}
-    dims = {**layout.dims, "hidden": width}
-    return replace(layout, dims=dims, shapes=shapes, branches=branches, unembed=unembed)
-
-
-def _writes(layout: Layout) -> tuple[Linear, ...]:
-    return tuple(linear for branch in layout.branches for linear in branch.writes)
-
-
-def _norms(layout: Layout) -> list[Norm]:
-    """Return every norm of the stream once."""
-    found = {norm.weight: norm for branch in layout.branches for norm in branch.norms}
-    return [*found.values(), layout.final_norm]

@@ -5,8 +5,16 @@ from torch import Tensor
 
 from bake.affine import AffineMap, DiagonalMap, chain
 from bake.families import Branch, Layout, Norm
-from bake.plan.pieces import Context, LayerChange, Pieces, as_diagonal, joined, scaled_norm
-from bake.plan.stream import Failure, oblique, thin
+from bake.plan.pieces import (
+    Context,
+    LayerChange,
+    Pieces,
+    as_diagonal,
+    joined,
+    norm_updates,
+    scaled_norm,
+)
+from bake.plan.stream import Failure, holder, oblique, thin
 from bake.plan.types import PartMap, TensorUpdate
 from bake.sites import Site, SiteKind
 
@@ -47,14 +55,18 @@ def _tables(context: Context) -> Pieces:
 
 
 def _multiplier(layout: Layout) -> float:
-    """Return the embedding's multiplier as the model applies it, in its own dtype.
+    return in_storage(layout.embed_multiplier, layout.dtype)
+
+
+def in_storage(number: float, dtype: str) -> float:
+    """Return a multiplier of the embedding as the model applies it, in its own dtype.
 
     Mirrors transformers' ``GemmaTextScaledWordEmbedding``: the scale is cast to the dtype of the
     weight, which rounds √d in bfloat16 and float16.
     """
     dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    scale = torch.tensor(layout.embed_multiplier, dtype=torch.float64)
-    return float(scale.to(dtypes.get(layout.dtype, torch.float64)))
+    scale = torch.tensor(number, dtype=torch.float64)
+    return float(scale.to(dtypes.get(dtype, torch.float64)))
 
 
 def _branch(context: Context, branch: Branch) -> Pieces:
@@ -62,7 +74,7 @@ def _branch(context: Context, branch: Branch) -> Pieces:
     layout, hooks, point = context.layout, context.hooks, branch.target
     (outer, stream), output = _outer(context, branch), branch.output_site
     addend, adding, constant = None, frozenset[int](), _written(context, point)
-    if bool(constant.any()) and _holder(layout, point) is branch:
+    if bool(constant.any()) and holder(layout, point) is branch:
         addend = constant / branch.gain
         adding = hooks.edits_at(*_sites(layout, point)) & hooks.of_constants
     layers = []
@@ -96,15 +108,34 @@ def _outer(context: Context, branch: Branch) -> tuple[AffineMap, frozenset[int]]
         maps = [output.without_bias(), fold.linear, fold.inverse]
         return thin(chain(maps, context.layout.hidden)), fold.edits | fold.turned_by
     nulling = context.stream.nulling.get(branch.target)
+    if nulling is None and not fold.aside.is_nothing():
+        beside, _ = fold.aside.writer(_gain_behind(context, branch), context.stream.least)
+        # Not thinned: factors of sizes 1 and ε would be mixed, and ε's would lose its digits.
+        return beside.after(output), fold.aside_by
     if nulling is None:
         return thin(output), frozenset()
     gain, _ = context.norm_values(branch.norm_out)
     return thin(oblique(nulling, gain).after(output)), fold.edits
 
 
+def _gain_behind(context: Context, branch: Branch) -> Tensor:
+    """Return what a norm behind a branch multiplies by, its own hook's scale included."""
+    assert branch.norm_out is not None
+    gain, _ = context.norm_values(branch.norm_out)
+    scale = as_diagonal(context.hooks.map_at(branch.norm_out.site))
+    return gain if scale is None else gain * scale
+
+
 def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
     """Put diagonal maps behind a post-norm into its gain; no other map folds there."""
     behind, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
+    aside = context.stream.folds[branch.target].aside
+    if as_diagonal(behind) is not None and behind.is_linear() and not aside.is_nothing():
+        by = edits | context.stream.folds[branch.target].aside_by
+        gain = _gain_behind(context, branch)
+        _, gain = aside.writer(gain, context.stream.least)
+        updates = norm_updates(context, norm, by, gain, torch.zeros_like(gain))
+        return Pieces(tensors=updates, places=((by, f"gain of {norm.live}"),))
     if isinstance(behind, DiagonalMap) and (behind.is_linear() or norm.bias is not None):
         updates = scaled_norm(context, norm, edits, behind.scale, behind.bias)
         return Pieces(tensors=updates, places=((edits, f"gain of {norm.live}"),))
@@ -118,13 +149,13 @@ def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
 
 def _constant(context: Context, point: int) -> Pieces:
     """Say whose bias holds the constant of a stream point, or that none can."""
-    layout, hooks, holder = context.layout, context.hooks, _holder(context.layout, point)
+    layout, hooks, held = context.layout, context.hooks, holder(context.layout, point)
     if not bool(_written(context, point).any()):
         return Pieces()
     sites = _sites(layout, point)
     meeting = hooks.edits_at(*sites)
-    if holder is not None:
-        place = f"bias of {holder.writes[0].weight.removesuffix('.weight')}"
+    if held is not None:
+        place = f"bias of {held.writes[0].weight.removesuffix('.weight')}"
         return Pieces(places=((meeting, place),))
     names = " and ".join(
         f"{branch.live} ({_why_no_slot(branch)})" for branch in _writers(layout, point)
@@ -153,16 +184,6 @@ def _sites(layout: Layout, point: int) -> tuple[Site, ...]:
 
 def _writers(layout: Layout, point: int) -> list[Branch]:
     return [branch for branch in layout.branches if branch.target == point]
-
-
-def _holder(layout: Layout, point: int) -> Branch | None:
-    """Return the branch whose writer's bias takes the constant of a stream point."""
-    # The last writer before the site comes first: an MLP's bias rather than an attention's.
-    for branch in reversed(_writers(layout, point)):
-        usable = branch.norm_out is None and len(branch.writes) == 1
-        if usable and branch.writes[0].bias.state != "never":
-            return branch
-    return None
 
 
 def _why_no_slot(branch: Branch) -> str:

@@ -1,0 +1,70 @@
+"""The shapes of a model whose stream is wider."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from bake.families import Layout, Linear, Norm, Part
+from bake.families.resolve import parts_of
+from bake.sites import SiteKind
+
+
+def wide_layout(layout: Layout, width: int) -> Layout:
+    """Return the layout of the wide model: other shapes of what reads and writes the stream."""
+    shapes, dims, widen = dict(layout.shapes), {**layout.dims, "hidden": width}, layout.family.widen
+    if widen is not None and widen.heads:
+        dims["heads"] = dims["kv_heads"] = width // dims["head_dim"]
+
+    def sized(linear: Linear, axis: int, size: int) -> Linear:
+        shape = tuple(size if i == axis else old for i, old in enumerate(linear.shape))
+        if linear.weight in shapes:
+            shapes[linear.weight] = shape
+        bias = linear.bias
+        if axis == linear.output_axis:
+            bias = replace(bias, size=size)
+            if bias.state == "present":
+                shapes[bias.name] = (size,)
+        return replace(linear, shape=shape, bias=bias)
+
+    def reader(linear: Linear) -> Linear:
+        axis = linear.output_axis
+        parts = _more_heads(layout, dims, linear)
+        if parts != linear.parts:
+            size = sum(len(part.rows) for part in parts)
+            linear = replace(sized(linear, axis, size), parts=parts)
+        return sized(linear, 1 - axis, width)
+
+    def writer(linear: Linear) -> Linear:
+        axis, site = linear.output_axis, linear.input_site
+        if site is not None and site.kind is SiteKind.Z:
+            linear = sized(linear, 1 - axis, dims["heads"] * dims["head_dim"])
+        return sized(linear, axis, width)
+
+    branches = tuple(
+        replace(
+            branch,
+            reads=tuple(reader(linear) for linear in branch.reads),
+            writes=tuple(writer(linear) for linear in branch.writes),
+        )
+        for branch in layout.branches
+    )
+    unembed = reader(layout.unembed)
+    for name in (layout.embed, *layout.positions):
+        shapes[name] = (shapes[name][0], width)
+    for norm in norms(layout):
+        shapes |= {name: (width,) for name in (norm.weight, norm.bias) if name is not None}
+    return replace(layout, dims=dims, shapes=shapes, branches=branches, unembed=unembed)
+
+
+def _more_heads(layout: Layout, dims: Mapping[str, int], linear: Linear) -> tuple[Part, ...]:
+    """Return the parts of a layer in a model of more heads."""
+    kinds = {part.site.kind for part in linear.parts}
+    if dims["heads"] == layout.dims["heads"] or not kinds & {SiteKind.Q, SiteKind.K, SiteKind.V}:
+        return linear.parts
+    row = next(row for row in layout.family.linears if row.module == linear.module)
+    return parts_of(dims, row, tuple(part.site for part in linear.parts))
+
+
+def norms(layout: Layout) -> list[Norm]:
+    """Return every norm of the stream once."""
+    found = {norm.weight: norm for branch in layout.branches for norm in branch.norms}
+    return [*found.values(), layout.final_norm]
