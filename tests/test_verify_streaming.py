@@ -9,16 +9,18 @@ import pytest
 import tiny
 import torch
 from harness import bake, base_at, edit, plan_of, vector
+from test_merge import trained
 from test_verify import baked, row
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
-from bake.errors import FamilyError
+from bake.errors import InputError
 from bake.jobs.planned import judged
+from bake.merge.merge import merge_adapter
 from bake.verify.models import layout_of, load
 from bake.verify.observe import block_sites
 from bake.verify.runs import batches_of, halves, run
-from bake.verify.units import units_of
+from bake.verify.units import blocks_of, units_of
 from bake.verify.verification import Verification
 
 PROMPTS = ((5, 6, 7, 8), (9,) * 12, tuple(range(20)), (3,))
@@ -42,7 +44,8 @@ def test_streamed_runs_equal_those_in_memory_exactly(
         assert all(torch.equal(ours.streams[site], theirs.streams[site]) for site in sites)
         assert all(map(torch.equal, ours.writes, theirs.writes))
         assert torch.equal(ours.logits, plain.logits) == (not hooks)
-        assert all(parameter.is_meta for parameter in parts.model.parameters())
+        kept = set(parts.units[0].parameters)
+        assert all(p.is_meta for name, p in parts.model.named_parameters() if name not in kept)
     # Another value in one tensor reaches the model both ways, and leaves it again.
     name = base.layout.branches[1].writes[0].weight
     zeros = {name: lambda: torch.zeros_like(base.checkpoint.read(name))}
@@ -106,18 +109,18 @@ def test_the_writes_sum_to_the_stream(tiny_checkpoint: Callable[..., Path]) -> N
 
 def test_every_tensor_is_in_one_part(tiny_checkpoint: Callable[..., Path]) -> None:
     for family in tiny.FAMILIES:
-        layout = tiny.layout_of(tiny_checkpoint(family))
-        names = [name for unit in units_of(layout) if not unit.tied for name in unit.tensors]
-        assert sorted(names) == sorted(layout.shapes)
+        model, names = tiny.make_model(family), open_checkpoint(tiny_checkpoint(family)).tensors
+        units = units_of(model, names)
+        assert sorted(name for unit in units for name in unit.tensors) == sorted(names)
+        parameters = [key for unit in units for key in unit.parameters]
+        assert sorted(parameters) == sorted(model.state_dict())
+        assert len(blocks_of(units)) == tiny.layout_of(tiny_checkpoint(family)).layers
 
 
 def test_a_tensor_in_no_part_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
-    from dataclasses import replace
-
-    layout = tiny.layout_of(tiny_checkpoint("llama"))
-    stray = replace(layout, shapes={**layout.shapes, "model.extra.weight": (1, 1)})
-    with pytest.raises(FamilyError, match=r"model\.extra\.weight is in no part of the model"):
-        units_of(stray)
+    model, names = tiny.make_model("llama"), open_checkpoint(tiny_checkpoint("llama")).tensors
+    with pytest.raises(InputError, match=r"does not load model\.extra\.weight"):
+        units_of(model, (*names, "model.extra.weight"))
 
 
 def test_batches_hold_every_prompt_in_order() -> None:
@@ -137,6 +140,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from bake.jobs.planned import judged
+from bake.merge.merge import merge_adapter
 from bake.verify.verification import Verification
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
@@ -155,7 +159,8 @@ print(peak() - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["checkpoint", "merge"])
+def test_streaming_holds_a_few_blocks(kind: str, tmp_path: Path) -> None:
     """24 blocks verify within the memory of six of them in float64, traces and all."""
     model = tiny.make_model(
         "llama",
@@ -173,11 +178,13 @@ def test_streaming_holds_a_few_blocks(tmp_path: Path) -> None:
     del model
     checkpoint = open_checkpoint(tmp_path / "base")
     base = base_at(tmp_path / "base")
-    out = bake(
-        base,
-        plan_of(base, [edit(base, "ablate", make.ablate(vector(512)), "resid")]),
-        tmp_path / "out",
-    )
+    if kind == "checkpoint":
+        plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(512)), "resid")])
+        out = bake(base, plan, tmp_path / "out")
+    else:
+        options = {"target_modules": ["q_proj", "down_proj"], "use_dora": True}
+        adapter = trained(base, tmp_path / "adapter", **options)
+        out = merge_adapter(adapter, checkpoint, tmp_path / "out").path
     assert layout_of(checkpoint).layers == 24
     arguments = [sys.executable, "-c", MEMORY, str(out), str(tmp_path / "base")]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)

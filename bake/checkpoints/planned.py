@@ -81,3 +81,11 @@ class PlannedModel:
     digest: str
     tensors: Mapping[str, PlannedTensor]
     config_text: str
+
+    @property
+    def narrowest(self) -> str:
+        """The type of fewest bits among its tensors: the one whose rounding is seen."""
+        from bake.checkpoints.dtypes import torch_dtype
+
+        dtypes = sorted({tensor.dtype for tensor in self.tensors.values()})
+        return min(dtypes, key=lambda name: torch_dtype(name, where="the plan").itemsize)

@@ -118,9 +118,9 @@ def check_counts(config: Mapping[str, Any], tensors: int, where: str) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             check_counts(value, tensors, where)
-        counts = any(
-            word in key for word in ("layer", "block", "depth", "expert", "n_head", "heads")
-        )
+        words = ("layer", "block", "depth", "expert", "n_head", "heads")
+        # Gemma 4's ``vocab_size_per_layer_input`` counts tokens.
+        counts = "size" not in key and any(word in key for word in words)
         if counts and isinstance(value, int) and value > most:
             raise InputError(
                 f"{key} = {value}, and the checkpoint holds {tensors} tensors",

@@ -53,8 +53,13 @@ def adapter_of(artifact: Baked, named: Path | None) -> Path:
     return folder
 
 
-def with_adapter(model: Any, adapter: Path) -> Any:
+def with_adapter(model: Any, adapter: Path, *, streamed: bool) -> Any:
     """Return a model of transformers with an adapter's layers in it, as any user of PEFT gets it.
+
+    Args:
+        model: the base.
+        adapter: a folder.
+        streamed: whether the base has no values yet, so that nothing can be copied into it.
 
     Raises:
         InputError: a tensor of the adapter found no place.
@@ -63,7 +68,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        wrapped = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=streamed)
     for warning in caught:
         text = str(warning.message)
         if any(words in text for words in _LOST):

@@ -15,7 +15,6 @@ from bake.verify.inputs import Inputs
 from bake.verify.leak import leaks
 from bake.verify.metrics import stream_differences
 from bake.verify.models import LOADING
-from bake.verify.observe import block_sites
 from bake.verify.report import Headline, Report, Sample
 from bake.verify.rows import Row
 from bake.verify.serving import Served
@@ -64,7 +63,7 @@ def report_of(
         base=artifact.record.base.address,
         plan_digest=artifact.plan_digest,
         exactness=artifact.exactness,
-        dtype=inputs.layout.dtype,
+        dtype=inputs.shape.dtype,
         rows=tuple(replace(row, name=as_merge(row.name)) if merged else row for row in rows),
         headline=_headline(limits, rows, served),
         environment=_environment(inputs),
@@ -84,6 +83,8 @@ def report_of(
 
 def _leaks(inputs: Inputs, evidence: Evidence) -> tuple[dict[str, Any], ...]:
     """Return what every writer adds along the edited directions, before and after."""
+    if inputs.layout is None:
+        return ()  # a merge has no directions
     before, after = evidence.base.writes, evidence.planned.writes
     return tuple(map(asdict, leaks(inputs.layout, inputs.artifact.edits, before, after)))
 
@@ -147,7 +148,9 @@ def _environment(inputs: Inputs) -> dict[str, str]:
 
 def _layers(inputs: Inputs, evidence: Evidence) -> Mapping[str, Any]:
     """Return how far each stream lies from that of the hooked model in float64, point by point."""
-    sites = block_sites(inputs.layout)
+    sites = inputs.sites
+    if not sites:
+        return {}
     others = {"effect": evidence.base, "plan, not rounded": evidence.planned}
     if evidence.stored is not None:
         others[f"stored in {inputs.stored_name}"] = evidence.stored

@@ -16,7 +16,6 @@ from bake.verify.controls import Control, Spoiling
 from bake.verify.metrics import largest_difference, mean_kl
 from bake.verify.runner import Runner
 from bake.verify.runs import Batch, Trace, batches_of
-from bake.verify.stored.files import untied
 
 FEW = 2
 """Prompts that broken plans are run on."""
@@ -78,7 +77,7 @@ class BrokenPlans:
         """What mistakes are made of."""
         inputs, planned = self.runner.inputs, self.tensors
         rows = partial(base_rows, inputs.base, planned)
-        tied = untied(inputs.layout, planned)
+        tied = inputs.untied
         return Spoiling(planned, rows, _planned_rows(planned, inputs.base), tied)
 
     @cached_property
@@ -98,7 +97,8 @@ class BrokenPlans:
     @cached_property
     def roles(self) -> Mapping[str, str]:
         """Which tensors are broken together, by name."""
-        return _roles(self.runner.inputs.layout) if self.relocated else {}
+        layout = self.runner.inputs.layout
+        return _roles(layout) if self.relocated and layout is not None else {}
 
     @cached_property
     def effect(self) -> float:

@@ -12,7 +12,6 @@ from bake.verify.inputs import GREEDY
 from bake.verify.loss import Divergence, divergence, split
 from bake.verify.metrics import Compared, compare_logits, largest_difference
 from bake.verify.moved import DRAWS, moved
-from bake.verify.observe import block_sites
 from bake.verify.runner import Runner
 from bake.verify.runs import Trace
 from bake.verify.transcript import Transcript
@@ -57,17 +56,17 @@ def collect(runner: Runner) -> Evidence:
     """Run everything, one model in memory at a time."""
     inputs, double = runner.inputs, torch.float64
     texts = _answers(runner)
-    sites, held = block_sites(inputs.layout), stream_sites(inputs.nulled)
+    sites, held, writes = inputs.sites, stream_sites(inputs.nulled), inputs.layout is not None
     everything = tuple(dict.fromkeys((*sites, *held)))
     narrow = runner.reference(torch.float32)
     drawn = [moved(runner, number) for number in range(DRAWS)] if inputs.files.rounds else []
-    base = runner.trace("base model", "base", double, sites=sites, writes=True)
+    base = runner.trace("base model", "base", double, sites=sites, writes=writes)
     hooked = runner.reference(double, sites=sites)
     meant = hooked
     if inputs.artifact.fitted is not None:
         name = "base and stand-ins as hooks"
         meant = runner.trace(name, "base", double, inputs.artifact.fitted)
-    planned = runner.trace("planned model", "planned", double, sites=everything, writes=True)
+    planned = runner.trace("planned model", "planned", double, sites=everything, writes=writes)
     evidence = Evidence(runner.transcript, base, hooked, planned, meant, narrow, texts)
     evidence.missed = largest_difference(planned.logits, meant.logits)
     unmoved, speaking = base if inputs.artifact.merged else hooked, runner.transcript.speaking
@@ -82,9 +81,8 @@ def collect(runner: Runner) -> Evidence:
         if inputs.generate:
             prompts, count = runner.transcript.prompts, inputs.generate
             texts["baked"] = runner.greedy("stored model", "stored", prompts, count)
-    last = sites[-1]
     for name, trace in others.items():
-        hidden = hooked.streams[last], trace.streams[last]
+        hidden = (hooked.streams[sites[-1]], trace.streams[sites[-1]]) if sites else None
         evidence.compared[name] = compare_logits(hooked.logits, trace.logits, hidden=hidden)
     evidence.seconds = runner.seconds
     runner.release()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from bake.edits import Edit
-from bake.steer import steered
 from bake.verify.models import Live
 from bake.verify.runs import batches_of
 
@@ -43,8 +42,7 @@ def generate(
         return Generated(((),) * len(prompts), ((),) * len(prompts))
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if edits:
-            stack.enter_context(steered(live.model, live.layout, edits))
+        stack.enter_context(live.under(edits))
         for batch in batches_of(prompts):
             # Each row ends where its new tokens begin: padding is on the left, and masked.
             width = batch.tokens.shape[1]

@@ -13,14 +13,17 @@ from bake.checkpoints import Checkpoint, open_checkpoint
 from bake.edits import Edit
 from bake.errors import InputError, UsageError
 from bake.families import Layout, fit
+from bake.sites import Site
 from bake.verify.adapter import adapter_of
 from bake.verify.artifact import Baked, open_baked
 from bake.verify.fixed_point import nulled
 from bake.verify.memory import too_large
+from bake.verify.observe import block_sites
 from bake.verify.planned import Planned
 from bake.verify.prompts import PromptSet, default_prompts, given_prompts, read_prompts
 from bake.verify.runs import DTYPES
-from bake.verify.stored.files import StoredFiles
+from bake.verify.shape import Shape, shape_of, shape_of_class
+from bake.verify.stored.files import StoredFiles, untied, untied_by_merge
 from bake.verify.stored.registry import stored_files
 from bake.verify.verification import Verification
 
@@ -35,8 +38,10 @@ class Inputs:
     asked: Verification
     artifact: Baked
     base: Checkpoint
-    layout: Layout
+    shape: Shape
     """Of the base."""
+    layout: Layout | None
+    """Where the edits are in the base; None for a merge, which has none and needs no table."""
     prompts: PromptSet
     family: Path | None
     """The file of the user's own table."""
@@ -54,7 +59,7 @@ class Inputs:
     @property
     def storage(self) -> torch.dtype:
         """What the base is stored in."""
-        return DTYPES[self.layout.dtype]
+        return DTYPES[self.shape.dtype]
 
     @property
     def stored_name(self) -> str:
@@ -108,6 +113,18 @@ class Inputs:
         return (0 if self.streamed else GREEDY) if asked is None else asked
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The stream between the blocks, where a table says what it is."""
+        return () if self.layout is None else block_sites(self.layout)
+
+    @property
+    def untied(self) -> tuple[str, str] | None:
+        """The head and the embedding that the plan unties it from; None where it does not."""
+        if self.layout is None:
+            return untied_by_merge(self.artifact.record.plan, self.base)
+        return untied(self.layout, self.planned.model.tensors)
+
+    @property
     def nulled(self) -> tuple[Edit, ...]:
         """The edits that the record says are nulling."""
         return nulled(self.artifact.edits, self.artifact.record.plan.findings)
@@ -131,15 +148,19 @@ def opened(asked: Verification, planned: Planned) -> Iterator[Inputs]:
     with _table(artifact, asked.family) as family:
         base = open_base(artifact, asked.base)
         base = replace(base, harmless=(*base.harmless, *asked.assume_harmless))
-        layout = fit.layout_of(base, family)
+        layout = None if artifact.merged else fit.layout_of(base, family)
+        if layout is None:
+            _check_runs(base)
+        shape = shape_of_class(base, planned.model) if layout is None else shape_of(layout)
         checkpoint = artifact.carrier.checkpoint
         baked = _baked(artifact, base) if checkpoint else None
         inputs = Inputs(
             asked=asked,
             artifact=artifact,
             base=base,
+            shape=shape,
             layout=layout,
-            prompts=_prompts(asked, artifact.path if checkpoint else base.path, layout),
+            prompts=_prompts(asked, artifact.path if checkpoint else base.path, shape),
             family=family,
             streamed=too_large(base) if asked.streamed is None else asked.streamed,
             planned=planned,
@@ -149,6 +170,16 @@ def opened(asked: Verification, planned: Planned) -> Iterator[Inputs]:
         )
         _check(inputs)
         yield inputs
+
+
+def _check_runs(base: Checkpoint) -> None:
+    """Refuse what transformers cannot run in float64, where no table has."""
+    if base.config.get("quantization_config") is not None:
+        raise InputError(
+            "the base is quantised, and a verification computes in float64",
+            where=base.source,
+            fix="compare base and adapter with the result in the program that serves them",
+        )
 
 
 def _baked(artifact: Baked, base: Checkpoint) -> Checkpoint:
@@ -168,12 +199,6 @@ def _check(inputs: Inputs) -> None:
             fix="use --no-stream, on a machine that holds the model, or leave the gate out with "
             "--no-gate",
         )
-    if inputs.adapter is not None and inputs.streamed:
-        raise UsageError(
-            "a merge is compared with the model in memory, since PEFT loads it whole",
-            where=str(inputs.artifact.path),
-            fix="use --no-stream, on a machine that holds the base in float64",
-        )
 
 
 @contextmanager
@@ -189,12 +214,12 @@ def _table(artifact: Baked, family: Path | None) -> Iterator[Path | None]:
         yield path
 
 
-def _prompts(asked: Verification, tokenizer: Path, layout: Layout) -> PromptSet:
+def _prompts(asked: Verification, tokenizer: Path, shape: Shape) -> PromptSet:
     if isinstance(asked.prompts, Path):
         return read_prompts(asked.prompts, tokenizer, asked.longest)
     if asked.prompts:
         return given_prompts(asked.prompts)
-    return default_prompts(tokenizer, layout.dims["vocab"], asked.longest)
+    return default_prompts(tokenizer, shape.vocab, asked.longest)
 
 
 def open_base(artifact: Baked, base: str | None) -> Checkpoint:

@@ -8,25 +8,29 @@ the sum of the branches) is transformers' own code.
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bake.checkpoints import Checkpoint, TensorInfo
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.planned import PlannedModel
+from bake.edits import Edit
 from bake.errors import InputError, first_line
 from bake.families import Layout, fit
-from bake.verify.memory import give_back
-from bake.verify.units import Read, Unit, drop_unit, load_unit, units_of
+from bake.sites import Site
+from bake.steer import steered
+from bake.verify.observe import Observed, observed
+from bake.verify.streamed import Wrap, stream, stream_wrapped
+from bake.verify.units import Unit, load_unit, units_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Softcapped attention exists in eager mode only, and grouped expert kernels take no float64.
 LOADING = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -40,7 +44,10 @@ class Live:
     """A model that can be run, with the checkpoint that it was loaded from."""
 
     model: "PreTrainedModel"
-    layout: Layout
+    units: tuple[Unit, ...]
+    """Its parts, as they were before anything was put into it."""
+    layout: Layout | None
+    """Where edits hook it; None for a merge, which has none and needs no table."""
     checkpoint: Checkpoint
     streamed: bool
     planned: Values = field(default_factory=dict)
@@ -60,6 +67,22 @@ class Live:
         """Return a tensor of the checkpoint, or what stands in for it."""
         found = self.overrides.get(name) or self.planned.get(name)
         return self.checkpoint.read(name) if found is None else found()
+
+    def under(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+        """Run under edits as hooks inside the context; none for the model as it is."""
+        if not edits:
+            return nullcontext()
+        assert self.layout is not None, "only what a table describes is hooked"
+        return steered(self.model, self.layout, edits)
+
+    def observed(
+        self, keep: Tensor, record: Observed, *, sites: Sequence[Site], writes: bool
+    ) -> AbstractContextManager[None]:
+        """Record activations inside the context, as ``observe.observed`` does."""
+        if not (sites or writes):
+            return nullcontext()
+        assert self.layout is not None, "only what a table describes is observed"
+        return observed(self.model, self.layout, keep, record, sites=sites, writes=writes)
 
     @contextmanager
     def replaced(self, tensors: Values) -> Iterator[None]:
@@ -83,14 +106,12 @@ class Live:
 
     def _reload(self, names: Collection[str]) -> None:
         """Give the parameters that some tensors fill their values anew."""
-        if self.streamed:
-            return  # a streamed part is read when it is called
-        # A class that holds the experts of a block as one takes them all or none.
-        stacked = any("{expert}" in linear.module for linear in self.layout.linears)
-        for unit in units_of(self.layout):
-            held = [name for name in unit.tensors if name in names]
+        # Of a streamed model the rest alone, which is first: a part is read when it is called.
+        for unit in self.units[:1] if self.streamed else self.units:
+            held = frozenset(name for name in unit.held if name in names)
             if held:
-                some = None if stacked else frozenset(held)
+                # A class that holds the experts of a block as one takes them all or none.
+                some = None if unit.stacked else held
                 load_unit(self.model, unit, self.read, only=some)
 
 
@@ -110,8 +131,10 @@ def load(
     dtype: torch.dtype,
     *,
     family: Path | None = None,
+    hooked: bool = True,
     streamed: bool = False,
     device_map: str | None = None,
+    wrap: Wrap | None = None,
 ) -> Live:
     """Return the model of a checkpoint, in eval mode.
 
@@ -119,17 +142,24 @@ def load(
         checkpoint: with its weights at hand.
         dtype: of weights and arithmetic.
         family: a table of the user's own.
+        hooked: whether edits can be set on it, for which its table is needed.
         streamed: hold one part in memory at a time.
         device_map: as ``from_pretrained`` takes it; None for the processor.
+        wrap: puts layers around those of the model.
 
     Raises:
         InputError: a tensor that the class does not expect, or lacks.
     """
     # transformers first: what it says of a file is what any user would read.
     model = _on_meta(checkpoint, dtype) if streamed else _whole(checkpoint, dtype, device_map)
-    live = Live(model, layout_of(checkpoint, family), checkpoint, streamed)
-    if streamed:
-        _stream(live)
+    layout = layout_of(checkpoint, family) if hooked else None
+    live = Live(model, units_of(model, checkpoint.tensors), layout, checkpoint, streamed)
+    if streamed and wrap is not None:
+        live.model = stream_wrapped(model, live.units, live.read, wrap)
+    elif streamed:
+        stream(model, live.units, live.read)
+    elif wrap is not None:
+        live.model = wrap(model)
     return live
 
 
@@ -138,6 +168,7 @@ def load_planned(
     planned: PlannedModel,
     *,
     family: Path | None = None,
+    hooked: bool = True,
     streamed: bool = False,
     device: torch.device | None = None,
 ) -> Live:
@@ -147,18 +178,19 @@ def load_planned(
         base: with its weights at hand.
         planned: what the plan makes of its tensors and its configuration.
         family: a table of the user's own.
+        hooked: whether sites of its table are to be observed.
         streamed: hold one part in memory at a time, and compute it again for each pass.
         device: where the model goes; the processor when None.
     """
     checkpoint = _under_plan(base, planned)
-    layout = layout_of(checkpoint, family)
+    layout = layout_of(checkpoint, family) if hooked else None
     values = {name: tensor.value for name, tensor in planned.tensors.items()}
-    live = Live(_on_meta(checkpoint, torch.float64), layout, checkpoint, streamed, values)
-    units = units_of(layout)
+    model = _on_meta(checkpoint, torch.float64)
+    units = units_of(model, checkpoint.tensors)
+    live = Live(model, units, layout, checkpoint, streamed, values)
     if streamed:
-        _stream(live)
+        stream(model, live.units, live.read)
         return live
-    _check_closed(live, units)
     for unit in units:
         load_unit(live.model, unit, live.read)
     live.model.to(device)
@@ -185,8 +217,9 @@ def _whole(checkpoint: Checkpoint, dtype: torch.dtype, device_map: str | None) -
 
     logging.disable_progress_bar()
     placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    loader = _named_class(config_of(checkpoint)) or AutoModelForCausalLM
     with _loading(checkpoint, device_map):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = loader.from_pretrained(
             checkpoint.path,
             dtype=dtype,
             output_loading_info=True,
@@ -228,23 +261,49 @@ def _loading(checkpoint: Checkpoint, device_map: str | None = None) -> Iterator[
         ) from error
 
 
+def config_of(checkpoint: Checkpoint) -> "PreTrainedConfig":
+    """Return a checkpoint's configuration as transformers reads it.
+
+    The text is read and not the folder's file: a plan's configuration is in no folder.
+    """
+    from transformers import AutoConfig
+
+    with _loading(checkpoint), tempfile.TemporaryDirectory(prefix="bake-") as folder:
+        (Path(folder) / CONFIG).write_text(checkpoint.config_text, encoding="utf-8")
+        found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return found
+
+
+def _named_class(config: "PreTrainedConfig") -> Any:
+    """Return the class that a configuration names, where it is none of the causal ones."""
+    import transformers
+
+    if type(config) in transformers.AutoModelForCausalLM._model_mapping:
+        return None
+    found = getattr(transformers, (config.architectures or ("",))[0], None)
+    known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if known else None
+
+
 def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """Return the model with no parameter in memory, and its computed buffers as loading makes them.
 
     Mirrors transformers modeling_utils.py: ``_move_missing_keys_from_meta_to_device`` and
     ``_initialize_missing_keys``.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # The text is read and not the folder's file: a plan's configuration is in no folder.
-    with _loading(checkpoint), tempfile.TemporaryDirectory(prefix="bake-") as folder:
-        (Path(folder) / CONFIG).write_text(checkpoint.config_text, encoding="utf-8")
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False, **LOADING
+    config = config_of(checkpoint)
+    named = _named_class(config)
+    with _loading(checkpoint), torch.device("meta"):
+        model: PreTrainedModel = (
+            AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, **LOADING
+            )
+            if named is None
+            else named._from_config(config, dtype=dtype, **LOADING)
         )
     for name, buffer in list(model.named_buffers()):
         owner, _, key = name.rpartition(".")
@@ -252,42 +311,3 @@ def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
         module._buffers[key] = torch.empty_like(buffer, device="cpu")
         model._init_weights(module)
     return model.eval()
-
-
-def _stream(live: Live) -> None:
-    """Set the hooks that load each part before it runs and drop it after."""
-    units = units_of(live.layout)
-    _check_closed(live, units)
-    for unit in units:
-        module = live.model.get_submodule(unit.module)
-        module.register_forward_pre_hook(_loader(live, unit))
-        module.register_forward_hook(_dropper(live, unit))
-
-
-def _check_closed(live: Live, units: tuple[Unit, ...]) -> None:
-    """Require that every parameter lies in a part, so that none is used without its values."""
-    inside = {unit.module for unit in units}
-    for name, _ in live.model.named_parameters():
-        if not any(name.startswith(f"{path}.") for path in inside):
-            raise InputError(
-                f"the parameter {name} lies in no part of the model that bake streams",
-                where=live.layout.family.name,
-                fix="verify on a machine that holds the whole model",
-            )
-
-
-def _loader(live: Live, unit: Unit) -> Any:
-    read: Read = live.read
-
-    def hook(module: nn.Module, args: Any) -> None:
-        load_unit(live.model, unit, read)
-
-    return hook
-
-
-def _dropper(live: Live, unit: Unit) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        drop_unit(live.model, unit)
-        give_back()
-
-    return hook

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bake.edits import Edit
-from bake.steer import steered
 from bake.verify.interval import Interval, clustered, mean
 from bake.verify.models import Live
 from bake.verify.runner import Runner, Source
@@ -35,8 +34,7 @@ def losses(live: Live, passages: Sequence[Sequence[int]], edits: Sequence[Edit] 
     found: list[tuple[float, ...]] = []
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if edits:
-            stack.enter_context(steered(live.model, live.layout, edits))
+        stack.enter_context(live.under(edits))
         for batch in batches_of(passages, BATCH_TOKENS):
             logits = live.model(batch.tokens.to(live.device), use_cache=False).logits
             for row, tokens, length in zip(logits, batch.tokens, batch.lengths, strict=True):

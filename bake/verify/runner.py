@@ -17,6 +17,7 @@ from bake.verify.models import Live, Values, load, load_planned
 from bake.verify.runs import Batch, Trace, batches_of, dtype_name, run, trace_of
 from bake.verify.store import Store, question
 from bake.verify.transcript import Transcript, unanswered
+from bake.verify.units import blocks_of
 from bake.verify.verification import Remark
 
 Source = Literal["base", "adapted", "planned", "stored"]
@@ -65,6 +66,7 @@ class Runner:
                 inputs.base,
                 inputs.planned.model,
                 family=inputs.family,
+                hooked=inputs.layout is not None,
                 streamed=inputs.streamed,
                 device=inputs.place,
             )
@@ -80,17 +82,20 @@ class Runner:
         inputs = self.inputs
         checkpoint = inputs.baked if source == "stored" else inputs.base
         assert checkpoint is not None, "only a checkpoint has weights of its own"
-        live = load(
+        return load(
             checkpoint,
             dtype,
             family=inputs.family,
+            hooked=inputs.layout is not None,
             streamed=inputs.streamed,
             device_map=inputs.asked.device_map,
+            wrap=self._wrap if source == "adapted" else None,
         )
-        if source == "adapted":
-            assert inputs.adapter is not None
-            live.model = with_adapter(live.model, inputs.adapter)
-        return live
+
+    def _wrap(self, model: Any) -> Any:
+        inputs = self.inputs
+        assert inputs.adapter is not None
+        return with_adapter(model, inputs.adapter, streamed=inputs.streamed)
 
     def release(self) -> None:
         """Let go of the model in memory."""
@@ -130,7 +135,7 @@ class Runner:
         with live.replaced(tensors or {}):
             trace = run(live, batches or self.batches, edits, sites=sites, writes=writes)
         # Of a widened stream, what the base has too.
-        trace = trace.narrowed(self.inputs.layout.hidden)
+        trace = trace.narrowed(self.inputs.shape.hidden)
         self.seconds += trace.seconds
         self.store.save(label, trace.tensors(), trace.seconds)
         return trace
@@ -183,11 +188,10 @@ class Runner:
 
 def _count_blocks(live: Live, remark: Remark) -> None:
     """Say how far a pass is: a streamed one reads the whole model."""
-    layers = live.layout.layers
-    for layer in range(STEP, layers, STEP):
-        path = live.layout.block_live.replace("{layer}", str(layer))
-        said = _saying(remark, f"    {layer} of {layers} blocks")
-        live.model.get_submodule(path).register_forward_pre_hook(said)
+    blocks = blocks_of(live.units)
+    for number in range(STEP, len(blocks), STEP):
+        said = _saying(remark, f"    {number} of {len(blocks)} blocks")
+        live.model.get_submodule(blocks[number]).register_forward_pre_hook(said)
 
 
 def _saying(remark: Remark, text: str) -> Callable[[torch.nn.Module, Any], None]:

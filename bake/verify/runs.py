@@ -11,9 +11,8 @@ from torch import Tensor
 
 from bake.edits import Edit
 from bake.sites import Site, parse_site
-from bake.steer import steered
 from bake.verify.models import Live
-from bake.verify.observe import Observed, observed
+from bake.verify.observe import Observed
 from bake.verify.precision import double_precision
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -133,10 +132,9 @@ def run(
         stack.enter_context(torch.no_grad())
         if dtype == torch.float64:
             stack.enter_context(double_precision())
-        if edits:
-            stack.enter_context(steered(live.model, live.layout, edits))
+        stack.enter_context(live.under(edits))
         for batch in batches:
-            with observed(live.model, live.layout, batch.keep, record, sites=sites, writes=writes):
+            with live.observed(batch.keep, record, sites=sites, writes=writes):
                 start = perf_counter()
                 tokens = batch.tokens.to(live.device)
                 result = live.model(tokens, use_cache=False).logits

@@ -1,19 +1,20 @@
-"""The parts that a model is loaded in: the embedding, one block, the final norm, the head.
+"""The parts that a model is loaded in: its blocks, its embedding, its head, and the rest.
 
-A part is a module of the live model with the checkpoint's tensors that belong to it. Loading one
-part goes through transformers' own conversion, so that a tensor which the class holds in another
+They are read off the class that transformers runs, so that no table is needed: a block is an
+element of one of its outermost lists of modules. Blocks, embedding and head can be loaded when they
+are called and dropped when they return; the rest (norms, positions, buffers) is small and stays.
+Loading goes through transformers' own conversion, so that a tensor which the class holds in another
 form (experts stacked into one) is loaded as ``from_pretrained`` loads it.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from bake.errors import CheckpointError, FamilyError
-from bake.families import Layout
+from bake.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,50 +28,143 @@ class Unit:
     """One part of a model."""
 
     module: str
-    """Path of the live module."""
+    """Path of the live module; of the rest that of the model, which is empty."""
+    parameters: tuple[str, ...]
+    """Paths of what is loaded: all of its parameters, and the buffers of the rest."""
     tensors: tuple[str, ...]
-    """Names in the checkpoint; those of a tied head are the embedding's."""
-    tied: bool = False
-    buffers: tuple[str, ...] = ()
-    """Those of them that the class may leave out, such as masks that old checkpoints stored."""
+    """Names in the checkpoint."""
+    tied: Mapping[str, str]
+    """The tensor that fills a parameter which no tensor is named after: that of the one that it is
+    tied to, in another part maybe."""
+    stacked: bool
+    """Whether a parameter is put together from several tensors."""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The tensors that it is loaded from."""
+        return (*self.tensors, *self.tied.values())
 
 
-def units_of(layout: Layout) -> tuple[Unit, ...]:
-    """Return the parts of a model, which together hold every tensor that its class loads.
+def units_of(model: "PreTrainedModel", names: Iterable[str]) -> tuple[Unit, ...]:
+    """Return the parts of a model, which together hold every parameter of it; the rest is first.
+
+    Args:
+        model: the live model, before anything is put into it.
+        names: of the tensors in the checkpoint.
 
     Raises:
-        FamilyError: a tensor of the checkpoint is in none of them.
+        InputError: the class does not load a tensor, or no tensor fills a parameter.
     """
-    blocks = []
-    for layer in range(layout.layers):
-        path = layout.block_live.replace("{layer}", str(layer))
-        bare = path.removeprefix(layout.family.block.optional_prefix)
-        names = tuple(n for n in layout.shapes if n.startswith((f"{path}.", f"{bare}.")))
-        blocks.append(Unit(path, names, buffers=tuple(set(names) & set(layout.untouched))))
-    norm, head = layout.final_norm, layout.unembed
-    units = (
-        Unit(layout.embed_live, (layout.embed,)),
-        *(
-            Unit(live, (name,))
-            for live, name in zip(layout.family.embed.positions, layout.positions, strict=True)
-        ),
-        *blocks,
-        Unit(norm.live, (norm.weight, *(() if norm.bias is None else (norm.bias,)))),
-        Unit(str(head.live), _head(layout), tied=not layout.head_is_stored),
-    )
-    held = {name for unit in units for name in unit.tensors}
-    stray = sorted(set(layout.shapes) - held)
-    if stray:
-        raise FamilyError(
-            f"the tensor {stray[0]} is in no part of the model", where=layout.family.name
+    paths = [path for path, _ in _parts(model)]
+    buffers = {name for name, _ in model.named_buffers()}
+    own: dict[str, list[str]] = {path: [] for path in ("", *paths)}
+    for key in model.state_dict():
+        inside = (path for path in paths if key.startswith(f"{path}."))
+        own["" if key in buffers else next(inside, "")].append(key)
+    sources, patterns = _sources(model, names)
+    tied = _tied(model, sources)
+    units = []
+    for path, keys in own.items():
+        if not keys:
+            continue
+        filled = [key for key in keys if key in sources]
+        others = {key: tied[key] for key in keys if key not in sources and key in tied}
+        tensors = tuple(dict.fromkeys(name for key in filled for name in sources[key]))
+        units.append(
+            Unit(path, tuple(keys), tensors, others, any(name in patterns for name in tensors))
         )
-    return units
+    return tuple(units)
 
 
-def _head(layout: Layout) -> tuple[str, ...]:
-    bias = layout.unembed.bias
-    weight = layout.unembed.weight if layout.head_is_stored else layout.embed
-    return (weight, bias.name) if bias.state == "present" else (weight,)
+def blocks_of(units: Iterable[Unit]) -> tuple[str, ...]:
+    """Return the paths of the blocks, in their order."""
+    return tuple(unit.module for unit in units if unit.module.rpartition(".")[2].isdigit())
+
+
+def _parts(model: "PreTrainedModel") -> Iterator[tuple[str, nn.Module]]:
+    """Yield embedding, blocks and head, by their paths."""
+    yield from _blocks(model, "")
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    for path, module in model.named_modules():
+        if any(module is table for table in tables):
+            yield path, module
+
+
+def _blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what an outermost list of modules holds, if it can be called."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        listed = isinstance(module, nn.ModuleList)
+        if listed and type(child).forward is not nn.Module.forward:
+            yield inner, child
+        else:
+            yield from _blocks(child, inner)
+
+
+def _sources(
+    model: "PreTrainedModel", names: Iterable[str]
+) -> tuple[dict[str, tuple[str, ...]], set[str]]:
+    """Return the tensors that fill a parameter, and which tensors are put together with others.
+
+    Mirrors ``core_model_loading.py: convert_and_load_state_dict_in_model``. Where several
+    parameters are made of some tensors, these are under the first of them, which is beside the
+    others.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    found: dict[str, tuple[str, ...]] = {}
+    patterns, left = set[str](), set[str]()
+    for name in sorted(names, key=dot_natural_key):
+        key, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if key not in state and name in state:
+            key, pattern = rename_source_key(name, [], [], prefix, state)
+        if key in state:
+            found[key] = (*found.get(key, ()), name)
+            if pattern is not None:
+                patterns.add(name)
+        else:
+            left.add(key)
+    _check_expected(model, left)
+    return found, patterns
+
+
+def _check_expected(model: "PreTrainedModel", left: set[str]) -> None:
+    """Require that what has no place is what the class says that it may leave out."""
+    from transformers.core_model_loading import LoadStateDictInfo
+
+    info = LoadStateDictInfo(set(), left, set(), [], {}, set())
+    model._adjust_missing_and_unexpected_keys(info)
+    if info.unexpected_keys:
+        raise InputError(
+            f"{type(model).__name__} of transformers does not load {min(info.unexpected_keys)}",
+            why="a tensor that the class does not expect changes the model in silence",
+        )
+
+
+def _tied(model: "PreTrainedModel", sources: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Return the tensor of the one that a parameter is tied to, for those that have none."""
+    found: dict[str, str] = {}
+    ties: Mapping[str, str] = model.all_tied_weights_keys
+    for target, source in ties.items():
+        if source in sources:
+            found[target] = sources[source][0]
+        elif target in sources:
+            found[source] = sources[target][0]
+    # Several may be tied to one that is stored under the name of yet another.
+    for target, source in ties.items():
+        if source in found:
+            found.setdefault(target, found[source])
+    return found
 
 
 def load_unit(
@@ -91,37 +185,48 @@ def load_unit(
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
-    module = model.get_submodule(unit.module)
     # On a model that is spread over devices, each parameter goes back to where it was.
-    places = {name: p.device for name, p in module.named_parameters() if not p.is_meta}
-    if unit.tied:
-        weight = read(unit.tensors[0]).to(model.dtype).to(places.get("weight", "cpu"))
-        module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-        return
+    before = {key: place_of(model, key) for key in unit.parameters}
+    places = {key: table[name].device for key, (table, name) in before.items()}
     config = LoadStateDictConfig(
         dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
     )
     names = unit.tensors if only is None else [name for name in unit.tensors if name in only]
     tensors: Mapping[str, Tensor] = {name: read(name) for name in names}
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, None)
-    unexpected = [key for key in info.unexpected_keys if not key.endswith(unit.buffers)]
-    wrong = [*unexpected, *info.mismatched_keys, *info.error_msgs]
+    wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.error_msgs]
     wrong += list(info.conversion_errors)
     if wrong:
         raise CheckpointError(
-            f"transformers does not load {wrong[0]} of {unit.module}",
+            f"transformers does not load {wrong[0]} of {unit.module or type(model).__name__}",
             why="a tensor that the class does not expect changes the model in silence",
         )
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(False)
-        parameter.data = parameter.data.to(places.get(name, parameter.device))
-        if parameter.is_meta:
-            raise CheckpointError(f"the checkpoint leaves a parameter of {unit.module} unset")
+    for key, name in unit.tied.items():
+        if only is None or name in only:
+            table, attribute = place_of(model, key)
+            table[attribute] = nn.Parameter(read(name).to(model.dtype), requires_grad=False)
+    for key in unit.parameters:
+        table, attribute = place_of(model, key)
+        value = table[attribute].detach()
+        if value.is_meta:
+            raise CheckpointError(f"the checkpoint leaves the parameter {key} unset")
+        device = places[key]
+        value = value if device.type == "meta" else value.to(device)
+        is_parameter = isinstance(table[attribute], nn.Parameter)
+        table[attribute] = nn.Parameter(value, requires_grad=False) if is_parameter else value
 
 
 def drop_unit(model: "PreTrainedModel", unit: Unit) -> None:
     """Free the memory of one part's parameters: they keep their shapes and hold nothing."""
-    for module in model.get_submodule(unit.module).modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty_like(parameter, device="meta")
-            module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+    for key in unit.parameters:
+        table, attribute = place_of(model, key)
+        empty = torch.empty_like(table[attribute], device="meta")
+        table[attribute] = nn.Parameter(empty, requires_grad=False)
+
+
+def place_of(model: nn.Module, key: str) -> tuple[dict[str, Any], str]:
+    """Return the table of a module that holds a parameter or buffer, and its name there."""
+    path, _, name = key.rpartition(".")
+    owner = model.get_submodule(path)
+    parameters: dict[str, Any] = owner._parameters
+    return (parameters if name in parameters else owner._buffers), name

@@ -60,9 +60,9 @@ class Limits:
         small variance before a norm amplifies it. float32 shows how much, and float64 rounds by
         another machine epsilon.
         """
-        evidence, layout, scale = self.evidence, self.inputs.layout, self.scale
+        evidence, shape, scale = self.evidence, self.inputs.shape, self.scale
         bound = logit_tolerance(
-            torch.float64, layers=layout.layers, hidden=layout.hidden, scale=scale
+            torch.float64, layers=shape.layers, hidden=shape.hidden, scale=scale
         )
         unit = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         amplified = largest_difference(evidence.narrow.logits, evidence.hooked.logits)
@@ -82,9 +82,9 @@ class Limits:
     @cached_property
     def arithmetic(self) -> float:
         """The KL that arithmetic in float32 may add, in nats."""
-        layout, scale = self.inputs.layout, self.scale
+        shape, scale = self.inputs.shape, self.scale
         tolerance = logprob_tolerance(
-            torch.float32, layers=layout.layers, hidden=layout.hidden, scale=scale
+            torch.float32, layers=shape.layers, hidden=shape.hidden, scale=scale
         )
         return rounding_divergence(tolerance)
 
@@ -159,7 +159,7 @@ def _fixed_point(limits: Limits, streams: Mapping[Any, Any]) -> tuple[float, flo
     edits = limits.inputs.nulled
     _, scale = distance(edits, limits.evidence.planned.streams)
     value, _ = distance(edits, streams)
-    return value, stream_tolerance(torch.float64, layers=limits.inputs.layout.layers, scale=scale)
+    return value, stream_tolerance(torch.float64, layers=limits.inputs.shape.layers, scale=scale)
 
 
 # --- do the files hold it? ---------------------------------------------------------------------

@@ -89,6 +89,8 @@ class Verification:
             )
         if self.adapter is not None and not artifact.merged:
             raise UsageError(f"--adapter is for a merge, and this is a {kind}", where=where)
+        if self.family is not None and artifact.merged:
+            raise UsageError("--family is for edits: a merge needs no table", where=where)
         if self.device_map is not None and self.streamed:
             raise UsageError("--device-map and --stream exclude each other")
         if not artifact.carrier.checkpoint:

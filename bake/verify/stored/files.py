@@ -9,6 +9,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from bake.affine import AffineMap
+from bake.artifact.schema import PlanRecord
+from bake.checkpoints import Checkpoint
 from bake.checkpoints.planned import PlannedTensor
 from bake.edits import Edit
 from bake.families import Layout
@@ -50,6 +52,14 @@ def untied(layout: Layout, planned: Mapping[str, PlannedTensor]) -> tuple[str, s
     """Return head and embedding where the plan gives a tied head values of its own, or None."""
     head, embed = layout.unembed.weight, layout.embed
     return (head, embed) if layout.tied and head in planned else None
+
+
+def untied_by_merge(plan: PlanRecord, base: Checkpoint) -> tuple[str, str] | None:
+    """Return the first tensor that a merge adds and the base's that was both, or None."""
+    for row in plan.tensors:
+        if row.name not in base.tensors and row.source in base.tensors:
+            return row.name, row.source
+    return None
 
 
 class StoredFiles(Protocol):

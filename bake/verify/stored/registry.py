@@ -10,14 +10,18 @@ from bake.families import Layout
 from bake.verify.artifact import Baked
 from bake.verify.planned import Planned
 from bake.verify.stored.factors import over_checkpoint, over_converted, over_gguf
-from bake.verify.stored.files import StoredFiles
+from bake.verify.stored.files import StoredFiles, untied, untied_by_merge, written_directions
 from bake.verify.stored.gguf import StoredGguf
 from bake.verify.stored.tensors import StoredTensors
 from bake.verify.stored.vectors import StoredVectors
 
 
 def stored_files(
-    artifact: Baked, base: Checkpoint, baked: Checkpoint | None, layout: Layout, planned: Planned
+    artifact: Baked,
+    base: Checkpoint,
+    baked: Checkpoint | None,
+    layout: Layout | None,
+    planned: Planned,
 ) -> StoredFiles:
     """Return what answers for the files of an artifact.
 
@@ -25,12 +29,17 @@ def stored_files(
         artifact: with its record and edits.
         base: its base.
         baked: its own weights, where it is a checkpoint.
-        layout: of the base.
+        layout: of the base; None for a merge.
         planned: what its plan comes to.
     """
     edits = artifact.edits if artifact.fitted is None else artifact.fitted
+    if layout is None:
+        assert baked is not None, "a merge is a checkpoint"
+        tied = untied_by_merge(artifact.record.plan, base)
+        return StoredTensors(baked, base, planned.model, planned.model.narrowest, tied, {})
     if baked is not None:
-        return StoredTensors(baked, base, planned.model, layout, edits)
+        tied, along = untied(layout, planned.model.tensors), written_directions(layout, edits)
+        return StoredTensors(baked, base, planned.model, layout.dtype, tied, along)
     carrier, model = artifact.carrier, planned.model.tensors
     if carrier.suffix != ".gguf":
         return over_checkpoint(artifact.path, base, layout, model)

@@ -1,8 +1,7 @@
 """The tensors of a checkpoint: every value in a floating-point type, everything else as it was."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,10 +10,8 @@ from bake.checkpoints import Checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.dtypes import torch_dtype
 from bake.checkpoints.planned import PlannedModel, PlannedTensor, base_rows
-from bake.edits import Edit
-from bake.families import Layout
 from bake.verify.stored.deviation import float_steps
-from bake.verify.stored.files import WIDE, Directions, Rows, untied, written_directions
+from bake.verify.stored.files import WIDE, Directions, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,9 +21,12 @@ class StoredTensors:
     baked: Checkpoint
     original: Checkpoint
     model: PlannedModel
-    layout: Layout
-    """Of the base."""
-    edits: Sequence[Edit]
+    dtype: str
+    """What the base is stored in, as safetensors spells it."""
+    tied: tuple[str, str] | None
+    """The head and the embedding that the plan unties it from; None where it does not."""
+    written: Mapping[str, Directions]
+    """What the edits read, for every tensor that writes to the stream."""
     unbiased: bool = True
 
     @property
@@ -37,16 +37,11 @@ class StoredTensors:
     @property
     def stored_name(self) -> str:
         """The dtype."""
-        return str(torch_dtype(self.layout.dtype, where=CONFIG)).removeprefix("torch.")
+        return str(torch_dtype(self.dtype, where=CONFIG)).removeprefix("torch.")
 
     def reach(self, name: str) -> float:
         """Return one unit in the last place: a value is stored as one of its two neighbours."""
         return 1.0
-
-    @property
-    def tied(self) -> tuple[str, str] | None:
-        """The head and the embedding that the plan unties it from; None where it does not."""
-        return untied(self.layout, self.planned)
 
     def strays(self) -> Iterator[str]:
         """Yield what the plan leaves alone and the files do not."""
@@ -86,19 +81,15 @@ class StoredTensors:
     @property
     def rounds(self) -> bool:
         """Whether values are stored in less than float32."""
-        return self.layout.dtype not in WIDE
+        return self.dtype not in WIDE
 
     def spacing(self, name: str, weight: Tensor) -> Tensor:
         """Return the steps of the storage type at the values of a base's tensor."""
         return float_steps(weight, torch_dtype(self.planned[name].dtype, where=name))
 
-    @cached_property
-    def _directions(self) -> Mapping[str, Directions]:
-        return written_directions(self.layout, self.edits)
-
     def directions(self, name: str) -> Directions | None:
         """Return the directions that a tensor writes along."""
-        found = self._directions.get(name)
+        found = self.written.get(name)
         if found is None:
             return None
         # Of a widened tensor the edits read what the base has of it.
