@@ -8,6 +8,7 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
+    from bake.artifact.schema import PlanRecord
     from bake.merge.merge import Side
 
 
@@ -16,11 +17,12 @@ class Merged:
     """What a merge wrote, and what is worth knowing of it."""
 
     artifact: "Artifact"
-    notes: tuple[str, ...]
+    plan: "PlanRecord"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {**self.artifact.to_json(), "notes": list(self.notes)}
+        runtimes = [verdict.to_json() for verdict in self.plan.runtimes]
+        return {**self.artifact.to_json(), "notes": list(self.plan.notes), "runtimes": runtimes}
 
 
 def merge(
@@ -64,4 +66,4 @@ def merge(
             force=force,
             progress=move,
         )
-    return Merged(written, read_record(written.path).plan.notes)
+    return Merged(written, read_record(written.path).plan)

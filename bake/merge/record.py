@@ -22,6 +22,7 @@ from bake.checkpoints import Checkpoint
 from bake.checkpoints.adapter import FoundAdapter, adapter_digest
 from bake.errors import FamilyError
 from bake.families import find_family
+from bake.merge.runtimes import merged_runtimes
 from bake.merge.work import Item, Work
 
 _BASE = "base_model_name_or_path"
@@ -91,14 +92,14 @@ def merge_plan(
         tensors=changed,
         biases=(),
         config=keys,
-        runtimes=(),
+        runtimes=merged_runtimes(work.result),
         notes=tuple(_notes(config, work, left)),
         created_bytes=sum(row.bytes for row in changed if row.created),
     )
 
 
 def _family(base: Checkpoint) -> str | None:
-    """Return the table of the base's class, with which the merge is verified; or None."""
+    """Return the table of the base's class, or None: a merge needs none."""
     try:
         return find_family(base.config).name
     except FamilyError:

@@ -6,14 +6,14 @@ tied stays tied where the adapter makes the same of both; otherwise each gets a 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from bake.artifact.base_digests import BaseDigests
-from bake.checkpoints import Checkpoint, patch_config
+from bake.checkpoints import Checkpoint, TensorInfo, patch_config
 from bake.checkpoints.planned import PlannedModel, PlannedTensor
 from bake.errors import InputError
 from bake.merge.change import Change, ReadRows
@@ -66,6 +66,18 @@ class Work:
             tiles = partial(item.change.tiles, read, info.shape)
             tensors[name] = PlannedTensor(name, info.dtype, info.shape, tiles)
         return PlannedModel(digest, tensors, patch_config(self.base.config_text, self.config))
+
+    @property
+    def result(self) -> Checkpoint:
+        """What is written, as far as configuration and headers say it."""
+        new = {}
+        for name, item in self.items.items():
+            info = self.base.tensors[item.source]
+            new[name] = TensorInfo(name, info.dtype, item.change.shape or info.shape, "", 0, 0)
+        text = patch_config(self.base.config_text, self.config)
+        tensors = {**self.base.tensors, **new}
+        config = json.loads(text)
+        return replace(self.base, config=config, config_text=text, tensors=tensors)
 
     def rows(self, name: str) -> ReadRows:
         """Return what gives any rows of a tensor that is written anew, in float64."""
@@ -151,10 +163,9 @@ def _written(
 
 def _check_apart(work: Work, before: Skeleton, apart: Sequence[Sequence[str]], where: str) -> None:
     """Require that transformers will keep apart what was tied and is two tensors now, no more."""
-    base = work.base
-    text = patch_config(base.config_text, work.config)
-    names = (*base.tensors, *(name for name in work.items if name not in base.tensors))
-    after = skeleton_of(json.loads(text), names, lambda one, two: True, where=base.source)
+    after = skeleton_of(
+        work.result.config, work.result.tensors, lambda one, two: True, where=work.base.source
+    )
     why = None
     for first, *others in apart:
         if any(key in after.tied[first] or key not in after.disk for key in others):

@@ -73,7 +73,7 @@ def carriers(planned: "Plan") -> Table:
         found = [finding.exactness for finding in carrier_findings(planned, carrier)]
         why = _obstacle(planned, carrier)
         if why is None:
-            why = _summary([v for v in carrier_runtimes(planned, carrier) if v.reads])
+            why = summary([v for v in carrier_runtimes(planned, carrier) if v.reads])
         elif first.setdefault(why, carrier) != carrier:
             why = f"as {first[why]}"
         rows.add_row(carrier, word(str(max(found, key=list(Exactness).index))), why)
@@ -114,7 +114,7 @@ def _reasons(verdicts: Mapping[str, Sequence[Shown]], lost: Collection[str]) -> 
     return lines
 
 
-def _summary(verdicts: Sequence["RuntimeVerdict"]) -> str:
+def summary(verdicts: Sequence["RuntimeVerdict"]) -> str:
     """Return runtimes by verdict: ``exact: transformers, vllm; not tested: sglang``."""
     names: dict[str, list[str]] = {}
     for status in ("exact", "approximate", "not tested", "refused"):

@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bake.cli.render.matrix import summary
 from bake.cli.render.pieces import facts, listed, section, table
 from bake.cli.render.rounding import rounding, storage_told
 from bake.cli.render.tensors import changed_tensors
@@ -90,7 +91,13 @@ def merged(result: "Merged") -> list[RenderableType]:
         ("written", str(written.path)),
         ("files", str(len(written.files))),
         ("bytes", edited),
-        *(("note", note) for note in result.notes),
+        *(("note", note) for note in result.plan.notes),
+        ("runtimes", summary([one for one in result.plan.runtimes if one.reads])),
+        *(
+            (one.runtime, one.reason)
+            for one in result.plan.runtimes
+            if one.reads and one.status == "refused"
+        ),
     ]
     return [facts(rows)]
 
