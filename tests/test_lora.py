@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from adapters import NO_BIAS, config_of, factors_of, peft_logits, rewritten
+from adapters import NO_BIAS, config_of, factors_of, peft_logits, peft_warnings, rewritten
 from exporting import written
 from harness import RELATIVE, Base, bake, base_at, edit, logits, matrix, plan_of, vector
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from bake.edits import Edit, WeightUpdate
 from bake.errors import InexactPlan, InputError, UsageError
 from bake.plan import Exactness
 from bake.plan.lowrank import low_rank, rank_of, targets_of
+from bake.publish.preflight import Terms, preflight
 from bake.sites import Site, SiteKind
 
 Checkpoints = Callable[..., Path]
@@ -242,6 +243,32 @@ def test_files(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     assert artifact.bytes_written == sum(
         path.stat().st_size for path in artifact.path.rglob("*") if path.is_file()
     )
+
+
+def test_the_base_is_found_from_any_folder(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT takes a name that is no Hub id for a folder below the one that it is run in."""
+    from peft import AutoPeftModelForCausalLM
+
+    base = base_at(tiny_checkpoint("llama", **NO_BIAS))
+    plan = plan_of(base, [edit(base, "ablate", ablate(base.layout.hidden), "resid")])
+    monkeypatch.chdir(base.path.parent)
+    near = open_checkpoint(base.path.name)
+    out = written("lora", plan, near, tmp_path / "out").path
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with peft_warnings():
+        model = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    # The control: the name alone is found where it lies and nowhere else.
+    assert not Path(base.path.name).exists()
+    # A folder of this machine is nobody else's business.
+    problems = [str(problem) for problem in preflight(out, Terms(no_card=True)).problems]
+    assert any("names the base by a folder of this machine" in problem for problem in problems)
+    allowed = preflight(out, Terms(no_card=True, allow=frozenset({"paths"}))).problems
+    assert not any("folder of this machine" in str(problem) for problem in allowed)
 
 
 def test_same_plan_same_bytes(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

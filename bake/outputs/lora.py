@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
@@ -40,7 +41,8 @@ _PREFIX = "base_model.model."
 def prepare_lora(export: Export) -> CarrierWriter:
     """Return what writes a PEFT adapter. Of the base only the edited tensors are read, in tiles.
 
-    The record's ``base``, with ``model`` and ``revision``, is what ``adapter_config.json`` names.
+    ``adapter_config.json`` names the base by its Hub id and commit, or by the place of its folder:
+    PEFT looks for any other name below the folder that it is run in.
 
     Raises:
         InexactPlan: a finding is not exact and not allowed, or a wanted runtime refuses the
@@ -52,7 +54,10 @@ def prepare_lora(export: Export) -> CarrierWriter:
 
 def _write(export: Export, targets: Sequence[Target], run: CarrierRun) -> Artifact:
     rank, plan, folder = common_rank(targets), export.plan, run.place.folder
-    config = adapter_config(targets, rank, run.record.base)
+    base = run.record.base
+    if base.path is not None:
+        base = replace(base, model=str(export.checkpoint.path.resolve()))
+    config = adapter_config(targets, rank, base)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     source = factors_from(export.checkpoint) if run.factors is None else run.factors.source

@@ -15,12 +15,14 @@ from bake.artifact.record import RECORD, read_json, read_record
 from bake.artifact.schema import Record
 from bake.artifact.verification import ungated, unverified
 from bake.cards import licences
+from bake.checkpoints.adapter import FILES
 from bake.errors import InputError, UsageError
 from bake.seal.scan import scan
 from bake.seal.weights import check_finite, check_headers, check_weights
 
 _ADMITTED = re.compile(r"\b(?:unverified|not (?:been )?verified)\b", re.IGNORECASE)
 _UNGATED = re.compile(r"\bungated\b", re.IGNORECASE)
+ADAPTER = FILES[0]
 ALLOWANCES = ("licence", "paths", "code")
 
 
@@ -110,6 +112,7 @@ def preflight(
     card, more = _check_card(folder, record, terms, reason, card)
     problems += more
     problems += [] if "code" in terms.allow else _check_code(folder)
+    problems += [] if "paths" in terms.allow else _check_base_place(folder)
     if record.base.on_hub and not record.base.pinned:
         problems.append(
             Problem(RECORD, "names no commit of the base", "export again from the Hub's base")
@@ -156,6 +159,19 @@ def _check_code(folder: Path) -> list[Problem]:
             what = f"names code that a reader would run (auto_map: {found})"
             problems.append(Problem(name, what, "remove it, or --allow code"))
     return problems
+
+
+def _check_base_place(folder: Path) -> list[Problem]:
+    """Report an adapter that names its base by a folder of this machine."""
+    try:
+        config = read_json(folder, ADAPTER) if (folder / ADAPTER).is_file() else {}
+    except InputError as error:
+        return [problem_of(error, ADAPTER)]
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not Path(named).is_absolute():
+        return []
+    what = "names the base by a folder of this machine"
+    return [Problem(ADAPTER, what, "export it from the base on the Hub, or --allow paths")]
 
 
 def _check_verification(
