@@ -184,12 +184,8 @@ def test_merge_of_an_adapter_on_the_hub(
 def test_a_repository_without_an_adapter(
     work: AdapterFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub.errors import EntryNotFoundError
-
-    def missing(*args: object, **options: object) -> str:
-        raise EntryNotFoundError("404")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
+    (work.folder / "none").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: work.folder / "none")
     result = run("merge", "owner/style", work.base, "--out", work.out)
     assert result.exit_code == 4
     assert "owner/style holds no adapter_config.json" in told(result)

@@ -229,16 +229,18 @@ def regular_file(folder: Path, name: str) -> Path:
 
 
 def _in_cache(folder: Path, link: Path, target: Path) -> bool:
-    """Tell whether a link of a snapshot leads to a blob of its repository in the cache.
+    """Tell whether a link of a snapshot, or of a folder in one, leads to a blob of its repository.
 
     The layout is ``models--owner--name/{snapshots/<commit>,blobs}``. Where ``blobs`` is itself a
     link, no resolved target lies in it, so its files are refused as they should be.
     huggingface_hub 2.x keeps what came in chunks once for all repositories, in
     ``blobs/<first two digits>/<hash>`` of the cache, and has the repository's blob link to it.
     """
-    if folder.parent.name != "snapshots":
+    within = (folder, *folder.parents)
+    snapshot = next((place for place in within if place.parent.name == "snapshots"), None)
+    if snapshot is None:
         return False
-    blobs = folder.parent.parent / "blobs"
+    blobs = snapshot.parent.parent / "blobs"
     if target.parent == blobs:
         return True
     first = link.parent / link.readlink()

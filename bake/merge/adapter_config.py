@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bake.checkpoints import strictjson
-from bake.checkpoints.adapter import FILES
+from bake.checkpoints.adapter import FILES, folders_inside
 from bake.errors import CheckpointError, InputError
 
 CONFIG, WEIGHTS = FILES
@@ -93,13 +93,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         text = strictjson.read_text(folder / CONFIG, _MAX_CONFIG, where=where)
     except (OSError, CheckpointError) as error:
+        inner = ", ".join(str(folder / name) for name in folders_inside(folder))
         raise InputError(
             f"this is no PEFT adapter: {CONFIG} cannot be read ({error})",
             where=str(folder),
-            fix=f"name a folder that holds {CONFIG} and {WEIGHTS}",
+            fix=f"name a folder that holds {CONFIG} and {WEIGHTS}"
+            + (f": {inner}" if inner else ""),
         ) from error
     config = strictjson.parse_object(text, where=where)
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") is None:
+        raise InputError(
+            f"{CONFIG} names no peft_type, so it is not PEFT's",
+            where=where,
+            why="other programs give their files this name, mlx-lm for one",
+            fix="convert the adapter to PEFT's format first",
+        )
+    if config["peft_type"] != "LORA":
         raise InputError(
             f"the adapter is of type {config.get('peft_type')!r}, and only LORA is a sum of base "
             "and factors",

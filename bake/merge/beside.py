@@ -7,15 +7,8 @@ files, so what differs is either taken or told.
 from pathlib import Path
 
 from bake.checkpoints import Checkpoint
+from bake.checkpoints.adapter import BESIDE
 from bake.checkpoints.folder import CHAT_TEMPLATES, list_folder, regular_file
-
-FILES = frozenset(
-    "tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json "
-    "added_tokens.json vocab.json vocab.txt merges.txt spiece.model tekken.json "
-    "chat_template.jinja chat_template.json processor_config.json preprocessor_config.json "
-    "generation_config.json".split()
-)
-"""What says how text becomes tokens, how a conversation becomes text and how tokens are drawn."""
 
 
 def own_files(adapter: Path, base: Checkpoint) -> dict[str, bytes]:
@@ -27,7 +20,7 @@ def own_files(adapter: Path, base: Checkpoint) -> dict[str, bytes]:
     folder = adapter.resolve()
     found = {}
     for name in list_folder(folder):
-        if name not in FILES and not name.startswith(f"{CHAT_TEMPLATES}/"):
+        if name not in BESIDE and not name.startswith(f"{CHAT_TEMPLATES}/"):
             continue
         data = regular_file(folder, name).read_bytes()
         if name not in base.side_files or base.fetched(name).read_bytes() != data:
