@@ -6,20 +6,27 @@ is read off the source of the class that owns the layer, which transformers brin
 """
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.functional import embedding, linear
 
 from bake.errors import InputError
 
 _ABOUT = ("dtype", "device", "shape", "size", "is_meta", "numel", "ndim", "dim")
 """What is asked of a weight without a value of it."""
-_PLAIN = ("= input @ self.weight.T", "super().forward(input_ids) * self.embed_scale")
-"""Falcon's own words for a matrix product, and a table whose rows PEFT scales as its layer does."""
+_SIZES = (1e-3, 1.0, 1e6)
+"""Of the inputs that a layer is tried on: one that cuts large values off is no matrix product."""
+_SAME = 1e-9
+"""What rounding in another order may differ by in float64, of the largest value."""
+_NOT_RUN_ALONE = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)
+"""What a layer raises that asks for more than an input, or for a value that it does not have."""
 _NOT_RUN = ("_init", "init_", "reset_", "tie_", "_tie", "resize", "_load", "from_", "set_")
 """Beginnings of the names of methods that no forward pass calls."""
 
@@ -39,7 +46,7 @@ def check_reads(layer: Any, key: str, where: str) -> None:
     if type(layer).__name__ == "ParamWrapper":
         return  # it stands in for the parameter itself
     if type(layer).__name__ in ("Linear", "Embedding"):
-        plain = _is_plain(own)
+        plain = is_plain(own)
     else:
         plain = _is_plain_kernel(own)
     if not plain:
@@ -52,14 +59,49 @@ def check_reads(layer: Any, key: str, where: str) -> None:
         )
 
 
-def _is_plain(own: nn.Module) -> bool:
+def is_plain(own: nn.Module) -> bool:
     """Whether a layer is a matrix product, or a table of rows, perhaps scaled as PEFT scales."""
     from transformers.pytorch_utils import Conv1D
 
     forward = type(own).forward
+    if getattr(own, "max_norm", None) is not None:
+        return False
     if forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
-        return getattr(own, "max_norm", None) is None
-    return any(line in _source(type(own)) for line in _PLAIN)
+        return True
+    return _computes_plainly(own)
+
+
+def _computes_plainly(own: nn.Module) -> bool:
+    """Whether a layer with a forward of its own gives a matrix product, or the rows of a table.
+
+    It is tried with a small weight. Whatever else it holds has no values, so that to use it fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    small: Any = copy.deepcopy(own).to("meta").eval()
+    for name, size in (("weight", (11, 7)), ("bias", (11,))):
+        if getattr(small, name, None) is not None:
+            value = torch.randn(size, generator=generator, dtype=torch.float64)
+            setattr(small, name, nn.Parameter(value, requires_grad=False))
+    weight, bias, scale = small.weight, getattr(small, "bias", None), 1.0
+    if isinstance(small, nn.Embedding):
+        inputs = [torch.randint(11, (3, 4), generator=generator)]
+        if hasattr(small, "embed_scale"):  # by which PEFT scales its factors too
+            scale = 1.7
+            small.embed_scale = torch.tensor(scale, dtype=torch.float64)
+    else:
+        x = torch.randn(3, 4, 7, generator=generator, dtype=torch.float64)
+        inputs = [size * x for size in _SIZES]
+    for given in inputs:
+        table = isinstance(small, nn.Embedding)
+        want = embedding(given, weight) * scale if table else linear(given, weight, bias)
+        try:
+            found = small(given)
+        except _NOT_RUN_ALONE:
+            return False
+        plain = isinstance(found, torch.Tensor) and found.shape == want.shape
+        if not plain or float((found - want).abs().max()) > _SAME * float(want.abs().max()):
+            return False
+    return True
 
 
 def _is_plain_kernel(own: Any) -> bool:
