@@ -10,11 +10,14 @@ import torch
 from click.testing import CliRunner
 from exporting import written
 from harness import base_at, edit, plan_of, vector
+from peft_samples import base_of
 from safetensors.torch import load_file, save_file
 from test_merge import trained
+from test_merge_kinds import make as adapted
 from torch import Tensor
 
 from bake import edits as make
+from bake.checkpoints import open_checkpoint
 from bake.cli import main
 from bake.diff import diff
 from bake.errors import InputError, UsageError
@@ -125,6 +128,70 @@ def test_a_tied_head_is_compared_with_the_embedding(
     assert size > 1e-2 and "model.embed_tokens.weight" not in found
     assert found["lm_head.weight"].relative == pytest.approx(size, rel=1e-6)
     assert ("model.layers.0.mlp.up_proj.weight" in found) == ("modules_to_save" in options)
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DoRA, rank-stabilised": (
+        "llama",
+        {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "use_rslora": True},
+    ),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.v_proj": 9},
+            "exclude_modules": ["layers.0.self_attn.v_proj"],
+        },
+    ),
+    "biases": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "bias": "all"}),
+    "biases of factors": ("llama", {"target_modules": ["o_proj", "q_proj"], "lora_bias": True}),
+    "a table": ("bloom", {"target_modules": ["word_embeddings", "dense"]}),
+    "a saved parent": (
+        "gpt_neox",
+        {"target_modules": ["dense_h_to_4h"], "modules_to_save": ["attention"]},
+    ),
+    "stacked experts": (
+        "qwen2_moe",
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", KINDS)
+def test_every_kind_that_is_merged_is_compared(case: str, tmp_path: Path) -> None:
+    """What diff says of an adapter is what it says of the merge: the same tensors, as much."""
+    architecture, options = KINDS[case]
+    plain = base_of(architecture, False, "plain", tmp_path / "bases")
+    path = adapted(plain, tmp_path / "a", **options)
+    out = merge_adapter(path, open_checkpoint(plain.path), tmp_path / "out").path
+    one, two = (
+        {change.tensor: change.relative for change in diff(str(found), str(plain.path)).changes}
+        for found in (path, out)
+    )
+    assert one.keys() == two.keys() and len(one) > 1
+    for name, size in one.items():
+        assert size is not None and size > 1e-3
+        assert two[name] == pytest.approx(size, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "more", [{"peft_type": "VERA"}, {"init_lora_weights": "olora"}, {"a_future": 1}]
+)
+def test_what_is_not_merged_is_refused_in_the_same_words(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = base_of("llama", False, "plain", tmp_path / "bases")
+    path = adapted(plain, tmp_path / "a", target_modules=["q_proj"])
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, **more}))
+    with pytest.raises(InputError) as one:
+        merge_adapter(path, open_checkpoint(plain.path), tmp_path / "no")
+    with pytest.raises(InputError) as two:
+        diff(str(path), str(plain.path))
+    assert str(one.value) == str(two.value)
 
 
 def test_an_adapter_of_another_model_is_refused(base: Path, tmp_path: Path) -> None:
