@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--job", choices=JOBS)
+    parser.add_argument("--job", choices=(*JOBS, "imports"))
     arguments = parser.parse_args()
     if arguments.job:
         run(arguments.job, arguments.folder, arguments.threads)
@@ -188,6 +188,10 @@ def run(job: str, root: Path, threads: int) -> None:
 
     torch.set_num_threads(threads)
     out = root / "out"
+    if job == "imports":  # what the process of a merge holds before it does anything
+        merged(root, out)
+        print(json.dumps({"peak": peak_memory()}))
+        return
     work = {"copy": copied, "by hand": by_hand, "merge": merged, "peft": by_peft}.get(job)
     timed = work(root, out) if work is not None else exported(job, root, out)
     start = time.perf_counter()
@@ -287,13 +291,14 @@ def by_hand(root: Path, out: Path) -> Callable[[], None]:
 
 def merged(root: Path, out: Path) -> Callable[[], None]:
     """Return ``bake merge``."""
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     from bake.checkpoints import open_checkpoint
-    from bake.families.fit import layout_of
     from bake.merge.merge import merge_adapter
 
     def work() -> None:
-        checkpoint = open_checkpoint(root / "base")
-        merge_adapter(root / "adapter", checkpoint, out, layout=layout_of(checkpoint))
+        merge_adapter(root / "adapter", open_checkpoint(root / "base"), out)
 
     return work
 
