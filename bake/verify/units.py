@@ -65,7 +65,7 @@ def units_of(model: "PreTrainedModel", names: Iterable[str]) -> tuple[Unit, ...]
     tied = _tied(model, sources)
     units = []
     for path, keys in own.items():
-        if not keys:
+        if path and not keys:
             continue
         filled = [key for key in keys if key in sources]
         others = {key: tied[key] for key in keys if key not in sources and key in tied}
