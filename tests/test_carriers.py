@@ -49,7 +49,7 @@ def fits(of: Plan) -> set[str]:
 ALL_BUT_VECTOR = {"checkpoint", "lora", "gguf-lora", "gguf"}
 TABLE = [
     ("llama", NO_BIAS, "ablate", "resid", ALL_BUT_VECTOR),
-    ("llama", {**NO_BIAS, "tied": True}, "ablate", "resid", {"checkpoint", "lora", "gguf"}),
+    ("llama", {**NO_BIAS, "tied": True}, "ablate", "resid", ALL_BUT_VECTOR),
     ("llama", {**NO_BIAS, "tied": True}, "ablate", "attn_out.1", ALL_BUT_VECTOR),
     ("llama", {}, "ablate", "resid", {"checkpoint", "gguf"}),
     ("llama", NO_BIAS, "offset", "resid_post.1", {"checkpoint", "control-vector", "gguf"}),
@@ -413,8 +413,17 @@ def test_adapters_of_a_rank_that_vllm_does_not_take(
 def test_tied_heads(tiny_checkpoint: Checkpoints) -> None:
     base = base_at(tiny_checkpoint("llama", tied=True, **NO_BIAS))
     of = plan(base, "ablate", "resid")
-    assert verdicts(of, "gguf-lora")["llama.cpp"] == "refused"
-    assert "the process aborts" in why(of, "gguf-lora", "llama.cpp")
+    # Over a copy of the base's GGUF with a head of its own, which the plan says.
+    assert verdicts(of, "gguf-lora")["llama.cpp"] == "exact"
+    (finding,) = carrier_findings(of, "gguf-lora")
+    assert "over a copy of the base's GGUF (--gguf)" in finding.reason
+    inner = plan(base, "ablate", "attn_out.1")
+    for other, carrier in ((of, "lora"), (of, "checkpoint"), (inner, "gguf-lora")):
+        assert "--gguf" not in carrier_findings(other, carrier)[0].reason
+    # Its loader of Gemma has no head of its own.
+    gemma = plan(base_at(tiny_checkpoint("gemma", attention_bias=False)), "ablate", "resid")
+    assert verdicts(gemma, "gguf-lora")["llama.cpp"] == "refused"
+    assert "the process aborts" in why(gemma, "gguf-lora", "llama.cpp")
     assert verdicts(of, "lora")["peft"] == verdicts(of, "lora")["vllm"] == "exact"
     assert verdicts(plan(base, "ablate", "ln_final_out"), "lora")["vllm"] == "refused"
 

@@ -106,3 +106,15 @@ def test_json_has_every_carrier_and_runtime(plan: Plan) -> None:
     # The tiny Llama has biases in its MLP, which SGLang drops: the adapter's base is another model.
     assert result.exit_code == 3
     assert "silently drops" in content["error"]["why"]
+
+
+def test_a_plan_says_what_an_adapter_of_a_tied_head_goes_over(plan: Plan) -> None:
+    options = {"attention_bias": False, "mlp_bias": False}
+    note = "gguf-lora goes over a copy of the base's GGUF (--gguf) in which the tied head is a"
+    tied = plan("llama", "ablate", "resid", ["gguf-lora"], tied=True, **options)
+    assert note in " ".join(tied.stdout.split())
+    for other in (
+        plan("llama", "ablate", "resid", ["gguf-lora"], tied=False, **options),
+        plan("llama", "ablate", "mlp_out.1", ["gguf-lora"], tied=True, **options),
+    ):
+        assert other.exit_code == 0 and "gguf-lora goes" not in other.stdout

@@ -15,15 +15,19 @@ import tiny
 import torch
 from adapters import NO_BIAS
 from exporting import written
+from gguf_files import converted, metadata, stored, write
 from harness import Base, base_at, edit, logits, plan_of, vector
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bake import edits as make
 from bake.affine import AffineMap
+from bake.cards.commands import commands
+from bake.cards.facts import read_facts
 from bake.checkpoints.gguf.file import open_gguf
 from bake.edits import Edit
-from bake.errors import CheckpointError, InexactPlan
+from bake.errors import CheckpointError, UsageError
+from bake.verify.stored.gguf import differing
 
 Checkpoints = Callable[..., Path]
 HEADS, KV_HEADS = 4, 2  # of every tiny model
@@ -101,9 +105,17 @@ def pairs_of(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def served(base: Base, family: str, file: Path, *, order: bool = True) -> PreTrainedModel:
-    """Return the base with every pair of the adapter added to its weight, scale 1."""
+def served(
+    base: Base, family: str, file: Path, *, order: bool = True, apart: bool = False
+) -> PreTrainedModel:
+    """Return the base with every pair of the adapter added to its weight, scale 1.
+
+    With ``apart`` a tied head is a tensor of its own first.
+    """
     model = tiny.load(base.path)
+    if apart:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for name, (a, b) in pairs_of(file).items():
         a, b = a.double(), b.double()
         if name == "token_embd.weight":
@@ -238,18 +250,100 @@ def test_metadata(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     assert (a.shape, b.shape) == ((56, 1), (24, 1))
 
 
+TIED = {**NO_BIAS, "tied": True, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
 @pytest.mark.parametrize("at", ["resid", "ln_final_out"])
-def test_tied_head_is_refused(at: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_tied_head_needs_the_base_in_gguf(
+    at: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
     """llama.cpp uses one tensor for both and aborts the process at the first token."""
-    base = base_at(tiny_checkpoint("llama", tied=True, **NO_BIAS))
-    plan = plan_of(base, [edit(base, "ablate", ablate(24), at)])
-    with pytest.raises(InexactPlan, match="as gguf-lora: impossible") as error:
+    base = base_at(tiny_checkpoint("llama", **TIED))
+    plan = plan_of(base, [edit(base, "ablate", ablate(64), at)])
+    with pytest.raises(UsageError, match="goes over a GGUF in which the head is a tensor") as error:
         written("gguf-lora", plan, base.checkpoint, tmp_path / "out")
-    assert "the process aborts" in str(error.value.why)
-    assert "--to checkpoint" in str(error.value.fix)
-    assert list(tmp_path.iterdir()) == []
-    inner = plan_of(base, [edit(base, "ablate", ablate(24), "mlp_out.1")])
-    assert written("gguf-lora", inner, base.checkpoint, tmp_path / "out").path.is_dir()
+    assert "aborts" in str(error.value.why) and "--gguf" in str(error.value.fix)
+    split = write(tmp_path / "split.gguf", base.path, split_max_tensors=20)
+    (first, *others) = sorted(split.parent.glob("split-*.gguf"))
+    with pytest.raises(UsageError, match="the head of a split GGUF is tied"):
+        written("gguf-lora", plan, base.checkpoint, tmp_path / "out", gguf=first)
+    assert others and sorted(tmp_path.iterdir()) == [first, *others]
+    inner = plan_of(base, [edit(base, "ablate", ablate(64), "mlp_out.1")])
+    out = written("gguf-lora", inner, base.checkpoint, tmp_path / "out").path
+    assert not (out / "base.gguf").exists()
+
+
+@pytest.mark.parametrize("at", ["resid", "ln_final_out"])
+def test_a_tied_head_gets_a_tensor_of_its_own(
+    at: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama", **TIED))
+    edits = [edit(base, "ablate", ablate(64), at)]
+    own = write(tmp_path / "model.gguf", base.path)
+    plan = plan_of(base, edits)
+    done: list[tuple[int, int]] = []
+    out = written(
+        "gguf-lora",
+        plan,
+        base.checkpoint,
+        tmp_path / "out",
+        gguf=own,
+        progress=lambda part, whole: done.append((part, whole)),
+    ).path
+    assert done[-1][0] == done[-1][1] > (out / "base.gguf").stat().st_size
+    # The base's file, byte for byte, and its embedding once more.
+    before, after = stored(own), stored(out / "base.gguf")
+    assert after == {**before, "output.weight": before["token_embd.weight"]}
+    assert metadata(out / "base.gguf") == metadata(own)
+    assert (out / "Modelfile").read_text() == "FROM ./base.gguf\nADAPTER ./lora.gguf\n"
+    assert {"base.gguf", "lora.gguf"} <= json.loads((out / "bake.json").read_text())["files"].keys()
+    shown = [code for _, code in commands(read_facts(out), None)]
+    assert shown[0] == "llama-server -m ./base.gguf --lora ./lora.gguf\n"
+    assert "FROM ././base.gguf\\nADAPTER ././lora.gguf" in shown[1]
+    pairs = pairs_of(out / "lora.gguf")
+    assert ("token_embd.weight" in pairs) == (at == "resid")
+    assert ("output.weight" in pairs) == (at == "ln_final_out")
+    # What a loader of both files computes: a head of its own, and each pair on its own tensor.
+    model = served(base, "llama", out / "lora.gguf", apart=True)
+    hooked, plain = logits(base.model, base, edits), logits(base.model, base)
+    effect = float((hooked - plain).abs().max())
+    assert effect > 1e-2
+    bound = torch.finfo(torch.float32).eps * 2 * base.layout.layers * 56
+    error = float((logits(model, base) - hooked).abs().max())
+    assert error <= bound * max(effect, float(hooked.abs().max()))
+    # The control: with one tensor for both it is another function.
+    tied = logits(served(base, "llama", out / "lora.gguf"), base)
+    assert float((tied - hooked).abs().max()) > 1e-3 * effect
+
+
+def test_a_copy_that_is_not_the_base_is_told(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base = base_at(tiny_checkpoint("llama", **TIED))
+    plan = plan_of(base, [edit(base, "ablate", ablate(64), "resid")])
+    own = write(tmp_path / "model.gguf", base.path)
+    out = written("gguf-lora", plan, base.checkpoint, tmp_path / "out", gguf=own).path
+    copy, added = out / "base.gguf", {"output.weight": "token_embd.weight"}
+    assert list(differing(open_gguf(own), open_gguf(copy), added)) == []
+    sound = copy.read_bytes()
+    for name in ("output.weight", "token_embd.weight", "blk.1.ffn_down.weight"):
+        where = open_gguf(copy).tensors[name].start
+        copy.write_bytes(sound[:where] + bytes([sound[where] ^ 1]) + sound[where + 1 :])
+        assert list(differing(open_gguf(own), open_gguf(copy), added)) == [name]
+    copy.write_bytes(sound)
+    # The other way round: a tensor that is missing.
+    assert list(differing(open_gguf(copy), open_gguf(own), {})) == ["output.weight"]
+
+
+def test_a_file_with_a_head_of_its_own_is_the_base(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Some converters store a tied head a second time: the adapter goes over that file."""
+    base = base_at(tiny_checkpoint("llama", **TIED))
+    plan = plan_of(base, [edit(base, "ablate", ablate(64), "resid")])
+    embedding = converted(base.path)[1]["token_embd.weight"]
+    own = write(tmp_path / "model.gguf", base.path, extra={"output.weight": embedding})
+    out = written("gguf-lora", plan, base.checkpoint, tmp_path / "out", gguf=own).path
+    assert not (out / "base.gguf").exists() and (out / "lora.gguf").exists()
+    assert (out / "Modelfile").read_text() == "FROM ../model.gguf\nADAPTER ./lora.gguf\n"
 
 
 def quantised(base: Base, path: Path, kind: gguf.GGMLQuantizationType) -> Path:

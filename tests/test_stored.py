@@ -130,7 +130,7 @@ PEFT = Runtimes(("peft",))
 @pytest.fixture(autouse=True)
 def _runtimes_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """No runtime is started here, so that none need be installed."""
-    monkeypatch.setattr(Runtimes, "find", lambda self, kind: None)
+    monkeypatch.setattr(Runtimes, "find", lambda self, kind, **options: None)
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])

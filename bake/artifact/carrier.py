@@ -58,6 +58,9 @@ class Carrier:
     """Whether it is a folder that transformers loads as a model, with config.json."""
     without: str | None = None
     """How to do without one that is loaded over the base."""
+    beside: str | None = None
+    """A file of the base that lies beside an adapter where the base has to be another one for it:
+    llama.cpp takes a tied head and the embedding for one tensor, which an adapter of it kills."""
     unread: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Why a runtime that is no reader is none."""
     unread_otherwise: str | None = None
@@ -118,6 +121,7 @@ _ALL = (
         loading=loading.GGUF_LORA,
         tags=("gguf", "lora"),
         without="start the base's GGUF without --lora",
+        beside="base.gguf",
         unread_otherwise="it reads no adapters in GGUF",
     ),
     Carrier(

@@ -84,7 +84,7 @@ GGUF = (
 )
 GGUF_LORA = (
     Loading(
-        "llama.cpp", _OVER_BASE, "sh", "{download}llama-server -m base.gguf --lora {weights}\n"
+        "llama.cpp", _OVER_BASE, "sh", "{download}llama-server -m {base_gguf} --lora {weights}\n"
     ),
     Loading(
         "ollama",

@@ -33,13 +33,16 @@ def _words(facts: Facts, repo: str | None) -> Mapping[str, str]:
     python = json.dumps(base) + (f", revision={json.dumps(facts.commit)}" if facts.commit else "")
     rank = None if facts.adapter is None else facts.adapter.r
     most = None if rank is None else vllm_room(rank)
+    own = facts.carrier.beside
+    model = f"{place}/{own}" if own is not None and own in facts.names else "base.gguf"
     return {
         "here": here,
         "here_text": json.dumps(here),
         "folder": place,
         "download": download(repo),
         "weights": shlex.quote(f"{place}/{file}"),
-        "modelfile": shlex.quote(f"FROM ./base.gguf\\nADAPTER ./{place}/{file}\\n"),
+        "base_gguf": shlex.quote(model),
+        "modelfile": shlex.quote(f"FROM ./{model}\\nADAPTER ./{place}/{file}\\n"),
         "base": shlex.quote(base) + (f" --revision {facts.commit}" if facts.commit else ""),
         "base_text": python,
         "max_rank": "" if most is None else f" --max-lora-rank {most}",
@@ -51,6 +54,7 @@ def _file(facts: Facts) -> str:
     names = sorted(name for name, _ in weight_files(facts)) or sorted(
         name for name in facts.names if name.endswith(".gguf") and "/" not in name
     )
+    names = [name for name in names if name != facts.carrier.beside]
     return printable(names[0]) if names else "model.gguf"
 
 

@@ -5,6 +5,7 @@ one that a single program loads is held against that program's table as well, si
 refuse what they have no slot for.
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,12 @@ from bake.plan.types import Exactness, Finding, Plan
 from bake.sites import Site, SiteKind
 
 _HEAD_LIMIT = 258048  # vLLM lora/layers/logits_processor.py: rows of a head that an adapter is for
+_LLAMA_CPP = "llama.cpp"
+OVER_HEAD = (
+    "over a copy of the base's GGUF (--gguf) in which the tied head is a tensor of its own, since "
+    "llama.cpp takes one tensor for both"
+)
+"""What an adapter of a tied embedding or head goes over."""
 _NO_GRAPH = "llama.cpp's graph of this architecture adds no control vector"
 _ACCEPTED_BY = {
     Exactness.RELOCATED: {"relocate", "widen"},
@@ -77,7 +84,15 @@ def carrier_findings(plan: Plan, carrier: str) -> tuple[Finding, ...]:
             findings.append(exact)
         else:
             findings += own
-    return tuple(findings)
+    over = set[int]()
+    for target in beside_head(plan, carrier):
+        over.update(() if target.update is None else target.update.edits)
+    return tuple(
+        dataclasses.replace(finding, reason=f"{finding.reason}; {OVER_HEAD}")
+        if finding.edit in over and finding.exactness is not Exactness.IMPOSSIBLE
+        else finding
+        for finding in findings
+    )
 
 
 def refuse(plan: Plan, carrier: str, allow: frozenset[str] = frozenset()) -> None:
@@ -301,10 +316,10 @@ def _refusal(plan: Plan, name: str, target: Target) -> str | None:
         if (name, target.role) == ("vllm", "embed") and layout.embed_multiplier != 1:
             reason += ", and its general backend leaves the embedding's multiplier off such rows"
         return reason
-    if layout.tied and name == "llama.cpp" and target.role in ("embed", "head"):
+    if _needs_head(layout, name, target) and not runtime.untied_head:
         return (
-            "the head is tied to the embedding, and llama.cpp takes one tensor for both: with an "
-            "adapter of it the process aborts"
+            "the head is tied to the embedding, llama.cpp takes one tensor for both, and loads no "
+            f"head of its own here ({runtime.source}): with an adapter of it the process aborts"
         )
     if target.role == "head" and name == "vllm":
         if layout.tied:
@@ -312,6 +327,19 @@ def _refusal(plan: Plan, name: str, target: Target) -> str | None:
         if target.shape[0] > _HEAD_LIMIT:
             return f"vllm takes adapters of heads up to {_HEAD_LIMIT} tokens"
     return None
+
+
+def _needs_head(layout: Layout, name: str, target: Target) -> bool:
+    """Whether an adapter is for a tensor that a runtime takes a tied head for as well."""
+    return layout.tied and name == _LLAMA_CPP and target.role in ("embed", "head")
+
+
+def beside_head(plan: Plan, carrier: str) -> tuple[Target, ...]:
+    """Return what of an adapter is for a base in which a tied head is a tensor of its own."""
+    kind = carrier_of(carrier)
+    if kind.beside is None or kind.loader is None:
+        return ()
+    return tuple(t for t in targets_of(plan) if _needs_head(plan.layout, kind.loader, t))
 
 
 def _no_vector(layout: Layout, edit: Edit) -> str | None:

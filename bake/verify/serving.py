@@ -24,6 +24,7 @@ from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
 from bake.verify.served_rows import ServedRun, served_rows
+from bake.verify.stored.beside import base_beside
 from bake.verify.stored.registry import gguf_file
 from bake.verify.target import Target, target_of
 from bake.verify.verdict import Limits
@@ -135,6 +136,8 @@ def _base_file(inputs: Inputs) -> Path | None:
     """Return what a runtime loads as the base: a folder, or a GGUF; None where it is not here."""
     if inputs.artifact.carrier.suffix != ".gguf":
         return inputs.base.path
+    if (own := base_beside(inputs.artifact)) is not None:
+        return own
     if inputs.planned.gguf is not None:
         return inputs.planned.gguf.original.path
     # A converted artifact has a converted base; of another one the base is not at hand.

@@ -11,6 +11,7 @@ from bake.verify.artifact import Baked
 from bake.verify.prompts import lines_of
 from bake.verify.runtimes.registry import Runtimes, serving
 from bake.verify.scores import scorer
+from bake.verify.stored.beside import base_beside
 from bake.verify.tasks import check_harness
 from bake.verify.tokenizer import has_tokenizer
 
@@ -82,7 +83,7 @@ class Verification:
         kind, where = artifact.kind, str(artifact.path)
         if self.runtimes is not None:
             self.runtimes.check(kind)
-            self.runtimes.find(kind)
+            self.runtimes.find(kind, base=base_beside(artifact) is not None)
         if self.most_kl is not None and not 0 < self.most_kl < math.inf:
             raise UsageError(
                 f"--most-kl is {self.most_kl:g}", fix="name a share above 0, for example 0.05"

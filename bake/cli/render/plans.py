@@ -8,10 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bake.artifact.carrier import CARRIERS
 from bake.cli.render import matrix
 from bake.cli.render.models import head
 from bake.cli.render.pieces import facts, listed, section, site_list, size, table, word
 from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
+from bake.plan.carriers import OVER_HEAD, beside_head
 
 if TYPE_CHECKING:
     from bake.jobs.recorded import Replanned
@@ -35,11 +37,12 @@ def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
         parts.append(section("config.json", _config(planned)))
     verdicts = Group(*matrix.runtimes(planned, chosen))
     left_out = checkpoint.left_out if verbose else ()
+    over = [f"{name} goes {OVER_HEAD}" for name in CARRIERS if beside_head(planned, name)]
     return [
         *parts,
         section(f"Runtimes: {', '.join(chosen)}", verdicts),
         section("Carriers", matrix.carriers(planned)),
-        *listed("Notes", planned.notes),
+        *listed("Notes", (*planned.notes, *over)),
         *listed("Files of the base that do not travel", left_out),
         Text(),
         facts([("plan", word(str(planned.exactness))), ("digest", planned.digest)]),

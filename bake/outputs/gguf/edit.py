@@ -186,7 +186,7 @@ def new_tensors(export: Export, model: Gguf) -> tuple[dict[str, NewBytes], Choic
             value = partial(torch.add, update.replacement, place.addend)
             found[place.name] = _vector(place.name, model, value)
     for edit in edits:
-        found[edit.name] = _matrix(replace(edit, kind=choice.kind(edit)), model, rounding, ggml)
+        found[edit.name] = new_matrix(replace(edit, kind=choice.kind(edit)), model, rounding, ggml)
     for bias in plan.biases:
         # A zero companion is for a flag of config.json; a GGUF file has no such flag.
         if not bias.is_zero():
@@ -243,7 +243,8 @@ def _source(
     return place.name if place.name in model.tensors else places[update.source].name
 
 
-def _matrix(edit: MatrixEdit, model: Gguf, rounding: Rounding, ggml: Ggml | None) -> NewBytes:
+def new_matrix(edit: MatrixEdit, model: Gguf, rounding: Rounding, ggml: Ggml | None) -> NewBytes:
+    """Return what writes a matrix anew."""
     base = model.tensors.get(edit.name)
     return NewBytes(
         edit.name,

@@ -5,6 +5,11 @@ matrix [out, in] the file holds ``NAME.lora_a`` [r, in] and ``NAME.lora_b`` [out
 both are stacked; for the token embedding A is [tokens, r] and B [d, r]. ``adapter.lora.alpha`` is
 0, which llama.cpp takes as "the scale is the user's", whatever the rank of a tensor. The rows of B
 are in the order of the file that llama.cpp's converter makes, which reorders some layers.
+
+A tied head has no tensor in a GGUF, and llama.cpp multiplies by the embedding's in its place, with
+an adapter of that name where there is one: the factors do not fit, and the process aborts. So an
+adapter of embedding or head goes over a copy of the base's file in which the head is a tensor of
+its own, with the bytes of the embedding: everything else in it is the base's, byte for byte.
 """
 
 import os
@@ -19,23 +24,31 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from bake.artifact.artifact import Artifact
+from bake.artifact.carrier import carrier_of
 from bake.artifact.schema import BaseRef
 from bake.checkpoints.gguf.codec import decode
 from bake.checkpoints.gguf.file import Gguf
-from bake.errors import CheckpointError
+from bake.checkpoints.stream import Piece, write_file
+from bake.checkpoints.writer import require_space
+from bake.errors import CheckpointError, UsageError
 from bake.families.gguf import GgufPlace, gguf_names, gguf_places
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.factors import FactorSource, factors_from, padded, weight_factors
 from bake.outputs.folder import close_artifact
+from bake.outputs.gguf.edit import new_matrix
 from bake.outputs.gguf.match import check_corners
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
+from bake.outputs.gguf.tensor import MatrixEdit
+from bake.outputs.gguf.write import NewBytes, with_tensor
 from bake.outputs.lora import nonempty, target_factors
 from bake.plan import Plan
+from bake.plan.carriers import beside_head
 from bake.plan.lowrank import LowRank, Target, low_rank, rank_of, targets_of
 from bake.progress import Tally
 from bake.rounding import to_storage
 
-FILE = "lora.gguf"
+FILE, BASE = "lora.gguf", str(carrier_of("gguf-lora").beside)
+"""The adapter, and the copy of the base that it goes over, where it is not for the base itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,31 +83,74 @@ def prepare_gguf_lora(export: Export) -> CarrierWriter:
         InexactPlan: a finding is not exact and not allowed, or llama.cpp would drop or refuse a
             part of the adapter.
         CheckpointError: the GGUF is not one of this model.
-        UsageError: the plan changes no weight, or a Modelfile cannot name the GGUF.
+        UsageError: the plan changes no weight, a Modelfile cannot name the GGUF, or a tied head
+            needs a tensor of its own and no GGUF of one file is named.
     """
     plan, model = export.plan, export.model()
     pairs = _pairs(plan, nonempty(targets_of(plan)))
+    head = _head(plan, model) if beside_head(plan, "gguf-lora") else None
     if model is not None:
         _check_model(model, plan, pairs)
         members = (target.update for pair in pairs for target, _ in pair.members)
         edited = [update.source for update in members if update is not None]
         check_corners(edited, export.checkpoint, model, gguf_places(plan.layout))
-        if len(model.parts) == 1:
+        if len(model.parts) == 1 and head is None:
             modelfile(model.path.name, FILE)
-    return partial(_write, export, model, pairs)
+    return partial(_write, export, model, pairs, head)
+
+
+def _head(plan: Plan, model: Gguf | None) -> NewBytes | None:
+    """Return the tied head as a tensor of its own; None where the file has one already.
+
+    Raises:
+        UsageError: there is no file of the base to write it into, or several.
+    """
+    layout = plan.layout
+    if model is None:
+        raise UsageError(
+            "an adapter of a tied embedding goes over a GGUF in which the head is a tensor of its "
+            "own",
+            why="llama.cpp takes one tensor for both, and aborts",
+            fix=f"name the base's GGUF with --gguf: {BASE} is written beside the adapter",
+        )
+    places = gguf_places(layout)
+    name, source = places[layout.unembed.weight].name, places[layout.embed].name
+    if name in model.tensors or source not in model.tensors:
+        return None
+    if len(model.parts) > 1:
+        raise UsageError(
+            "the head of a split GGUF is tied, and gets a tensor of its own in one file only",
+            where=str(model.path),
+            fix="put the parts together with `llama-gguf-split --merge`",
+        )
+    info = model.tensors[source]
+    return new_matrix(
+        MatrixEdit(name, source, info.kind, info.shape, {}, "head"), model, "nearest", None
+    )
 
 
 def _write(
-    export: Export, model: Gguf | None, pairs: tuple[Pair, ...], run: CarrierRun
+    export: Export,
+    model: Gguf | None,
+    pairs: tuple[Pair, ...],
+    head: NewBytes | None,
+    run: CarrierRun,
 ) -> Artifact:
     folder = run.place.folder
-    sizes = [4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes]
+    size = sum(4 * torch.Size(shape).numel() for pair in pairs for shape in pair.shapes)
+    copy: tuple[Sequence[Piece], int] = ((), 0)
+    if model is not None and head is not None:
+        copy = with_tensor(model, head)
+    tally = Tally(size + copy[1], run.progress)
+    if head is not None:
+        require_space(folder, copy[1])
+        write_file(folder / BASE, copy[0], origin=None, advance=tally.advance)
     source = factors_from(export.checkpoint) if run.factors is None else run.factors.source
-    make, arch = _maker(source, model), gguf_names(export.plan.layout).arch
-    tally = Tally(sum(sizes), run.progress)
+    make, arch = _maker(source, model, export.plan), gguf_names(export.plan.layout).arch
     _write_file(folder / FILE, arch, run.record.base, pairs, make, tally)
     if model is not None and len(model.parts) == 1:
-        text = _modelfile(model, run.place.final)
+        own = head is not None
+        text = modelfile(BASE, FILE) if own else _modelfile(model, run.place.final)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
     return close_artifact(export.plan, "gguf-lora", run)
 
@@ -126,7 +182,7 @@ def _pairs(plan: Plan, targets: Sequence[Target]) -> tuple[Pair, ...]:
 Make = Callable[[Target, GgufPlace, int], tuple[Tensor, Tensor]]
 
 
-def _maker(source: FactorSource, model: Gguf | None) -> Make:
+def _maker(source: FactorSource, model: Gguf | None, plan: Plan) -> Make:
     """Return what makes the factors of one weight, B in the order of the file's rows."""
 
     def from_checkpoint(target: Target, place: GgufPlace, rank: int) -> tuple[Tensor, Tensor]:
@@ -137,10 +193,11 @@ def _maker(source: FactorSource, model: Gguf | None) -> Make:
         assert model is not None
         if target.update is None:
             return from_checkpoint(target, place, rank)
-        info = model.tensors[place.name]
+        name = _held(model, place.name, plan)
+        info = model.tensors[name]
 
         def read(start: int, stop: int) -> Float[Tensor, "rows columns"]:
-            raw = model.read_rows(place.name, start, stop, expert=place.expert)
+            raw = model.read_rows(name, start, stop, expert=place.expert)
             return decode(raw, info.kind, place.name)
 
         change, shape = _reordered(low_rank(target.update), place), info.shape[-2:]
@@ -163,6 +220,13 @@ def _reordered(change: LowRank, place: GgufPlace) -> LowRank:
     )
 
 
+def _held(model: Gguf, name: str, plan: Plan) -> str:
+    """Return the tensor of the base's file: a head that has none there is the embedding."""
+    places = gguf_places(plan.layout)
+    tied = plan.layout.tied and name == places[plan.layout.unembed.weight].name
+    return places[plan.layout.embed].name if tied and name not in model.tensors else name
+
+
 def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
     """Require a GGUF of the planned model: its architecture, names and shapes."""
     arch = gguf_names(plan.layout).arch
@@ -176,7 +240,7 @@ def _check_model(model: Gguf, plan: Plan, pairs: Sequence[Pair]) -> None:
         outer, inner = target.shape[target.output_axis], target.shape[1 - target.output_axis]
         stack = (len(pair.members),) if pair.stacked else ()
         shape = (inner, outer) if pair.is_table else (*stack, outer, inner)
-        found = model.tensors.get(pair.name)
+        found = model.tensors.get(_held(model, pair.name, plan))
         if found is None or found.shape != shape:
             have = "no" if found is None else f"a {list(found.shape)}"
             raise CheckpointError(

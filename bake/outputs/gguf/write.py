@@ -79,6 +79,15 @@ def write_parts(
     return files
 
 
+def with_tensor(model: Gguf, tensor: NewBytes) -> tuple[list[Piece], int]:
+    """Return a model of one file with one more tensor, and its size: all else byte for byte."""
+    (part,) = model.parts
+    table = _table(part, {}, [tensor])
+    pieces = _pieces(part, table, part.header.metadata, model, {tensor.name: tensor})
+    literal = sum(len(piece.data) for piece in pieces if isinstance(piece, Literal))
+    return pieces, literal + sum(one.nbytes for one in table)
+
+
 def _table(
     part: GgufPart, new: Mapping[str, NewBytes], created: list[NewBytes]
 ) -> list[GgufTensor | NewBytes]:

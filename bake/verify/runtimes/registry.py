@@ -67,17 +67,18 @@ class Runtimes:
                 fix = f"a {kind} is for {fitting}" if fitting else None
                 raise UsageError(f"{name} loads no {kind}", fix=fix)
 
-    def find(self, kind: str) -> None:
+    def find(self, kind: str, *, base: bool = False) -> None:
         """Require that every runtime, and what it needs, is there. Nothing is started or measured.
 
         Args:
             kind: of the artifact that they are to load.
+            base: whether the GGUF of the base that it goes over lies beside it.
 
         Raises:
             RuntimeMissing: one is not installed where it should be, or there is no converter.
         """
         carrier = KINDS[kind]
-        converted = not (carrier.whole and carrier.suffix == ".gguf")
+        converted = not base and not (carrier.whole and carrier.suffix == ".gguf")
         for name in self.names:
             runtime = RUNTIMES[name]
             find(runtime.title, self.python(name), runtime.packages)

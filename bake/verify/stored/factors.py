@@ -14,8 +14,10 @@ from bake.checkpoints.gguf.file import Gguf
 from bake.checkpoints.planned import PlannedTensor
 from bake.families import Layout
 from bake.families.gguf import gguf_places
+from bake.verify.planned import PlannedGguf
 from bake.verify.stored.blocks import values_of
 from bake.verify.stored.files import Directions, Rows
+from bake.verify.stored.gguf import differing
 
 _PREFIX = "base_model.model."
 
@@ -35,7 +37,8 @@ class StoredFactors:
     factors: Mapping[str, tuple[Factors, ...]]
     """By weight: one pair, or one for each of a stack of experts."""
     homeless: tuple[str, ...]
-    """Tensors of the adapter that belong to no weight."""
+    """Tensors of the adapter that belong to no weight, and of the base beside it those that are not
+    the base's."""
     unit: float
     """The unit in the last place of a factor."""
     unbiased: bool = False
@@ -119,13 +122,21 @@ def over_checkpoint(
 
 
 def over_gguf(
-    adapter: Gguf, base: Gguf, layout: Layout, planned: Mapping[str, PlannedTensor]
+    adapter: Gguf, planned: PlannedGguf, layout: Layout, own: Gguf | None = None
 ) -> StoredFactors:
     """Return a GGUF adapter over the base's own GGUF.
 
     Mirrors llama.cpp's src/llama-graph.cpp: ``build_lora_mm``, and ``build_inp_embd`` for the token
     embedding, whose A is [tokens, r].
+
+    Args:
+        adapter: the file.
+        planned: the base's own GGUF, and what becomes of it.
+        layout: of the base.
+        own: the copy of the base's GGUF that the adapter goes over, where it is not the base's.
     """
+    base, places = planned.original if own is None else own, gguf_places(layout)
+    head, embed = places[layout.unembed.weight].name, places[layout.embed].name
 
     def rows(name: str, start: int, stop: int) -> Rows | None:
         if name not in base.tensors:
@@ -139,9 +150,10 @@ def over_gguf(
         )
 
     found, homeless = _gguf_factors(adapter, layout, in_file_order=True)
-    head = gguf_places(layout)[layout.unembed.weight].name
+    if own is not None:
+        homeless = (*homeless, *differing(planned.original, own, {head: embed}))
     copies = {head} - found.keys() if layout.tied else set[str]()
-    held = {n: t for n, t in planned.items() if len(t.shape) > 1 and n not in copies}
+    held = {n: t for n, t in planned.tensors.items() if len(t.shape) > 1 and n not in copies}
     return StoredFactors(rows, held, found, homeless, torch.finfo(torch.float32).eps)
 
 

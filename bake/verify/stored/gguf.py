@@ -87,11 +87,7 @@ class StoredGguf:
         have, plan = self.model.tensors[name], self.planned.get(name)
         if plan is not None:
             return (have.kind.name, have.shape) == (plan.dtype, plan.shape)
-        was = self.original.tensors[name]
-        if (have.kind, have.shape) != (was.kind, was.shape):
-            return False
-        pairs = zip(self.original.chunks(name), self.model.chunks(name), strict=True)
-        return all(torch.equal(a, b) for a, b in pairs)
+        return _same(self.original, name, self.model, name)
 
     def base(self, name: str, start: int, stop: int) -> Rows | None:
         """Return rows as the base's file has them; None where it has no such tensor."""
@@ -158,6 +154,32 @@ def _raw(model: Gguf, name: str, start: int, stop: int) -> Tensor:
     expert = start // shape[-2] if len(shape) == 3 else None
     first = (expert or 0) * shape[-2]
     return model.read_rows(name, start - first, stop - first, expert=expert)
+
+
+def differing(original: Gguf, copy: Gguf, added: Mapping[str, str]) -> Iterator[str]:
+    """Yield the tensors of a copy that are not the original's.
+
+    Args:
+        original: the base's own file.
+        copy: a file with the same tensors, and some more.
+        added: the names of those, each with that of the tensor whose bytes it has.
+    """
+    sources = {name: name for name in original.tensors} | {
+        name: source for name, source in added.items() if name not in original.tensors
+    }
+    for name in sorted(copy.tensors.keys() | sources.keys()):
+        held = name in copy.tensors and name in sources
+        if not held or not _same(original, sources[name], copy, name):
+            yield name
+
+
+def _same(original: Gguf, source: str, copy: Gguf, name: str) -> bool:
+    """Whether a tensor has type, shape and bytes of another one."""
+    was, have = original.tensors[source], copy.tensors[name]
+    if (have.kind, have.shape) != (was.kind, was.shape):
+        return False
+    pairs = zip(original.chunks(source), copy.chunks(name), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _rows(model: Gguf, name: str, start: int, stop: int) -> Rows:

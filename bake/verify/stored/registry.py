@@ -9,6 +9,7 @@ from bake.errors import InputError
 from bake.families import Layout
 from bake.verify.artifact import Baked
 from bake.verify.planned import Planned
+from bake.verify.stored.beside import base_beside
 from bake.verify.stored.factors import over_checkpoint, over_converted, over_gguf
 from bake.verify.stored.files import StoredFiles, untied, untied_by_merge, written_directions
 from bake.verify.stored.gguf import StoredGguf
@@ -49,7 +50,8 @@ def stored_files(
     if Part.CONSTANTS in carrier.holds:
         return StoredVectors(file, edits)
     if planned.gguf is not None:
-        return over_gguf(file, planned.gguf.original, layout, planned.gguf.tensors)
+        own = base_beside(artifact)
+        return over_gguf(file, planned.gguf, layout, None if own is None else open_gguf(own))
     options = artifact.record.export
     if options is not None and options.gguf:  # made for a GGUF that is not at hand
         model = {}
@@ -59,10 +61,15 @@ def stored_files(
 def gguf_file(artifact: Baked) -> Path:
     """Return the GGUF file of an artifact, the first of a split one, as runtimes are given it.
 
+    The file of a base beside it is not the artifact's.
+
     Raises:
         InputError: there is none.
     """
-    files = sorted(artifact.path.glob(f"*{artifact.carrier.suffix}"))
+    carrier = artifact.carrier
+    files = sorted(
+        file for file in artifact.path.glob(f"*{carrier.suffix}") if file.name != carrier.beside
+    )
     if not files:
         raise InputError("the artifact holds no GGUF file", where=str(artifact.path))
     return files[0]
