@@ -22,6 +22,18 @@ def no_bars(label: str, *, unit: str | None = None) -> AbstractContextManager[No
     return nullcontext()
 
 
+class Stages(Protocol):
+    """Long work of which no one knows the length: stage after stage."""
+
+    def begin(self, text: str) -> None:
+        """Say what is begun; a text that is indented tells of a part of a stage."""
+        ...
+
+    def expect(self, count: int) -> None:
+        """Say how many stages there are to be."""
+        ...
+
+
 class Tally:
     """Adds up what is done, for a ``Progress``."""
 

@@ -83,8 +83,9 @@ def moved(base: Base, names: Sequence[str], draw: int) -> torch.Tensor:
     )
     for name, weight in model.named_parameters():
         if name in names:
-            generator = torch.Generator().manual_seed(draw)
-            error = torch.rand(weight.shape, generator=generator) - 0.5
+            raw = np.random.SFC64(draw).random_raw(-(-weight.numel() // 4)).view(np.int16)
+            error = torch.from_numpy(raw[: weight.numel()]).float().reshape(weight.shape) / 2**16
+            assert float(error.abs().max()) <= 0.5
             step = 2.0 ** (torch.frexp(weight.abs()).exponent - 1) * EPS[torch.bfloat16]
             weight.data += error * step
     with torch.no_grad(), steered(model, base.layout, edits_of(base)):

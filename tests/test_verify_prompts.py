@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness import base_at, edit, vector
+from harness import bake, base_at, edit, plan_of, vector
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from words import write_tokenizer
 
 from bake import edits as make
+from bake.checkpoints import open_checkpoint
 from bake.errors import InputError, UsageError
+from bake.jobs.planned import judged
 from bake.verify import prompts as module
-from bake.verify.greedy import Generated, agreement, disagreement, generate
+from bake.verify.greedy import Generated, agreement, as_answered, disagreement, generate
 from bake.verify.interval import Interval
 from bake.verify.models import load
 from bake.verify.prompts import (
@@ -27,9 +30,11 @@ from bake.verify.prompts import (
     random_prompts,
     read_prompts,
 )
+from bake.verify.runner import Runner
 from bake.verify.runs import batches_of, run
 from bake.verify.scores import scorer
 from bake.verify.tokenizer import CHAT, PLAIN, load_tokenizer
+from bake.verify.verification import Verification
 
 
 class Tokenizer:
@@ -317,3 +322,44 @@ def test_a_text_goes_on_behind_its_end_and_asks_for_no_penalty(
     # The control: with hooks it is another text.
     shift = edit(base, "offset", make.offset(5 * vector(base.layout.hidden)), "resid_post.1")
     assert generate(live, prompts, 12, [shift]).tokens != plain.tokens
+
+
+def test_a_text_that_follows_an_answer_is_known_from_the_run_over_it() -> None:
+    """Two answers of two tokens; behind each its last token's own row, which tells nothing."""
+    best = torch.tensor([1, 2, 0, 3, 4, 1])
+    logits = torch.nn.functional.one_hot(best, 5).float()
+    assert as_answered([(1, 2), (3, 4)], logits) == [(1, 2), (3, 4)]
+    assert as_answered([(1, 2), (3, 3)], logits) == [(1, 2), None]
+    assert as_answered([(0, 2), (3, 4)], logits) == [None, (3, 4)]
+
+
+@pytest.mark.parametrize("spoiled", [False, True], ids=["as exported", "spoiled"])
+def test_the_artifacts_own_text_is_what_it_generates(
+    spoiled: bool,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that writes the hooked model's answers generates none; one that parts does."""
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
+    out = bake(base, plan_of(base, edits), tmp_path / "out")
+    if spoiled:
+        (shard,) = out.glob("*.safetensors")
+        tensors = load_file(shard)
+        name = base.layout.unembed.weight
+        tensors[name] = torch.cat([tensors[name][:20].flip(0), tensors[name][20:]])
+        save_file(tensors, shard, metadata={"format": "pt"})
+    found: list[Generated] = []
+    real = Runner.stored_text
+    monkeypatch.setattr(Runner, "stored_text", lambda *args: found.append(real(*args)) or found[-1])
+    said: list[str] = []
+    prompts = random_prompts(base.layout.dims["vocab"]).tokens
+    report = judged(
+        Verification(out, base=str(base.path), prompts=prompts, generate=6, remark=said.append)
+    )
+    live = load(open_checkpoint(out), torch.float32)
+    assert found[0].tokens == generate(live, prompts, 6).tokens
+    (same,) = (row.value for row in report.rows if row.name == "same greedy tokens")
+    assert (same < 1) == spoiled
+    assert ("greedy text of the stored model" in said) == spoiled

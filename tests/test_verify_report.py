@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from harness import base_at
+from rich.text import Text
 from test_verify import baked
 
 from bake.cli import main
@@ -199,7 +200,7 @@ def test_the_command_writes_the_report_and_says_where(
         (["--most-kl", "nan"], 2, "--most-kl is nan"),
         (["--most-kl", "0"], 2, "--most-kl is 0"),
         (["--adapter", "somewhere"], 2, "--adapter is for a merge"),
-        (["--device-map", "cpu", "--stream"], 2, "--device-map and --stream exclude each other"),
+        (["--device", "cpu", "--stream"], 2, "--device and --stream exclude each other"),
         (["--device-map", "nonsense"], 4, "transformers does not load this checkpoint"),
         (["--device-map", "cuda:99"], 4, "cannot be placed by the device map 'cuda:99'"),
         (["--score", "contains:"], 2, "the score 'contains:' names nothing"),
@@ -255,3 +256,22 @@ def test_verify_imports_neither_fold_nor_plan() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_stages_are_a_bar_on_a_terminal_and_lines_elsewhere(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
+    out = baked(base, tmp_path / "out")
+    arguments = ["verify", str(out), "--base", str(base.path), "--generate", "2", "--no-plots"]
+    piped = CliRunner().invoke(main, arguments).stderr.splitlines()
+    assert "base model in float64" in piped and "stored model in float32" in piped
+    assert CliRunner().invoke(main, [*arguments, "-q"]).stderr == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    shown = Text.from_ansi(CliRunner().invoke(main, arguments).stderr).plain
+    # The count that is expected, and an estimate; no line of a stage by itself.
+    (expected,) = {int(n) for n in re.findall(r"\d+/(\d+)", shown)}
+    assert abs(expected - len(piped)) <= 3
+    assert re.search(r"\d:\d\d:\d\d|-:--:--", shown)
+    assert "base model in float64" not in shown.splitlines()

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from bake.errors import BakeError, InputError
-from bake.progress import Progress
+from bake.progress import Progress, Stages
 
 KEPT = "bake.kept"
 """Key of ``Context.meta``: a function that says, after an interruption, what is left on disk."""
@@ -77,6 +77,12 @@ class Output:
         from bake.cli.render.screen import progress
 
         return progress(label, visible=not self.quiet, unit=unit)
+
+    def stages(self) -> AbstractContextManager[Stages]:
+        """Show stages: a bar with an estimate on a terminal, and elsewhere a line for each."""
+        from bake.cli.render.screen import stages
+
+        return stages(visible=not self.quiet and not self.as_json)
 
     def keeps(self, out: Path) -> None:
         """Say after an interrupt what of an output is kept."""

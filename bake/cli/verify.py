@@ -71,7 +71,13 @@ if TYPE_CHECKING:
     default=None,
     help="Hold one block in memory at a time; by itself where the model is too large.",
 )
-@click.option("--device-map", metavar="MAP", help="As transformers takes it, for example auto.")
+@click.option(
+    "--device",
+    "--device-map",
+    "device_map",
+    metavar="MAP",
+    help="cpu, or a device map of transformers; by itself a GPU for what is in float32.",
+)
 @click.option("--most-kl", type=float, metavar="SHARE", help="Limit of KL over the effect's KL.")
 @click.option(
     "--report",
@@ -120,12 +126,19 @@ def command(
     source = find(out, weights=True)
     partial = runs_of(files.place(source))
     click.get_current_context().meta[KEPT] = lambda: _kept(partial)
-    verified = verify(
-        source,
-        replace(asked, artifact=source.folder, remark=output.remark, resume=partial),
-        files,
-        output.bar,
-    )
+    with output.stages() as stages:
+        verified = verify(
+            source,
+            replace(
+                asked,
+                artifact=source.folder,
+                remark=stages.begin,
+                expect=stages.expect,
+                resume=partial,
+            ),
+            files,
+            output.bar,
+        )
     output.present(
         data=verified.to_json, view=lambda: results.verified(verified), error=verified.failure()
     )

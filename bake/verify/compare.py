@@ -11,13 +11,14 @@ from time import perf_counter
 
 from bake.verify.artifact import changed_files
 from bake.verify.assemble import report_of
-from bake.verify.effects import with_side_effects
+from bake.verify.effects import read_by_baked, read_by_base, with_side_effects
 from bake.verify.evidence import collect
 from bake.verify.inputs import Inputs, opened
 from bake.verify.planned import Planned
 from bake.verify.report import Report
 from bake.verify.runner import Runner
 from bake.verify.serving import serve
+from bake.verify.stages import stages_of
 from bake.verify.stored.check import FilesChecked, check_files
 from bake.verify.verdict import Limits
 from bake.verify.verification import Verification
@@ -45,13 +46,17 @@ def compare(asked: Verification, planned: Planned) -> Report:
 
 def _report_of(runner: Runner) -> Report:
     inputs = runner.inputs
+    inputs.asked.expect(stages_of(inputs))
     inputs.asked.remark("digests of the artifact's files")
     changed = changed_files(inputs.artifact)
     checked = _checked(inputs)
+    reading = read_by_base(runner)
     evidence = collect(runner)
+    reading = read_by_baked(runner, reading)
+    runner.release()
     limits = Limits(inputs, evidence)
     report = report_of(limits, checked, changed, serve(limits))
-    return with_side_effects(report, runner, evidence.texts)
+    return with_side_effects(report, runner, evidence.texts, reading)
 
 
 def _checked(inputs: Inputs) -> FilesChecked:

@@ -79,13 +79,11 @@ def collect(runner: Runner) -> Evidence:
             "stored model", "stored", dtype, sites=sites
         )
         if inputs.generate:
-            prompts, count = runner.transcript.prompts, inputs.generate
-            texts["baked"] = runner.greedy("stored model", "stored", prompts, count)
+            texts["baked"] = runner.stored_text(evidence.stored)
     for name, trace in others.items():
         hidden = (hooked.streams[sites[-1]], trace.streams[sites[-1]]) if sites else None
         evidence.compared[name] = compare_logits(hooked.logits, trace.logits, hidden=hidden)
     evidence.seconds = runner.seconds
-    runner.release()
     return evidence
 
 

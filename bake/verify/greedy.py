@@ -7,6 +7,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bake.edits import Edit
 from bake.verify.models import Live
@@ -18,8 +20,8 @@ class Generated:
     """Greedy continuations, in the order of the prompts."""
 
     tokens: tuple[tuple[int, ...], ...]
-    margins: tuple[tuple[float, ...], ...]
-    """Per token, how far its logit lies above that of the next best one."""
+    margins: tuple[tuple[float, ...], ...] = ()
+    """Per token, how far its logit lies above that of the next best one, where that is known."""
     seconds: float = 0.0
     """Spent in the model's own forward passes."""
 
@@ -78,6 +80,26 @@ def _generate(live: Live, rows: torch.Tensor, mask: torch.Tensor, count: int) ->
     return live.model.generate(
         rows.to(device), attention_mask=mask.to(device), generation_config=config
     )
+
+
+def as_answered(
+    answers: Sequence[Sequence[int]], logits: Float[Tensor, "tokens vocab"]
+) -> list[tuple[int, ...] | None]:
+    """Return what a run over another model's answers shows of a model's own greedy text.
+
+    As long as its most likely token is the answer's, it is run on its own text. So a continuation
+    that is the answer to its end is known; of one that parts from it is None returned.
+
+    Args:
+        answers: of each prompt.
+        logits: of every token that an answer's next token is chosen after, and of the last.
+    """
+    best = logits.argmax(-1).tolist()
+    found: list[tuple[int, ...] | None] = []
+    for answer in answers:
+        own, best = tuple(best[: len(answer)]), best[len(answer) + 1 :]
+        found.append(own if own == tuple(answer) else None)
+    return found
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:

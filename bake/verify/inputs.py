@@ -17,7 +17,7 @@ from bake.sites import Site
 from bake.verify.adapter import adapter_of
 from bake.verify.artifact import Baked, open_baked
 from bake.verify.fixed_point import nulled
-from bake.verify.memory import too_large
+from bake.verify.memory import fits_gpu, too_large
 from bake.verify.observe import block_sites
 from bake.verify.planned import Planned
 from bake.verify.prompts import PromptSet, default_prompts, given_prompts, read_prompts
@@ -27,6 +27,7 @@ from bake.verify.stored.files import StoredFiles, untied, untied_by_merge
 from bake.verify.stored.registry import stored_files
 from bake.verify.verification import Verification
 
+CPU = "cpu"
 GREEDY = 16
 """Greedy tokens after each prompt, with the model in memory."""
 
@@ -74,14 +75,27 @@ class Inputs:
     @property
     def device(self) -> str:
         """What the models run on, by name."""
-        if self.asked.device_map is None or not torch.cuda.is_available():
-            return "cpu"
+        if self.asked.device_map is None:
+            beside = self.device_map(torch.float32)
+            return CPU if beside is None else f"{CPU}, {torch.cuda.get_device_name()} for float32"
+        if self.place is None:
+            return CPU
         return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+
+    def device_map(self, dtype: torch.dtype) -> str | None:
+        """Return where a model that computes in a dtype goes; None for the processor.
+
+        Float64 is what everything is held against, and slow on most GPUs: it goes where somebody
+        says. The rest goes to a GPU that has room for it.
+        """
+        if self.asked.device_map is not None or dtype == torch.float64 or self.streamed:
+            return self.asked.device_map
+        return "cuda" if fits_gpu(self.base) else None
 
     @property
     def place(self) -> torch.device | None:
         """Where a model goes that is put together here; None for the processor."""
-        accelerated = self.asked.device_map is not None and torch.cuda.is_available()
+        accelerated = self.asked.device_map not in (None, CPU) and torch.cuda.is_available()
         return torch.device("cuda") if accelerated else None
 
     @property

@@ -15,12 +15,25 @@ def too_large(checkpoint: Checkpoint) -> bool:
 
     False where the system does not say how much that is.
     """
-    elements = sum(prod(info.shape) for info in checkpoint.tensors.values())
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return False
-    return elements * 8 > free / 2
+    return _elements(checkpoint) * 8 > free / 2
+
+
+def fits_gpu(checkpoint: Checkpoint) -> bool:
+    """Return whether there is a GPU of which a model in float32 takes half of the free memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    free, _ = torch.cuda.mem_get_info()
+    return _elements(checkpoint) * 4 <= free / 2
+
+
+def _elements(checkpoint: Checkpoint) -> int:
+    return sum(prod(info.shape) for info in checkpoint.tensors.values())
 
 
 def give_back() -> None:

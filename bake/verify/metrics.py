@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bake.sites import Site
 
-_ROWS = 64  # tokens whose float64 logits are in memory at once
+_AT_ONCE = 1 << 17  # logits that are looked at in float64 at a time: they stay in the cache
 _SAMPLE = 1 << 22  # logits that a quantile is taken of: an even sample where there are more
 POINTS = 1500
 """Logits in the scatter plot: an even sample."""
@@ -87,8 +87,9 @@ def compare_logits(
 
 def _pieces(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield a few rows of both in float64, with the first one's index."""
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, start + _ROWS)
+    height = max(1, _AT_ONCE // x.shape[1])
+    for start in range(0, len(x), height):
+        rows = slice(start, start + height)
         yield start, x[rows].to(torch.float64), y[rows].to(torch.float64)
 
 

@@ -8,7 +8,7 @@ the sum of the branches) is transformers' own code.
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from bake.sites import Site
 from bake.steer import steered
 from bake.verify.observe import Observed, observed
 from bake.verify.streamed import Wrap, stream, stream_wrapped
-from bake.verify.units import Unit, load_unit, units_of
+from bake.verify.units import Unit, load_units, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -104,15 +104,14 @@ class Live:
         self._reload(self.stale)
         self.stale = frozenset()
 
-    def _reload(self, names: Collection[str]) -> None:
+    def _reload(self, names: Set[str]) -> None:
         """Give the parameters that some tensors fill their values anew."""
         # Of a streamed model the rest alone, which is first: a part is read when it is called.
-        for unit in self.units[:1] if self.streamed else self.units:
-            held = frozenset(name for name in unit.held if name in names)
-            if held:
-                # A class that holds the experts of a block as one takes them all or none.
-                some = None if unit.stacked else held
-                load_unit(self.model, unit, self.read, only=some)
+        own = self.units[:1] if self.streamed else self.units
+        units = [unit for unit in own if not names.isdisjoint(unit.held)]
+        # A class that holds the experts of a block as one takes them all or none.
+        only = lambda unit: unit.held if unit.stacked else names  # noqa: E731
+        load_units(self.model, units, self.read, only=only)
 
 
 def layout_of(checkpoint: Checkpoint, family: Path | None = None) -> Layout:
@@ -191,8 +190,7 @@ def load_planned(
     if streamed:
         stream(model, live.units, live.read)
         return live
-    for unit in units:
-        load_unit(live.model, unit, live.read)
+    load_units(live.model, units, live.read)
     live.model.to(device)
     return live
 
@@ -257,7 +255,7 @@ def _loading(checkpoint: Checkpoint, device_map: str | None = None) -> Iterator[
             raise
         raise InputError(
             f"the model cannot be placed by the device map {device_map!r}: {first_line(error)}",
-            fix="leave --device-map out to run on the processor",
+            fix="run on the processor with --device cpu",
         ) from error
 
 

@@ -7,7 +7,9 @@ number between −½ and ½ step of the type, as if it had been rounded from som
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from jaxtyping import Int16
 from torch import Tensor
 
 from bake.verify.runner import Runner
@@ -15,6 +17,10 @@ from bake.verify.runs import Trace
 
 DRAWS = 3
 """How many times the weights are moved."""
+_BITS = 16
+"""Of a random number: 65,536 places between −½ and ½ of a step."""
+_STRETCH = 1 << 20
+"""Values that are moved at a time."""
 
 
 def moved(runner: Runner, number: int) -> Trace:
@@ -34,9 +40,20 @@ def _drawn(runner: Runner, name: str, number: int) -> Callable[[], Tensor]:
 
     def draw() -> Tensor:
         inputs = runner.inputs
-        generator = torch.Generator().manual_seed(number)
-        weight = inputs.base.read(name).to(torch.float32)
-        errors = torch.rand(weight.shape, generator=generator).sub_(0.5)
-        return errors.mul_(inputs.files.spacing(name, weight)).add_(weight)
+        weight = inputs.base.read(name).to(torch.float32, copy=True)
+        errors = _whole(weight.numel(), number)
+        # In stretches: memory that an embedding's copies take anew costs more than the arithmetic.
+        for part, some in zip(weight.view(-1).split(_STRETCH), errors.split(_STRETCH), strict=True):
+            steps = inputs.files.spacing(name, part)
+            moves = some.to(torch.float32).mul_(2.0**-_BITS).mul_(steps)
+            # A zero next to which a step is no normal number would make products many times slower.
+            part += torch.nn.functional.hardshrink(moves, torch.finfo(torch.float32).tiny)
+        return weight
 
     return draw
+
+
+def _whole(count: int, seed: int) -> Int16[Tensor, " count"]:
+    """Return random whole numbers of ``_BITS`` bits: four of them in one draw of NumPy's."""
+    raw = np.random.SFC64(seed).random_raw(-(-count * _BITS // 64))
+    return torch.from_numpy(raw.view(np.int16)[:count])

@@ -11,7 +11,7 @@ from bake.artifact.record import RECORD
 from bake.edits import Edit
 from bake.sites import Site
 from bake.verify.adapter import peft_version, with_adapter
-from bake.verify.greedy import Generated, generate
+from bake.verify.greedy import Generated, as_answered, generate
 from bake.verify.inputs import Inputs
 from bake.verify.models import Live, Values, load, load_planned
 from bake.verify.runs import Batch, Trace, batches_of, dtype_name, run, trace_of
@@ -88,7 +88,7 @@ class Runner:
             family=inputs.family,
             hooked=inputs.layout is not None,
             streamed=inputs.streamed,
-            device_map=inputs.asked.device_map,
+            device_map=inputs.device_map(dtype),
             wrap=self._wrap if source == "adapted" else None,
         )
 
@@ -172,6 +172,23 @@ class Runner:
         """Return the greedy text of the reference after every prompt."""
         name, source, edits = self._reference
         return self.greedy(name, source, prompts, count, edits)
+
+    def stored_text(self, trace: Trace) -> Generated:
+        """Return the artifact's greedy text after every prompt.
+
+        Where its own most likely token is that of the answer all along, its text is the answer:
+        the run over the transcript has said so. The others are generated.
+
+        Args:
+            trace: the artifact's run over the transcript.
+        """
+        transcript, count = self.transcript, self.inputs.generate
+        found: Sequence[tuple[int, ...] | None] = [None] * len(transcript.prompts)
+        if trace.logits.dtype == torch.float32:  # in which greedy text is
+            found = as_answered(transcript.answers, trace.logits[transcript.speaking])
+        parted = [p for p, row in zip(transcript.prompts, found, strict=True) if row is None]
+        made = iter(self.greedy("stored model", "stored", parted, count).tokens if parted else ())
+        return Generated(tuple(next(made) if row is None else row for row in found))
 
     @property
     def sources(self) -> dict[str, tuple[Source, tuple[Edit, ...]]]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from bake.errors import InputError
 from bake.verify.memory import give_back
-from bake.verify.units import Read, Unit, drop_unit, load_unit, place_of
+from bake.verify.units import Read, Unit, drop_unit, load_units, place_of
 
 Place = tuple[dict[str, Any], str]
 """A table of a module, and the name of a parameter in it."""
@@ -32,7 +32,7 @@ def stream(model: Any, units: Sequence[Unit], read: Read) -> None:
         read: returns a tensor of the checkpoint by its name.
     """
     rest, *parts = units
-    load_unit(model, rest, read)
+    load_units(model, (rest,), read)
     for unit in parts:
         _hook(model, unit, _loading(model, unit, read), _dropping(model, unit))
 
@@ -50,7 +50,7 @@ def stream_wrapped(model: Any, units: Sequence[Unit], read: Read, wrap: Wrap) ->
         wrap: puts the layers in, with their values.
     """
     rest, *parts = units
-    load_unit(model, rest, read)
+    load_units(model, (rest,), read)
     dtype, copied = model.dtype, copy.deepcopy(model)
     places = {key: place_of(model, key) for unit in parts for key in unit.parameters}
     nothing: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def _hook(model: Any, unit: Unit, before: Callable[[], None], after: Callable[[]
 
 
 def _loading(model: Any, unit: Unit, read: Read) -> Callable[[], None]:
-    return lambda: load_unit(model, unit, read)
+    return lambda: load_units(model, (unit,), read)
 
 
 def _dropping(model: Any, unit: Unit) -> Callable[[], None]:
@@ -116,7 +116,7 @@ def _handing_over(
     copied: Any, unit: Unit, read: Read, places: Mapping[str, Place]
 ) -> Callable[[], None]:
     def load() -> None:
-        load_unit(copied, unit, read)
+        load_units(copied, (unit,), read)
         for key, (table, name) in places.items():
             table[name] = copied.get_parameter(key)
         drop_unit(copied, unit)

@@ -7,7 +7,7 @@ Loading goes through transformers' own conversion, so that a tensor which the cl
 form (experts stacked into one) is loaded as ``from_pretrained`` loads it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Read = Callable[[str], Tensor]
 """Returns a tensor of the checkpoint by its name."""
+AT_ONCE = 1 << 28
+"""Bytes of values, as they are read, after which some parts are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,45 +169,72 @@ def _tied(model: "PreTrainedModel", sources: Mapping[str, tuple[str, ...]]) -> d
     return found
 
 
-def load_unit(
-    model: "PreTrainedModel", unit: Unit, read: Read, *, only: Collection[str] | None = None
+def load_units(
+    model: "PreTrainedModel",
+    units: Iterable[Unit],
+    read: Read,
+    *,
+    only: Callable[[Unit], Collection[str]] = lambda unit: unit.held,
 ) -> None:
-    """Give the parameters of one part the values that ``read`` returns, in the model's dtype.
+    """Give the parameters of some parts the values that ``read`` returns, in the model's dtype.
+
+    Several parts go through transformers at once, which takes its time for a call and not for a
+    tensor; ``AT_ONCE`` bounds the values that are held for that.
 
     Args:
         model: the live model.
-        unit: the part.
+        units: the parts.
         read: returns a tensor by its name.
-        only: the tensors that are read; all of the part when None.
+        only: the tensors of a part that are read.
 
     Raises:
         CheckpointError: transformers does not expect a tensor, or expects another shape.
     """
+    group: list[Unit] = []
+    tensors: dict[str, Tensor] = {}
+    ties: dict[str, Tensor] = {}
+    for unit in units:
+        names = only(unit)
+        group.append(unit)
+        tensors |= {name: read(name) for name in unit.tensors if name in names}
+        ties |= {key: read(name) for key, name in unit.tied.items() if name in names}
+        if sum(value.nbytes for value in (*tensors.values(), *ties.values())) >= AT_ONCE:
+            _load(model, group, tensors, ties)
+            group, tensors, ties = [], {}, {}
+    if group:
+        _load(model, group, tensors, ties)
+
+
+def _load(
+    model: "PreTrainedModel",
+    units: Sequence[Unit],
+    tensors: Mapping[str, Tensor],
+    ties: Mapping[str, Tensor],
+) -> None:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
+    keys = [key for unit in units for key in unit.parameters]
     # On a model that is spread over devices, each parameter goes back to where it was.
-    before = {key: place_of(model, key) for key in unit.parameters}
+    before = {key: place_of(model, key) for key in keys}
     places = {key: table[name].device for key, (table, name) in before.items()}
     config = LoadStateDictConfig(
         dtype=model.dtype, weight_mapping=get_model_conversion_mapping(model)
     )
-    names = unit.tensors if only is None else [name for name in unit.tensors if name in only]
-    tensors: Mapping[str, Tensor] = {name: read(name) for name in names}
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config, None)
     wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.error_msgs]
     wrong += list(info.conversion_errors)
     if wrong:
+        parts = ", ".join(unit.module or type(model).__name__ for unit in units[:3])
         raise CheckpointError(
-            f"transformers does not load {wrong[0]} of {unit.module or type(model).__name__}",
+            f"transformers does not load {wrong[0]} of {parts}",
             why="a tensor that the class does not expect changes the model in silence",
         )
-    for key, name in unit.tied.items():
-        if only is None or name in only:
-            table, attribute = place_of(model, key)
-            table[attribute] = nn.Parameter(read(name).to(model.dtype), requires_grad=False)
-    for key in unit.parameters:
+    for key, value in ties.items():
+        table, attribute = place_of(model, key)
+        table[attribute] = nn.Parameter(value.to(model.dtype), requires_grad=False)
+    for key in keys:
         table, attribute = place_of(model, key)
         value = table[attribute].detach()
         if value.is_meta:

@@ -50,7 +50,8 @@ class Verification:
     streamed: bool | None = None
     """Hold one block in memory at a time; when None, where memory asks for it."""
     device_map: str | None = None
-    """As transformers takes it, for machines with accelerators."""
+    """As transformers takes it, for machines with accelerators; when None, what is in float32 goes
+    to a GPU that has room for it, and what is in float64 to the processor."""
     most_kl: float | None = None
     """What KL(hooked ‖ baked) may be of KL(hooked ‖ base), for an approximate plan; what the recipe
     asks for when None."""
@@ -70,6 +71,9 @@ class Verification:
     resume: Path | None = None
     """A folder for finished runs, so that an interrupted verification is taken up."""
     remark: Remark = lambda text: None
+    """Told what is begun; a text that is indented tells of a part."""
+    expect: Callable[[int], None] = lambda count: None
+    """Told how many remarks there are to be, without those of parts."""
 
     def check(self, artifact: Baked) -> None:
         """Refuse what would be ignored for an artifact, or be found wrong hours later.
@@ -93,7 +97,7 @@ class Verification:
         if self.family is not None and artifact.merged:
             raise UsageError("--family is for edits: a merge needs no table", where=where)
         if self.device_map is not None and self.streamed:
-            raise UsageError("--device-map and --stream exclude each other")
+            raise UsageError("--device and --stream exclude each other")
         if not artifact.carrier.checkpoint:
             self._check_served(kind, where)
         for spec in self.scores:

@@ -27,7 +27,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from bake.errors import BakeError
-from bake.progress import Progress
+from bake.progress import Progress, Stages
 
 PIPE_WIDTH = 120
 # What moves the cursor, changes the title or turns the reading direction: a title or a note of
@@ -111,3 +111,58 @@ def progress(
     with Bars(*columns, console=target) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Prints a line for every stage, and for every part of one."""
+
+    def __init__(self, *, visible: bool) -> None:
+        self.visible = visible
+
+    def begin(self, text: str) -> None:
+        if self.visible:
+            click.echo(text, err=True)
+
+    def expect(self, count: int) -> None:
+        pass
+
+
+class _Bar:
+    """Moves a bar by a stage when the next one begins."""
+
+    def __init__(self, bar: Bars) -> None:
+        self.bar, self.stage = bar, ""
+        self.task = bar.add_task("", total=None)
+        self.begun = 0
+
+    def begin(self, text: str) -> None:
+        if text.startswith(" "):
+            self.bar.update(self.task, description=f"{self.stage}, {text.strip()}")
+            return
+        self.stage = text
+        self.bar.update(self.task, description=text, completed=self.begun)
+        self.begun += 1
+
+    def expect(self, count: int) -> None:
+        self.bar.update(self.task, total=count)
+
+
+@contextmanager
+def stages(*, visible: bool = True) -> Iterator[Stages]:
+    """Show how far long work is, on stderr: a bar on a terminal, elsewhere lines.
+
+    Args:
+        visible: whether anything is to be shown.
+    """
+    target = console(stderr=True)
+    if not visible or not target.is_terminal:
+        yield _Lines(visible=visible)
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bars(*columns, console=target, transient=True) as bar:
+        yield _Bar(bar)

@@ -7,7 +7,7 @@ errors add up as Σ rᵢ² step² / 12. Rounding that favours a direction errs l
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ DIRECTION = 3.0
 sixteen squares or more, whose root is above three times its mean once in 10²⁰ matrices."""
 COLUMNS = 16
 """Columns from which on the component along a direction is judged."""
+_STRIP = 1 << 16  # values that are compared at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,20 @@ def deviation(files: StoredFiles, name: str, spoil: Spoil | None = None) -> Devi
         have = files.rows(name, start, stop)
         if spoil is not None:
             have = spoil(start, stop, have)
-        total.add(exact, have, files.steps(name, start, stop, exact), files.reach(name), start)
+        steps = files.steps(name, start, stop, exact)
+        # The same sum in another order, on another processor, rounds otherwise in float64.
+        slack = fold_tolerance(max(exact.shape), float(exact.abs().max()) if exact.numel() else 0.0)
+        for rows in _strips(exact):
+            part = exact[rows], have[rows], steps[rows]
+            total.add(*part, files.reach(name), slack, start + rows.start)
     return total.deviation(name)
+
+
+def _strips(values: Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix in stretches that stay in the processor's cache."""
+    height = max(1, _STRIP // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], height):
+        yield slice(start, start + height)
 
 
 class _Sums:
@@ -82,10 +95,11 @@ class _Sums:
         self.errors = self.expected = self.along_expected = self.within = 0.0
         self.across: Tensor | None = None
 
-    def add(self, exact: Rows, have: Rows, steps: Rows, reach: float, start: int) -> None:
+    def add(
+        self, exact: Rows, have: Rows, steps: Rows, reach: float, slack: float, start: int
+    ) -> None:
+        """Add some rows; ``slack`` is what may be off beside the steps that ``reach`` counts."""
         error = have - exact
-        # The same sum in another order, on another processor, rounds otherwise in float64.
-        slack = fold_tolerance(max(exact.shape), float(exact.abs().max()) if exact.numel() else 0.0)
         self.values += error.numel()
         self.outside += int((~(error.abs() <= reach * steps + slack)).sum())
         square = steps.square() / 12 + slack * slack
