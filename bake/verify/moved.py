@@ -43,7 +43,8 @@ def _drawn(runner: Runner, name: str, number: int) -> Callable[[], Tensor]:
         weight = inputs.base.read(name).to(torch.float32, copy=True)
         errors = _whole(weight.numel(), number)
         # In stretches: memory that an embedding's copies take anew costs more than the arithmetic.
-        for part, some in zip(weight.view(-1).split(_STRETCH), errors.split(_STRETCH), strict=True):
+        pairs = (torch.split(values, _STRETCH) for values in (weight.view(-1), errors))
+        for part, some in zip(*pairs, strict=True):
             steps = inputs.files.spacing(name, part)
             moves = some.to(torch.float32).mul_(2.0**-_BITS).mul_(steps)
             # A zero next to which a step is no normal number would make products many times slower.
