@@ -79,6 +79,7 @@ def plan_of(
     *,
     allow: Iterable[str] = (),
     targets: Iterable[str] = ("transformers",),
+    widen: int | None = None,
 ) -> Plan:
     """Return the plan of some edits."""
     return compile_plan(
@@ -88,6 +89,7 @@ def plan_of(
         config=base.checkpoint.config,
         allow=allow,
         targets=targets,
+        widen=widen,
     )
 
 

@@ -201,6 +201,7 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
                 "known are recast, relocate, widen, nulling, approximate",
             ],
         ),
+        (EDIT + "[export]\nwiden = 0\n", ["widen", "adds no dimension"]),
         ("\ufeff", ["begins with a byte order mark", "save it as UTF-8 without one"]),
         ("[[edits]\n", ["recipe.toml: the recipe is not valid TOML", "line"]),
         ("edits = [1]\n", ["[base]: unknown key 'edits'"]),

@@ -4,6 +4,7 @@ The double is derived from the definition alone: it shares nothing with the plan
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from bake import edits
 from bake.affine import AffineMap
+from bake.errors import UsageError
 from bake.jobs.planned import judged
 from bake.plan import ConfigChange, Exactness, Plan
 from bake.plan.carriers import carrier_findings, carrier_runtimes
@@ -515,6 +517,31 @@ def test_a_widened_model_without_an_edit_is_the_same_model(
         assert off(broken, name) > 1e-10, name
 
 
+def test_a_width_that_is_asked_for_is_taken_or_the_nearest_is_named(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    width, allow = base.layout.hidden, frozenset({"widen"})
+    unit = math.lcm(base.layout.dims["heads"], 8)
+    asked = [edit(base, "ablate", edits.ablate(vector(width)), "resid_post.1")]
+    plan = plan_of(base, asked, allow=allow, widen=5 * unit - width)
+    out = bake(base, plan, tmp_path / "out", allow=allow)
+    assert (
+        tiny.config_of(out)["hidden_size"]
+        == 5 * unit
+        != plan_of(base, asked, allow=allow).layout.hidden
+    )
+    for given in (5 * unit - width + 1, 4 * unit - width + unit // 2 + 1):
+        with pytest.raises(UsageError, match="makes a model of width") as found:
+            plan_of(base, asked, allow=allow, widen=given)
+        assert found.value.fix == f"widen = {5 * unit - width}"
+    with pytest.raises(UsageError) as found:
+        plan_of(base, asked, allow=allow, widen=1)
+    assert found.value.fix is not None
+    offered = int(found.value.fix.removeprefix("widen = "))
+    assert plan_of(base, asked, allow=allow, widen=offered).widened
+
+
 def test_a_family_that_nobody_has_widened_is_refused(tiny_checkpoint: Callable[..., Path]) -> None:
     found = base_at(tiny_checkpoint("gpt2"))
     table = structs.replace(found.layout.family, widen=None)
@@ -535,9 +562,22 @@ def test_a_widened_plan_is_a_checkpoint_and_nothing_else(
     plan = plan_of(base, asked, allow=("widen",))
     assert {f.exactness for f in carrier_findings(plan, "lora")} == {Exactness.IMPOSSIBLE}
     statuses = {verdict.runtime: verdict.status for verdict in plan.runtimes}
-    assert statuses["transformers"] == "approximate" and statuses["vllm"] == "not tested"
+    for runtime in ("transformers", "vllm", "llama.cpp"):
+        assert statuses[runtime] == "approximate", runtime
+    assert statuses["sglang"] == "not tested"
     served = {verdict.runtime: verdict.status for verdict in carrier_runtimes(plan, "gguf")}
-    assert served["llama.cpp"] == "not tested"
+    assert served["llama.cpp"] != "exact"
+
+
+def test_a_runtime_that_takes_the_size_of_heads_from_the_width_is_refused(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("qwen2"))
+    asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
+    plan = plan_of(base, asked, allow=("widen",))
+    verdicts = {verdict.runtime: verdict for verdict in plan.runtimes}
+    assert verdicts["vllm"].status == "refused" and "head_dim" in (verdicts["vllm"].reason or "")
+    assert verdicts["transformers"].status == "approximate"
 
 
 def test_a_widened_checkpoint_in_shards_keeps_their_names_and_counts_its_bytes(

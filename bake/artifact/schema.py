@@ -426,6 +426,8 @@ class Provenance(RecordPart, frozen=True, kw_only=True):
     """What the plan was allowed to do beside what is exact."""
     target: tuple[str, ...]
     """The runtimes that have to serve the result."""
+    widen: int | None = None
+    """How many dimensions a model that is widened was to get, where the recipe says it."""
     sketch: dict[str, tuple[float, ...]] | None = None
     """``bake.plan.sketch`` of the plan."""
     family: FamilyRecord | None = None

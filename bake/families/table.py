@@ -92,6 +92,8 @@ class Widen(Table, frozen=True, kw_only=True):
     """Whether heads are added, since the class takes their size from the width of the stream."""
     run: Texts = ()
     """The runtimes that widened models have been run in, besides transformers."""
+    refused: Mapping[str, str] = {}
+    """Why other runtimes do not serve them as they are meant."""
 
 
 class GgufNames(Table, frozen=True, kw_only=True):

@@ -65,6 +65,7 @@ class Model:
             config=self.checkpoint.config,
             allow=export.allow,
             targets=export.target,
+            widen=export.widen,
         )
 
     def complete(self) -> "Checkpoint":

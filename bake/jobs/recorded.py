@@ -272,7 +272,10 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
         path=Path(source.name) / RECORD,
         base=Base(place, None, local),
         export=ExportTable(
-            to=(artifact.kind,), allow=record.allow, target=record.target or ("transformers",)
+            to=(artifact.kind,),
+            allow=record.allow,
+            target=record.target or ("transformers",),
+            widen=record.widen,
         ),
     )
 

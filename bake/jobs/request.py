@@ -99,6 +99,7 @@ class Request:
             },
             allow=recipe.export.allow,
             target=recipe.export.target,
+            widen=recipe.export.widen,
             sketch={name: tuple(seen) for name, seen in sketch(self.plan).items()},
             family=None if family is None else table_of(family),
             assume_harmless=self.model.layout.assumed,
@@ -123,6 +124,7 @@ def plan_edits(
     to: Sequence[str] = ("checkpoint",),
     allow: Sequence[str] = (),
     target: Sequence[str] = ("transformers",),
+    widen: int | None = None,
 ) -> Request:
     """Return the plan of edits that were made in Python, which no recipe asks for.
 
@@ -132,6 +134,7 @@ def plan_edits(
         to: the carriers to write.
         allow: what a recipe may allow as well: recast, relocate, widen, nulling.
         target: the runtimes that must load the result.
+        widen: how many dimensions a model that is widened gets; None for as few as runtimes take.
 
     Raises:
         BakeError: an edit does not fit the model.
@@ -143,7 +146,7 @@ def plan_edits(
     base = Base(found.path.name, None, found.path)
     if found.revision is not None:
         base = Base(found.source.partition("@")[0], found.revision, None)
-    export = ExportTable(to=tuple(to), allow=tuple(allow), target=tuple(target))
+    export = ExportTable(to=tuple(to), allow=tuple(allow), target=tuple(target), widen=widen)
     return Request(Recipe("", Path(), base, export), model, model.plan(edits, export))
 
 

@@ -24,7 +24,7 @@ from bake.plan.targets import (
     Hindrance,
     judged,
     model_hindrance,
-    untried_width,
+    width_hindrance,
 )
 from bake.plan.types import Exactness, Finding, Plan
 from bake.sites import Site, SiteKind
@@ -272,8 +272,8 @@ def _hindrance(plan: Plan, name: str, kind: Carrier) -> Hindrance:
     runtime = runtime_of(layout, engine)
     if runtime is None:
         return f"{where} says nothing of {engine}", False
-    if (untried := untried_width(plan, engine)) is not None:
-        return untried, False
+    if (found := width_hindrance(plan, engine)) is not None:
+        return found
     if kind.whole:
         untied = not layout.tied or plan.unties
         reason = model_hindrance(layout, runtime, plan.biases, untied=untied, companions=False)

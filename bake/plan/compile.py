@@ -30,6 +30,7 @@ def compile_plan(
     config: Mapping[str, Json],
     allow: Iterable[str] = (),
     targets: Iterable[str] = ("transformers",),
+    widen: int | None = None,
 ) -> Plan:
     """Return what changes in which tensor so that the stock model equals the hooked one.
 
@@ -41,18 +42,20 @@ def compile_plan(
         allow: ``recast``, ``relocate``, ``widen`` and ``nulling``, what the plan may do beyond the
             plain fold.
         targets: the runtimes that must load the result.
+        widen: how many dimensions a model that is widened gets; None for as few as runtimes take.
 
     Raises:
-        UsageError: an edit names a site that the model does not have.
+        UsageError: an edit names a site that the model does not have, or the model cannot be
+            widened by so many dimensions.
         DirectionError: a map has another width than its site.
     """
     allowed = frozenset(allow)
-    context, wide = _context(edits, layout, gain, allowed)
+    context, wide = _context(edits, layout, gain, allowed, widen)
     assembly = assemble(context)
     may_recast = assembly.found.slotless and "recast" in allowed
     recast, notes = _recast(context.layout, config) if may_recast else (None, [])
     if assembly.found.slotless and recast is None and "widen" in allowed:
-        context, wide = _context(edits, layout, gain, allowed, constants=True)
+        context, wide = _context(edits, layout, gain, allowed, widen, constants=True)
         assembly = assemble(context)
     layout, flags = context.layout, assembly.flags
     changes: tuple[ConfigChange, ...] = () if wide is None else wide.config(config)
@@ -85,6 +88,7 @@ def _context(
     layout: Layout,
     gain: Gain,
     allowed: Set[str],
+    widen: int | None,
     *,
     constants: bool = False,
 ) -> tuple[Context, Wide | None]:
@@ -96,7 +100,7 @@ def _context(
     rest = any(one.carried.left and not one.cleared for one in stream.relocated)
     stuck = len(stream.failures) + len(stream.nulled)
     if "widen" in allowed and (rest or stuck or constants):
-        found = _widened(edits, layout, gain, hooks, constants)
+        found = _widened(edits, layout, gain, hooks, widen, constants=constants)
         if found is not None and (rest or constants or len(found[0].stream.failures) < stuck):
             return found
     if "widen" in allowed and rest and "relocate" not in allowed:
@@ -105,13 +109,19 @@ def _context(
 
 
 def _widened(
-    edits: Sequence[Edit], layout: Layout, gain: Gain, hooks: Hooks, constants: bool
+    edits: Sequence[Edit],
+    layout: Layout,
+    gain: Gain,
+    hooks: Hooks,
+    asked: int | None,
+    *,
+    constants: bool,
 ) -> tuple[Context, Wide] | None:
     """Return a model that is widened for some edits, or None where it cannot be."""
     mean = sees_mean(edits, layout)
 
-    def folded(fresh: int) -> tuple[Context, Wide] | None:
-        wide = widened(layout, fresh, mean=mean)
+    def folded(fresh: int, asked: int | None) -> tuple[Context, Wide] | None:
+        wide = widened(layout, fresh, asked, mean=mean)
         if wide is None:
             return None
         own = Hooks([wide.edit(edit) for edit in edits], wide.layout)
@@ -120,8 +130,8 @@ def _widened(
         return Context(wide.layout, own, stream, wide.gain(gain)), wide
 
     # First with all that edits may need, then with what they took of it.
-    found = folded(most_fresh(layout, hooks) + constants)
-    return None if found is None else folded(found[0].stream.taken)
+    found = folded(most_fresh(layout, hooks) + constants, None)
+    return None if found is None else folded(found[0].stream.taken, asked)
 
 
 def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, list[str]]:

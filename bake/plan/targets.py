@@ -50,20 +50,25 @@ def checkpoint_runtimes(
         if runtime is None:
             silent = f"the table {plan.layout.family.name!r} says nothing of it"
             return (None, True) if name in GENERAL else (silent, False)
-        if (untried := untried_width(plan, name)) is not None:
-            return untried, False
+        if (found := width_hindrance(plan, name)) is not None:
+            return found
         reason = model_hindrance(plan.layout, runtime, plan.biases, untied=untied)
         return reason or _misread(plan.layout, runtime, new), True
 
     return judged(plan, KINDS["checkpoint"], plan.findings, targets, hindrance)
 
 
-def untried_width(plan: Plan, name: str) -> str | None:
-    """Return why nobody knows that a runtime serves a widened plan, or None."""
+def width_hindrance(plan: Plan, name: str) -> Hindrance | None:
+    """Return why a runtime does not serve a widened plan, or why nobody knows; None where it does.
+
+    The table is that of the class that the model is declared as.
+    """
     widen = plan.layout.family.widen
     if not plan.widened or (widen is not None and name in widen.run):
         return None
-    return "no widened model of this table has been run in it"
+    if widen is not None and name in widen.refused:
+        return widen.refused[name], True
+    return "no widened model of this table has been run in it", False
 
 
 def judged(

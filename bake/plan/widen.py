@@ -296,26 +296,47 @@ def sees_mean(edits: Sequence[Edit], layout: Layout) -> bool:
     return False
 
 
-def widened(layout: Layout, fresh: int, *, mean: bool = False) -> Wide | None:
-    """Return a model with so many more dimensions, or None where it cannot be widened.
+def widened(
+    layout: Layout, fresh: int, asked: int | None = None, *, mean: bool = False
+) -> Wide | None:
+    """Return a wider model, or None where it cannot be widened.
 
     Args:
         layout: the model.
         fresh: how many dimensions are needed at least, besides that of the mean.
+        asked: how many it is to get; None for as few as runtimes take.
         mean: whether edits see the mean of the stream.
+
+    Raises:
+        UsageError: it cannot get as many as are asked for.
     """
     family = layout.family
     if family.widen is None:
         return None
     keeps = mean and family.norm.kind == "layer"
     more = 2 * (fresh + keeps) if family.norm.kind == "layer" else fresh
-    return Wide(layout, wide_layout(layout, _width(layout, more)), keeps)
+    return Wide(layout, wide_layout(layout, _width(layout, more, asked)), keeps)
 
 
-def _width(layout: Layout, fresh: int) -> int:
-    """Return the least width that runtimes take."""
+def _width(layout: Layout, fresh: int, asked: int | None) -> int:
+    """Return the width that is asked for, or the least that runtimes take."""
     widen, hidden = layout.family.widen, layout.hidden
     unit = layout.dims["head_dim" if widen is not None and widen.heads else "heads"]
+    if asked is not None:
+        return _asked_width(hidden, fresh, asked, unit)
     multiples = [math.lcm(unit, step) for step in STEPS]
     step = next((m for m in multiples if m <= max(64, hidden // 32)), multiples[-1])
     return (hidden + fresh + step - 1) // step * step
+
+
+def _asked_width(hidden: int, fresh: int, asked: int, unit: int) -> int:
+    least = math.lcm(unit, STEPS[-1])
+    width = least * max(math.ceil((hidden + fresh) / least), round((hidden + asked) / least))
+    if width != hidden + asked:
+        raise UsageError(
+            f"widen = {asked} makes a model of width {hidden + asked}",
+            why=f"the edits need {fresh} more dimensions, and runtimes want a width that is a "
+            f"multiple of {least}: of {unit}, which its heads ask for, and of {STEPS[-1]}",
+            fix=f"widen = {width - hidden}",
+        )
+    return width

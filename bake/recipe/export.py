@@ -27,10 +27,12 @@ def read_export(values: Toml, where: str) -> ExportTable:
     table = ExportTable.read(values, where)
     export = ExportTable(
         to=_words("to", table.to, where),
-        allow=_words("allow", table.allow, where),
+        # Who says by how much allows it.
+        allow=_words("allow", (*table.allow, *(["widen"] if table.widen else [])), where),
         target=_words("target", table.target, where),
         gguf_type=_types(table.gguf_type, where),
         rounding=table.rounding,
+        widen=table.widen,
     )
     _check_read(export.to, export.target if "target" in values else (), where)
     return export

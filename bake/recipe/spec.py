@@ -129,6 +129,9 @@ class EditTable(Table, frozen=True, kw_only=True):
     reflect: bool = False
 
 
+_NONE_NEW = {"range": "adds no dimension", "fix": "leave widen out, and none is added"}
+
+
 class ExportTable(Table, frozen=True, kw_only=True):
     """What is written, and what the plan may do for it."""
 
@@ -149,6 +152,8 @@ class ExportTable(Table, frozen=True, kw_only=True):
     ] = AUTO
     rounding: Rounding | None = None
     """None: what each carrier does by itself."""
+    widen: Annotated[int, Meta(ge=1, extra=_NONE_NEW)] | None = None
+    """How many dimensions a model that is widened gets; None: as few as runtimes take."""
 
 
 class CardTable(Table, frozen=True, kw_only=True):

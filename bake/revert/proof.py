@@ -105,6 +105,7 @@ def _recompiled(record: Record, folder: Path, base: Checkpoint) -> Plan:
         config=base.config,
         allow=record.allow,
         targets=record.target or ("transformers",),
+        widen=record.widen,
     )
 
 
