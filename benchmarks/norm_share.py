@@ -93,21 +93,26 @@ class Shares:
             yield
 
 
-def run(model: Any, texts: list[list[int]], shares: Shares) -> list[Tensor]:
+def run(model: Any, texts: list[list[int]], shares: Shares, skip: int) -> list[Tensor]:
     """Return what the model says under some shares."""
     with shares.on(model):
-        return logprobs(model, texts)
+        return kept(logprobs(model, texts), skip)
+
+
+def kept(found: list[Tensor], skip: int) -> list[Tensor]:
+    """Return the rows of the first tokens, and those behind what is skipped."""
+    return [torch.cat([one[:1], one[skip:]]) for one in found]
 
 
 @torch.no_grad()
-def means(model: Any, texts: list[list[int]], shares: Shares) -> Mean:
-    """Return the mean share at every norm, of all tokens but the first."""
+def means(model: Any, texts: list[list[int]], shares: Shares, skip: int) -> Mean:
+    """Return the mean share at every norm, of the tokens behind what is skipped."""
     total: dict[int, list[Tensor]] = {}
     for ids in texts:
         with shares.on(model):
             model.model(torch.tensor([ids]))
         for place, share in shares.seen.items():
-            total.setdefault(place, []).append(share[0, 1:])
+            total.setdefault(place, []).append(share[0, skip:])
     return {place: float(torch.cat(found).mean()) for place, found in total.items()}
 
 
@@ -127,6 +132,7 @@ def main() -> None:
     parser.add_argument("--blocks", default="")
     parser.add_argument("--kinds", default="affine,ablate")
     parser.add_argument("--count", type=int, default=5, help="texts; as many others for the means")
+    parser.add_argument("--skip", type=int, default=1, help="tokens of a system prompt, left out")
     parser.add_argument("--streams", type=Path, help="where the mean streams are kept")
     asked = parser.parse_args()
     live = AutoModelForCausalLM.from_pretrained(asked.checkpoint, dtype=torch.float32).eval()
@@ -137,7 +143,8 @@ def main() -> None:
         happy, sad = torch.load(asked.streams)
     else:
         happy, sad = (streams(live, tokenizer, system) for system in (HAPPY, SAD))
-    base = logprobs(live, texts)
+    skip = asked.skip
+    base = kept(logprobs(live, texts), skip)
     blocks = [int(b) for b in asked.blocks.split(",") if b] or range(len(live.model.layers))
     for layer in blocks:
         vector = happy[layer] - sad[layer]
@@ -147,14 +154,14 @@ def main() -> None:
             if kind == "affine":
                 constant = float(sad[layer].float() @ unit + vector.norm())
             hooked = Shares(unit, constant, layer)
-            mean = means(live, others, hooked)
-            reference = run(live, texts, hooked)
+            mean = means(live, others, hooked, skip)
+            reference = run(live, texts, hooked, skip)
             effect = divergence(reference, base)
             print(f"block {layer}, {kind}: effect {effect[0]:.4f} ({effect[1]:.4f}) nats")
             for name, gains in (("as it is", None), ("with gains", mean)):
-                early = run(live, texts, Shares(unit, constant, layer, 0.0, mean=gains))
-                late = Shares(unit, constant, layer, 1.0, SMALL, mean=gains)
-                behind = run(live, texts, late)
+                lacking = Shares(unit, constant, layer, 0.0, mean=gains)
+                over = Shares(unit, constant, layer, 1.0, SMALL, mean=gains)
+                early, behind = (run(live, texts, x, skip) for x in (lacking, over))
                 for alpha in ALPHAS:
                     parts = (1 - alpha**2, early), (alpha**2 / SMALL, behind)
                     lost = divergence(reference, moved(reference, *parts))

@@ -577,6 +577,7 @@ def test_a_runtime_that_takes_the_size_of_heads_from_the_width_is_refused(
     plan = plan_of(base, asked, allow=("widen",))
     verdicts = {verdict.runtime: verdict for verdict in plan.runtimes}
     assert verdicts["vllm"].status == "refused" and "head_dim" in (verdicts["vllm"].reason or "")
+    assert verdicts["llama.cpp"].status == "refused"
     assert verdicts["transformers"].status == "approximate"
 
 
