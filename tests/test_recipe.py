@@ -323,6 +323,13 @@ def test_the_words_are_those_of_the_plan() -> None:
     assert {kind for kinds in KINDS_OF_KEY.values() for kind in kinds} == set(EditKind)
 
 
+def test_who_says_how_wide_allows_it(tmp_path: Path) -> None:
+    export = recipe_of(tmp_path, EDIT + '[export]\nallow = ["recast"]\nwiden = 64\n').export
+    assert (export.allow, export.widen) == (("recast", "widen"), 64)
+    plain = recipe_of(tmp_path, EDIT + '[export]\nallow = ["recast"]\n').export
+    assert (plain.allow, plain.widen) == (("recast",), None)
+
+
 def test_a_command_line_overrides_a_recipe(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, EDIT + '[export]\nallow = ["recast"]\ntarget = ["vllm"]\n')
     assert override(recipe) == recipe
