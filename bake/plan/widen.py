@@ -335,8 +335,8 @@ def _asked_width(hidden: int, fresh: int, asked: int, unit: int) -> int:
     if width != hidden + asked:
         raise UsageError(
             f"widen = {asked} makes a model of width {hidden + asked}",
-            why=f"the edits need {fresh} more dimensions, and runtimes want a width that is a "
-            f"multiple of {least}: of {unit}, which its heads ask for, and of {STEPS[-1]}",
+            why=f"the edits need {fresh} more dimensions, and a widened model has a width that is "
+            f"a multiple of {least}: of {unit}, for its heads, and of {STEPS[-1]}",
             fix=f"widen = {width - hidden}",
         )
     return width
