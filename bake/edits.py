@@ -8,7 +8,7 @@ returns float64 maps; nothing here knows a model.
 | ablate   | x − s U Uᵀ x, U orthonormal        | directional ablation (arXiv 2406.11717)       |
 | affine   | x − P(x − μ) + α r                 | affine concept editing (arXiv 2411.09003)     |
 | erase    | x − L R (x − μ), R L = I           | LEACE (arXiv 2306.03819)                      |
-| offset   | x + c v                            | CAA (arXiv 2312.06681), ActAdd, ITI           |
+| offset   | k x + c v, k = 1 but for styles    | CAA (arXiv 2312.06681), ITI, style vectors    |
 | scale    | s ⊙ x + b                          | AcT (arXiv 2410.23054), AurA                  |
 | rotate   | Q x, Q orthogonal                  | rotations, reflections                        |
 | linear   | A x + b                            | learned maps                                  |
@@ -30,6 +30,7 @@ from bake.affine import (
     LowRankMap,
     check_factors,
     check_size,
+    identity,
     translation,
 )
 from bake.errors import DirectionError
@@ -128,9 +129,11 @@ def erase(
     as they are, and the plan refuses them where idempotence is needed.
 
     Raises:
-        DirectionError: factors of different shapes, not finite, or zero.
+        DirectionError: factors of different shapes, not finite, or whose product is zero.
     """
     left64, right64 = _matrix(left.T, "the left factor").T, _matrix(right, "the right factor")
+    if not (left64.any() and right64.any()):
+        return identity(right64.shape[1])  # of rank zero: the fit found nothing to erase
     if left64.shape != right64.T.shape:
         raise DirectionError(
             "an eraser's factors do not fit: "
@@ -151,14 +154,18 @@ def erase(
     return LowRankMap(-strength * left64, right64, strength * shift)
 
 
-def offset(vector: Float[Tensor, " d"], *, coefficient: float = 1.0) -> LowRankMap:
-    """Return x ↦ x + c v.
+def offset(
+    vector: Float[Tensor, " d"], *, coefficient: float = 1.0, keep: float = 1.0
+) -> LowRankMap | DiagonalMap:
+    """Return x ↦ k x + c v; k, what is kept of the activation, is 1 but for style vectors.
 
     Raises:
         DirectionError: the vector is zero or not finite.
     """
     direction = _vector(vector, "a direction")
     _refuse_zeros(direction.any())
+    if keep != 1:
+        return DiagonalMap(torch.full_like(direction, keep), coefficient * direction)
     return translation(coefficient * direction)
 
 
@@ -224,6 +231,25 @@ def linear(matrix: Float[Tensor, "d d"], *, shift: Float[Tensor, " d"] | None = 
     full = _square(matrix, "a linear edit")
     bias = full.new_zeros(full.shape[0])
     return DenseMap(full, bias if shift is None else _vector(shift, "the shift", full.shape[0]))
+
+
+def linear_factors(
+    left: Float[Tensor, "d k"],
+    right: Float[Tensor, "k d"],
+    *,
+    shift: Float[Tensor, " d"] | None = None,
+    strength: float = 1.0,
+) -> LowRankMap:
+    """Return x ↦ x + s (L R x + b), a linear map of low rank beside the identity.
+
+    Raises:
+        DirectionError: values that are not finite, or factors that do not fit.
+    """
+    outer, inner = _matrix(left.T, "the left factor").T, _matrix(right, "the right factor")
+    bias = inner.new_zeros(inner.shape[1])
+    if shift is not None:
+        bias = _vector(shift, "the shift", inner.shape[1])
+    return LowRankMap(strength * outer, inner, strength * bias)
 
 
 def update(left: Float[Tensor, "*k out"], right: Float[Tensor, "*k in"]) -> WeightUpdate:

@@ -1,6 +1,7 @@
 """A recipe whose edit no stock weights compute: planned, written, verified and made again."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -158,6 +159,21 @@ def test_what_an_approximation_needs(tmp_path: Path, lines: tuple[str, ...], mes
     result = run("plan", recipe_without(tmp_path, *lines))
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+def test_a_fit_that_breaks_its_own_number_is_refused(tmp_path: Path) -> None:
+    """Export and plan end with 3 and both shares; the number that they offer is taken."""
+    path = recipe_without(tmp_path)
+    kept = path.read_text()
+    path.write_text(kept.replace("most_kl = 0.05", "most_kl = 0.0001"))
+    result = run("export", path, "--out", tmp_path / "out")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 3, said
+    assert "most_kl allows 0.0001" in said
+    assert not (tmp_path / "out").exists()
+    (offered,) = re.findall(r"allow more with (most_kl = [\d.]+)", said)
+    path.write_text(kept.replace("most_kl = 0.05", offered))
+    assert run("plan", path).exit_code == 0
 
 
 def test_texts_that_are_not_there(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from directions_artifacts import (
     text,
 )
 from safetensors.torch import load_file, save_file
+from systems import pyvene_folder, sae_folder, stand_in
 from torch import Tensor
 
 from bake import edits
@@ -42,6 +43,7 @@ from bake.directions import (
     torch_archive,
     write_directions,
 )
+from bake.directions.reader import Request
 from bake.errors import DirectionError, UsageError
 
 D = 6
@@ -1078,6 +1080,35 @@ def test_a_doubled_key_of_a_gguf_is_refused(tmp_path: Path) -> None:
 # Damage of any kind.
 
 
+def small_systems(folder: Path) -> list[Path]:
+    """Write one file of every system that has files of its own, read without an option."""
+    rows = {"positives": [VECTOR], "negatives": [VECTOR + 1], "lda": False}
+    torch.save(rows, folder / "behavior_3.pt")
+    torch.save(VECTOR, folder / "vec_layer_3_Llama.pt")
+    torch.save(torch.eye(4, D), folder / "refusal_directions.pt")
+    object_ = stand_in(
+        "steering_vectors.steering_vector.SteeringVector", ("layer_activations", "layer_type")
+    )
+    torch.save(object_({3: VECTOR}, "mlp"), folder / "object.pt")
+    torch.save({"auroc": VECTOR}, folder / "model.layers.3.mlp.statedict")
+    np.savez(folder / "rome.npz", left_vector=VECTOR.numpy(), right_vector=VECTOR.numpy())
+    (folder / "v.svec").write_text(json.dumps({"directions": {"3": VECTOR.tolist()}}))
+    (folder / "v.json").write_text(json.dumps({"steering_vectors": {"3": VECTOR.tolist()}}))
+    return [
+        folder / name
+        for name in (
+            "behavior_3.pt",
+            "vec_layer_3_Llama.pt",
+            "refusal_directions.pt",
+            "object.pt",
+            "model.layers.3.mlp.statedict",
+            "rome.npz",
+            "v.svec",
+            "v.json",
+        )
+    ]
+
+
 def damaged_samples(folder: Path) -> list[Path]:
     eraser, _ = fitted()
     torch.save({"layers-3-input_layernorm": eraser}, folder / "eraser.pt")
@@ -1088,6 +1119,7 @@ def damaged_samples(folder: Path) -> list[Path]:
         folder / "v.gguf",
         folder / "own.safetensors",
         *(save(folder / f"v.{suffix}", VECTOR) for suffix in PLAIN),
+        *small_systems(folder),
     ]
 
 
@@ -1111,6 +1143,192 @@ def test_damage_is_an_error_of_ours_or_nothing(tmp_path: Path) -> None:
                 refused += 1
                 assert str(path) in str(error)
     assert refused > 300
+
+
+# The systems' files: what a sound one means is in test_sources.py, against the systems' hooks.
+
+
+def test_every_system_is_recognised_by_its_file(tmp_path: Path) -> None:
+    formats = [read_directions(path).format for path in small_systems(tmp_path)]
+    assert formats == [
+        "rnngineering",
+        "caa",
+        "heretic",
+        "steering-vectors",
+        "mlact",
+        "rome",
+        "svec",
+        "wisent",
+    ]
+
+
+def test_an_eraser_of_rank_zero_does_not_refuse_its_file(tmp_path: Path) -> None:
+    eraser, _ = fitted()
+    nothing = replace(eraser, proj_left=eraser.proj_left * 0, proj_right=eraser.proj_right * 0)
+    torch.save({"attn_out.0": nothing, "mlp_out.0": eraser}, tmp_path / "v.pt")
+    found = read_directions(tmp_path / "v.pt")
+    first, second = (as_map(item) for item in found.items)
+    assert first.is_identity() and not second.is_identity()
+
+
+def _act(folder: Path, **state: object) -> Path:
+    torch.save(state, folder / "model.layers.1.mlp.up_proj.statedict")
+    return folder
+
+
+MU = dict.fromkeys(("mu1", "mu2", "std1", "std2"), VECTOR.abs())
+LINEAR = {"net.w1": VECTOR[None], "net.b1": VECTOR[None]}
+EXPANDED = [VECTOR, VECTOR]  # as ml-act leaves quantiles_src in the file
+Options = dict[str, object]
+REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]] = {
+    "Linear-AcT within quantiles": (
+        lambda d: _act(d, **LINEAR, quantiles_src="q_0_100"),
+        {},
+        "q_0_100",
+        {"quantiles": "q_all"},
+    ),
+    "Linear-AcT, quantiles not said": (
+        lambda d: _act(d, **LINEAR, quantiles_src=EXPANDED),
+        {},
+        "does not say between which quantiles",
+        {"quantiles": "q_all"},
+    ),
+    "quantiles that mask": (
+        lambda d: _act(d, **LINEAR, quantiles_src="q_all"),
+        {"quantiles": "q_1_99"},
+        "no affine map is the same",
+        {"quantiles": "q_all"},
+    ),
+    "mean or Gaussian": (
+        lambda d: _act(d, **MU, quantiles_src="q_all"),
+        {},
+        "look alike",
+        {"method": "gaussian"},
+    ),
+    "activations of one class": (
+        lambda d: save(d / "acts_x.pt", STACK[:, None]),
+        {},
+        "activations of 3 examples",
+        None,
+    ),
+    "activations by another name": (
+        lambda d: save(d / "x.pt", STACK[:, None]),
+        {},
+        "activations of 3 examples",
+        None,
+    ),
+    "features": (
+        lambda d: sae_folder(d / "sae", STACK, "blocks.2.hook_resid_post"),
+        {},
+        "`feature` names none",
+        {"feature": 0},
+    ),
+    "a feature too many": (
+        lambda d: sae_folder(d / "sae", STACK, "x"),
+        {"feature": 3},
+        "no row 3",
+        {"feature": 2},
+    ),
+    "an index between no blocks": (
+        lambda d: save(d / "refusal_directions.pt", STACK),
+        {"index": 1.5},
+        "outside the 2 blocks",
+        {"index": 1.0},
+    ),
+    "wisent's layer 0": (
+        lambda d: _json(d, {"steering_vectors": {"0": [1.0]}}),
+        {},
+        "counts layers from 1",
+        None,
+    ),
+    "an intervention of another kind": (
+        lambda d: pyvene_folder(d / "r", "NodireftIntervention", "mlp_output", {"weight": STACK}),
+        {},
+        "none that bake reads",
+        None,
+    ),
+    "a component of no site": (
+        lambda d: pyvene_folder(d / "r", "LobireftIntervention", "query_output", {"weight": STACK}),
+        {},
+        "knows no site for the component",
+        None,
+    ),
+    "lda": (
+        lambda d: _saved(d, {"positives": [VECTOR], "negatives": [VECTOR], "lda": True}),
+        {},
+        "inverse covariance",
+        None,
+    ),
+}
+
+
+def _json(folder: Path, value: object) -> Path:
+    (folder / "v.json").write_text(json.dumps(value))
+    return folder / "v.json"
+
+
+def _saved(folder: Path, value: object) -> Path:
+    torch.save(value, folder / "b_1.pt")
+    return folder / "b_1.pt"
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_a_system_cannot_mean_is_refused_and_the_fix_is_true(
+    tmp_path: Path, name: str
+) -> None:
+    write, options, message, fixed = REFUSALS[name]
+    path = write(tmp_path)
+    with pytest.raises(DirectionError) as caught:
+        read_directions(path, **options)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    if fixed is not None:
+        assert read_directions(path, **{**options, **fixed}).items  # type: ignore[arg-type]
+
+
+def test_one_row_of_a_large_file_is_all_that_is_read(tmp_path: Path) -> None:
+    """Stored or deflated, beyond what an archive may inflate to as a whole."""
+    decoder = torch.randn(4000, 600, generator=torch.Generator().manual_seed(0))
+    for write in (np.savez, np.savez_compressed):
+        write(tmp_path / "params.npz", W_dec=decoder.numpy(), W_enc=decoder.T.numpy())
+        tracemalloc.start()
+        try:
+            # Not read_directions: a digest reads all of a file, a piece at a time.
+            (item,) = READERS["sae"].read(Request(tmp_path / "params.npz", feature=3999)).items
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20  # a row and a chunk, not 9 MB
+        finally:
+            tracemalloc.stop()
+        assert same(item.tensors[Role.VECTOR], decoder[3999])
+        assert not torch.equal(item.tensors[Role.VECTOR], decoder[3998])
+    with pytest.raises(DirectionError, match="there is no row 4000"):
+        read_directions(tmp_path / "params.npz", feature=4000)
+
+
+def test_a_folder_of_several_models_needs_the_one_that_is_meant(tmp_path: Path) -> None:
+    for model in ("7b", "13b"):
+        torch.save(VECTOR * len(model), tmp_path / f"vec_layer_2_{model}.pt")
+    with pytest.raises(DirectionError, match="files of '13b', '7b'") as caught:
+        read_directions(tmp_path)
+    assert caught.value.fix == "name one of them with `key`"
+    item = only(read_directions(tmp_path, key="13b"))
+    assert (item.layer, item.site) == (2, "resid_post.2")
+    assert same(item.tensors[Role.VECTOR], VECTOR * 3)
+    with pytest.raises(DirectionError, match="no files of '70b'"):
+        read_directions(tmp_path, key="70b")
+
+
+def test_hidden_states_have_a_row_more_than_blocks(tmp_path: Path) -> None:
+    found = read_directions(save(tmp_path / "v.npy", STACK), shape="hidden_states")
+    assert [(item.layer, item.site) for item in found.items] == [
+        (None, "resid_pre.0"),
+        (0, "resid_post.0"),
+        (1, "resid_post.1"),
+    ]
+    assert same(found.at_layer(0).tensors[Role.VECTOR], STACK[1])
+    # The embedding's row of a difference at a template's own tokens is exactly zero.
+    stack = torch.cat([torch.zeros(1, D), STACK])
+    found = read_directions(save(tmp_path / "v.npy", stack), shape="hidden_states")
+    assert dict(found.metadata) == {"zero_sites": "resid_pre.0"}
+    assert same(found.at_layer(0).tensors[Role.VECTOR], STACK[0])
 
 
 # bake's own format.
@@ -1286,6 +1504,23 @@ def test_a_file_that_no_reader_recognises_is_named(tmp_path: Path, data: bytes, 
     assert kind in str(caught.value)
     for name, reader in READERS.items():
         assert f"{name}, {reader.summary}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("adapter_config.json", "an adapter of PEFT"),
+        ("llama_head_wise.npy", "activations of ITI"),
+        ("layer_3.npy", "one file for each layer"),
+    ],
+)
+def test_a_folder_of_no_reader_is_told_by_what_it_resembles(
+    tmp_path: Path, name: str, told: str
+) -> None:
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(DirectionError, match=told) as caught:
+        read_directions(tmp_path)
+    assert caught.value.fix
 
 
 def test_a_named_reader_ignores_the_extension(tmp_path: Path) -> None:

@@ -513,6 +513,10 @@ def test_dependence_is_judged_by_angle_and_not_by_length() -> None:
 def test_an_eraser_of_nothing() -> None:
     with pytest.raises(DirectionError, match="an eraser erases nothing"):
         make.erase(numbers([[1, 1], [0, 0]]), numbers([[1, 0], [-1, 0]]))
+    # Of rank zero, as a fit leaves it where a layer carries nothing, it is the identity.
+    nothing = numbers([[0], [0]])
+    assert make.erase(nothing, nothing.T, mean=numbers([1, 2])).is_identity()
+    assert not make.erase(numbers([[1], [0]]), numbers([[1, 0]])).is_identity()
 
 
 def test_an_update_with_vectors_that_have_no_partner() -> None:

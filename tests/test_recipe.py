@@ -14,7 +14,7 @@ from bake import edits
 from bake.affine import AffineMap
 from bake.artifact import CARRIERS
 from bake.checkpoints.gguf.storage import PARTS, storage_words
-from bake.directions import Direction, Directions, Role, Shape
+from bake.directions import Direction, Directions, Role, Shape, read_directions
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import BakeError, DirectionError, HubError, InputError, UsageError
 from bake.families import READS, RUNTIMES, Layout
@@ -27,6 +27,7 @@ from bake.recipe import (
     load_recipe,
     override,
     read_artifacts,
+    remarks,
 )
 from bake.recipe.edits import KINDS_OF_KEY
 from bake.recipe.schema import recipe_schema
@@ -535,6 +536,104 @@ def test_an_artifact_with_sites_says_where_it_acts(tmp_path: Path, layout: Layou
         build(tmp_path, layout, text, {"mood": artifact(vector(layer=7, site="attn_out.7"))})
 
 
+OFFSET_EDIT = EDIT.replace("ablate", "offset")
+
+
+def followed(error: pytest.ExceptionInfo[BakeError]) -> str:
+    """Return the line of a recipe that an error's fix names as its example."""
+    match = re.search(r'at = ("[^"]+"|\[[^]]+\])', str(error.value.fix))
+    assert match, error.value.fix
+    return match[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "example"),
+    [
+        ("offset", [None], 'at = "resid_post.1"'),
+        ("offset", [2], 'at = "resid_post.2"'),
+        ("offset", [0, 2], 'at = ["resid_post.0", "resid_post.2"]'),
+        ("ablate", [None], 'at = "resid"'),
+        ("ablate", [0, 1, 2], 'at = "resid"'),
+        ("ablate", [1, 2], 'at = ["attn_out.1-2", "mlp_out.1-2"]'),
+    ],
+)
+def test_the_sites_that_an_error_names_as_an_example_are_taken(
+    tmp_path: Path, layout: Layout, kind: str, layers: list[int | None], example: str
+) -> None:
+    items = [vector(seed=seed, layer=layer) for seed, layer in enumerate(layers)]
+    text = EDIT.replace("ablate", kind).replace('at = "resid"\n', "")
+    with pytest.raises(UsageError, match="the key 'at' is missing") as error:
+        build(tmp_path, layout, text, {"mood": artifact(*items)})
+    assert followed(error) == example
+    built = build(tmp_path, layout, f"{text}{followed(error)}\n", {"mood": artifact(*items)})
+    assert len(built) == len(layers)
+
+
+@pytest.mark.parametrize("at", ['"resid"', '"resid_post.*"', '["resid_pre.1", "resid_post.2"]'])
+def test_one_vector_at_several_sites_of_the_stream_has_to_be_meant(
+    tmp_path: Path, layout: Layout, at: str
+) -> None:
+    text = OFFSET_EDIT.replace('"resid"', at)
+    with pytest.raises(UsageError, match=r"one vector is added at \d sites of the stream") as error:
+        build(tmp_path, layout, text, {"mood": artifact(vector())})
+    # Both fixes are true; and what adds one vector once, or another one a layer, needs neither.
+    one = OFFSET_EDIT.replace('at = "resid"', followed(error))
+    assert build(tmp_path, layout, one, {"mood": artifact(vector())})
+    assert build(tmp_path, layout, text + "repeat = true\n", {"mood": artifact(vector())})
+    each = [vector(seed=n, layer=n) for n in range(LAYERS)]
+    several = OFFSET_EDIT.replace('"resid"', '"resid_post.*"')
+    assert len(build(tmp_path, layout, several, {"mood": artifact(*each)})) == LAYERS
+
+
+@pytest.mark.parametrize("rows", [LAYERS - 1, LAYERS + 1, 500])
+def test_a_stack_of_other_rows_than_blocks_is_refused(
+    tmp_path: Path, layout: Layout, rows: int
+) -> None:
+    stack = random(rows, HIDDEN)
+    torch.save(stack, tmp_path / "rows.pt")
+    text = EDIT.replace('"resid"', '"mlp_out.1"')
+    found = read_directions(tmp_path / "rows.pt", shape="layers")
+    head = HEAD.replace('"mood.npy"', '"rows.pt"\nshape = "layers"')
+    with pytest.raises(DirectionError) as error:
+        build(tmp_path, layout, text, {"mood": found}, head)
+    assert f"has {rows} rows, and the model has {LAYERS} blocks" in message(error)
+    # The fix is true, and only named where it is: row l + 1 is then that of block l.
+    assert ("hidden_states" in message(error)) is (rows == LAYERS + 1)
+    found = read_directions(tmp_path / "rows.pt", shape="hidden_states")
+    head = head.replace('"layers"', '"hidden_states"')
+    if rows > LAYERS + 1:
+        with pytest.raises(DirectionError, match="belongs to layer 3-498"):
+            build(tmp_path, layout, text, {"mood": found}, head)
+        return
+    text = EDIT.replace('"resid"', '"mlp_out.0"')
+    (edit,) = build(tmp_path, layout, text, {"mood": found}, head)
+    assert same(edit.map, edits.ablate(stack[1]))
+    assert not same(edit.map, edits.ablate(stack[0]))
+
+
+def test_a_zero_site_does_not_get_the_item_of_another(tmp_path: Path, layout: Layout) -> None:
+    tensors = {"attn_out.1": torch.zeros(HIDDEN), "mlp_out.1": torch.ones(HIDDEN)}
+    torch.save(tensors | {"mlp_out.2": torch.ones(HIDDEN)}, tmp_path / "v.pt")
+    found = {"mood": read_directions(tmp_path / "v.pt")}
+    with pytest.raises(DirectionError, match=r"'mood' is zero at attn_out\.1"):
+        build(tmp_path, layout, EDIT.replace('"resid"', '"attn_out.1"'), found)
+    assert build(tmp_path, layout, EDIT.replace('"resid"', '"mlp_out.1"'), found)
+
+
+def test_what_an_edit_does_that_its_recipe_does_not_say(tmp_path: Path) -> None:
+    """An affine edit without a mean, and positions that weights do not know, are remarked."""
+    affine = recipe_of(tmp_path, EDIT.replace("ablate", "affine") + "alpha = 2\n")
+    (said,) = remarks(affine, {"mood": artifact(vector())})
+    assert said.startswith("affine mood: there is no mean, so that the component is set to 2 times")
+    with_mean = Direction({Role.VECTOR: random(HIDDEN), Role.MEAN: random(HIDDEN)})
+    assert remarks(affine, {"mood": artifact(with_mean)}) == ()
+    torch.save(random(HIDDEN), tmp_path / "vec_layer_1_Llama.pt")
+    found = {"mood": read_directions(tmp_path / "vec_layer_1_Llama.pt")}
+    (said,) = remarks(recipe_of(tmp_path, EDIT), found)
+    assert "the weights add it at every position" in said
+    assert remarks(recipe_of(tmp_path, EDIT), {"mood": artifact(vector())}) == ()
+
+
 @pytest.mark.parametrize(
     ("at", "fragment"),
     [
@@ -766,7 +865,7 @@ def test_rotations_that_are_not_determined(
 
 
 def test_the_order_of_edits_is_the_recipes(tmp_path: Path, layout: Layout) -> None:
-    text = EDIT.replace("ablate", "offset").replace("mood", "other") + EDIT
+    text = EDIT.replace("ablate", "offset").replace("mood", "other") + "repeat = true\n" + EDIT
     found = {"mood": artifact(vector()), "other": artifact(vector(seed=2))}
     built = build(tmp_path, layout, text, found)
     assert [(edit.kind, edit.concept) for edit in built] == [

@@ -12,6 +12,7 @@ from bake.cards.facts import Facts
 from bake.cards.methods import METHODS, Method
 from bake.cards.text import Markdown, code, count, escape, merged, number
 from bake.checkpoints.hub_names import HUB_PREFIX, is_repository
+from bake.directions import SAYS
 from bake.errors import InputError, UsageError
 from bake.recipe import DirectionSpec, EditTable
 from bake.sites import Site, parse_site, summary
@@ -135,6 +136,8 @@ def _amounts(edit: EditTable) -> Markdown:
         parts.append(f"*α* = {number(edit.alpha)}")
     if edit.kind == "offset":
         parts.append(f"*c* = {number(edit.coefficient)}")
+        if edit.keep != 1:
+            parts.append(f"*k* = {number(edit.keep)}")
     if edit.degrees is not None:
         parts.append(f"turned by {number(edit.degrees)}°")
     if isinstance(edit.mean, str):
@@ -154,7 +157,7 @@ class DirectionRow:
         name: the recipe's.
         record: where it was read from, and what it says of itself.
         link: the same on the Hub, or None.
-        used: which item, and with which sign.
+        used: which item, with which sign, and what its system does that weights cannot.
         tensors: shapes, dtypes and norms.
     """
 
@@ -173,6 +176,8 @@ def direction_rows(facts: Facts) -> tuple[DirectionRow, ...]:
         spec = specs.get(name)
         layer = None if spec is None else spec.layer
         used = () if spec is None else tuple(_used(spec))
+        # What its system does and weights cannot: always on, and at every position.
+        used += tuple(escape(found.metadata[key]) for key in (SAYS,) if key in found.metadata)
         rows.append(DirectionRow(name, found, _link(found.file), used, _tensors(found, layer)))
     return tuple(rows)
 
@@ -197,6 +202,9 @@ def _used(spec: DirectionSpec) -> Iterable[Markdown]:
         yield Markdown("with the opposite sign")
     if spec.key:
         yield Markdown(f"the tensor {code(spec.key)}")
+    for key in ("minus", "feature", "index", "method", "quantiles", "source", "target"):
+        if (value := getattr(spec, key)) is not None:
+            yield Markdown(f"{key} {code(str(value))}")
 
 
 def _tensors(found: DirectionRecord, layer: int | None) -> tuple[Markdown, ...]:

@@ -1,10 +1,14 @@
 """``bake directions``: what is in an artifact."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from bake.cli.output import Output, bake_command
+
+if TYPE_CHECKING:
+    from bake.directions import Options
 
 
 @bake_command("directions")
@@ -16,21 +20,28 @@ from bake.cli.output import Output, bake_command
     metavar="SHAPE",
     help="What a plain matrix is: vector, subspace or layers.",
 )
-def command(
-    output: Output, file: str, *, reader: str | None, key: str | None, shape: str | None
-) -> None:
-    """Say what the artifact FILE holds, and where it belongs.
+@click.option("--minus", type=click.Path(path_type=Path), help="The other class's activations.")
+@click.option("--feature", type=int, metavar="N", help="One row of a matrix of features.")
+@click.option("--index", type=float, metavar="X", help="A block of hidden states, or between two.")
+@click.option("--method", metavar="WORD", help="Which of the system's methods the files are of.")
+@click.option("--quantiles", metavar="WORD", help="Within which the system's map acts.")
+@click.option("--source", type=int, metavar="N", help="The label that all tokens are taken for.")
+@click.option("--target", type=int, metavar="N", help="The label that all tokens are given.")
+def command(output: Output, file: str, *, reader: str | None, **options: Unpack["Options"]) -> None:
+    """Say what the artifact FILE holds and where it belongs, with a recipe to begin with.
 
     FILE is a file or a folder, here or at hf://owner/name/path@revision.
     """
     from bake.checkpoints.hub_names import HUB_PREFIX
     from bake.cli.render import results
     from bake.directions import describe, read_directions
-    from bake.recipe import fetch_artifact
+    from bake.recipe import fetch_artifact, first_recipe
 
     path = fetch_artifact(file) if file.startswith(HUB_PREFIX) else Path(file)
-    found = read_directions(path, reader=reader, key=key, shape=shape)
+    found = read_directions(path, reader=reader, **options)
     rows = describe(found)
+    given = {"reader": reader, **options}
+    text = first_recipe(found, file, {k: v for k, v in given.items() if v is not None})
     output.present(
         data=lambda: {
             "concept": found.concept,
@@ -40,6 +51,7 @@ def command(
             "width": found.width,
             "metadata": dict(found.metadata),
             "rows": [row.to_json() for row in rows],
+            "recipe": text,
         },
-        view=lambda: results.directions(found, rows),
+        view=lambda: results.directions(found, rows, text),
     )

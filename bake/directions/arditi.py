@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bake.directions.arrays import Place, layered
+from bake.directions.arrays import stacked
 from bake.directions.direction import Direction, Role
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
@@ -82,9 +82,7 @@ def _mean_diffs(request: Request) -> Content:
             f"{MEAN_DIFFS} holds {len(positions)} positions, and `key` names none of them",
             fix=f"set key to one of {', '.join(positions)}; -1 is the last token",
         )
-    rows = enumerate(tensor[int(request.key)])
-    vectors: dict[Place, Tensor] = {(n, str(Site(SiteKind.RESID_PRE, n))): row for n, row in rows}
-    return layered(vectors).beside({"pos": request.key})
+    return stacked(tensor[int(request.key)], SiteKind.RESID_PRE).beside({"pos": request.key})
 
 
 READER = Reader(
@@ -92,5 +90,6 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"key"}),
-    (DIRECTION, METADATA),
+    kind="ablate",
+    files=(DIRECTION, METADATA),
 )

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from bake.directions.direction import Direction, Role, shortened
+from bake.directions.direction import ROWS, ZERO, ZERO_SITES, Direction, Role, shortened
 from bake.directions.reader import Content, Request, Shape
 from bake.errors import DirectionError, UsageError
-from bake.sites import parse_site
+from bake.sites import Site, SiteKind, parse_site
 
 Place = tuple[int | None, str | None]
 """Layer and site."""
@@ -49,13 +49,13 @@ def from_tensor(tensor: Tensor, shape: Shape | None, place: Place = (None, None)
     given = list(tensor.shape)
     if 0 in given:
         raise DirectionError(f"a tensor of shape {given} holds nothing")
-    if shape is Shape.LAYERS:
+    if shape in (Shape.LAYERS, Shape.HIDDEN_STATES):
         if tensor.dim() != 2 or layer is not None:
             raise DirectionError(
-                f'shape = "layers" needs one tensor [layers, d], not {given}'
+                f'shape = "{shape}" needs one tensor [layers, d], not {given}'
                 + (f" at layer {layer}" if layer is not None else "")
             )
-        return layered({(index, None): row for index, row in enumerate(tensor)})
+        return hidden_states(tensor) if shape is Shape.HIDDEN_STATES else stacked(tensor)
     if shape is Shape.SUBSPACE:
         if tensor.dim() != 2:
             raise DirectionError(f'shape = "subspace" needs a tensor [k, d], not {given}')
@@ -65,6 +65,44 @@ def from_tensor(tensor: Tensor, shape: Shape | None, place: Place = (None, None)
     if shape is Shape.VECTOR:
         raise DirectionError(f'shape = "vector" needs a tensor [d] or [1, d], not {given}')
     raise _unclear(given)
+
+
+def picked(tensor: Tensor, request: Request) -> Tensor:
+    """Return the row of a matrix [features, d] that the request names, or the tensor itself.
+
+    Raises:
+        DirectionError: there is no such row.
+    """
+    if request.feature is None:
+        return tensor
+    if tensor.dim() != 2 or not 0 <= request.feature < tensor.shape[0]:
+        raise DirectionError(
+            f"a tensor of shape {list(tensor.shape)} has no row {request.feature}",
+            fix="`feature` is a row of a matrix [features, d], counted from 0",
+        )
+    return tensor[request.feature]
+
+
+def stacked(rows: Tensor, site: SiteKind | None = None) -> Content:
+    """Return the rows [layers, d] of a stack, one for each block and perhaps at its ``site``."""
+    places: dict[Place, Tensor] = {
+        (n, None if site is None else str(Site(site, n))): row for n, row in enumerate(rows)
+    }
+    return layered(places).beside({ROWS: str(len(rows))})
+
+
+def hidden_states(rows: Tensor) -> Content:
+    """Return the rows [layers + 1, d] of transformers' ``hidden_states``, at the sites they mean.
+
+    The last row was taken behind the final norm. The systems that keep it add it before that norm,
+    at the output of the last block, and so does this.
+    """
+    places: dict[Place, Tensor] = {
+        (n, str(Site(SiteKind.RESID_POST, n))): row for n, row in enumerate(rows[1:])
+    }
+    # In no layer, so that attn_out.0 and mlp_out.0 get the row of block 0.
+    first: dict[Place, Tensor] = {(None, str(Site(SiteKind.RESID_PRE, 0))): rows[0]}
+    return layered(first | places)
 
 
 def layered(vectors: Mapping[Place, Tensor]) -> Content:
@@ -84,7 +122,11 @@ def layered(vectors: Mapping[Place, Tensor]) -> Content:
         for place, vector in vectors.items()
         if place not in zero
     )
-    return Content(items, {"zero_layers": ",".join(str(n) for n, _ in zero)} if zero else {})
+    named = {
+        ZERO: [str(layer) for layer, _ in zero if layer is not None],
+        ZERO_SITES: [site for _, site in zero if site is not None],
+    }
+    return Content(items, {key: ",".join(words) for key, words in named.items() if words})
 
 
 def from_named(names: Sequence[str], get: Callable[[str], Tensor], request: Request) -> Content:
@@ -104,12 +146,13 @@ def from_named(names: Sequence[str], get: Callable[[str], Tensor], request: Requ
     if request.key is not None:
         name = _find(request.key, names)
         place = place_of(name) or (None, None)
-        return from_tensor(get(name), request.shape, place).beside({"key": name})
+        return from_tensor(picked(get(name), request), request.shape, place).beside({"key": name})
     places = {name: place_of(name) for name in names}
     if all(place is not None for place in places.values()):
         return _mapping({name: place for name, place in places.items() if place}, get, request)
     if len(names) == 1:
-        return from_tensor(get(names[0]), request.shape).beside({"key": names[0]})
+        tensor = picked(get(names[0]), request)
+        return from_tensor(tensor, request.shape).beside({"key": names[0]})
     raise DirectionError(
         f"the file holds {len(names)} tensors whose names are no layers: {listing(names)}",
         fix="name one of them with `key`",
@@ -120,9 +163,9 @@ def _mapping(
     places: Mapping[str, Place], get: Callable[[str], Tensor], request: Request
 ) -> Content:
     """Return {layer: vector}, or {layer: subspace} where that is declared."""
-    if request.shape is Shape.LAYERS:
+    if request.shape in (Shape.LAYERS, Shape.HIDDEN_STATES):
         raise DirectionError(
-            f'shape = "layers" is for one stacked tensor, but the file names its layers: '
+            f'shape = "{request.shape}" is for one stacked tensor, but the file names its layers: '
             f"{listing(list(places))}",
             fix="leave `shape` out",
         )
@@ -169,16 +212,22 @@ def _unclear(given: list[int]) -> DirectionError:
             f"a tensor of shape {given} can be read in two ways",
             why=f"it is either one subspace spanned by {given[0]} directions, or one vector for "
             f"each of {given[0]} layers, and nothing in the file says which",
-            fix='set shape = "subspace" or shape = "layers"',
+            fix='set shape = "subspace" or shape = "layers", or shape = "hidden_states" if row 0 '
+            "is the embedding",
         )
     why = None
     if len(given) == 3:
         why = (
             "three axes are a family of directions, such as the [positions, layers, d] of "
             'mean_diffs.pt, which reader = "arditi" reads with the position as `key`'
+            if given[1] != 1
+            else f"[N, 1, d] are the activations of {given[0]} examples, whose mean differs from "
+            "another class's by the direction"
         )
     return DirectionError(
         f"a tensor of shape {given} is no vector [d], subspace [k, d] or stack [layers, d]",
         why=why,
-        fix="save the one vector that is meant",
+        fix='set reader = "activations" and minus = the other class\'s file'
+        if len(given) == 3 and given[1] == 1
+        else "save the one vector that is meant",
     )

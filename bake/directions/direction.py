@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bake.errors import DirectionError, UsageError
-from bake.sites import parse_site
+from bake.sites import HEAD_KINDS, INNER_KINDS, SiteKind, parse_site
 
+_OWN_WIDTHS = (*HEAD_KINDS, *INNER_KINDS)
 DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -22,6 +23,17 @@ DTYPES = {
     torch.float64: "F64",
 }
 """The types of fitted tensors, with safetensors' names of them."""
+
+
+ZERO = "zero_layers"
+"""In the metadata: the layers whose vector is zero and was left out."""
+ZERO_SITES = "zero_sites"
+"""In the metadata: their sites, where the artifact has some."""
+ROWS = "rows"
+"""In the metadata: how many rows the stack had that the items are of, one for each block."""
+
+SAYS = "system_does"
+"""In the metadata: what the artifact's own system does that weights cannot."""
 
 
 class Role(StrEnum):
@@ -87,6 +99,10 @@ class Direction:
         for role, tensor in owned.items():
             _check_shape(role, tensor, sizes)
             _check_values(role, tensor, self.place)
+        factors = [role for role in (Role.LEFT, Role.RIGHT) if role in owned]
+        zero = [role for role in factors if not bool(owned[role].any())]
+        if len(zero) == 1:  # both are an eraser of rank zero, which a fit that found nothing gives
+            raise DirectionError(f"the {zero[0]} of {self.place} is zero", fix="fit it again")
         _check_site(self.layer, self.site)
         object.__setattr__(self, "tensors", MappingProxyType(owned))
 
@@ -135,18 +151,22 @@ class Directions:
         for item, place in zip(self.items, places, strict=True):
             if places.count(place) > 1:
                 raise DirectionError(f"the artifact holds two directions for {item.place}")
-        widths = {item.width: item for item in self.items}
-        if len(widths) > 1:
-            (one, first), (other, second), *_ = widths.items()
-            raise DirectionError(
-                f"the widths differ: {one} in {first.place}, {other} in {second.place}",
-                why="the directions of one artifact belong to one model",
-            )
+        seen: dict[SiteKind | None, Direction] = {}
+        for item in self.items:
+            # Neurons and heads have widths of their own; all else is as wide as the stream.
+            kind = None if item.site is None else parse_site(item.site).kind
+            first = seen.setdefault(kind if kind in _OWN_WIDTHS else None, item)
+            if first.width != item.width:
+                raise DirectionError(
+                    f"the widths differ: {first.width} in {first.place}, "
+                    f"{item.width} in {item.place}",
+                    why="the directions of one artifact belong to one model",
+                )
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     @property
     def width(self) -> int:
-        """The width d of the activations."""
+        """The width d of the activations, at the first place where there are several."""
         return self.items[0].width
 
     def at_layer(self, layer: int) -> Direction:
@@ -166,7 +186,7 @@ class Directions:
                 + ", ".join(item.place for item in found),
                 fix="name the site",
             )
-        zero = str(layer) in self.metadata.get("zero_layers", "").split(",")
+        zero = str(layer) in self.metadata.get(ZERO, "").split(",")
         raise self._error(
             f"the direction of layer {layer} is zero"
             if zero
@@ -233,7 +253,7 @@ def _check_values(role: Role, tensor: Tensor, place: str) -> None:
             fix="fit it again; a sum in float16 overflows above 65504",
         )
     match role:
-        case Role.VECTOR | Role.LEFT | Role.RIGHT if not bool(tensor.any()):
+        case Role.VECTOR if not bool(tensor.any()):
             raise DirectionError(f"the {role} of {place} is zero", fix="fit it again")
         case Role.SUBSPACE if not bool(tensor.any(dim=1).all()):
             row = int((~tensor.any(dim=1)).nonzero()[0])

@@ -8,20 +8,19 @@ these classes is imported here; their named fields are read. The same tensors un
 are read from a safetensors file.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from bake.directions.arrays import Place, listing, place_of
+from bake.directions.arrays import Place, listing
 from bake.directions.direction import Direction, Role
+from bake.directions.modules import NORMS_AND_BRANCHES, modules_of, places_of
 from bake.directions.pt import SUFFIXES
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.safetensors_file import opened
 from bake.directions.torch_archive import Record, load, names_in, tensor_of
 from bake.errors import DirectionError
-from bake.sites import Site, SiteKind
 
 
 class EraserFields(Record):
@@ -46,36 +45,17 @@ REFUSED = {
     "concept_erasure.oracle.OracleEraser": "it needs the label of every token at inference",
     "concept_erasure.oracle.OracleFitter": "it needs the label of every token at inference",
     "concept_erasure.quadratic.QuadraticEraser": "its map depends on the label of every token",
-    "concept_erasure.quadratic.QuadraticEditor": "its map depends on the label of every token",
     "concept_erasure.quadratic.QuadraticFitter": "its map depends on the label of every token",
 }
-MODULE = "module."
-"""Before the site in the metadata that keeps the module's path."""
+EDITOR = "concept_erasure.quadratic.QuadraticEditor"
+"""A map between labelled classes, which has a reader of its own."""
 FIELDS = ("proj_left", "proj_right", "bias")
-
-_BLOCK = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\.(\d{1,5})\.([a-z0-9_]+)")
-_FINAL = re.compile(r"(?:[a-z_]+\.)*(?:norm|final_layer_norm|ln_f)")
-_MODULES = {
-    "input_layernorm": SiteKind.LN1_OUT,
-    "post_attention_layernorm": SiteKind.LN2_OUT,
-    "ln_1": SiteKind.LN1_OUT,
-    "ln_2": SiteKind.LN2_OUT,
-    "self_attn": SiteKind.ATTN_OUT,
-    "attention": SiteKind.ATTN_OUT,
-    "attn": SiteKind.ATTN_OUT,
-    "mlp": SiteKind.MLP_OUT,
-}
-# Gemma 2 and OLMo 2 norm what a branch writes, and mean another norm by post_attention_layernorm.
-_SANDWICH = _MODULES | {
-    "post_attention_layernorm": SiteKind.LN1_POST_OUT,
-    "pre_feedforward_layernorm": SiteKind.LN2_OUT,
-    "post_feedforward_layernorm": SiteKind.LN2_POST_OUT,
-}
 
 
 def _recognises(path: Path) -> bool:
     if path.suffix in SUFFIXES:
-        return any(name.startswith(PACKAGE) for name in names_in(path))
+        names = names_in(path)
+        return any(name.startswith(PACKAGE) for name in names) and EDITOR not in names
     if path.suffix != ".safetensors":
         return False
     with opened(path) as file:
@@ -134,46 +114,19 @@ def _content(value: object, key: str | None) -> Content:
             raise DirectionError(
                 f"the file holds no eraser {key!r}", fix=f"it holds {listing(list(erasers))}"
             )
-        place = _places(list(erasers)).get(key, (None, None))
+        place = places_of(list(erasers)).get(key, (None, None))
         item = _eraser(erasers[key], repr(key), place)
-        return Content((item,), {"key": key, **_modules({key: place})})
-    places = _places(list(erasers))
+        return Content((item,), {"key": key, **modules_of({key: place})})
+    places = places_of(list(erasers))
     unknown = [name for name in erasers if name not in places]
     if unknown:
         raise DirectionError(
             f"bake knows no site for {listing(unknown)}",
-            why=f"it knows layers and the modules {', '.join(_SANDWICH)} of a layer",
+            why=f"it knows layers and the modules {', '.join(NORMS_AND_BRANCHES)} of a layer",
             fix="name one eraser with `key`, and its site in the recipe",
         )
     items = tuple(_eraser(erasers[name], repr(name), place) for name, place in places.items())
-    return Content(items, _modules(places))
-
-
-def _modules(places: Mapping[str, Place]) -> dict[str, str]:
-    """Return by which key each site was named: a model may call another norm by the same name."""
-    return {
-        f"{MODULE}{site}": name.replace("-", ".")
-        for name, (_, site) in places.items()
-        if site is not None
-    }
-
-
-def _places(names: list[str]) -> dict[str, Place]:
-    """Return the place of every name that has one: a layer, a site or the path of a module."""
-    paths = {name: _BLOCK.fullmatch(name.replace("-", ".")) for name in names}
-    words = {match[2] for match in paths.values() if match is not None}
-    table = _SANDWICH if any("_feedforward_" in word for word in words) else _MODULES
-    places: dict[str, Place] = {}
-    for name, match in paths.items():
-        plain = place_of(name)
-        if plain is not None:
-            places[name] = plain
-        elif match is not None and match[2] in table:
-            site = Site(table[match[2]], int(match[1]))
-            places[name] = site.layer, str(site)
-        elif _FINAL.fullmatch(name.replace("-", ".")):
-            places[name] = None, str(SiteKind.LN_FINAL_OUT)
-    return places
+    return Content(items, modules_of(places))
 
 
 def _eraser(value: object, name: str, place: Place) -> Direction:
@@ -211,4 +164,5 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"key"}),
+    kind="erase",
 )

@@ -4,12 +4,14 @@ import math
 import re
 import struct
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from bake.directions.arrays import from_tensor
+from bake.directions.arrays import from_tensor, picked
 from bake.directions.reader import Content, Reader, Request
 from bake.errors import DirectionError
 
@@ -21,6 +23,8 @@ _HEADER = re.compile(
 )
 _LENGTHS = {b"\x01\x00": "<H", b"\x02\x00": "<I", b"\x03\x00": "<I"}
 _MAX_HEADER = 10_000
+_CHUNK = 1 << 16
+_MAX_ROW = 1 << 24
 _FLOATS = ("f2", "f4", "f8")
 
 
@@ -34,6 +38,48 @@ def read_array(data: bytes) -> Tensor:
             that are no floats.
     """
     described, fortran, shape, start = _header(data)
+    dtype = _dtype(described)
+    expected = math.prod(shape) * dtype.itemsize
+    present = len(data) - start
+    if expected != present:
+        raise DirectionError(
+            f"the header speaks of {expected} bytes of values, shape {list(shape)}, "
+            f"and the file holds {present}"
+        )
+    flat = np.frombuffer(data, dtype=dtype, offset=start).astype(dtype.newbyteorder("="))
+    array = flat.reshape(shape, order="F" if fortran else "C")
+    return torch.from_numpy(array)
+
+
+def read_row(file: IO[bytes], row: int) -> Float[Tensor, " d"]:
+    """Return one row of a .npy array [n, d] that is read as a stream, and nothing behind it.
+
+    Raises:
+        DirectionError: as ``read_array``; no two axes, Fortran's order, or no such row.
+    """
+    data = file.read(_MAX_HEADER + 12)
+    described, fortran, shape, start = _header(data)
+    dtype = _dtype(described)
+    if len(shape) != 2 or fortran:
+        raise DirectionError(
+            f"the array has shape {list(shape)} where rows [features, d] are meant"
+        )
+    if not 0 <= row < shape[0]:
+        raise DirectionError(
+            f"there is no row {row}", fix=f"the rows count from 0 to {shape[0] - 1}"
+        )
+    size = shape[1] * dtype.itemsize
+    left = start + row * size - len(data)
+    while left > 0 and (skipped := file.read(min(left, _CHUNK))):
+        left -= len(skipped)
+    kept = data[start + row * size :][:size] if left <= 0 else b""
+    values = kept + file.read(min(size, _MAX_ROW) - len(kept))
+    if len(values) != size:
+        raise DirectionError(f"the array ends before the end of row {row}")
+    return torch.from_numpy(np.frombuffer(values, dtype).astype(dtype.newbyteorder("=")))
+
+
+def _dtype(described: str) -> "np.dtype[np.floating]":
     if "O" in described:
         raise DirectionError(
             "the array holds pickled Python objects",
@@ -45,17 +91,7 @@ def read_array(data: bytes) -> Tensor:
             f"the array holds {described} values where floats are meant",
             fix="save it as float16, float32 or float64",
         )
-    dtype = np.dtype(described)
-    expected = math.prod(shape) * dtype.itemsize
-    present = len(data) - start
-    if expected != present:
-        raise DirectionError(
-            f"the header speaks of {expected} bytes of values, shape {list(shape)}, "
-            f"and the file holds {present}"
-        )
-    flat = np.frombuffer(data, dtype=dtype, offset=start).astype(dtype.newbyteorder("="))
-    array = flat.reshape(shape, order="F" if fortran else "C")
-    return torch.from_numpy(array)
+    return np.dtype(described)
 
 
 def _header(data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
@@ -81,7 +117,7 @@ def _recognises(path: Path) -> bool:
 
 
 def _read(request: Request) -> Content:
-    return from_tensor(read_array(request.path.read_bytes()), request.shape)
+    return from_tensor(picked(read_array(request.path.read_bytes()), request), request.shape)
 
 
-READER = Reader("a NumPy array (.npy)", _recognises, _read, frozenset({"shape"}))
+READER = Reader("a NumPy array (.npy)", _recognises, _read, frozenset({"shape", "feature"}))

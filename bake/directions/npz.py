@@ -23,14 +23,20 @@ def _recognises(path: Path) -> bool:
 def _read(request: Request) -> Content:
     try:
         with zipfile.ZipFile(request.path) as archive:
-            members = _members(archive)
-            return from_named(tuple(members), lambda name: _get(archive, members[name]), request)
+            members = members_of(archive)
+            return from_named(
+                tuple(members), lambda name: array_of(archive, members[name]), request
+            )
     except ZIP_DAMAGE as error:
         raise DirectionError(f"the .npz archive cannot be read: {error}") from error
 
 
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the arrays by name, after a check of what the archive's own directory says."""
+def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return the arrays by name, after a check of what the archive's own directory says.
+
+    Raises:
+        DirectionError: other files, doubled names, encryption, or more than the limit.
+    """
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
@@ -50,11 +56,14 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return members
 
 
-def _get(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+def array_of(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+    """Return one array of an archive."""
     # subtle: the size bounds what is inflated; without it a member inflates as far as it likes and
     # is cut to the size that the directory gives it afterwards.
     with archive.open(info) as file:
         return read_array(file.read(info.file_size))
 
 
-READER = Reader("named NumPy arrays (.npz)", _recognises, _read, frozenset({"key", "shape"}))
+READER = Reader(
+    "named NumPy arrays (.npz)", _recognises, _read, frozenset({"key", "shape", "feature"})
+)

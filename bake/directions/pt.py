@@ -1,12 +1,12 @@
 """A .pt file of ``torch.save``: a tensor, a list of tensors, or a dictionary of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bake.directions.arrays import from_named, from_tensor, listing
+from bake.directions.arrays import from_named, from_tensor, listing, picked
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
 from bake.errors import DirectionError
@@ -21,9 +21,9 @@ def _recognises(path: Path) -> bool:
 def _read(request: Request) -> Content:
     value = load(request.path)
     if isinstance(value, Tensor):
-        return from_tensor(tensor_of(value, "the value"), request.shape)
+        return from_tensor(picked(tensor_of(value, "the value"), request), request.shape)
     if isinstance(value, list | tuple):
-        return from_tensor(_stacked(value), request.shape)
+        return from_tensor(stack_of(value), request.shape)
     if isinstance(value, dict):
         return _from_dictionary(value, request)
     raise DirectionError(
@@ -32,8 +32,16 @@ def _read(request: Request) -> Content:
     )
 
 
-def _stacked(values: Sequence[object]) -> Tensor:
-    """Return a list of vectors as rows; what the rows are is for ``shape`` to say."""
+def stack_of(values: object) -> Tensor:
+    """Return a list of vectors as rows; what the rows are is for ``shape`` to say.
+
+    Raises:
+        DirectionError: no list, or no vectors of one width.
+    """
+    if isinstance(values, Tensor):
+        return tensor_of(values, "the value")
+    if not isinstance(values, list | tuple):
+        raise DirectionError(f"the file holds a {type(values).__name__} where vectors are meant")
     rows = [tensor_of(value, f"entry {index}") for index, value in enumerate(values)]
     if not rows or any(row.dim() != 1 or row.shape != rows[0].shape for row in rows):
         shapes = sorted({str(list(row.shape)) for row in rows})
@@ -70,5 +78,5 @@ READER = Reader(
     "a tensor, or tensors by name, as torch.save writes them (.pt, .pth)",
     _recognises,
     _read,
-    frozenset({"key", "shape"}),
+    frozenset({"key", "shape", "feature"}),
 )

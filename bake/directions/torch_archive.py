@@ -88,10 +88,25 @@ def names_in(path: Path) -> frozenset[str]:
     Raises:
         DirectionError: the file is no archive of ``torch.save``, or its directory is not sound.
     """
+    return _names(_code(path))
+
+
+def keys_in(path: Path) -> frozenset[str]:
+    """Return the texts in the archive's pickle, the keys of its dictionaries among them.
+
+    Raises:
+        DirectionError: as ``names_in``.
+    """
+    code = _code(path)
+    _names(code)
+    texts = (argument for op, argument, _ in pickletools.genops(code) if "UNICODE" in op.name)
+    return frozenset(str(text) for text in texts)
+
+
+def _code(path: Path) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
-            entry = _directory(archive, path.stat().st_size)
-            return _names(archive.read(entry))
+            return archive.read(_directory(archive, path.stat().st_size))
     except ZIP_DAMAGE as error:
         raise DirectionError(
             "the file is no archive of torch.save (a zip file)",

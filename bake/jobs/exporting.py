@@ -62,6 +62,7 @@ def export(
     """
     from bake.outputs.write import export
 
+    request.refuse_unfit()
     # The plan needed headers only; the files are fetched once it is known to be exact, and what the
     # base's card states, which comes with them, is recorded after that.
     checkpoint = request.model.complete()
@@ -78,6 +79,7 @@ def would_be(request: Request, what: "Export", out: Path) -> dict[str, Any]:
     """
     from bake.outputs.registry import prepare
 
+    request.refuse_unfit()
     carriers = request.recipe.export.to
     for carrier in carriers:
         prepare(what, carrier)

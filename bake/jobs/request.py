@@ -1,8 +1,9 @@
 """From a recipe and what overrides it to a plan: what ``plan`` and ``export`` share."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ class Request:
         from bake.plan.carriers import refuse as refuse_plan
 
         try:
+            self.refuse_unfit()
             for carrier in self.recipe.export.to:
                 if export is None:
                     refuse_plan(self.plan, carrier, frozenset(self.recipe.export.allow))
@@ -52,6 +54,26 @@ class Request:
         except InexactPlan as error:
             return error
         return None
+
+    def refuse_unfit(self) -> None:
+        """Raise when the stand-ins lose more, on texts kept out of the fit, than the recipe allows.
+
+        Raises:
+            InexactPlan: with both shares.
+        """
+        from bake.errors import InexactPlan
+
+        facts, most = self.calibration, self.recipe.verify.most_kl
+        if facts is None or most is None or facts.share <= most:
+            return
+        raise InexactPlan(
+            f"the fitted stand-ins lose {facts.share:.3g} of the effect's KL on held-out texts, "
+            f"and [verify] most_kl allows {most:.3g}",
+            where=str(self.recipe.path),
+            why="no more of the effect can be kept with these settings",
+            fix=f"allow more with most_kl = {_above(facts.share)}, or fit better: more prompts, a "
+            "higher rank in [calibrate]",
+        )
 
     def export(self, out: Path, **options: Any) -> "Export":
         """Return the export of the plan: what is written, and how.
@@ -106,6 +128,12 @@ class Request:
             verify=limits_beside(recipe.verify, recipe.path),
             calibration=self.calibration,
         )
+
+
+def _above(share: float) -> str:
+    """Return the next number of two digits above a share."""
+    step = 10.0 ** (math.floor(math.log10(share)) - 1)
+    return f"{(math.floor(share / step) + 1) * step:.2g}"
 
 
 def table_of(path: Path) -> "FamilyRecord":
@@ -169,7 +197,7 @@ def compile_request(
         BakeError: whatever is wrong with the recipe, the model, the directions or their fit.
     """
     from bake.jobs.fitting import fitted, wanted
-    from bake.recipe import build_edits, load_recipe, override, read_artifacts
+    from bake.recipe import build_edits, load_recipe, override, read_artifacts, remarks
 
     loaded = override(load_recipe(recipe), model=model, to=to, allow=allow, target=target)
     directions = read_artifacts(loaded)
@@ -182,4 +210,5 @@ def compile_request(
     plan, facts = opened.plan(build_edits(loaded, opened.layout, directions), loaded.export), None
     if (spec := wanted(loaded, plan)) is not None:
         plan, facts = fitted(loaded, spec, opened, plan, bars)
+    plan = replace(plan, notes=(*remarks(loaded, directions), *plan.notes))
     return Request(loaded, opened, plan, directions, facts)

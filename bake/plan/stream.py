@@ -39,9 +39,12 @@ from bake.sites import Site, SiteKind
 
 WIDEN = '; or allow = ["widen"], this edit but for what norms see of it (docs/relocation.md)'
 RELOCATE = (
-    '; or allow = ["relocate"], without new dimensions and with a few hundredths of it left '
+    '; or allow = ["relocate"{}], without new dimensions and with a few hundredths of it left '
     "(docs/relocation.md)"
 )
+MODULES = 'module outputs (at = ["attn_out.*", "mlp_out.*"])'
+WITHOUT_CONSTANT = f"leave the constant out, and edit {MODULES}: another edit"
+APPROXIMATE = '; or allow = ["approximate"], which is fitted and measured (docs/approximate.md)'
 SETTLED = 1e-9
 """Of the constants before it, what a known value that is zero may be by rounding."""
 UNNOTICED = 2.0**-8
@@ -263,15 +266,26 @@ class _Walk:
         return taken
 
     def offers(self, hook: Hook, point: int) -> str:
-        """Return how the edit could be relocated, if that were allowed; of a full map none asks."""
+        """Return what the plan would accept in place of a fold, if that were allowed."""
+        ways = self._relocations(hook, point)
+        if any(b.norm_out is None and len(b.writes) == 1 for b in self.layout.branches):
+            ways += APPROXIMATE  # a stand-in needs a writer that takes an update
+        return ways
+
+    def _relocations(self, hook: Hook, point: int) -> str:
+        """Return how the edit could be relocated; of a full map none asks."""
         if 4 * thin_factors(hook.map)[0].shape[1] > self.layout.hidden:
             return ""  # its eigenvalues take longer than the plan
         found = carried(hook.map, SMALLEST)
         if found is None or self.unused is not None:
             return ""
         widen = WIDEN if self.layout.family.widen is not None else ""
+        # In place a constant needs a bias slot, which a recast may give.
+        slot = hook.map.is_linear() or holder(self.layout, point) is not None
         passes = _obstacle(self.layout, point, found.forward) is None
-        return widen + (RELOCATE if self.relocation is None and passes else "")
+        if self.relocation is not None or not passes or not (slot or self.layout.family.recasts):
+            return widen
+        return widen + RELOCATE.format("" if slot else ', "recast"')
 
     def relocate(self, hook: Hook, point: int) -> _Turn | None:
         """Return what stands for a hook on the skip path, or None where nothing may."""
@@ -535,15 +549,16 @@ class _Point:
             f"{branch.live} writes through {norm.live}, and a projection does not pass through a "
             "norm with a gain"
         )
-        remedy = 'edit the modules\' outputs (at = ["attn_out.*", "mlp_out.*"]), which is exact'
-        if projector:
-            remedy += (
-                ', or allow = ["nulling"]: the direction leaves the stream, but every write is '
-                "rescaled"
-            )
         for hook in self.applied:
             offers = self.walk.offers(hook, self.point)
-            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy + offers))
+            ways = [f"edit {MODULES}, which is exact"] * fold_at_modules(self.layout, hook.map)
+            if projector:
+                ways.append(
+                    'allow = ["nulling"]: the direction leaves the stream, but every write is '
+                    "rescaled"
+                )
+            remedy = (", or ".join(ways) or WITHOUT_CONSTANT) + offers
+            self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
         return nothing
 
 
@@ -551,8 +566,7 @@ def holder(layout: Layout, point: int) -> Branch | None:
     """Return the branch whose writer's bias takes the constant of a stream point."""
     # The last writer before the site comes first: an MLP's bias rather than an attention's.
     for branch in reversed(layout.branches):
-        usable = branch.target == point and branch.norm_out is None and len(branch.writes) == 1
-        if usable and branch.writes[0].bias.state != "never":
+        if branch.target == point and branch.norm_out is None and has_slot(branch):
             return branch
     return None
 
@@ -583,19 +597,37 @@ def _refusal(layout: Layout, point: int, map_: AffineMap) -> tuple[str, str]:
     if _orthogonal(map_):
         reason = "an orthogonal map turns everything before it, but "
         reason += str(_obstacle(layout, point, map_))
-        remedy = "edit module outputs (attn_out, mlp_out) or norm outputs (ln1_out, ln2_out)"
+        remedy = WITHOUT_CONSTANT
+        if fold_at_modules(layout, map_):
+            remedy = f"edit {MODULES}, where any affine map is exact: another edit"
     elif map_.is_idempotent():
         before = layout.points[point - 1][0]
         reason = f"the skip path carries the edited component from {before} past this site, "
         reason += "and it has no weights"
-        remedy = 'apply the edit at every stream site (at = "resid"), or at module outputs '
-        remedy += '(at = ["attn_out.*", "mlp_out.*"]): both are exact, and both are other edits'
+        # Behind a post-norm no projection of the stream folds, at whichever sites.
+        plain = all(branch.norm_out is None for branch in layout.branches)
+        ways = ['every stream site (at = "resid")'] * plain
+        ways += [MODULES] * fold_at_modules(layout, map_)
+        remedy = f"apply the edit at {' or at '.join(ways)}: exact, and another edit"
+        if not ways:
+            remedy = WITHOUT_CONSTANT
     else:
         reason = f"the map is not idempotent (A² − A = {map_.idempotence_error():.1e}): it changes "
         reason += "again what came through the skip path, which has no weights"
-        remedy = "use strength 1 and an idempotent map at every stream site, or edit module "
-        remedy += 'outputs (at = ["attn_out.*", "mlp_out.*"]), where any affine map is exact'
+        remedy = WITHOUT_CONSTANT
+        if fold_at_modules(layout, map_):
+            remedy = f"edit {MODULES}, where any affine map is exact: another edit"
     return reason, remedy
+
+
+def has_slot(branch: Branch) -> bool:
+    """Return whether a bias can hold a constant at a branch's output, before any post-norm."""
+    return len(branch.writes) == 1 and branch.writes[0].bias.state != "never"
+
+
+def fold_at_modules(layout: Layout, map_: AffineMap) -> bool:
+    """Return whether a map folds at the outputs of all modules: a constant needs bias slots."""
+    return map_.is_linear() or all(map(has_slot, layout.branches))
 
 
 def thin(map_: AffineMap) -> AffineMap:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bake.affine import AffineMap, DiagonalMap, chain
+from bake.affine import AffineMap, chain
 from bake.families import Branch, Layout, Norm
 from bake.plan.pieces import (
     Context,
@@ -14,7 +14,7 @@ from bake.plan.pieces import (
     norm_updates,
     scaled_norm,
 )
-from bake.plan.stream import Failure, holder, oblique, thin
+from bake.plan.stream import Failure, has_slot, holder, oblique, thin
 from bake.plan.types import PartMap, TensorUpdate
 from bake.sites import Site, SiteKind
 
@@ -129,19 +129,23 @@ def _gain_behind(context: Context, branch: Branch) -> Tensor:
 def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
     """Put diagonal maps behind a post-norm into its gain; no other map folds there."""
     behind, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
-    aside = context.stream.folds[branch.target].aside
-    if as_diagonal(behind) is not None and behind.is_linear() and not aside.is_nothing():
+    diagonal, aside = as_diagonal(behind), context.stream.folds[branch.target].aside
+    if diagonal is not None and behind.is_linear() and not aside.is_nothing():
         by = edits | context.stream.folds[branch.target].aside_by
         gain = _gain_behind(context, branch)
         _, gain = aside.writer(gain, context.stream.least)
         updates = norm_updates(context, norm, by, gain, torch.zeros_like(gain))
         return Pieces(tensors=updates, places=((by, f"gain of {norm.live}"),))
-    if isinstance(behind, DiagonalMap) and (behind.is_linear() or norm.bias is not None):
-        updates = scaled_norm(context, norm, edits, behind.scale, behind.bias)
+    if diagonal is not None and (behind.is_linear() or norm.bias is not None):
+        updates = scaled_norm(context, norm, edits, diagonal, behind.bias)
         return Pieces(tensors=updates, places=((edits, f"gain of {norm.live}"),))
-    what = "is not diagonal" if as_diagonal(behind) is None else "adds a constant"
+    what = "is not diagonal" if diagonal is None else "adds a constant"
     reason = f"the map {what}, and behind {norm.live} there is only a gain"
     remedy = f"edit {branch.output_site}, before the norm, where any affine map is exact"
+    if not (behind.is_linear() or has_slot(branch)):
+        remedy = "leave the constant out: no bias slot before the norm takes it either"
+        if diagonal is None:
+            remedy += f"; and edit {branch.output_site}, before the norm"
     return Pieces(
         failures=tuple(Failure(edit, norm.site, reason, remedy) for edit in sorted(edits))
     )

@@ -9,8 +9,10 @@ from bake.recipe.aliases import aliases
 from bake.recipe.artifacts import fetch_artifact, read_artifacts
 from bake.recipe.build import build_edits
 from bake.recipe.export import override
+from bake.recipe.first import first_recipe
 from bake.recipe.limits import limits_beside, limits_differ
 from bake.recipe.parse import load_recipe, parse_recipe
+from bake.recipe.remarks import remarks
 from bake.recipe.spec import (
     ALLOWANCES,
     Base,
@@ -35,10 +37,12 @@ __all__ = [
     "build_edits",
     "disagreement",
     "fetch_artifact",
+    "first_recipe",
     "limits_beside",
     "limits_differ",
     "load_recipe",
     "override",
     "parse_recipe",
     "read_artifacts",
+    "remarks",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bake.checkpoints.hub_names import HUB_PREFIX
-from bake.directions import READERS, Directions, read_directions
+from bake.directions import READERS, Directions, Options, read_directions
 from bake.errors import BakeError, HubError, UsageError
 from bake.recipe.maps import SIGNED_ROLES
 from bake.recipe.spec import DirectionSpec, Recipe
@@ -33,8 +33,19 @@ def read_artifacts(recipe: Recipe) -> dict[str, Directions]:
         spec = recipe.directions[name]
         with located(f"{recipe.path} [directions.{name}]"):
             path = spec.path or fetch_artifact(spec.file)
-            found[name] = read_directions(path, reader=spec.reader, key=spec.key, shape=spec.shape)
+            found[name] = read_directions(path, reader=spec.reader, **_options(spec))
             _check_sign(spec, found[name])
+    return found
+
+
+def _options(spec: DirectionSpec) -> Options:
+    """Return what the recipe says of the artifact that it cannot say itself."""
+    found: Options = {}
+    for name in Options.__annotations__:
+        if (value := getattr(spec, name)) is not None:
+            found[name] = value  # type: ignore[literal-required]
+    if spec.minus is not None:
+        found["minus"] = spec.minus_path or fetch_artifact(spec.minus)
     return found
 
 

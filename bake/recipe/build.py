@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from bake.affine import AffineMap
-from bake.directions import MODULE, Direction, Directions, Role
+from bake.directions import EITHER_WAY, Directions, Role
 from bake.edits import Edit, EditKind, WeightUpdate
-from bake.errors import DirectionError, UsageError
+from bake.errors import DirectionError
 from bake.families import Layout
 from bake.recipe.aliases import aliases, sites_at
 from bake.recipe.artifacts import located
 from bake.recipe.maps import Named, map_of
-from bake.recipe.spec import DirectionSpec, EditTable, Recipe
-from bake.sites import Site, expand, parse_site
+from bake.recipe.places import check_layers, check_repeat, fitted_to, item_at, own_sites
+from bake.recipe.spec import EditTable, Recipe
+from bake.sites import Site
 
 
 def build_edits(
@@ -41,10 +42,13 @@ def build_edits(
     for number, spec in enumerate(recipe.edits, start=1):
         with located(f"{recipe.path} [[edits]] {number}"):
             for sites, items in _selections(spec, recipe, layout, directions, known):
-                mean = _mean(spec, recipe, directions, items, sites[0])
+                mean = _mean(spec, recipe, directions, items, sites[0], layout)
                 edit_map = map_of(spec, items, mean)
+                if EITHER_WAY in directions[spec.directions[0]].metadata:
+                    edit_map = fitted_to(edit_map, sites, layout)
                 for site in sites:
                     _check_width(spec, edit_map, site, layout)
+                check_repeat(spec, sites, layout)
                 found.append(Edit(spec.kind, " + ".join(spec.directions), sites, edit_map))
     return tuple(found)
 
@@ -58,82 +62,19 @@ def _selections(
 ) -> list[tuple[tuple[Site, ...], tuple[Named, ...]]]:
     """Return the items that act together, each group with all of its sites."""
     specs = [recipe.directions[name] for name in spec.directions]
+    for one in specs:
+        check_layers(one, directions[one.name], layout)
     if spec.at:
         sites = sites_at(spec.at, layout, known)
     else:
-        sites = _own_sites(specs[0], directions[specs[0].name], layout, known)
+        sites = own_sites(spec.kind, specs[0], directions[specs[0].name], layout, known)
     groups: dict[tuple[int, ...], tuple[list[Site], tuple[Named, ...]]] = {}
     for site in sites:
         layout.width(site)  # raises where the model has no such site
-        items = tuple(Named(s.name, _item(s, directions[s.name], site), s.sign) for s in specs)
+        items = tuple(Named(s.name, item_at(s, directions[s.name], site), s.sign) for s in specs)
         key = tuple(id(named.item) for named in items)
         groups.setdefault(key, ([], items))[0].append(site)
     return [(tuple(group), items) for group, items in groups.values()]
-
-
-def _own_sites(
-    spec: DirectionSpec, found: Directions, layout: Layout, known: Mapping[str, Site]
-) -> tuple[Site, ...]:
-    """Return the sites that an artifact itself names."""
-    items = found.items if spec.layer is None else (found.at_layer(spec.layer),)
-    if any(item.site is None for item in items):
-        raise UsageError(
-            "the key 'at' is missing",
-            why=f"the artifact of direction {spec.name!r} names no site",
-            fix='name the sites, for example at = "resid"',
-        )
-    # expand checks the layers against the model.
-    names = [str(parse_site(item.site)) for item in items if item.site is not None]
-    for name in names:
-        _check_module(spec, found, name, known)
-    return expand(names, layers=layout.layers, stream=layout.stream)
-
-
-def _check_module(
-    spec: DirectionSpec, found: Directions, site: str, known: Mapping[str, Site]
-) -> None:
-    """Refuse a site that was read from a module's name, where that module is another site here.
-
-    Llama calls the norm before the MLP ``post_attention_layernorm``, Gemma 2 that behind attention.
-    """
-    path = found.metadata.get(f"{MODULE}{site}")
-    if path is None:
-        return
-    # A path may begin at the inner model, without the prefix that the whole one has.
-    meant = {str(own) for full, own in known.items() if f".{full}".endswith(f".{path}")}
-    if meant and site not in meant:
-        raise DirectionError(
-            f"direction {spec.name!r} was fitted at {path}, which was read as {site}, "
-            f"and in this model is {' or '.join(sorted(meant))}",
-            why="families call different norms by one name, and the artifact names no family",
-            fix=f'name the site: at = "{min(meant)}"',
-        )
-
-
-def _item(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
-    """Return the item of an artifact that acts at a site."""
-    if spec.layer is not None:
-        return found.at_layer(spec.layer)
-    # A stack whose other layers are zero is still one item per layer.
-    if len(found.items) == 1 and "zero_layers" not in found.metadata:
-        return found.items[0]
-    own = found.at_site(str(site))
-    if own is not None:
-        return own
-    if site.layer is None:
-        raise UsageError(
-            f"direction {spec.name!r} has {len(found.items)} items, one per layer, "
-            f"and {site} is in no layer",
-            fix=f"give layer = N in [directions.{spec.name}] to use one of them everywhere",
-        )
-    try:
-        return found.at_layer(site.layer)
-    except DirectionError as error:
-        raise DirectionError(
-            f"direction {spec.name!r} has no item for {site}: {error.what}",
-            why=error.fix,
-            fix=f"narrow `at` to what it holds, or give layer = N in [directions.{spec.name}]",
-        ) from error
 
 
 def _mean(
@@ -142,13 +83,15 @@ def _mean(
     directions: Mapping[str, Directions],
     items: tuple[Named, ...],
     site: Site,
+    layout: Layout,
 ) -> Tensor | None:
     """Return the mean that an affine or erase edit takes its constant from, or None for zero."""
     if spec.kind not in (EditKind.AFFINE, EditKind.ERASE) or spec.mean is False:
         return None
     if isinstance(spec.mean, str):
         other = recipe.directions[spec.mean]
-        named = Named(other.name, _item(other, directions[other.name], site), other.sign)
+        check_layers(other, directions[other.name], layout)
+        named = Named(other.name, item_at(other, directions[other.name], site), other.sign)
         return named.tensor(spec.kind, Role.MEAN, Role.VECTOR)
     means = {named.name: mean for named in items if (mean := named.get(Role.MEAN)) is not None}
     if spec.mean is True and not means:

@@ -23,6 +23,8 @@ KINDS_OF_KEY: Mapping[str, tuple[EditKind, ...]] = {
     "alpha": (EditKind.AFFINE,),
     "mean": (EditKind.AFFINE, EditKind.ERASE),
     "coefficient": (EditKind.OFFSET,),
+    "keep": (EditKind.OFFSET,),
+    "repeat": (EditKind.OFFSET,),
     "degrees": (EditKind.ROTATE,),
     "reflect": (EditKind.ROTATE,),
 }

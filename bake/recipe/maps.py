@@ -17,7 +17,7 @@ from bake.recipe.spec import EditTable
 KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
     Role.VECTOR: (EditKind.ABLATE, EditKind.AFFINE, EditKind.OFFSET),
     Role.SUBSPACE: (EditKind.ABLATE, EditKind.AFFINE),
-    Role.LEFT: (EditKind.ERASE, EditKind.UPDATE),
+    Role.LEFT: (EditKind.ERASE, EditKind.LINEAR, EditKind.UPDATE),
     Role.SCALE: (EditKind.SCALE,),
     Role.MATRIX: (EditKind.LINEAR, EditKind.ROTATE),
     Role.OFFSET: (EditKind.OFFSET,),
@@ -83,12 +83,16 @@ def map_of(
             return edits.erase(left, right, mean=mean, strength=strength)
         case EditKind.OFFSET:
             vector = first.tensor(kind, Role.VECTOR, Role.OFFSET)
-            return edits.offset(vector, coefficient=spec.coefficient)
+            return edits.offset(vector, coefficient=spec.coefficient, keep=spec.keep)
         case EditKind.SCALE:
             factor = first.tensor(kind, Role.SCALE)
             return edits.scale((1 - strength) + strength * factor, shift=_shift(first, strength))
         case EditKind.ROTATE:
             return _rotation(spec, items)
+        case EditKind.LINEAR if first.get(Role.LEFT) is not None:
+            left, right = first.tensor(kind, Role.LEFT), first.tensor(kind, Role.RIGHT)
+            shift = _shift(first, 1.0)
+            return edits.linear_factors(left, right, shift=shift, strength=strength)
         case EditKind.LINEAR:
             matrix = first.tensor(kind, Role.MATRIX)
             unit = torch.eye(matrix.shape[0], dtype=matrix.dtype)

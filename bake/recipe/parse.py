@@ -105,9 +105,14 @@ def _direction(name: str, row: Toml, path: Path) -> DirectionSpec:
     """Return where a direction comes from. Its file is not opened."""
     where = f"{path} [directions.{name}]"
     table = DirectionTable.read(row, where)
-    on_hub = table.file.startswith(HUB_PREFIX)
-    place = None if on_hub else local_path(path.parent, table.file, where)
-    return DirectionSpec(**structs.asdict(table), name=name, path=place)
+
+    def place(file: str | None) -> Path | None:
+        if file is None or file.startswith(HUB_PREFIX):
+            return None
+        return local_path(path.parent, file, where)
+
+    own, other = place(table.file), place(table.minus)
+    return DirectionSpec(**structs.asdict(table), name=name, path=own, minus_path=other)
 
 
 def _calibrate(values: Toml, where: str, folder: Path) -> CalibrateSpec:

@@ -74,6 +74,7 @@ class Base:
 
 
 _NEGATIVE = {"range": "is negative", "fix": "blocks count from 0"}
+_NEGATIVE_ROW = {"range": "is negative", "fix": "features count from 0"}
 _NO_SIGN = {
     "range": "is neither 1 nor -1",
     "fix": "a factor belongs to the edit: coefficient, alpha or strength",
@@ -91,6 +92,22 @@ class DirectionTable(Table, frozen=True, kw_only=True):
         None
     )
     shape: Annotated[str | None, _one_of(*Shape)] = None
+    minus: Annotated[Text | None, Meta(description="the other class's activations, as `file`")] = (
+        None
+    )
+    feature: Annotated[
+        Annotated[int, Meta(ge=0, extra=_NEGATIVE_ROW)] | None,
+        Meta(description="one row of a matrix of features"),
+    ] = None
+    index: Annotated[
+        float | None, Meta(description="a block of hidden states; between two, their blend")
+    ] = None
+    method: Annotated[str | None, Meta(description="which of the system's methods")] = None
+    quantiles: Annotated[str | None, Meta(description="within which the system's map acts")] = None
+    source: Annotated[int | None, Meta(description="the label that all tokens are taken for")] = (
+        None
+    )
+    target: Annotated[int | None, Meta(description="the label that all tokens are given")] = None
     layer: Annotated[
         Annotated[int, Meta(ge=0, extra=_NEGATIVE)] | None,
         Meta(description="use this block's item everywhere"),
@@ -106,6 +123,8 @@ class DirectionSpec(DirectionTable, frozen=True, kw_only=True):
     name: str
     path: Path | None
     """The file or folder, from the recipe's own; None for one on the Hub."""
+    minus_path: Path | None = None
+    """That of ``minus``, likewise."""
 
 
 class EditTable(Table, frozen=True, kw_only=True):
@@ -125,6 +144,10 @@ class EditTable(Table, frozen=True, kw_only=True):
     ] = None
     """Whether to use the artifact's mean (None: where it has one), or the direction that is it."""
     coefficient: float = 1.0
+    keep: Annotated[float, Meta(description="what an offset keeps of the activation")] = 1.0
+    repeat: Annotated[
+        bool, Meta(description="whether one vector may be added at several sites of the stream")
+    ] = False
     degrees: float | None = None
     reflect: bool = False
 

@@ -117,8 +117,8 @@ def reverted(result: "Reverted") -> list[RenderableType]:
     return [facts(rows)]
 
 
-def directions(artifact: "Directions", rows: Sequence["Row"]) -> list[RenderableType]:
-    """Return what an artifact holds, one row per tensor."""
+def directions(artifact: "Directions", rows: Sequence["Row"], recipe: str) -> list[RenderableType]:
+    """Return what an artifact holds, one row per tensor, and a recipe to begin with."""
     head = [
         ("concept", artifact.concept),
         ("format", artifact.format),
@@ -133,7 +133,8 @@ def directions(artifact: "Directions", rows: Sequence["Row"]) -> list[Renderable
     if artifact.metadata:
         said = ((str(key), str(value)) for key, value in artifact.metadata.items())
         parts.append(section("Metadata", facts(said)))
-    return parts
+    # As it is: brackets and bars of a recipe are no markup.
+    return [*parts, section("A recipe to begin with", Text(recipe.rstrip()))]
 
 
 def _tensors(rows: Sequence["Row"]) -> Table:

@@ -1,0 +1,53 @@
+"""ROME (arXiv 2202.05262): the two vectors of a rank-one update of a weight, in an .npz.
+
+The cache of ``rome_main.py`` holds ``left_vector`` and ``right_vector``, whose outer product is
+added to the weight, transposed where the shapes ask for it (``upd_matrix_match_shape``). So either
+of the two may be the one that is as wide as the output; the model decides.
+"""
+
+import zipfile
+from pathlib import Path
+
+from torch import Tensor
+
+from bake.directions.direction import Direction, Role
+from bake.directions.npz import array_of, members_of
+from bake.directions.reader import Content, Reader, Request
+from bake.directions.torch_archive import ZIP_DAMAGE
+from bake.errors import DirectionError
+
+NAMES = ("left_vector", "right_vector")
+EITHER_WAY = "transposed"
+"""In the metadata: whether the factors change places where only so they fit the weight."""
+
+
+def _recognises(path: Path) -> bool:
+    if path.suffix != ".npz":
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{name}.npy" for name in NAMES} == set(archive.namelist())
+    except ZIP_DAMAGE:
+        return False
+
+
+def _read(request: Request) -> Content:
+    try:
+        with zipfile.ZipFile(request.path) as archive:
+            members = members_of(archive)
+            left, right = (_vector(array_of(archive, members[name]), name) for name in NAMES)
+    except KeyError as error:
+        raise DirectionError(f"the archive holds no {error}", fix=f"it needs {NAMES}") from error
+    except ZIP_DAMAGE as error:
+        raise DirectionError(f"the .npz archive cannot be read: {error}") from error
+    tensors = {Role.LEFT: left.unsqueeze(1), Role.RIGHT: right.unsqueeze(0)}
+    return Content((Direction(tensors),), {EITHER_WAY: "where only so it fits"})
+
+
+def _vector(array: Tensor, name: str) -> Tensor:
+    if array.numel() == 0 or array.numel() != max(array.shape, default=0):
+        raise DirectionError(f"{name} has shape {list(array.shape)} where a vector is meant")
+    return array.reshape(-1)
+
+
+READER = Reader("left_vector and right_vector of ROME (.npz)", _recognises, _read, kind="update")

@@ -1,0 +1,59 @@
+"""A recipe to begin with, for an artifact: what it says itself, and what is left to choose."""
+
+import json
+from collections.abc import Mapping
+
+from bake.directions import READERS, SAYS, Directions
+from bake.recipe.edits import KINDS_OF_KEY
+from bake.recipe.maps import KINDS_OF_ROLE
+from bake.sites import parse_site, span, summary
+
+EVERYWHERE = '"resid"    # every site of the stream'
+_NUMBERS = ("strength", "alpha", "coefficient", "keep", "degrees")
+
+
+def first_recipe(found: Directions, file: str, options: Mapping[str, object]) -> str:
+    """Return the text of a recipe that names an artifact, with its choices as comments.
+
+    Args:
+        found: what the artifact holds.
+        file: as it was named.
+        options: what was said of it that it could not say itself.
+    """
+    roles = dict.fromkeys(role for item in found.items for role in item.tensors)
+    kinds = list(dict.fromkeys(kind for role in roles for kind in KINDS_OF_ROLE.get(role, ())))
+    usual = READERS[found.format].kind
+    kind = next((one for one in kinds if one == usual), kinds[0])
+    others = [str(one) for one in kinds if one != kind]
+    lines = [
+        "[base]",
+        'model = "owner/name"    # the model that it was fitted on',
+        "",
+        "[directions.concept]",
+        f"file = {json.dumps(file)}",
+        *(f"{key} = {_toml(value)}" for key, value in options.items()),
+        "",
+        "[[edits]]",
+        f'kind = "{kind}"' + (f"    # or {', '.join(others)}" if others else ""),
+        'direction = "concept"',
+    ]
+    sites = [parse_site(item.site) for item in found.items if item.site is not None]
+    if len(sites) == len(found.items) and kind != "ablate":
+        lines.append(f"# at = the file's own sites: {summary(sites)}")
+    elif kind in ("ablate", "affine"):
+        layers = span(item.layer for item in found.items if item.layer is not None).split(",")[0]
+        modules = f'["attn_out.{layers}", "mlp_out.{layers}"]    # what the modules write'
+        lines.append(f"at = {modules if layers else EVERYWHERE}")
+    else:
+        numbers = [item.layer for item in found.items if item.layer is not None]
+        lines.append(f'at = "resid_post.{numbers[0] if numbers else 0}"    # where it was fitted')
+    for key in _NUMBERS:
+        if kind in KINDS_OF_KEY[key]:
+            lines.append(f"# {key} = 1.0")
+    if said := found.metadata.get(SAYS):
+        lines.append(f"# {said}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value) if isinstance(value, int | float) else json.dumps(str(value))

@@ -1,0 +1,185 @@
+"""Which item of an artifact acts at which site of one model, and what is refused of that."""
+
+from collections.abc import Mapping, Sequence
+
+from bake.affine import AffineMap
+from bake.directions import MODULE, ROWS, ZERO, ZERO_SITES, Direction, Directions, Shape
+from bake.edits import EditKind, WeightUpdate
+from bake.errors import DirectionError, UsageError
+from bake.families import Layout
+from bake.recipe.spec import DirectionSpec, EditTable
+from bake.sites import STREAM_KINDS, Site, SiteKind, expand, parse_site, span
+
+
+def own_sites(
+    kind: EditKind,
+    spec: DirectionSpec,
+    found: Directions,
+    layout: Layout,
+    known: Mapping[str, Site],
+) -> tuple[Site, ...]:
+    """Return the sites that an artifact itself names.
+
+    Raises:
+        UsageError: it names none.
+        DirectionError: it names a module that is another site in this model.
+    """
+    items = found.items if spec.layer is None else (found.at_layer(spec.layer),)
+    if any(item.site is None for item in items):
+        raise UsageError(
+            "the key 'at' is missing",
+            why=f"the artifact of direction {spec.name!r} names no site",
+            fix=_example(kind, items, layout),
+        )
+    # expand checks the layers against the model.
+    names = [str(parse_site(item.site)) for item in items if item.site is not None]
+    for name in names:
+        _check_module(spec, found, name, known)
+    return expand(names, layers=layout.layers, stream=layout.stream)
+
+
+def _check_module(
+    spec: DirectionSpec, found: Directions, site: str, known: Mapping[str, Site]
+) -> None:
+    """Refuse a site that was read from a module's name, where that module is another site here.
+
+    Llama calls the norm before the MLP ``post_attention_layernorm``, Gemma 2 that behind attention.
+    """
+    path = found.metadata.get(f"{MODULE}{site}")
+    if path is None:
+        return
+    # A path may begin at the inner model, without the prefix that the whole one has.
+    meant = {str(own) for full, own in known.items() if f".{full}".endswith(f".{path}")}
+    if meant and site not in meant:
+        raise DirectionError(
+            f"direction {spec.name!r} was fitted at {path}, which was read as {site}, "
+            f"and in this model is {' or '.join(sorted(meant))}",
+            why="families call different norms by one name, and the artifact names no family",
+            fix=f'name the site: at = "{min(meant)}"',
+        )
+
+
+def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
+    """Return the item of an artifact that acts at a site.
+
+    Raises:
+        UsageError: the site is in no layer, and the artifact has an item for each.
+        DirectionError: there is none for the site, or it is zero.
+    """
+    if spec.layer is not None:
+        return found.at_layer(spec.layer)
+    # A stack whose other layers are zero is still one item per layer.
+    if len(found.items) == 1 and ZERO not in found.metadata:
+        return found.items[0]
+    own = found.at_site(str(site))
+    if own is not None:
+        return own
+    if str(site) in found.metadata.get(ZERO_SITES, "").split(","):
+        # The layer may hold another site's, which is not the one that is meant.
+        raise DirectionError(
+            f"direction {spec.name!r} is zero at {site}",
+            fix="narrow `at` to what it holds",
+        )
+    if site.layer is None:
+        raise UsageError(
+            f"direction {spec.name!r} has {len(found.items)} items, one per layer, "
+            f"and {site} is in no layer",
+            fix=f"give layer = N in [directions.{spec.name}] to use one of them everywhere",
+        )
+    try:
+        return found.at_layer(site.layer)
+    except DirectionError as error:
+        raise DirectionError(
+            f"direction {spec.name!r} has no item for {site}: {error.what}",
+            why=error.fix,
+            fix=f"narrow `at` to what it holds, or give layer = N in [directions.{spec.name}]",
+        ) from error
+
+
+def check_layers(spec: DirectionSpec, found: Directions, layout: Layout) -> None:
+    """Refuse an artifact of another number of layers than the model has.
+
+    Raises:
+        DirectionError: a stack with another number of rows than blocks, or an item of a layer that
+            the model lacks.
+    """
+    blocks = layout.layers
+    if (rows := found.metadata.get(ROWS)) not in (None, str(blocks)):
+        hidden = int(str(rows)) == blocks + 1 and spec.shape == Shape.LAYERS
+        raise DirectionError(
+            f"direction {spec.name!r} has {rows} rows, and the model has {blocks} blocks",
+            why="one row for each block is meant"
+            + ("; hidden_states has one more, since its row 0 is the embedding" if hidden else ""),
+            fix=f'set shape = "{Shape.HIDDEN_STATES}" if row l + 1 was read behind block l'
+            if hidden
+            else "save the rows under the names of their blocks: {12: vector, 13: vector}",
+        )
+    # One item acts wherever the recipe says, and its layer is where it was fitted.
+    layers = [item.layer for item in found.items] if len(found.items) > 1 else [spec.layer]
+    beyond = {n for n in layers if n is not None and n >= blocks}
+    if beyond:
+        raise DirectionError(
+            f"direction {spec.name!r} belongs to layer {span(beyond)}, "
+            f"and the model has {blocks} blocks, 0 to {blocks - 1}",
+            why="it was fitted on another model, or counts layers otherwise than from 0",
+            fix="name the model that it was fitted on, or save it under the numbers of its blocks",
+        )
+
+
+def check_repeat(spec: EditTable, sites: Sequence[Site], layout: Layout) -> None:
+    """Refuse to add one vector to the stream several times unless the recipe says it.
+
+    Raises:
+        UsageError: it does not.
+    """
+    times = [site for site in sites if site.kind in STREAM_KINDS]
+    if spec.kind is not EditKind.OFFSET or spec.repeat or len(times) < 2:
+        return
+    raise UsageError(
+        f"one vector is added at {len(times)} sites of the stream, from {times[0]} to {times[-1]}",
+        why=f"the stream carries every addition on, so that {len(times)} times the vector arrive "
+        "at its end",
+        fix=f'name one site, for example at = "{_middle(layout)}", or say repeat = true',
+    )
+
+
+def fitted_to(
+    map_: AffineMap | WeightUpdate, sites: Sequence[Site], layout: Layout
+) -> AffineMap | WeightUpdate:
+    """Return an update with its factors the other way round where only so it fits the weight.
+
+    Raises:
+        DirectionError: both ways fit.
+    """
+    if not isinstance(map_, WeightUpdate):
+        return map_
+    wanted = {layout.width(site) for site in sites}
+    outer, inner = map_.left.shape[0], map_.right.shape[1]
+    if outer == inner and {outer} == wanted:
+        raise DirectionError(
+            "the two vectors of the update are of one width, so that it fits both ways",
+            fix="save the update as left [d, k] and right [k, i] in bake's own format",
+        )
+    return WeightUpdate(map_.right.T, map_.left.T) if {inner} == wanted else map_
+
+
+def _example(kind: EditKind, items: Sequence[Direction], layout: Layout) -> str:
+    """Return sites that an edit without any could be meant at, and that the plan would take."""
+    layers = sorted({item.layer for item in items if item.layer is not None})
+    post_norms = any(branch.norm_out is not None for branch in layout.branches)
+    if kind is EditKind.OFFSET:
+        named = [f"{SiteKind.RESID_POST}.{n}" for n in layers[:3]] or [str(_middle(layout))]
+        what = "the output of the blocks that it names" if layers else "the site of its fit"
+    elif post_norms or len(layers) not in (0, layout.layers):
+        spans = span(layers).split(",")[0] if layers else "*"
+        named = [f"{SiteKind.ATTN_OUT}.{spans}", f"{SiteKind.MLP_OUT}.{spans}"]
+        what = "what the modules write"
+    else:
+        named, what = ["resid"], "every site of the stream"
+    listed = f'"{named[0]}"' if len(named) == 1 else "[" + ", ".join(f'"{n}"' for n in named) + "]"
+    return f"name the sites, for example at = {listed}, {what}"
+
+
+def _middle(layout: Layout) -> Site:
+    """Return a site of the model that stands as an example."""
+    return Site(SiteKind.RESID_POST, layout.layers // 2)

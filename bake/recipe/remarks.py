@@ -1,0 +1,28 @@
+"""What is worth knowing of a recipe's edits beside their maps, one sentence each, for the plan."""
+
+from collections.abc import Mapping
+
+from bake.directions import SAYS, Directions, Role
+from bake.edits import EditKind
+from bake.recipe.spec import Recipe
+
+
+def remarks(recipe: Recipe, directions: Mapping[str, Directions]) -> tuple[str, ...]:
+    """Return what the plan, the record and the card say of the recipe's edits.
+
+    What an artifact's own system does and weights cannot, which is always on and at every position;
+    and an affine edit whose constant comes from no mean.
+    """
+    found: dict[str, None] = {}
+    for edit in recipe.edits:
+        for name in edit.directions:
+            if said := directions[name].metadata.get(SAYS):
+                found[f"direction {name!r}: {said}"] = None
+        means = (Role.MEAN in item.tensors for n in edit.directions for item in directions[n].items)
+        absent = edit.mean is False or (edit.mean is None and not any(means))
+        if edit.kind is EditKind.AFFINE and absent:
+            found[
+                f"affine {' + '.join(edit.directions)}: there is no mean, so that the component is "
+                f"set to {edit.alpha:g} times the direction's"
+            ] = None
+    return tuple(found)

@@ -1,0 +1,168 @@
+"""Every steering system's files, read and baked, against the system's own hook; and their table."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from harness import RELATIVE, Base, bake, base_at, logits, plain_logits, plan_of
+from systems import INPUT, SYSTEMS, Made, Map, Sizes, System
+from torch import Tensor
+
+from bake.recipe import build_edits, first_recipe, load_recipe, parse_recipe, read_artifacts
+
+TABLE = Path(__file__).parent.parent / "docs" / "sources.md"
+
+
+def recipe_text(folder: Path, made: Made) -> str:
+    """Return the recipe that names an artifact."""
+
+    def rows(values: Mapping[str, Any]) -> str:
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+    return (
+        '[base]\nmodel = "base"\n[directions.v]\n'
+        + rows({"file": str(folder / made.file), **made.options})
+        + "[[edits]]\n"
+        + rows({"direction": "v", **made.edit})
+    )
+
+
+@contextmanager
+def hooked(model: torch.nn.Module, hooks: Mapping[str, Map]) -> Iterator[None]:
+    """Steer as the systems do: a function on the output or the input of live modules."""
+    handles = []
+    for path, act in hooks.items():
+        module = model.get_submodule(path.removesuffix(INPUT))
+        if path.endswith(INPUT):
+
+            def before(_: Any, args: Any, act: Map = act) -> Any:
+                return act(args[0]), *args[1:]
+
+            handles.append(module.register_forward_pre_hook(before))
+        else:
+
+            def after(_: Any, __: Any, out: Any, act: Map = act) -> Any:
+                return (act(out[0]), *out[1:]) if isinstance(out, tuple) else act(out)
+
+            handles.append(module.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def steered(base: Base, made: Made, *, shift: int = 0) -> Tensor:
+    """Return the logits under the system's own edit, ``shift`` layers off where it is not zero."""
+
+    def moved(path: str) -> str:
+        return re.sub(
+            r"layers\.(\d+)",
+            lambda m: f"layers.{(int(m[1]) + shift) % base.layout.layers}",
+            path,
+        )
+
+    if made.update is None:
+        with hooked(base.model, {moved(path): act for path, act in made.hooks.items()}):
+            return logits(base.model, base)
+    path, change = made.update
+    weight = base.model.get_parameter(moved(path))
+    with torch.no_grad():
+        before = weight.clone()
+        weight += change
+        result = logits(base.model, base)
+        weight.copy_(before)
+    return result
+
+
+def baked(base: Base, folder: Path, text: str) -> Tensor:
+    """Return the logits of the model that a recipe is baked into."""
+    (folder / "r.toml").write_text(text, encoding="utf-8")
+    recipe = load_recipe(folder / "r.toml")
+    edits = build_edits(recipe, base.layout, read_artifacts(recipe))
+    path = bake(base, plan_of(base, edits), folder / "out")
+    return logits(tiny.load(path), base)
+
+
+def sizes_of(base: Base) -> Sizes:
+    config = base.checkpoint.config
+    return Sizes(base.layout.hidden, config["intermediate_size"], base.layout.layers)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Of the baked model from the system's own hook, as a share of the effect."""
+
+    right: float
+    wrong: float
+    """From the same hook one layer off."""
+
+
+def distance(base: Base, folder: Path, system: System) -> Distance:
+    made = system.make(folder, sizes_of(base))
+    wanted, found = steered(base, made), baked(base, folder, recipe_text(folder, made))
+    effect = float((wanted - plain_logits(base)).abs().max())
+    assert effect > 1e-3
+    wrong = steered(base, made, shift=1)
+    return Distance(
+        float((found - wanted).abs().max()) / effect, float((found - wrong).abs().max()) / effect
+    )
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, RELATIVE), (torch.float32, 1e-5)])
+def test_a_system_is_baked_as_it_steers(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    system: System,
+    dtype: torch.dtype,
+    most: float,
+) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=dtype))
+    found = distance(base, tmp_path, system)
+    assert found.right <= most
+    # The control: the hook of another layer is another model, unless the edit is at every layer.
+    every = len(system.make(_fresh(tmp_path), sizes_of(base)).hooks) == 2 * base.layout.layers
+    assert found.wrong > 1e-3 or every
+
+
+def _fresh(folder: Path) -> Path:
+    made = folder / "again"
+    made.mkdir()
+    return made
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_the_recipe_to_begin_with_is_one(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], system: System
+) -> None:
+    """What ``bake directions`` prints is read, and leads to edits of the model."""
+    base = base_at(tiny_checkpoint("llama"))
+    made = system.make(tmp_path, sizes_of(base))
+    (tmp_path / "r.toml").write_text(recipe_text(tmp_path, made), encoding="utf-8")
+    found = read_artifacts(load_recipe(tmp_path / "r.toml"))
+    options = {key: value for key, value in made.options.items() if key != "layer"}
+    text = first_recipe(found["v"], str(tmp_path / made.file), options)
+    again = parse_recipe(text.encode(), tmp_path / "first.toml")
+    assert build_edits(again, base.layout, read_artifacts(again))
+
+
+def table() -> str:
+    """Return the table of docs/sources.md."""
+    head = "| system | file | site | formula | positions | folds |\n|---|---|---|---|---|---|\n"
+    rows = (
+        f"| {s.name} | {s.file} | {s.site} | {s.formula} | {s.positions} | {s.folds} |\n"
+        for s in SYSTEMS
+    )
+    return head + "".join(rows)
+
+
+def test_the_table_is_that_of_the_documentation() -> None:
+    assert table() in TABLE.read_text(encoding="utf-8")
