@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 @click.option("--source", type=int, metavar="N", help="The label that all tokens are taken for.")
 @click.option("--target", type=int, metavar="N", help="The label that all tokens are given.")
 def command(output: Output, file: str, *, reader: str | None, **options: Unpack["Options"]) -> None:
-    """Say what the artifact FILE holds and where it belongs, with a recipe to begin with.
+    """Say what the artifact FILE holds, and where it belongs.
 
-    FILE is a file or a folder, here or at hf://owner/name/path@revision.
+    FILE is a file or a folder, here or at hf://owner/name/path@revision. The last lines are a
+    recipe to begin with.
     """
     from bake.checkpoints.hub_names import HUB_PREFIX
     from bake.cli.render import results
