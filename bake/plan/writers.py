@@ -136,6 +136,8 @@ def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
         _, gain = aside.writer(gain, context.stream.least)
         updates = norm_updates(context, norm, by, gain, torch.zeros_like(gain))
         return Pieces(tensors=updates, places=((by, f"gain of {norm.live}"),))
+    if behind.is_identity():
+        return Pieces()
     if diagonal is not None and (behind.is_linear() or norm.bias is not None):
         updates = scaled_norm(context, norm, edits, diagonal, behind.bias)
         return Pieces(tensors=updates, places=((edits, f"gain of {norm.live}"),))
