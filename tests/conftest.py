@@ -1,4 +1,7 @@
-"""What every test runs under: fixed seeds, one thread, no network; what many share, on demand."""
+"""What every test runs under: fixed seeds, one thread, no network; what many share, on demand.
+
+Nothing heavy is imported here at the top: the process that hands the tests out runs none.
+"""
 
 import os
 import random
@@ -10,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import install
-import numpy as np
+import programs
 import pytest
-import torch
 from hypothesis import settings
-from tiny import make_model, write_checkpoint
 
 # A suite that was started in the background inherits signals that are ignored, and so would every
 # program that a test starts and stops.
@@ -28,15 +29,24 @@ for number, usual in (
 
 settings.register_profile("bake", derandomize=True, deadline=None, database=None)
 settings.load_profile("bake")
-torch.set_num_threads(1)
 # A tiny model is read sooner than a thread starts; transformers asks for this at every load.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -73,12 +83,29 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
 
 
+@pytest.fixture
+def own_process() -> None:
+    """Have runtimes of this environment started as a user's are, and not forked."""
+
+
+@pytest.fixture(autouse=True)
+def _forked_runtimes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the runtimes of this environment, unless it is they that are tested."""
+    from bake import process
+
+    marked = any(request.node.get_closest_marker(name) for name in ("runtimes", "real"))
+    if not marked and "own_process" not in request.fixturenames:
+        monkeypatch.setattr(process, "wait", programs.wait(process.wait))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """Return a function that writes a tiny checkpoint once per session: read it, never write to it.
 
     It takes what ``tiny.make_model`` takes.
     """
+    from tiny import make_model, write_checkpoint
+
     written: dict[str, Path] = {}
 
     def path_of(family: str, **options: Any) -> Path:

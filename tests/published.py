@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import tiny
 import torch
@@ -220,6 +221,7 @@ def environment(hub: HubServer, home: Path, **extra: str) -> dict[str, str]:
         "RUST_LOG": "debug",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": programs.RESOURCES,
         **extra,
     }
 
@@ -231,7 +233,7 @@ class Worker:
     hub: HubServer
     home: Path
     extra: dict[str, str] = field(default_factory=dict)
-    process: "subprocess.Popen[str] | None" = None
+    process: programs.Running | None = None
     said: list[str] = field(default_factory=list)
 
     @property
@@ -242,13 +244,13 @@ class Worker:
         """Start the process; its imports run while the caller does something else."""
         self.home.mkdir(parents=True, exist_ok=True)
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "error::ResourceWarning", "-c", WORKER],
+            self.process = programs.start(
+                WORKER,
+                env=environment(self.hub, self.home, **self.extra),
+                forked="PYTHONPATH" not in self.extra,  # which names another client
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=environment(self.hub, self.home, **self.extra),
-                text=True,
             )
 
     def stop(self) -> None:

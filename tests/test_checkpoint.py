@@ -5,13 +5,12 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from exporting import write_new
@@ -715,7 +714,7 @@ def test_a_killed_run_is_taken_up(tmp_path: Path) -> None:
         replace = {{name: edited(name, name == "a.weight") for name in names}}
         write_new(source, Path({str(tmp_path / "out")!r}), replace=replace)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=60)
+    run = programs.run(textwrap.dedent(script))
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     files = tmp_path / ".out.bake-partial" / "files"

@@ -5,13 +5,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import gguf_files
 import numpy as np
+import programs
 import pytest
 import tiny
 from adapters import factors_of, rewritten
@@ -239,9 +239,7 @@ main({args!r})
 def kill(after: int, *args: object) -> None:
     """Run a command in a process that is killed once it has written some files."""
     code = KILLED.format(after=after, args=[str(arg) for arg in args])
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    child = programs.start(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None and child.stdout is not None
     while (line := child.stdout.readline()) != "ready\n":
         assert line, child.wait()

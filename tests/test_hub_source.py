@@ -8,8 +8,6 @@ lets a test see that the token goes to the first alone.
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import programs
 import pytest
 import torch
 from safetensors.torch import save
@@ -250,17 +249,10 @@ def run(hub: Hub, home: Path, script: str, **env: str) -> Any:
         "HF_HUB_ETAG_TIMEOUT": "1",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "error::ResourceWarning",
+        "PYTHONWARNINGS": programs.RESOURCES,
         **env,
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    done = programs.run(PRELUDE + textwrap.dedent(script), env=environment, timeout=90)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return json.loads(done.stdout.rpartition("RESULT")[2])

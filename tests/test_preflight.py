@@ -4,12 +4,11 @@ import json
 import os
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from published import (
     CARD,
@@ -383,14 +382,7 @@ def test_11_code_in_the_folder_is_never_run(out: Path, tmp_path: Path) -> None:
         "from bake.publish.preflight import Terms, preflight\n"
         "out = Path(sys.argv[1]); preflight(out, Terms()); seal(out); print(check(out).problems)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(out)],
-        cwd=out,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = programs.run(script, str(out), cwd=out)
     assert done.returncode == 0 and done.stdout.strip() == "()", done.stderr
     assert not trap.exists()
 

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import tiny
 import torch
@@ -759,13 +758,11 @@ def test_a_killed_upload_is_taken_up(
     if way == "lfs":
         hub.fault(method, path, lambda: None)  # one file arrives
     hub.fault(method, path, stop, 4)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bake", "push", str(out), repo, "-q"],
+    process = programs.start(
+        "from bake.cli import main; main()", "push", str(out), repo, "-q",
         env=environment(hub, tmp_path / "home", **client, **(LFS if way == "lfs" else {})),
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+        forked=not client,
+    )  # fmt: skip
     assert reached.wait(60)
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)

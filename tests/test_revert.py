@@ -1,16 +1,14 @@
 """With its base at hand a baked checkpoint goes back to it, bit for bit."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import tiny
 import torch
@@ -411,8 +409,7 @@ main(sys.argv[1:])
 def test_a_killed_run_is_taken_up(base: Path, baked: Path, tmp_path: Path) -> None:
     back = tmp_path / "back"
     args = ["revert", str(baked), "--out", str(back)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run([sys.executable, "-c", KILLED, *args], env=env, check=False)
+    done = programs.run(KILLED, *args)
     assert done.returncode == -signal.SIGKILL
     left = tmp_path / ".back.bake-partial"
     assert not back.exists() and left.exists()

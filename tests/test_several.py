@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from adapters import NO_BIAS
@@ -404,9 +404,7 @@ def test_a_killed_run_is_taken_up_and_a_second_one_waits_its_turn(
     base = base_at(tiny_checkpoint("llama", **NO_BIAS))
     plan, out = plan_of(base, EDITS["ablate"](base)), tmp_path / "out"
     code = KILLED.format(tests=str(Path(__file__).parent), base=str(base.path), out=str(out))
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    child = programs.start(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
 
     with pytest.raises(UsageError, match="another run of bake is writing"):

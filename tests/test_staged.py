@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 from bake.artifact import Artifact
@@ -314,7 +315,7 @@ def killed(out: Path, nth: int, text: str, *, force: bool, early: bool) -> bool:
         text=text,
         force=force,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = programs.run(code)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode != 0
 
@@ -349,7 +350,7 @@ print("done")
 
 def test_a_kill_at_any_call_leaves_nothing_that_the_next_run_does_not_mend(tmp_path: Path) -> None:
     code = FORK.format(tests=str(Path(__file__).parent), home=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = programs.run(code)
     assert done.stdout == "done\n", done.stderr
     homes = sorted(tmp_path.iterdir())
     assert len(homes) > 40

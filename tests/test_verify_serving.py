@@ -44,7 +44,7 @@ def base(tiny_checkpoint: Callable[..., Path]) -> Base:
 
 
 def test_transformers_in_its_own_process_serves_the_hooked_function(
-    base: Base, tmp_path: Path
+    base: Base, own_process: None, tmp_path: Path
 ) -> None:
     out = baked(base, tmp_path / "out")
     report = judged(Verification(out, base=str(base.path), runtimes=HERE, generate=0))

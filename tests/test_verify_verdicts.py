@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import programs
 import pytest
 import tiny
 import torch
@@ -439,7 +439,7 @@ def test_a_verification_that_was_killed_is_taken_up(
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
     out, kept = baked(base, tmp_path / "out"), tmp_path / "kept"
     arguments = [str(out), str(base.path), str(kept), str(streamed)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    done = programs.run(KILLED, *arguments)
     assert done.returncode == -signal.SIGKILL
     assert len(list(kept.glob("*.safetensors"))) == 4
     said: list[str] = []
