@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from adapters import peft_warnings
 from safetensors.torch import load_file, save_file
@@ -78,12 +79,17 @@ class Base:
 
 def load(path: Path) -> Any:
     """Return a checkpoint's model in float64."""
+    return tiny.load(path, torch.float64, read)
+
+
+def read(path: Path, dtype: torch.dtype) -> Any:
+    """Return a checkpoint's model, whatever its class takes."""
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float64, experts_implementation="eager", **EAGER
+            path, dtype=dtype, experts_implementation="eager", **EAGER
         )
     except (TypeError, ValueError):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **EAGER)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **EAGER)
     return model.eval()
 
 

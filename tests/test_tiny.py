@@ -17,6 +17,7 @@ from tiny import (
     layout_of,
     load,
     make_model,
+    read,
     tokens,
     write_checkpoint,
 )
@@ -42,6 +43,30 @@ def test_a_checkpoint_keeps_float64_bit_by_bit(family: str, tiny_checkpoint: Che
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in made.items())
     other = make_model(family, seed=1).state_dict()
     assert not any(torch.equal(tensor, other[name]) for name, tensor in made.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_is_what_transformers_loads(
+    family: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    first = load(tiny_checkpoint(family))
+    kept = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    write_checkpoint(make_model(family, seed=1), tmp_path)
+    for copied in (load(tmp_path), load(tmp_path)):
+        found = read(tmp_path, torch.float64)
+        one, other = copied.state_dict(), found.state_dict()
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        assert dict(copied.named_buffers()).keys() == dict(found.named_buffers()).keys()
+        for name, buffer in found.named_buffers():
+            assert torch.equal(copied.get_buffer(name), buffer)
+        assert copied.config.to_dict() == found.config.to_dict()
+        assert copied.config.name_or_path == found.config.name_or_path == str(tmp_path)
+        assert len(list(copied.parameters())) == len(list(found.parameters()))  # what is tied
+        with torch.no_grad():
+            answers = [model(tokens()).logits for model in (copied, found, first)]
+        assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in first.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

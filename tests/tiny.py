@@ -5,7 +5,9 @@ vocab), so that a wrong axis fails by its shape; gains differ from 1 and have bo
 differ from 0, and every branch moves the residual stream by about as much as it holds.
 """
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +181,56 @@ def write_checkpoint(
     model.save_pretrained(path, max_shard_size=max_shard_size or "1GB")
 
 
-def load(path: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+CONFIGURING = ("config.json", "generation_config.json", "model.safetensors.index.json")
+Read = Callable[[Path, torch.dtype], PreTrainedModel]
+
+
+def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a checkpoint, which has exactly the tensors that its class expects."""
     model, info = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, output_loading_info=True, **EAGER
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def load(path: Path, dtype: torch.dtype = torch.float64, read: Read = read) -> PreTrainedModel:
+    """Return the model that ``read`` makes of a checkpoint.
+
+    It reads the first one of each configuration, index and header. What it makes of them does not
+    depend on values, so those of any other are put into a copy, where tensors are parameters one by
+    one.
+    """
+    header = tuple(tuple(found.items()) for found in header_of(path))
+    shards = tuple(shard.name for shard in sorted(path.glob("*.safetensors")))
+    texts = tuple((side.name, side.read_bytes()) for side in sorted(path.glob("*.json")))
+    key = (read, dtype, header, shards, tuple(text for text in texts if text[0] in CONFIGURING))
+    if _READ.get(key) is None:
+        model = read(path, dtype)
+        if key not in _READ:
+            _READ[key] = copy.deepcopy(model) if _holds(model, tensors_of(path)) else None
+        return model
+    model = copy.deepcopy(_READ[key])
+    model.config.name_or_path = model.name_or_path = str(path)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, tensor in tensors_of(path).items():
+            parameters[name].copy_(tensor)
+    return model
+
+
+_READ: dict[Any, PreTrainedModel | None] = {}
+"""What transformers made of a configuration and a header; None where it converts tensors."""
+
+
+def _holds(model: PreTrainedModel, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors of a file are the model's parameters, under their names, and all."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled = {id(parameters[name]) for name in tensors if name in parameters}
+    return filled == set(map(id, parameters.values())) and all(
+        name in parameters and torch.equal(parameters[name], tensor.to(parameters[name].dtype))
+        for name, tensor in tensors.items()
+    )
 
 
 def config_of(path: Path) -> dict[str, Any]:
