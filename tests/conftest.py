@@ -85,16 +85,16 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def own_process() -> None:
-    """Have runtimes of this environment started as a user's are, and not forked."""
+    """Have scripts of this environment started as a user's are, and not forked."""
 
 
 @pytest.fixture(autouse=True)
-def _forked_runtimes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the runtimes of this environment, unless it is they that are tested."""
+def _forked_scripts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork what bake runs with this interpreter; a real model is not for one thread alone."""
     from bake import process
 
-    marked = any(request.node.get_closest_marker(name) for name in ("runtimes", "real"))
-    if not marked and "own_process" not in request.fixturenames:
+    real = request.node.get_closest_marker("real") is not None
+    if not real and "own_process" not in request.fixturenames:
         monkeypatch.setattr(process, "wait", programs.wait(process.wait))
 
 

@@ -13,6 +13,7 @@ asks for the fixture ``own_process``. On another system than Linux nothing is.
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -23,39 +24,41 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 HERE = Path(__file__).resolve()
-COMMAND, RUNTIME = "command", "runtime"
+COMMAND, MODEL = "command", "model"
+_COMMAND = (
+    "torch",
+    "numpy",
+    "safetensors.torch",
+    "click.testing",
+    "jinja2",
+    "bake.cli",
+    "bake.outputs.write",
+    "bake.jobs.planned",
+    "bake.recipe",
+    "bake.cards.card",
+)
 PRELOADED = {
     # All that commands of bake need, but nothing that reads the settings of the Hub's client.
-    COMMAND: (
-        "torch",
-        "numpy",
-        "safetensors.torch",
-        "click.testing",
-        "jinja2",
-        "bake.cli",
-        "bake.outputs.write",
-        "bake.jobs.planned",
-        "bake.recipe",
-        "bake.cards.card",
-    ),
-    # What bake's own worker needs, in isolated mode.
-    RUNTIME: (
-        "numpy",
-        "torch",
+    COMMAND: _COMMAND,
+    # For programs without a Hub: what loads models too.
+    MODEL: (
+        *_COMMAND,
         "transformers.models.llama.modeling_llama",
         "transformers.models.mistral.modeling_mistral",
         "peft",
     ),
 }
-UNREAD = {COMMAND: "huggingface_hub", RUNTIME: "bake"}
+# What ``wait`` forks, and the flag that goes before it.
+SCRIPTS = (("-I", "_hf_worker.py"), ("-s", "convert_hf_to_gguf.py"))
 MOST = 1 << 17  # bytes of an order
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 RESOURCES = "error::ResourceWarning"
@@ -107,7 +110,7 @@ def start(
     *args: str,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
-    forked: bool = sys.platform == "linux",
+    kind: str | None = MODEL,
     **files: File,
 ) -> Running:
     """Start Python code with arguments.
@@ -117,14 +120,14 @@ def start(
         args: what is in ``sys.argv`` behind it.
         env: its environment; this process's unless given.
         cwd: its folder; this process's unless given.
-        forked: False starts an interpreter, for a program that has to import what others have not.
+        kind: what is imported already, a key of ``PRELOADED``; None starts an interpreter.
         files: ``stdin``, ``stdout``, ``stderr``, as ``Popen`` has them; nothing unless given.
     """
     env, cwd = dict(os.environ if env is None else env), cwd or Path.cwd()
     files = {name: files.get(name, subprocess.DEVNULL) for name in STREAMS}
-    if forked:
+    if kind is not None and sys.platform == "linux":
         order = {"code": code, "args": ["-c", *args], "env": env, "cwd": str(cwd)}
-        return _forked(COMMAND, order, files)
+        return _forked(kind, order, files)
     command = [sys.executable, "-c", code, *args]
     return subprocess.Popen(command, env=env, cwd=cwd, text=True, **files)
 
@@ -134,11 +137,12 @@ def run(
     *args: str,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    kind: str | None = MODEL,
     timeout: float = 120.0,
 ) -> "subprocess.CompletedProcess[str]":
     """Run Python code with arguments to its end and return what it wrote."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        program = start(code, *args, env=env, cwd=cwd, stdout=out, stderr=errors)
+        program = start(code, *args, env=env, cwd=cwd, kind=kind, stdout=out, stderr=errors)
         try:
             status = program.wait(timeout)
         finally:
@@ -149,7 +153,10 @@ def run(
 
 
 def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Return ``bake.process.wait`` with bake's own worker forked, in this environment."""
+    """Return ``bake.process.wait``, with scripts forked that this interpreter is to run.
+
+    They are bake's own worker and llama.cpp's converter.
+    """
     from bake import process
 
     def wait(
@@ -160,14 +167,15 @@ def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
         variables: Mapping[str, str],
     ) -> int | None:
         python, *rest = map(str, command)
-        own = python == sys.executable and rest[0] == "-I" and rest[1].endswith("_hf_worker.py")
-        if not own or sys.platform != "linux":
+        if python != sys.executable or (rest[0], Path(rest[1]).name) not in SCRIPTS:
             return real(command, log, folder, timeout, variables)
+        flag, *rest = rest
         inherited = {key: v for key, v in os.environ.items() if not key.startswith("PYTHON")}
         env = {**inherited, **process.OFFLINE, **variables}
-        order = {"path": rest[1], "args": rest[1:], "env": env, "cwd": str(folder)}
+        order = {"path": rest[0], "args": rest, "env": env, "cwd": str(folder)}
+        order["isolated"] = flag == "-I"
         files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        program = _forked(RUNTIME, order, files)
+        program = _forked(MODEL, order, files)
         try:
             return program.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -175,7 +183,7 @@ def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
         finally:
             program.send_signal(signal.SIGKILL)
 
-    return wait
+    return wait if sys.platform == "linux" else real
 
 
 def _forked(kind: str, order: dict[str, Any], files: Mapping[str, File]) -> Program:
@@ -209,12 +217,11 @@ def _server(kind: str) -> socket.socket:
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    flags = ["-I"] if kind == RUNTIME else []
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, *flags, str(HERE), kind],
+            [sys.executable, str(HERE), kind],
             stdin=theirs,
-            env={**env, **(OFFLINE if kind == RUNTIME else {})},
+            env={**env, **(OFFLINE if kind == MODEL else {})},
             start_new_session=True,
         )
 
@@ -283,23 +290,47 @@ def become(order: dict[str, Any], files: list[int]) -> None:
     sys.argv = order["args"]
 
 
+def end(program: Callable[[], object]) -> NoReturn:
+    """Run a program and end as an interpreter does.
+
+    But for taking all modules apart, which takes most of a second and a copy of what is shared. An
+    error is left to the interpreter.
+    """
+    status: object = None
+    try:
+        program()
+    except SystemExit as error:
+        status = error.code
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit((status or 0) & 0xFF)
+
+
 def main(kind: str) -> None:
     """Import what programs of a kind need, and fork until nobody asks any more."""
     for name in PRELOADED[kind]:
         importlib.import_module(name)
-    if UNREAD[kind] in sys.modules:
-        sys.exit(f"{kind}: {UNREAD[kind]} is imported, which programs have to do for themselves")
+    if kind == COMMAND and "huggingface_hub" in sys.modules:
+        sys.exit("the Hub's client has read its settings before a program could have its own")
     if len(list(Path("/proc/self/task").iterdir())) > 1:
-        sys.exit(f"{kind}: a process with several threads cannot be forked")
+        sys.exit("a process with several threads cannot be forked")
+    gc.freeze()  # a collection would copy every page
     order, files = serve(socket.socket(fileno=os.dup(0)))
     become(order, files)
     if "path" in order:
-        runpy.run_path(order["path"], run_name="__main__")
-        return
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("gguf", "bake")]:
+            del sys.modules[name]  # the converter has its own, the worker none
+        sys.path[:1] = [] if order["isolated"] else [str(Path(order["path"]).parent)]
+        end(lambda: runpy.run_path(order["path"], run_name="__main__"))
     sys.path[0] = ""  # as after -c; it was this file's folder
     module = ModuleType("__main__")
     sys.modules["__main__"] = module
-    exec(compile(order["code"], "<string>", "exec"), module.__dict__)
+    end(lambda: exec(compile(order["code"], "<string>", "exec"), module.__dict__))
 
 
 if __name__ == "__main__":

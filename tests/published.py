@@ -247,7 +247,7 @@ class Worker:
             self.process = programs.start(
                 WORKER,
                 env=environment(self.hub, self.home, **self.extra),
-                forked="PYTHONPATH" not in self.extra,  # which names another client
+                kind=None if "PYTHONPATH" in self.extra else programs.COMMAND,  # another client
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -252,7 +252,9 @@ def run(hub: Hub, home: Path, script: str, **env: str) -> Any:
         "PYTHONWARNINGS": programs.RESOURCES,
         **env,
     }
-    done = programs.run(PRELUDE + textwrap.dedent(script), env=environment, timeout=90)
+    done = programs.run(
+        PRELUDE + textwrap.dedent(script), env=environment, kind=programs.COMMAND, timeout=90
+    )
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return json.loads(done.stdout.rpartition("RESULT")[2])

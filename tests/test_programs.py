@@ -4,10 +4,17 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import programs
 import pytest
+import tiny_checkpoints
+from install import GgufConverter
+from transformers import PreTrainedModel
+
+from bake import process
+from bake.converter import convert
 
 TELL = """
 import json, os, sys
@@ -18,13 +25,13 @@ sys.exit(int(sys.argv[1]))
 """
 
 
-def ran(code: str, *args: str, forked: bool, folder: Path) -> tuple[int, str, str]:
+def ran(code: str, *args: str, kind: str | None, folder: Path) -> tuple[int, str, str]:
     """Return how a program ended and what it wrote."""
     out, errors = folder / "out", folder / "errors"
     with out.open("w") as file, errors.open("w") as other:
         env = {**os.environ, "A": "b"}
         program = programs.start(
-            code, *args, env=env, cwd=folder, forked=forked, stdout=file, stderr=other
+            code, *args, env=env, cwd=folder, kind=kind, stdout=file, stderr=other
         )
         status = program.wait(60)
     return status, out.read_text(), errors.read_text()
@@ -32,8 +39,8 @@ def ran(code: str, *args: str, forked: bool, folder: Path) -> tuple[int, str, st
 
 @pytest.mark.parametrize("status", ["0", "3"])
 def test_a_fork_sees_what_a_program_sees(status: str, tmp_path: Path) -> None:
-    forked = ran(TELL, status, forked=True, folder=tmp_path)
-    assert forked == ran(TELL, status, forked=False, folder=tmp_path)
+    forked = ran(TELL, status, kind=programs.COMMAND, folder=tmp_path)
+    assert forked == ran(TELL, status, kind=None, folder=tmp_path)
     assert forked[0] == int(status) and forked[2] == "errors\n"
     told = json.loads(forked[1])
     assert told[:5] == [["-c", status], "", str(tmp_path), "b", "__main__"]
@@ -49,13 +56,14 @@ def test_a_fork_sees_what_a_program_sees(status: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_fork_ends_as_a_program_ends(code: str, status: int, said: str, tmp_path: Path) -> None:
-    for forked in (True, False):
-        assert ran(code, forked=forked, folder=tmp_path) == (status, "", said)
+    for kind in (programs.COMMAND, None):
+        assert ran(code, kind=kind, folder=tmp_path) == (status, "", said)
 
 
 def test_a_fork_is_asked_and_killed() -> None:
     echo = "import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True)"
-    program = programs.start(echo, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    piped = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    program = programs.start(echo, kind=programs.COMMAND, **piped)
     assert program.stdin is not None and program.stdout is not None
     program.stdin.write("a\n")
     program.stdin.flush()
@@ -68,3 +76,22 @@ def test_a_fork_is_asked_and_killed() -> None:
     program.stdout.close()
     with pytest.raises(ProcessLookupError):
         os.kill(program.pid, 0)
+
+
+@pytest.mark.runtimes
+@pytest.mark.parametrize("make", [tiny_checkpoints.plain_llama, tiny_checkpoints.tiny_gpt2])
+def test_a_forked_converter_writes_the_same_bytes(
+    make: Callable[[], PreTrainedModel],
+    gguf_converter: GgufConverter,
+    own_process: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make()
+    folder = tiny_checkpoints.write(model, tmp_path / "model")
+    scripts = tiny_checkpoints.converter_for(model, gguf_converter, tmp_path / "scripts")
+    script = {"converter": scripts / gguf_converter.script.name, "python": gguf_converter.python}
+    convert(folder, tmp_path / "one.gguf", **script)
+    monkeypatch.setattr(process, "wait", programs.wait(pytest.fail))
+    convert(folder, tmp_path / "other.gguf", **script)
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "other.gguf").read_bytes()

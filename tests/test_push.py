@@ -761,7 +761,7 @@ def test_a_killed_upload_is_taken_up(
     process = programs.start(
         "from bake.cli import main; main()", "push", str(out), repo, "-q",
         env=environment(hub, tmp_path / "home", **client, **(LFS if way == "lfs" else {})),
-        forked=not client,
+        kind=None if client else programs.COMMAND,
     )  # fmt: skip
     assert reached.wait(60)
     time.sleep(0.3)
