@@ -47,6 +47,8 @@ def quickstart() -> int:
 
 def run_tests(*, quick: bool) -> int:
     """Run every check that continuous integration runs."""
+    # What is compiled is kept: without, every process compiles the tests and bake anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     # repeng pins numpy<2, which nothing of it that the tests use needs.
     python = str(environment("tests", extra="[test]", alone=("repeng",)))
     pytest = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"]
