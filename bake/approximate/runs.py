@@ -38,11 +38,21 @@ def observe(
     tokens: Tensor,
     modules: Sequence[str],
 ) -> dict[str, Float[Tensor, "n w"]]:
-    """Return the inputs of some modules, one row a token, in a run under edits."""
+    """Return the inputs of some modules, one row a token, in a run under edits.
+
+    The run ends where the last of them is entered: later blocks and the head have nothing to tell.
+    """
     seen: dict[str, Tensor] = {}
     with steered(model, layout, edits), _watched(model, modules, seen):
-        model(input_ids=tokens.to(model.device), use_cache=False)
+        try:
+            model(input_ids=tokens.to(model.device), use_cache=False)
+        except _SeenAllError:
+            pass
     return seen
+
+
+class _SeenAllError(Exception):
+    """Every module that is watched was entered."""
 
 
 @torch.no_grad()
@@ -79,14 +89,17 @@ def _watched(
     with ExitStack() as stack:
         for name in modules:
             module: nn.Module = model.get_submodule(name)
-            handle = module.register_forward_pre_hook(_keep(name, seen), with_kwargs=True)
+            keep = _keep(name, seen, len(modules))
+            handle = module.register_forward_pre_hook(keep, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _keep(name: str, seen: dict[str, Tensor]) -> Any:
+def _keep(name: str, seen: dict[str, Tensor], count: int) -> Any:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         value = args[0] if args else next(iter(kwargs.values()))
         seen[name] = value.detach().flatten(0, -2).cpu()
+        if len(seen) == count:
+            raise _SeenAllError
 
     return hook
