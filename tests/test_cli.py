@@ -452,11 +452,11 @@ def test_verify_passes_what_export_wrote_and_fails_what_was_changed_since(
     weights = load_file(out / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"] *= 1.01
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    result = run("verify", out)
+    result = run("verify", out, "--no-plots")
     assert result.exit_code == 1
     assert "FAIL" in result.stdout and "verification  failed" in result.stdout
     assert "was changed after the export (changed: model.safetensors)" in flat(result.stderr)
-    data = json.loads(run("verify", out, "--json").stdout)
+    data = json.loads(run("verify", out, "--no-plots", "--json").stdout)
     assert data["passed"] is False
     assert data["error"]["exit_code"] == 1
 
