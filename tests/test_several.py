@@ -251,8 +251,8 @@ def test_nothing_is_written_when_one_of_them_refuses(
             plan_of(tied, EDITS["ablate"](tied)),
             ("checkpoint", "gguf-lora"),
             {},
-            InexactPlan,
-            "as gguf-lora",
+            UsageError,
+            "a tensor of its own",
         ),
     ]
     for of, carriers, options, kind, message in cases:
