@@ -31,6 +31,8 @@ settings.register_profile("bake", derandomize=True, deadline=None, database=None
 settings.load_profile("bake")
 # A tiny model is read sooner than a thread starts; transformers asks for this at every load.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+# llama.cpp's threads wait for each other by spinning, which takes minutes where two share a core.
+os.environ["LLAMA_ARG_THREADS"] = "1"
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
 

@@ -117,16 +117,27 @@ def test_another_version_than_a_worker_is_for_is_missed() -> None:
     assert set(RUNTIMES["llama.cpp"].packages[1:]) <= set(pinned.splitlines())
 
 
-@pytest.mark.parametrize(("said", "count"), [("3", 3), ("2,4", 2), ("", None), (None, None)])
+@pytest.mark.parametrize(
+    ("own", "said", "count"),
+    [
+        (None, "3", 3),
+        (None, "2,4", 2),
+        ("", "", None),
+        (None, None, None),
+        ("5", "3", 5),
+        ("5", None, 5),
+    ],
+)
 def test_llama_cpp_is_told_how_many_threads_there_are(
-    said: str | None, count: int | None, monkeypatch: pytest.MonkeyPatch
+    own: str | None, said: str | None, count: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bake.verify.runtimes import _llamacpp_worker as worker
 
-    if said is None:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else:
-        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    for name, value in (("LLAMA_ARG_THREADS", own), ("OMP_NUM_THREADS", said)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     assert worker.threads() == (count or os.cpu_count())
 
 

@@ -75,11 +75,13 @@ def parameters(xllamacpp: Any, request: dict[str, Any]) -> Any:
 
 
 def threads() -> int:
-    """Return how many threads compute: OpenMP's number, of which a list has one for each level.
+    """Return how many threads compute: as many as llama.cpp's own programs are told in
+    LLAMA_ARG_THREADS, or OpenMP's number, of which a list has one for each level.
 
-    llama.cpp's own programs count the processors where nobody says; its library takes −1 as it is.
+    Where nobody says, these programs count the processors; the library takes −1 as it is.
     """
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    own, of_all = (os.environ.get(name, "") for name in ("LLAMA_ARG_THREADS", "OMP_NUM_THREADS"))
+    asked = own.strip() or of_all.partition(",")[0].strip()
     return int(asked) if asked else os.cpu_count() or 1
 
 
