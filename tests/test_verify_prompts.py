@@ -328,9 +328,15 @@ def test_a_text_that_follows_an_answer_is_known_from_the_run_over_it() -> None:
     """Two answers of two tokens; behind each its last token's own row, which tells nothing."""
     best = torch.tensor([1, 2, 0, 3, 4, 1])
     logits = torch.nn.functional.one_hot(best, 5).float()
-    assert as_answered([(1, 2), (3, 4)], logits) == [(1, 2), (3, 4)]
-    assert as_answered([(1, 2), (3, 3)], logits) == [(1, 2), None]
-    assert as_answered([(0, 2), (3, 4)], logits) == [None, (3, 4)]
+    assert as_answered([(1, 2), (3, 4)], logits, 0.4) == [(1, 2), (3, 4)]
+    assert as_answered([(1, 2), (3, 3)], logits, 0.4) == [(1, 2), None]
+    assert as_answered([(0, 2), (3, 4)], logits, 0.4) == [None, (3, 4)]
+    # A choice that another evaluation may make otherwise tells nothing; a last row may.
+    logits[1] = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.0])
+    logits[2] = 0.0
+    assert as_answered([(1, 2), (3, 4)], logits, 0.34) == [(1, 2), (3, 4)]
+    assert as_answered([(1, 2), (3, 4)], logits, 0.36) == [None, (3, 4)]
+    assert as_answered([(), (1,)], logits, 0.36) == [(), None]
 
 
 @pytest.mark.parametrize("spoiled", [False, True], ids=["as exported", "spoiled"])

@@ -83,22 +83,29 @@ def _generate(live: Live, rows: torch.Tensor, mask: torch.Tensor, count: int) ->
 
 
 def as_answered(
-    answers: Sequence[Sequence[int]], logits: Float[Tensor, "tokens vocab"]
+    answers: Sequence[Sequence[int]], logits: Float[Tensor, "tokens vocab"], tolerance: float
 ) -> list[tuple[int, ...] | None]:
     """Return what a run over another model's answers shows of a model's own greedy text.
 
     As long as its most likely token is the answer's, it is run on its own text. So a continuation
-    that is the answer to its end is known; of one that parts from it is None returned.
+    that is the answer to its end is known; of one that parts from it is None returned. None too
+    where a choice is closer than two evaluations lie apart: token by token the model may make
+    another one.
 
     Args:
         answers: of each prompt.
         logits: of every token that an answer's next token is chosen after, and of the last.
+        tolerance: what two evaluations may differ by in a logit.
     """
-    best = logits.argmax(-1).tolist()
+    values, tokens = logits.topk(2)
+    sure = (values[:, 0] - values[:, 1] > 2 * tolerance).tolist()
+    best, start = tokens[:, 0].tolist(), 0
     found: list[tuple[int, ...] | None] = []
     for answer in answers:
-        own, best = tuple(best[: len(answer)]), best[len(answer) + 1 :]
-        found.append(own if own == tuple(answer) else None)
+        part = slice(start, start + len(answer))
+        known = all(sure[part]) and best[part] == list(answer)
+        found.append(tuple(answer) if known else None)
+        start = part.stop + 1
     return found
 
 

@@ -16,6 +16,7 @@ from bake.verify.inputs import Inputs
 from bake.verify.models import Live, Values, load, load_planned
 from bake.verify.runs import Batch, Trace, batches_of, dtype_name, run, trace_of
 from bake.verify.store import Store, question
+from bake.verify.tolerance import logit_tolerance
 from bake.verify.transcript import Transcript, unanswered
 from bake.verify.units import blocks_of
 from bake.verify.verification import Remark
@@ -176,8 +177,8 @@ class Runner:
     def stored_text(self, trace: Trace) -> Generated:
         """Return the artifact's greedy text after every prompt.
 
-        Where its own most likely token is that of the answer all along, its text is the answer:
-        the run over the transcript has said so. The others are generated.
+        Where its own most likely token is that of the answer all along, and clearly so, its text is
+        the answer: the run over the transcript has said so. The others are generated.
 
         Args:
             trace: the artifact's run over the transcript.
@@ -185,7 +186,14 @@ class Runner:
         transcript, count = self.transcript, self.inputs.generate
         found: Sequence[tuple[int, ...] | None] = [None] * len(transcript.prompts)
         if trace.logits.dtype == torch.float32:  # in which greedy text is
-            found = as_answered(transcript.answers, trace.logits[transcript.speaking])
+            shape, logits = self.inputs.shape, trace.logits[transcript.speaking]
+            tolerance = logit_tolerance(
+                torch.float32,
+                layers=shape.layers,
+                hidden=shape.hidden,
+                scale=float(logits.abs().max()),
+            )
+            found = as_answered(transcript.answers, logits, tolerance)
         parted = [p for p, row in zip(transcript.prompts, found, strict=True) if row is None]
         made = iter(self.greedy("stored model", "stored", parted, count).tokens if parted else ())
         return Generated(tuple(next(made) if row is None else row for row in found))
