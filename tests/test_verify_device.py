@@ -27,7 +27,9 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
         return real(checkpoint, dtype, **options)
 
     monkeypatch.setattr(runner, "load", load)
-    monkeypatch.setattr(inputs, "fits_gpu", lambda checkpoint: True)
+    # torch keeps the memory of the first model: asked again, the GPU has no room.
+    room = iter([True])
+    monkeypatch.setattr(inputs, "fits_gpu", lambda *args: next(room, False))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "A GPU")
     return found
 
@@ -37,7 +39,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
     [
         ({}, "cuda", "cpu, A GPU for float32"),
         ({"device_map": "cpu"}, "cpu", "cpu"),
-        ({"streamed": True}, None, "cpu"),
+        ({"streamed": True}, None, "cpu, one block in memory at a time"),
     ],
     ids=["by itself", "kept off", "streamed"],
 )
@@ -62,9 +64,36 @@ def test_a_gpu_without_room_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     base = base_at(tiny_checkpoint("llama", dtype=torch.float32))
-    size = 4 * sum(parameter.numel() for parameter in base.model.parameters())
-    assert not memory.fits_gpu(base.checkpoint)  # there is none here
+    values = sum(parameter.numel() for parameter in base.model.parameters())
+    assert not memory.fits_gpu(base.checkpoint, 1)  # there is none here
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for free, fits in ((2 * size, True), (2 * size - 2, False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10 * free))
-        assert memory.fits_gpu(base.checkpoint) is fits
+    # Logits of a large vocabulary take more than a small model.
+    for logits, least in ((values - 1, 8 * values), (3 * values, 16 * values)):
+        for free, fits in ((least, True), (least - 1, False)):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10 * free))
+            assert memory.fits_gpu(base.checkpoint, logits) is fits
+
+
+@pytest.mark.parametrize(
+    ("options", "streamed"),
+    [
+        ({}, True),
+        ({"device_map": "cpu"}, True),
+        ({"device_map": "auto"}, False),
+        ({"streamed": False}, False),
+    ],
+    ids=["by itself", "on the processor", "placed", "in memory"],
+)
+def test_a_model_that_is_placed_elsewhere_is_not_streamed_here(
+    options: dict[str, Any],
+    streamed: bool,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A streamed model is on the processor, whatever device was asked for."""
+    base = base_at(tiny_checkpoint("llama", dtype=torch.float32)).checkpoint
+    monkeypatch.setattr(inputs, "too_large", lambda checkpoint: True)
+    said: list[str] = []
+    asked = Verification(base.path, remark=said.append, **options)
+    assert inputs._is_streamed(asked, base) is streamed
+    assert any("no greedy text" in line for line in said) is streamed

@@ -21,7 +21,7 @@ from bake.verify.memory import fits_gpu, too_large
 from bake.verify.observe import block_sites
 from bake.verify.planned import Planned
 from bake.verify.prompts import PromptSet, default_prompts, given_prompts, read_prompts
-from bake.verify.runs import DTYPES
+from bake.verify.runs import BATCH_TOKENS, DTYPES
 from bake.verify.shape import Shape, shape_of, shape_of_class
 from bake.verify.stored.files import StoredFiles, untied, untied_by_merge
 from bake.verify.stored.registry import stored_files
@@ -48,6 +48,9 @@ class Inputs:
     """The file of the user's own table."""
     streamed: bool
     """Whether one block is in memory at a time."""
+    beside: str | None
+    """Where a model in float32 goes by itself; None for the processor. Settled once: torch keeps
+    the memory of a model that was there, so that the next one would find less."""
     planned: Planned
     """What the plan comes to."""
     files: StoredFiles
@@ -75,9 +78,10 @@ class Inputs:
     @property
     def device(self) -> str:
         """What the models run on, by name."""
-        if self.asked.device_map is None:
-            beside = self.device_map(torch.float32)
-            return CPU if beside is None else f"{CPU}, {torch.cuda.get_device_name()} for float32"
+        if self.streamed:
+            return f"{CPU}, one block in memory at a time"
+        if self.beside is not None:
+            return f"{CPU}, {torch.cuda.get_device_name()} for float32"
         if self.place is None:
             return CPU
         return ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
@@ -88,9 +92,8 @@ class Inputs:
         Float64 is what everything is held against, and slow on most GPUs: it goes where somebody
         says. The rest goes to a GPU that has room for it.
         """
-        if self.asked.device_map is not None or dtype == torch.float64 or self.streamed:
-            return self.asked.device_map
-        return "cuda" if fits_gpu(self.base) else None
+        asked = self.asked.device_map
+        return asked if asked is not None or dtype == torch.float64 else self.beside
 
     @property
     def place(self) -> torch.device | None:
@@ -166,6 +169,7 @@ def opened(asked: Verification, planned: Planned) -> Iterator[Inputs]:
         if layout is None:
             _check_runs(base)
         shape = shape_of_class(base, planned.model) if layout is None else shape_of(layout)
+        streamed = _is_streamed(asked, base)
         checkpoint = artifact.carrier.checkpoint
         baked = _baked(artifact, base) if checkpoint else None
         inputs = Inputs(
@@ -176,7 +180,8 @@ def opened(asked: Verification, planned: Planned) -> Iterator[Inputs]:
             layout=layout,
             prompts=_prompts(asked, artifact.path if checkpoint else base.path, shape),
             family=family,
-            streamed=too_large(base) if asked.streamed is None else asked.streamed,
+            streamed=streamed,
+            beside=_beside(asked, base, shape, streamed=streamed),
             planned=planned,
             files=stored_files(artifact, base, baked, layout, planned),
             baked=baked,
@@ -184,6 +189,29 @@ def opened(asked: Verification, planned: Planned) -> Iterator[Inputs]:
         )
         _check(inputs)
         yield inputs
+
+
+def _is_streamed(asked: Verification, base: Checkpoint) -> bool:
+    """Return whether one block is in memory at a time, and say so where nobody has asked for it."""
+    if asked.streamed is not None:
+        return asked.streamed
+    # A model that somebody has placed elsewhere is not for this memory.
+    if asked.device_map not in (None, CPU) or not too_large(base):
+        return False
+    left = " and no greedy text" if asked.generate is None else ""
+    asked.remark(
+        f"one block in memory at a time{left}: the model in float64 takes more than half of the "
+        "memory; --no-stream loads it whole"
+    )
+    return True
+
+
+def _beside(asked: Verification, base: Checkpoint, shape: Shape, *, streamed: bool) -> str | None:
+    """Return where a model in float32 goes by itself."""
+    if asked.device_map is not None or streamed:
+        return None
+    # Those of a batch, and the copy of them that leaves the padding out.
+    return "cuda" if fits_gpu(base, 2 * BATCH_TOKENS * shape.vocab) else None
 
 
 def _check_runs(base: Checkpoint) -> None:

@@ -1,35 +1,56 @@
 """Whether a model fits into memory or has to be streamed, and what streaming gives back."""
 
 import ctypes
-import os
 import sys
 from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from bake.checkpoints import Checkpoint
 
+MEMINFO = Path("/proc/meminfo")
+"""Where Linux says how much memory there is."""
+
 
 def too_large(checkpoint: Checkpoint) -> bool:
-    """Return whether a model in float64 would take more than half of the memory that is free.
+    """Return whether a model in float64 would take more than half of the memory that is to be had.
 
     False where the system does not say how much that is.
     """
+    available = _available()
+    return available is not None and _elements(checkpoint) * 8 > available / 2
+
+
+def _available() -> int | None:
+    """Return the bytes that a process may take: what is free, and what holds copies of files.
+
+    A machine that reads much has little that is free, and gives the copies up for who asks.
+    """
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return False
-    return _elements(checkpoint) * 8 > free / 2
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(words[1]) << 10 for words in found), None)
 
 
-def fits_gpu(checkpoint: Checkpoint) -> bool:
-    """Return whether there is a GPU of which a model in float32 takes half of the free memory."""
+def fits_gpu(checkpoint: Checkpoint, logits: int) -> bool:
+    """Return whether there is a GPU that has room for a model in float32.
+
+    Beside the model there is to be room for as much again, or for the logits if these are more.
+
+    Args:
+        checkpoint: of the model.
+        logits: how many there are at a time.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return False
     free, _ = torch.cuda.mem_get_info()
-    return _elements(checkpoint) * 4 <= free / 2
+    model = _elements(checkpoint)
+    return (model + max(model, logits)) * 4 <= free
 
 
 def _elements(checkpoint: Checkpoint) -> int:
