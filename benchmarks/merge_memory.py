@@ -6,7 +6,8 @@ For each size it makes what ``export.py`` makes, a sharded random Llama checkpoi
 a LoRA of rank 16 for every layer of it, and merges the two in a process of its own. ``adapter`` is
 the size of the factors, which are in memory whole and grow with the number of layers; ``above`` is
 what the merge holds beyond a process that has imported the same and done nothing. Of a model that
-is loaded it would be the checkpoint.
+is loaded it would be the checkpoint. glibc's threshold for mmap is fixed, for otherwise half of
+what is shown is what it keeps of freed blocks.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def measured(gigabytes: float, threads: int, place: Path | None) -> tuple[int, i
         export.make_adapter(root / "base", root / "adapter")
         adapter = (root / "adapter" / "adapter_model.safetensors").stat().st_size
         jobs = ("imports", "merge")
-        found = export.measured(export.__file__, jobs, root, threads, 1)
+        found = export.measured(export.__file__, jobs, root, threads, 1, steady=True)
     peak = int(found["merge"]["peak"])
     return size, adapter, peak, peak - int(found["imports"]["peak"])
 
