@@ -164,7 +164,10 @@ def test_what_an_approximation_needs(tmp_path: Path, lines: tuple[str, ...], mes
 def test_a_fit_that_breaks_its_own_number_is_refused(tmp_path: Path) -> None:
     """Export and plan end with 3 and both shares; the number that they offer is taken."""
     path = recipe_without(tmp_path)
-    kept = path.read_text()
+    texts = (RECIPES / "quickstart" / "eval.txt").read_text().splitlines()[:20]
+    (tmp_path / "few.txt").write_text("\n".join(texts) + "\n")
+    kept = path.read_text().replace(f"{RECIPES}/quickstart/eval.txt", "few.txt")
+    assert 'prompts = "few.txt"' in kept
     path.write_text(kept.replace("most_kl = 0.05", "most_kl = 0.0001"))
     result = run("export", path, "--out", tmp_path / "out")
     said = " ".join(result.output.split())
