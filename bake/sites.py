@@ -126,6 +126,20 @@ def summary(sites: Iterable[Site]) -> str:
     )
 
 
+def patterns(sites: Iterable[Site]) -> list[str]:
+    """Return patterns that select sites without heads: one for each run of layers of a kind."""
+    layers: dict[str, list[int]] = {}
+    for site in sites:
+        found = layers.setdefault(site.kind, [])
+        if site.layer is not None:
+            found.append(site.layer)
+    return [
+        f"{kind}.{run}" if run else kind
+        for kind, found in layers.items()
+        for run in span(found).split(",")
+    ]
+
+
 def span(numbers: Iterable[int]) -> str:
     """Return whole numbers in a few words: ``0,3-7``."""
     ordered = sorted(set(numbers))

@@ -205,7 +205,7 @@ def test_a_zero_layer_is_left_out_and_named(tmp_path: Path) -> None:
     stack[0] = 0
     found = read_directions(save(tmp_path / "v.npy", stack), shape="layers")
     assert layers_of(found) == (1, 2)
-    assert found.metadata["zero_layers"] == "0"
+    assert found.metadata["bake.zero_layers"] == "0"
     with pytest.raises(DirectionError, match="the direction of layer 0 is zero"):
         found.at_layer(0)
 
@@ -700,7 +700,7 @@ def test_mean_diffs_are_read_by_position(tmp_path: Path) -> None:
     assert layers_of(found) == (1, 2, 3)
     assert found.at_layer(3).site == "resid_pre.3"
     assert same(found.at_layer(3).tensors[Role.VECTOR], diffs[0, 3])
-    assert found.metadata["zero_layers"] == "0"
+    assert found.metadata["bake.zero_layers"] == "0"
 
 
 # concept-erasure, by the real package.
@@ -844,7 +844,7 @@ def test_a_scrubber_names_its_sites(
             assert own is not None and same(
                 own.tensors[Role.LEFT], scrubber.erasers[name].proj_left
             )
-            assert found.metadata[f"module.{site}"] == name.replace("-", ".")
+            assert found.metadata[f"bake.module.{site}"] == name.replace("-", ".")
 
 
 def test_a_key_is_placed_by_all_keys_of_the_file(tmp_path: Path) -> None:
@@ -854,7 +854,7 @@ def test_a_key_is_placed_by_all_keys_of_the_file(tmp_path: Path) -> None:
     found = read_directions(tmp_path / "v.pt", key=name)
     assert only(found).site == "ln1_post_out.0"
     path = name.replace("-", ".")
-    assert found.metadata == {"key": name, "module.ln1_post_out.0": path}
+    assert found.metadata == {"key": name, "bake.module.ln1_post_out.0": path}
 
 
 def test_what_a_scrubber_cannot_mean_is_refused(tmp_path: Path) -> None:
@@ -1327,11 +1327,91 @@ def test_hidden_states_have_a_row_more_than_blocks(tmp_path: Path) -> None:
     # The embedding's row of a difference at a template's own tokens is exactly zero.
     stack = torch.cat([torch.zeros(1, D), STACK])
     found = read_directions(save(tmp_path / "v.npy", stack), shape="hidden_states")
-    assert dict(found.metadata) == {"zero_sites": "resid_pre.0"}
+    assert dict(found.metadata) == {"bake.zero_sites": "resid_pre.0", "bake.rows": "3"}
     assert same(found.at_layer(0).tensors[Role.VECTOR], STACK[0])
 
 
 # bake's own format.
+
+
+def test_items_stand_in_the_order_of_the_blocks(tmp_path: Path) -> None:
+    (tmp_path / "caa").mkdir()
+    for layer in (10, 2, 1):
+        torch.save(torch.ones(4), tmp_path / "caa" / f"vec_layer_{layer}_m.pt")
+    assert layers_of(read_directions(tmp_path / "caa")) == (1, 2, 10)
+    torch.save({str(n): torch.ones(4) for n in (10, 9, 2)}, tmp_path / "v.pt")
+    assert layers_of(read_directions(tmp_path / "v.pt")) == (2, 9, 10)
+    save_file({str(n): torch.ones(4) for n in (10, 9, 2)}, tmp_path / "v.safetensors")
+    assert layers_of(read_directions(tmp_path / "v.safetensors")) == (2, 9, 10)
+
+
+@pytest.mark.parametrize("word", ["rows", "transposed", "system_does"])
+def test_a_files_own_words_are_not_those_of_a_reader(tmp_path: Path, word: str) -> None:
+    torch.save({"v": torch.ones(4), word: "5"}, tmp_path / "v.pt")
+    found = read_directions(tmp_path / "v.pt", key="v")
+    assert found.metadata[word] == "5"
+    assert not [name for name in found.metadata if name.startswith("bake.")]
+
+
+def test_an_option_without_a_use_is_refused(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(4), 1: torch.ones(4)}, tmp_path / "layers.pt")
+    with pytest.raises(DirectionError, match="`feature` is a row of one matrix"):
+        read_directions(tmp_path / "layers.pt", feature=1)
+    torch.save(torch.ones(4), tmp_path / "one.pt")
+    with pytest.raises(DirectionError, match="the file holds no names"):
+        read_directions(tmp_path / "one.pt", key="v")
+    rows = [torch.ones(4), torch.arange(4.0)]
+    torch.save(rows, tmp_path / "list.pt")
+    (item,) = read_directions(tmp_path / "list.pt", feature=1).items
+    assert torch.equal(item.tensors[Role.VECTOR], rows[1])
+
+
+def test_two_files_of_one_module_are_refused(tmp_path: Path) -> None:
+    for end in ("", ":0"):
+        file = tmp_path / f"model.layers.1.self_attn{end}.statedict"
+        torch.save({"auroc": torch.rand(4)}, file)
+    with pytest.raises(DirectionError, match="are of one module's output"):
+        read_directions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["vision_tower.encoder.layers.1.mlp", "audio.layers.1.mlp", "encoder.layers.1.mlp"]
+)
+def test_a_module_outside_the_language_model_is_no_site(tmp_path: Path, name: str) -> None:
+    torch.save({"auroc": torch.rand(4)}, tmp_path / f"{name}.statedict")
+    with pytest.raises(DirectionError, match="bake knows no site"):
+        read_directions(tmp_path)
+    inner = tmp_path / "model.language_model.layers.1.mlp.statedict"
+    (tmp_path / f"{name}.statedict").rename(inner)
+    assert read_directions(tmp_path).items[0].site == "mlp_out.1"
+
+
+def test_what_pyvene_does_elsewhere_is_refused(tmp_path: Path) -> None:
+    kind, state = "AdditionIntervention", {"source_representation": torch.ones(4)}
+    pyvene_folder(tmp_path / "act", kind, "mlp_activation", state)
+    with pytest.raises(DirectionError, match="bake knows no site"):
+        read_directions(tmp_path / "act")
+    folder = pyvene_folder(tmp_path / "head", kind, "attention_value_output", state)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"pos"', '"h.pos"'))
+    with pytest.raises(DirectionError, match=r"has the unit 'h\.pos'"):
+        read_directions(folder)
+    sizes = {"interchange_dim": torch.tensor(2), "embed_dim": torch.tensor(4)}
+    pyvene_folder(tmp_path / "part", kind, "mlp_output", {**state, **sizes})
+    with pytest.raises(DirectionError, match="changes 2 of 4 channels"):
+        read_directions(tmp_path / "part")
+    whole = {**sizes, "interchange_dim": torch.tensor(4)}
+    pyvene_folder(tmp_path / "whole", kind, "mlp_output", {**state, **whole})
+    assert read_directions(tmp_path / "whole").items[0].site == "mlp_out.1"
+
+
+def test_a_transcoder_writes_where_its_output_is(tmp_path: Path) -> None:
+    folder = sae_folder(tmp_path / "sae", torch.rand(9, 4), "blocks.1.hook_resid_mid")
+    assert read_directions(folder, feature=1).items[0].site == "resid_mid.1"
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["hook_name_out"] = "blocks.1.hook_mlp_out"
+    (folder / "cfg.json").write_text(json.dumps(config))
+    assert read_directions(folder, feature=1).items[0].site is None
 
 
 def own(items: tuple[Direction, ...], **metadata: str) -> Directions:

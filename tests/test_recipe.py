@@ -1,6 +1,7 @@
 """A recipe is read strictly, and becomes the edits that it states."""
 
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bake.recipe import (
     aliases,
     build_edits,
     fetch_artifact,
+    first_recipe,
     load_recipe,
     override,
     read_artifacts,
@@ -506,7 +508,7 @@ def test_a_stack_with_one_layer_that_is_not_zero_stays_a_stack(
     tmp_path: Path, layout: Layout
 ) -> None:
     items = (vector(layer=1),)
-    stack = Directions("mood", "npy", "mood.npy", "sha256:0", items, {"zero_layers": "0,2"})
+    stack = Directions("mood", "npy", "mood.npy", "sha256:0", items, {"bake.zero_layers": "0,2"})
     with pytest.raises(DirectionError, match="the direction of layer 0 is zero"):
         build(tmp_path, layout, EDIT, {"mood": stack})
     (edit,) = build(tmp_path, layout, EDIT.replace('"resid"', '"mlp_out.1"'), {"mood": stack})
@@ -553,7 +555,8 @@ def followed(error: pytest.ExceptionInfo[BakeError]) -> str:
         ("offset", [2], 'at = "resid_post.2"'),
         ("offset", [0, 2], 'at = ["resid_post.0", "resid_post.2"]'),
         ("ablate", [None], 'at = "resid"'),
-        ("ablate", [0, 1, 2], 'at = "resid"'),
+        ("ablate", [0, 1, 2], 'at = ["attn_out.0-2", "mlp_out.0-2"]'),
+        ("ablate", [0, 2], 'at = ["attn_out.0", "attn_out.2", "mlp_out.0", "mlp_out.2"]'),
         ("ablate", [1, 2], 'at = ["attn_out.1-2", "mlp_out.1-2"]'),
     ],
 )
@@ -596,19 +599,39 @@ def test_a_stack_of_other_rows_than_blocks_is_refused(
     head = HEAD.replace('"mood.npy"', '"rows.pt"\nshape = "layers"')
     with pytest.raises(DirectionError) as error:
         build(tmp_path, layout, text, {"mood": found}, head)
-    assert f"has {rows} rows, and the model has {LAYERS} blocks" in message(error)
+    assert f"has rows for {rows} blocks, and the model has {LAYERS}" in message(error)
     # The fix is true, and only named where it is: row l + 1 is then that of block l.
-    assert ("hidden_states" in message(error)) is (rows == LAYERS + 1)
+    assert ('"hidden_states"' in message(error)) is (rows == LAYERS + 1)
     found = read_directions(tmp_path / "rows.pt", shape="hidden_states")
     head = head.replace('"layers"', '"hidden_states"')
-    if rows > LAYERS + 1:
-        with pytest.raises(DirectionError, match="belongs to layer 3-498"):
+    if rows != LAYERS + 1:
+        with pytest.raises(DirectionError, match=f"has rows for {rows - 1} blocks"):
             build(tmp_path, layout, text, {"mood": found}, head)
         return
     text = EDIT.replace('"resid"', '"mlp_out.0"')
     (edit,) = build(tmp_path, layout, text, {"mood": found}, head)
     assert same(edit.map, edits.ablate(stack[1]))
     assert not same(edit.map, edits.ablate(stack[0]))
+
+
+def test_a_recipe_to_begin_with_names_every_layer_and_invents_none() -> None:
+    several = artifact(*(vector(seed=n, layer=n) for n in (0, 2)))
+    said = first_recipe(several, "😀.pt", {})
+    at = 'at = ["attn_out.0", "attn_out.2", "mlp_out.0", "mlp_out.2"]    # what the modules write'
+    assert at in said
+    assert tomllib.loads(said)["directions"]["concept"]["file"] == "😀.pt"
+    left, right = random(HIDDEN, 2), random(2, HIDDEN)
+    factors = Direction({Role.LEFT: left, Role.RIGHT: right})
+    for reader, at in (
+        ("leace", 'at = "resid"    # every site of the stream'),
+        ("rome", 'at = "mlp_out.0"    # an example: the file does not say where it belongs'),
+    ):
+        made = Directions("v", reader, "v", "sha256:0", (factors,), {})
+        assert at in first_recipe(made, "v", {})
+    added = Directions("v", "pyvene", "v", "sha256:0", (vector(site="mlp_out.1", layer=1),), {})
+    assert 'kind = "offset"' in first_recipe(added, "v", {})
+    mean = artifact(Direction({Role.MEAN: random(HIDDEN)}))
+    assert first_recipe(mean, "v", {}) == "# it holds mean, of which alone there is no edit\n"
 
 
 def test_a_zero_site_does_not_get_the_item_of_another(tmp_path: Path, layout: Layout) -> None:
@@ -972,7 +995,7 @@ def eraser(site: str, path: str) -> Directions:
     left = torch.zeros(HIDDEN, 1, dtype=torch.float64)
     left[0] = 1
     item = Direction({Role.LEFT: left, Role.RIGHT: left.T}, parse_site(site).layer, site)
-    return Directions("mood", "leace", "v.pt", "sha256:0", (item,), {f"module.{site}": path})
+    return Directions("mood", "leace", "v.pt", "sha256:0", (item,), {f"bake.module.{site}": path})
 
 
 ERASE = '[[edits]]\nkind = "erase"\ndirection = "mood"\n'
@@ -991,7 +1014,7 @@ def test_a_module_is_held_against_the_model(
     with pytest.raises(DirectionError, match=r"and in this model is ln1_post_out\.1") as error:
         build(tmp_path, gemma, ERASE, found)
     assert f"was fitted at {path}, which was read as ln2_out.1" in message(error)
-    assert error.value.fix == 'name the site: at = "ln1_post_out.1"'
+    assert error.value.fix == 'name the sites: at = "ln1_post_out.1"'
     (edit,) = build(tmp_path, gemma, ERASE + 'at = "ln1_post_out.1"\n', found)
     assert edit.sites == (parse_site("ln1_post_out.1"),)
 

@@ -15,6 +15,7 @@ from harness import RELATIVE, Base, bake, base_at, logits, plain_logits, plan_of
 from systems import INPUT, SYSTEMS, Made, Map, Sizes, System
 from torch import Tensor
 
+from bake.errors import DirectionError
 from bake.recipe import build_edits, first_recipe, load_recipe, parse_recipe, read_artifacts
 
 TABLE = Path(__file__).parent.parent / "docs" / "sources.md"
@@ -166,3 +167,51 @@ def table() -> str:
 
 def test_the_table_is_that_of_the_documentation() -> None:
     assert table() in TABLE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("layers", [(1,), (0, 2)])
+def test_a_module_that_is_another_site_here_is_told_every_layer(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], layers: tuple[int, ...]
+) -> None:
+    """Gemma 2 calls the norm behind attention as Llama calls the one before the MLP."""
+    base = base_at(tiny_checkpoint("gemma2"))
+    (tmp_path / "act").mkdir()
+    for layer in layers:
+        name = f"model.layers.{layer}.post_attention_layernorm.statedict"
+        torch.save({"auroc": torch.rand(base.layout.hidden)}, tmp_path / "act" / name)
+    at = json.dumps([f"ln2_out.{n}" for n in layers])
+    right = json.dumps(
+        [f"ln1_post_out.{n}" for n in layers] if len(layers) > 1 else "ln1_post_out.1"
+    )
+    made = Made("act", {"kind": "scale"}, {})
+    # The site that the reader took it for is refused whether it is the file's or the recipe's word.
+    for line in ("", f"at = {at}\n"):
+        (tmp_path / "r.toml").write_text(recipe_text(tmp_path, made) + line, encoding="utf-8")
+        recipe = load_recipe(tmp_path / "r.toml")
+        with pytest.raises(DirectionError) as error:
+            build_edits(recipe, base.layout, read_artifacts(recipe))
+        assert f"at = {right}" in str(error.value.fix)
+    (tmp_path / "r.toml").write_text(recipe_text(tmp_path, made) + f"at = {right}\n")
+    recipe = load_recipe(tmp_path / "r.toml")
+    built = build_edits(recipe, base.layout, read_artifacts(recipe))
+    sites = [str(site) for edit in built for site in edit.sites]
+    assert sites == [f"ln1_post_out.{n}" for n in layers]
+
+
+@pytest.mark.parametrize("index", [None, 0.4])
+def test_rows_of_another_model_are_refused(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], index: float | None
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    for rows, right in ((base.layout.layers, False), (base.layout.layers + 1, True)):
+        torch.save(torch.rand(rows, base.layout.hidden), tmp_path / "refusal_directions.pt")
+        options = {} if index is None else {"index": index}
+        made = Made("refusal_directions.pt", {"kind": "ablate", "at": "mlp_out.0"}, {}, options)
+        (tmp_path / "r.toml").write_text(recipe_text(tmp_path, made))
+        recipe = load_recipe(tmp_path / "r.toml")
+        found = read_artifacts(recipe)
+        if right:
+            assert build_edits(recipe, base.layout, found)
+            continue
+        with pytest.raises(DirectionError, match="has rows for"):
+            build_edits(recipe, base.layout, found)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option(
     "--shape",
     metavar="SHAPE",
-    help="What a plain matrix is: vector, subspace or layers.",
+    help="What a plain matrix is: vector, subspace, layers or hidden_states.",
 )
 @click.option("--minus", type=click.Path(path_type=Path), help="The other class's activations.")
 @click.option("--feature", type=int, metavar="N", help="One row of a matrix of features.")

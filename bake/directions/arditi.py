@@ -90,6 +90,6 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"key"}),
-    kind="ablate",
+    kinds=("ablate",),
     files=(DIRECTION, METADATA),
 )

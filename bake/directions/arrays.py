@@ -102,7 +102,7 @@ def hidden_states(rows: Tensor) -> Content:
     }
     # In no layer, so that attn_out.0 and mlp_out.0 get the row of block 0.
     first: dict[Place, Tensor] = {(None, str(Site(SiteKind.RESID_PRE, 0))): rows[0]}
-    return layered(first | places)
+    return layered(first | places).beside({ROWS: str(len(rows) - 1)})
 
 
 def layered(vectors: Mapping[Place, Tensor]) -> Content:
@@ -168,6 +168,12 @@ def _mapping(
             f'shape = "{request.shape}" is for one stacked tensor, but the file names its layers: '
             f"{listing(list(places))}",
             fix="leave `shape` out",
+        )
+    if request.feature is not None:
+        raise DirectionError(
+            f"`feature` is a row of one matrix, but the file names its layers: "
+            f"{listing(list(places))}",
+            fix="name the matrix with `key`, or leave `feature` out",
         )
     by_place: dict[Place, str] = {}
     for name, place in places.items():

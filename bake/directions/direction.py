@@ -25,14 +25,15 @@ DTYPES = {
 """The types of fitted tensors, with safetensors' names of them."""
 
 
-ZERO = "zero_layers"
+# What a reader concludes stands beside what the file says itself, under names of bake's own.
+ZERO = "bake.zero_layers"
 """In the metadata: the layers whose vector is zero and was left out."""
-ZERO_SITES = "zero_sites"
+ZERO_SITES = "bake.zero_sites"
 """In the metadata: their sites, where the artifact has some."""
-ROWS = "rows"
-"""In the metadata: how many rows the stack had that the items are of, one for each block."""
+ROWS = "bake.rows"
+"""In the metadata: for how many blocks the stack had rows, which the items are."""
 
-SAYS = "system_does"
+SAYS = "bake.system_does"
 """In the metadata: what the artifact's own system does that weights cannot."""
 
 

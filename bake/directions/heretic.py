@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bake.directions.arrays import hidden_states
-from bake.directions.direction import Direction, Role
+from bake.directions.direction import ROWS, Direction, Role
 from bake.directions.npy import read_array
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.safetensors_file import opened
@@ -41,7 +41,8 @@ def _read(request: Request) -> Content:
     share, below = math.modf(request.index + 1)
     lower, upper = (rows[min(int(below) + n, blocks)].to(torch.float64) for n in (0, 1))
     blend = torch.nn.functional.normalize(lower.lerp(upper, share), dim=0)
-    return Content((Direction({Role.VECTOR: blend}),), {"index": f"{request.index:g}"})
+    said = {"index": f"{request.index:g}", ROWS: str(blocks)}
+    return Content((Direction({Role.VECTOR: blend}),), said)
 
 
 def _rows(path: Path) -> Tensor:
@@ -60,5 +61,5 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"index"}),
-    kind="ablate",
+    kinds=("ablate",),
 )

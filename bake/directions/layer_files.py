@@ -64,7 +64,7 @@ CAA = Reader(
     lambda path: bool(_named(path, _CAA)),
     lambda request: _read(request, _CAA),
     frozenset({"key"}),
-    kind="offset",
+    kinds=("offset",),
     says="CAA adds the vector from the end of the instruction on; the weights add it at every "
     "position, the prompt's too",
 )
@@ -73,5 +73,5 @@ EASYEDIT = Reader(
     lambda path: path.is_dir() and bool(_named(path, _EASYEDIT)),
     lambda request: _read(request, _EASYEDIT),
     frozenset({"key"}),
-    kind="offset",
+    kinds=("offset",),
 )

@@ -164,5 +164,5 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"key"}),
-    kind="erase",
+    kinds=("erase",),
 )

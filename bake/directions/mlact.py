@@ -35,10 +35,13 @@ def _files(path: Path) -> list[Path]:
 def _read(request: Request) -> Content:
     if request.method not in (None, *METHODS):
         raise DirectionError(f"method = {request.method!r} is none of {', '.join(METHODS)}")
-    # A tuple's first element is the module's output; another one is not the stream's.
-    files = {
-        file.name.removesuffix(SUFFIX).removesuffix(":0"): file for file in _files(request.path)
-    }
+    files: dict[str, Path] = {}
+    for file in _files(request.path):
+        # A tuple's first element is the module's output; another one is not the stream's.
+        name = file.name.removesuffix(SUFFIX).removesuffix(":0")
+        if name in files:
+            raise DirectionError(f"{files[name].name} and {file.name} are of one module's output")
+        files[name] = file
     places = places_of(list(files))
     unknown = [name for name in files if name not in places or places[name][1] is None]
     if unknown or not files:
@@ -107,5 +110,5 @@ READER = Reader(
     lambda path: bool(_files(path)),
     _read,
     frozenset({"method", "quantiles"}),
-    kind="scale",
+    kinds=("scale",),
 )

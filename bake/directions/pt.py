@@ -20,10 +20,10 @@ def _recognises(path: Path) -> bool:
 
 def _read(request: Request) -> Content:
     value = load(request.path)
-    if isinstance(value, Tensor):
-        return from_tensor(picked(tensor_of(value, "the value"), request), request.shape)
-    if isinstance(value, list | tuple):
-        return from_tensor(stack_of(value), request.shape)
+    if isinstance(value, Tensor | list | tuple):
+        if request.key is not None:
+            raise DirectionError(f"`key` names {request.key!r}, but the file holds no names")
+        return from_tensor(picked(stack_of(value), request), request.shape)
     if isinstance(value, dict):
         return _from_dictionary(value, request)
     raise DirectionError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from bake.directions.arrays import Place
 from bake.directions.direction import Direction, Role
 from bake.directions.json_file import read_object
-from bake.directions.modules import modules_of, places_of
+from bake.directions.modules import STACK, modules_of, places_of
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
 from bake.errors import DirectionError
@@ -28,15 +28,15 @@ CONFIG = "config.json"
 _MAX_CONFIG = 1 << 22
 _FIELDS = ("layer", "component", "unit", "max_number_of_units")
 """The first of a RepresentationConfig, which a configuration holds as a list or as an object."""
+# mlp_activation is absent: with gates it is what act_fn returns, before the product with up_proj.
 _COMPONENTS = {
     "block_input": SiteKind.RESID_PRE,
     "block_output": SiteKind.RESID_POST,
     "attention_value_output": SiteKind.Z,
     "attention_output": SiteKind.ATTN_OUT,
-    "mlp_activation": SiteKind.MLP_ACT,
     "mlp_output": SiteKind.MLP_OUT,
 }
-_PATH = re.compile(r"(?:[a-z_]+\.)*(?:layers|h)\[(\d{1,5})\](\.[a-z_.]+)?\.output")
+_PATH = re.compile(STACK + r"(?:layers|h)\[(\d{1,5})\](\.[a-z_.]+)?\.output")
 _NAME = re.compile(r"[\w\[\].]{1,200}")
 
 
@@ -58,6 +58,12 @@ def _read(request: Request) -> Content:
     times: Counter[str] = Counter()
     for kind, row in zip(kinds, where, strict=True):
         layer, component, unit, units = _fields(row)
+        if unit != "pos":
+            raise DirectionError(
+                f"the intervention at {component} of layer {layer} has the unit {unit!r}",
+                why="it acts on some heads, and its vectors are as wide as one of them",
+                fix="save what it does at z.<layer>.h<head> in bake's own format",
+            )
         name = component.replace(".", "_")
         start = f"comp_{name}" if "." in component else f"layer_{layer}_comp_{name}"
         key = f"{start}_unit_{unit.replace('.', '_')}_nunit_{units}"
@@ -108,6 +114,13 @@ def _tensors(kind: str, file: Path) -> dict[Role, Tensor]:
     state = load(file)
     if not isinstance(state, dict):
         raise DirectionError(f"{file.name} is no state of an intervention")
+    if "interchange_dim" in state:
+        part, whole = (tensor_of(state.get(k), k) for k in ("interchange_dim", "embed_dim"))
+        if not torch.equal(part, whole):
+            raise DirectionError(
+                f"{file.name} changes {part.tolist()} of {whole.tolist()} channels",
+                fix="save the vector that is added, with zeros for the other channels",
+            )
 
     def get(key: str) -> Tensor:
         return tensor_of(state.get(key), f"{key} of {file.name}").to(torch.float64)
@@ -139,7 +152,7 @@ READER = Reader(
     f"interventions of pyreft or pyvene (a folder with {CONFIG} and intkey_*.bin)",
     _recognises,
     _read,
-    kind="linear",
+    kinds=("linear", "offset"),
     says="pyreft intervenes at the first and last tokens of the prompt that its data say; the "
-    "weights do it at every position",
+    "weights do it at every position, and with a linear act_fn, which the files do not name",
 )

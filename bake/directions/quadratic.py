@@ -63,6 +63,6 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"source", "target"}),
-    kind="linear",
+    kinds=("linear",),
     says="the system maps each token by its own label; the weights take every token for the source",
 )

@@ -88,8 +88,8 @@ class Reader:
     """Raises DirectionError: the file is malformed, hostile or needs an option."""
     options: frozenset[str] = frozenset()
     """Which of ``Options`` the format can need."""
-    kind: str | None = None
-    """The kind of edit that the system itself makes of such files; None where none is known."""
+    kinds: tuple[str, ...] = ()
+    """The kinds of edit that the system itself makes of such files; none where none is known."""
     says: str | None = None
     """What the system does that weights cannot, in one sentence, for the plan and the record."""
     files: tuple[str, ...] = ()

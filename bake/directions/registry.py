@@ -33,10 +33,11 @@ from bake.directions import (
     svec,
     wisent,
 )
-from bake.directions.direction import SAYS, Directions
+from bake.directions.direction import SAYS, Direction, Directions
 from bake.directions.reader import Options, Reader, Request, Shape
 from bake.errors import DirectionError, UsageError
 from bake.section import nearest
+from bake.sites import parse_site
 
 READERS: Mapping[str, Reader] = MappingProxyType(
     {
@@ -119,7 +120,7 @@ def read_directions(
             format=name,
             source=str(path),
             digest=digest(content.files or (path,)),
-            items=content.items,
+            items=tuple(sorted(content.items, key=_order)),
             metadata=_said(READERS[name], content.metadata),
         )
     except OSError as error:
@@ -141,6 +142,13 @@ def digest(files: Sequence[Path]) -> str:
         return f"sha256:{hashes[0][0]}"
     listing = "".join(f"{value}  {name}\n" for value, name in hashes)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def _order(item: Direction) -> tuple[float, int, int]:
+    """Sort as a forward pass reaches what was fitted; what belongs to no layer comes first."""
+    if item.site is not None:
+        return parse_site(item.site).order
+    return -1.0 if item.layer is None else item.layer, 0, 0
 
 
 def _said(reader: Reader, metadata: Mapping[str, str]) -> dict[str, str]:

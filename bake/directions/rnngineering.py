@@ -53,7 +53,7 @@ READER = Reader(
     "activations of rnngineering ({behavior}_{layer}.pt)",
     _recognises,
     _read,
-    kind="offset",
+    kinds=("offset",),
     says="rnngineering adds the vector at the last tokens only; the weights add it at every "
     "position",
 )

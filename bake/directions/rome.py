@@ -17,7 +17,7 @@ from bake.directions.torch_archive import ZIP_DAMAGE
 from bake.errors import DirectionError
 
 NAMES = ("left_vector", "right_vector")
-EITHER_WAY = "transposed"
+EITHER_WAY = "bake.transposed"
 """In the metadata: whether the factors change places where only so they fit the weight."""
 
 
@@ -50,4 +50,6 @@ def _vector(array: Tensor, name: str) -> Tensor:
     return array.reshape(-1)
 
 
-READER = Reader("left_vector and right_vector of ROME (.npz)", _recognises, _read, kind="update")
+READER = Reader(
+    "left_vector and right_vector of ROME (.npz)", _recognises, _read, kinds=("update",)
+)

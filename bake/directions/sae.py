@@ -71,8 +71,9 @@ def _site(path: Path) -> str | None:
     """Return the site that SAELens names, of the residual stream; other hooks have no one site."""
     found = read_object(path, _MAX_CONFIG)
     inner = found.get("metadata")
-    name = found.get("hook_name") or (inner.get("hook_name") if isinstance(inner, dict) else None)
-    match = _HOOK.fullmatch(str(name))
+    every = {**(inner if isinstance(inner, dict) else {}), **found}
+    # A transcoder reads at hook_name and writes elsewhere, where its decoder's rows belong.
+    match = _HOOK.fullmatch(str(every.get("hook_name_out") or every.get("hook_name")))
     return None if match is None else f"{match[2]}.{match[1]}"
 
 
@@ -81,5 +82,5 @@ READER = Reader(
     _recognises,
     _read,
     frozenset({"feature", "key"}),
-    kind="offset",
+    kinds=("offset",),
 )

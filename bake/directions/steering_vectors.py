@@ -60,5 +60,5 @@ READER = Reader(
     "a SteeringVector of steering-vectors, saved by torch.save (.pt)",
     _recognises,
     _read,
-    kind="offset",
+    kinds=("offset",),
 )

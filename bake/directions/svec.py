@@ -33,7 +33,7 @@ READER = Reader(
     "a steering vector of IBM's activation-steering (.svec)",
     _recognises,
     _read,
-    kind="offset",
+    kinds=("offset",),
     says="activation-steering can make the addition depend on a condition (CAST) and scale the "
     "result back to its norm; the weights add it always, and as it is",
 )

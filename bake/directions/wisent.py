@@ -33,4 +33,4 @@ def _read(request: Request) -> Content:
     return layered(rows).beside({"counted": "layers from 1 in the file"})
 
 
-READER = Reader("steering vectors of wisent (.json)", _recognises, _read, kind="offset")
+READER = Reader("steering vectors of wisent (.json)", _recognises, _read, kinds=("offset",))

@@ -13,7 +13,14 @@ from bake.families import Layout
 from bake.recipe.aliases import aliases, sites_at
 from bake.recipe.artifacts import located
 from bake.recipe.maps import Named, map_of
-from bake.recipe.places import check_layers, check_repeat, fitted_to, item_at, own_sites
+from bake.recipe.places import (
+    check_layers,
+    check_modules,
+    check_repeat,
+    fitted_to,
+    item_at,
+    own_sites,
+)
 from bake.recipe.spec import EditTable, Recipe
 from bake.sites import Site
 
@@ -66,6 +73,8 @@ def _selections(
         check_layers(one, directions[one.name], layout)
     if spec.at:
         sites = sites_at(spec.at, layout, known)
+        for one in specs:
+            check_modules(one, directions[one.name], sites, known)
     else:
         sites = own_sites(spec.kind, specs[0], directions[specs[0].name], layout, known)
     groups: dict[tuple[int, ...], tuple[list[Site], tuple[Named, ...]]] = {}

@@ -4,11 +4,12 @@ import json
 from collections.abc import Mapping
 
 from bake.directions import READERS, SAYS, Directions
+from bake.edits import EditKind
 from bake.recipe.edits import KINDS_OF_KEY
+from bake.recipe.examples import example
 from bake.recipe.maps import KINDS_OF_ROLE
-from bake.sites import parse_site, span, summary
+from bake.sites import parse_site, summary
 
-EVERYWHERE = '"resid"    # every site of the stream'
 _NUMBERS = ("strength", "alpha", "coefficient", "keep", "degrees")
 
 
@@ -22,15 +23,17 @@ def first_recipe(found: Directions, file: str, options: Mapping[str, object]) ->
     """
     roles = dict.fromkeys(role for item in found.items for role in item.tensors)
     kinds = list(dict.fromkeys(kind for role in roles for kind in KINDS_OF_ROLE.get(role, ())))
-    usual = READERS[found.format].kind
-    kind = next((one for one in kinds if one == usual), kinds[0])
+    if not kinds:
+        return f"# it holds {', '.join(roles)}, of which alone there is no edit\n"
+    usual = READERS[found.format].kinds
+    kind = next((one for one in kinds if one in usual), kinds[0])
     others = [str(one) for one in kinds if one != kind]
     lines = [
         "[base]",
         'model = "owner/name"    # the model that it was fitted on',
         "",
         "[directions.concept]",
-        f"file = {json.dumps(file)}",
+        f"file = {_toml(file)}",
         *(f"{key} = {_toml(value)}" for key, value in options.items()),
         "",
         "[[edits]]",
@@ -38,15 +41,10 @@ def first_recipe(found: Directions, file: str, options: Mapping[str, object]) ->
         'direction = "concept"',
     ]
     sites = [parse_site(item.site) for item in found.items if item.site is not None]
-    if len(sites) == len(found.items) and kind != "ablate":
+    if len(sites) == len(found.items) and kind not in (EditKind.ABLATE, EditKind.AFFINE):
         lines.append(f"# at = the file's own sites: {summary(sites)}")
-    elif kind in ("ablate", "affine"):
-        layers = span(item.layer for item in found.items if item.layer is not None).split(",")[0]
-        modules = f'["attn_out.{layers}", "mlp_out.{layers}"]    # what the modules write'
-        lines.append(f"at = {modules if layers else EVERYWHERE}")
     else:
-        numbers = [item.layer for item in found.items if item.layer is not None]
-        lines.append(f'at = "resid_post.{numbers[0] if numbers else 0}"    # where it was fitted')
+        lines.append("at = {}    # {}".format(*example(kind, found.items)))
     for key in _NUMBERS:
         if kind in KINDS_OF_KEY[key]:
             lines.append(f"# {key} = 1.0")
@@ -56,4 +54,5 @@ def first_recipe(found: Directions, file: str, options: Mapping[str, object]) ->
 
 
 def _toml(value: object) -> str:
-    return json.dumps(value) if isinstance(value, int | float) else json.dumps(str(value))
+    # TOML knows no surrogates, which json would write for what lies beyond the first 2¹⁶ letters.
+    return json.dumps(value if isinstance(value, int | float) else str(value), ensure_ascii=False)

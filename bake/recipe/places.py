@@ -7,8 +7,9 @@ from bake.directions import MODULE, ROWS, ZERO, ZERO_SITES, Direction, Direction
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
 from bake.families import Layout
+from bake.recipe.examples import example, spelled
 from bake.recipe.spec import DirectionSpec, EditTable
-from bake.sites import STREAM_KINDS, Site, SiteKind, expand, parse_site, span
+from bake.sites import STREAM_KINDS, Site, SiteKind, expand, parse_site, patterns, span
 
 
 def own_sites(
@@ -26,37 +27,49 @@ def own_sites(
     """
     items = found.items if spec.layer is None else (found.at_layer(spec.layer),)
     if any(item.site is None for item in items):
+        sites, what = example(kind, items, layout)
         raise UsageError(
             "the key 'at' is missing",
             why=f"the artifact of direction {spec.name!r} names no site",
-            fix=_example(kind, items, layout),
+            fix=f"name the sites, for example at = {sites}, {what}",
         )
     # expand checks the layers against the model.
     names = [str(parse_site(item.site)) for item in items if item.site is not None]
-    for name in names:
-        _check_module(spec, found, name, known)
-    return expand(names, layers=layout.layers, stream=layout.stream)
+    own = expand(names, layers=layout.layers, stream=layout.stream)
+    check_modules(spec, found, own, known)
+    return own
 
 
-def _check_module(
-    spec: DirectionSpec, found: Directions, site: str, known: Mapping[str, Site]
+def check_modules(
+    spec: DirectionSpec, found: Directions, sites: Sequence[Site], known: Mapping[str, Site]
 ) -> None:
-    """Refuse a site that was read from a module's name, where that module is another site here.
+    """Refuse sites that were read from modules' names, where a module is another site here.
 
     Llama calls the norm before the MLP ``post_attention_layernorm``, Gemma 2 that behind attention.
+    With ``layer`` in the table of the direction, the recipe alone says where it acts.
+
+    Raises:
+        DirectionError: a module is another site in this model.
     """
+    meant = {site: _meant(found, site, known) for site in sites}
+    wrong = next((site for site, own in meant.items() if own != site), None)
+    if wrong is None or spec.layer is not None:
+        return
+    raise DirectionError(
+        f"direction {spec.name!r} was fitted at {found.metadata[f'{MODULE}{wrong}']}, which was "
+        f"read as {wrong}, and in this model is {meant[wrong]}",
+        why="families call different norms by one name, and the artifact names no family",
+        fix=f"name the sites: at = {spelled(patterns(meant.values()))}",
+    )
+
+
+def _meant(found: Directions, site: Site, known: Mapping[str, Site]) -> Site:
+    """Return the site that the model has the module at by which an artifact's site was named."""
     path = found.metadata.get(f"{MODULE}{site}")
     if path is None:
-        return
+        return site
     # A path may begin at the inner model, without the prefix that the whole one has.
-    meant = {str(own) for full, own in known.items() if f".{full}".endswith(f".{path}")}
-    if meant and site not in meant:
-        raise DirectionError(
-            f"direction {spec.name!r} was fitted at {path}, which was read as {site}, "
-            f"and in this model is {' or '.join(sorted(meant))}",
-            why="families call different norms by one name, and the artifact names no family",
-            fix=f'name the site: at = "{min(meant)}"',
-        )
+    return next((own for full, own in known.items() if f".{full}".endswith(f".{path}")), site)
 
 
 def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
@@ -69,7 +82,7 @@ def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
     if spec.layer is not None:
         return found.at_layer(spec.layer)
     # A stack whose other layers are zero is still one item per layer.
-    if len(found.items) == 1 and ZERO not in found.metadata:
+    if len(found.items) == 1 and not {ZERO, ZERO_SITES} & found.metadata.keys():
         return found.items[0]
     own = found.at_site(str(site))
     if own is not None:
@@ -105,14 +118,11 @@ def check_layers(spec: DirectionSpec, found: Directions, layout: Layout) -> None
     """
     blocks = layout.layers
     if (rows := found.metadata.get(ROWS)) not in (None, str(blocks)):
-        hidden = int(str(rows)) == blocks + 1 and spec.shape == Shape.LAYERS
         raise DirectionError(
-            f"direction {spec.name!r} has {rows} rows, and the model has {blocks} blocks",
-            why="one row for each block is meant"
-            + ("; hidden_states has one more, since its row 0 is the embedding" if hidden else ""),
-            fix=f'set shape = "{Shape.HIDDEN_STATES}" if row l + 1 was read behind block l'
-            if hidden
-            else "save the rows under the names of their blocks: {12: vector, 13: vector}",
+            f"direction {spec.name!r} has rows for {rows} blocks, and the model has {blocks}",
+            why="one row for each block is meant, and in hidden_states one more, row 0, for the "
+            "embedding",
+            fix=_other_shape(spec.shape, str(rows), blocks),
         )
     # One item acts wherever the recipe says, and its layer is where it was fitted.
     layers = [item.layer for item in found.items] if len(found.items) > 1 else [spec.layer]
@@ -124,6 +134,16 @@ def check_layers(spec: DirectionSpec, found: Directions, layout: Layout) -> None
             why="it was fitted on another model, or counts layers otherwise than from 0",
             fix="name the model that it was fitted on, or save it under the numbers of its blocks",
         )
+
+
+def _other_shape(shape: str | None, rows: str, blocks: int) -> str:
+    if shape is None:  # the system's own file
+        return "name the model that it was fitted on"
+    if shape == Shape.LAYERS and rows == str(blocks + 1):
+        return f'set shape = "{Shape.HIDDEN_STATES}" if row l + 1 was read behind block l'
+    if shape == Shape.HIDDEN_STATES and rows == str(blocks - 1):
+        return f'set shape = "{Shape.LAYERS}" if row l was read behind block l'
+    return "save the rows under the names of their blocks: {12: vector, 13: vector}"
 
 
 def check_repeat(spec: EditTable, sites: Sequence[Site], layout: Layout) -> None:
@@ -161,23 +181,6 @@ def fitted_to(
             fix="save the update as left [d, k] and right [k, i] in bake's own format",
         )
     return WeightUpdate(map_.right.T, map_.left.T) if {inner} == wanted else map_
-
-
-def _example(kind: EditKind, items: Sequence[Direction], layout: Layout) -> str:
-    """Return sites that an edit without any could be meant at, and that the plan would take."""
-    layers = sorted({item.layer for item in items if item.layer is not None})
-    post_norms = any(branch.norm_out is not None for branch in layout.branches)
-    if kind is EditKind.OFFSET:
-        named = [f"{SiteKind.RESID_POST}.{n}" for n in layers[:3]] or [str(_middle(layout))]
-        what = "the output of the blocks that it names" if layers else "the site of its fit"
-    elif post_norms or len(layers) not in (0, layout.layers):
-        spans = span(layers).split(",")[0] if layers else "*"
-        named = [f"{SiteKind.ATTN_OUT}.{spans}", f"{SiteKind.MLP_OUT}.{spans}"]
-        what = "what the modules write"
-    else:
-        named, what = ["resid"], "every site of the stream"
-    listed = f'"{named[0]}"' if len(named) == 1 else "[" + ", ".join(f'"{n}"' for n in named) + "]"
-    return f"name the sites, for example at = {listed}, {what}"
 
 
 def _middle(layout: Layout) -> Site:
