@@ -99,7 +99,7 @@ def test_a_runtime_that_is_not_there_is_missed_before_anything_is_run(
     named = ["--runtime", "vllm", "--python", f"vllm={absent}"]
     result = CliRunner().invoke(main, [*arguments, *named])
     assert result.exit_code == 4
-    assert "is no Python interpreter" in result.stderr
+    assert "is no Python interpreter" in " ".join(result.stderr.split())
     assert not (out / "verify.json").exists()
     # The control: one that is there is run.
     judged(Verification(out, base=str(base.path), runtimes=HERE, generate=0, remark=said.append))
