@@ -1683,3 +1683,32 @@ def test_the_documentation_names_every_reader_and_role() -> None:
     text_ = (Path(__file__).parent.parent / "docs" / "directions.md").read_text(encoding="utf-8")
     for name in (*READERS, *Role):
         assert f"`{name}`" in text_, name
+
+
+@pytest.mark.parametrize(
+    "systems", [("caa", "easyedit"), ("caa", "mlact"), ("activations", "rnngineering")]
+)
+def test_what_two_systems_wrote_is_read_as_neither(
+    systems: tuple[str, str], tmp_path: Path
+) -> None:
+    """Whichever came first would leave the other's out."""
+    folder = tmp_path / "both"
+    folder.mkdir()
+    written = {
+        "caa": ("vec_layer_1_m.pt", torch.ones(4)),
+        "easyedit": ("layer_2.pt", torch.ones(4)),
+        "mlact": ("model.layers.1.mlp.statedict", {"auroc": torch.rand(4)}),
+    }
+    path = folder
+    if systems[0] == "activations":
+        path = folder / "acts_1.pt"
+        torch.save({"positives": [torch.ones(4)], "negatives": [torch.zeros(4)]}, path)
+    else:
+        for name, value in (written[system] for system in systems):
+            torch.save(value, folder / name)
+    with pytest.raises(DirectionError, match=" and ".join(systems)) as error:
+        read_directions(path)
+    fixes = str(error.value.fix)
+    assert all(f'reader = "{system}"' in fixes for system in systems)
+    chosen = systems[1] if systems[0] == "activations" else systems[0]
+    assert read_directions(path, reader=chosen).format == chosen

@@ -7,6 +7,7 @@ file of such a name stands for itself.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -54,9 +55,7 @@ def _read(request: Request, pattern: re.Pattern[str]) -> Content:
             rows[place] = vector.reshape(-1)
             taken.append(file)
     key = request.key or groups[0]
-    return Content(layered(rows).items, {"key": key} if key else {}, files=tuple(taken)).beside(
-        layered(rows).metadata
-    )
+    return replace(layered(rows).beside({"key": key} if key else {}), files=tuple(taken))
 
 
 CAA = Reader(

@@ -66,6 +66,9 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     }
 )
 
+PLAIN = ("npy", "npz", "pt", "safetensors")
+"""Formats of no system, which some systems' files have as well."""
+
 RESEMBLES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         r"adapter_config\.json": (
@@ -157,9 +160,16 @@ def _said(reader: Reader, metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _choose(request: Request) -> str:
     path = request.path
-    for name, reader in READERS.items():
-        if reader.recognises(path):
-            return name
+    found = [name for name, reader in READERS.items() if reader.recognises(path)]
+    systems = [name for name in found if name not in PLAIN]
+    if len(systems) > 1:
+        raise DirectionError(
+            f"it holds what {' and '.join(systems)} write, and one of them is meant",
+            why="what the others wrote would be left out without a word",
+            fix=" or ".join(f'reader = "{name}"' for name in systems),
+        )
+    if found:
+        return found[0]
     kind = "a folder without the files of a known system" if path.is_dir() else _content(path)
     names = sorted(file.name for file in path.iterdir()) if path.is_dir() else [path.name]
     for pattern, (what, fix) in RESEMBLES.items():
