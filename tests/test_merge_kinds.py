@@ -17,7 +17,9 @@ from torch import Tensor
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
 from bake.errors import InputError
+from bake.jobs.planned import judged
 from bake.merge.merge import merge_adapter
+from bake.verify.verification import Verification
 
 Tensors = dict[str, Tensor]
 # What PEFT and transformers say of ties, axes and keys is what is tested here.
@@ -181,6 +183,15 @@ def test_a_base_whose_prefix_is_another_one_on_disk(tmp_path: Path) -> None:
         effect = float((want - base.logits).abs().max())
         found = logits_of(Model.from_pretrained(out).double().eval())
         assert effect > 1e-4 and float((found - want).abs().max()) <= 1e-5 * effect
+    # Its class is none of the causal ones, and the adapter is verified all the same.
+    for streamed in (False, True):
+        asked = Verification(tmp_path / "out0", streamed=streamed, generate=0)
+        assert judged(asked).passed
+    file = tmp_path / "out0" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.weight"))
+    save_file({**tensors, name: -tensors[name]}, file, metadata={"format": "pt"})
+    assert not judged(asked).passed
 
 
 @pytest.mark.parametrize(

@@ -22,25 +22,29 @@ class Factors:
     """A sum of low rank: ``left`` times ``right``, one matrix or one for each row of the parameter.
 
     Attributes:
-        left: [m, r], or [e, m, r] where the parameter stacks matrices; the scale is in it.
+        left: [m, r], or [e, m, r] where the parameter stacks matrices.
         right: [r, n] or [e, r, n].
+        scale: what the product is multiplied by.
     """
 
     left: Float[Tensor, "*e m r"]
     right: Float[Tensor, "*e r n"]
+    scale: float
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "rows ..."]:
         """Return some rows, along axis 0, of what is added."""
         right = self.right if self.right.ndim == 2 else self.right[start:stop]
-        return self.left[start:stop].to(torch.float64) @ right.to(torch.float64)
+        left = self.left[start:stop].to(torch.float64) * self.scale
+        return left @ right.to(torch.float64)
 
     def part(self, index: int, start: int, stop: int) -> "Factors":
         """Return what is added to some rows of one of the stacked matrices."""
-        return Factors(self.left[index, start:stop], self.right[index])
+        return Factors(self.left[index, start:stop], self.right[index], self.scale)
 
     def equals(self, other: "Factors") -> bool:
         """Whether both add the same, factor for factor."""
-        return torch.equal(self.left, other.left) and torch.equal(self.right, other.right)
+        same = torch.equal(self.left, other.left) and torch.equal(self.right, other.right)
+        return same and self.scale == other.scale  # of one configuration each, and no sum
 
 
 @dataclass(frozen=True, slots=True, eq=False)

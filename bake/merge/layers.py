@@ -15,29 +15,27 @@ from bake.merge.wrapping import NAME
 
 
 def _linear(layer: Any) -> Factors:
-    left, right = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight
-    left = left.to(torch.float64) * layer.scaling[NAME]
+    left, right, scale = layer.lora_B[NAME].weight, layer.lora_A[NAME].weight, layer.scaling[NAME]
     if layer.fan_in_fan_out:
-        return Factors(right.T, left.T)
-    return Factors(left, right)
+        return Factors(right.T, left.T, scale)
+    return Factors(left, right, scale)
 
 
 def _table(layer: Any) -> Factors:
     """A table's rows are its inputs: A is [r, V], and B [d, r]."""
     left, right = layer.lora_embedding_A[NAME].T, layer.lora_embedding_B[NAME].T
-    return Factors(left.to(torch.float64) * layer.scaling[NAME], right)
+    return Factors(left, right, layer.scaling[NAME])
 
 
 def _kernels(layer: Any) -> Factors:
     """A is a convolution of the same kernel, B one of a single point."""
     left, right = layer.lora_B[NAME].weight.flatten(1), layer.lora_A[NAME].weight.flatten(1)
-    return Factors(left.to(torch.float64) * layer.scaling[NAME], right)
+    return Factors(left, right, layer.scaling[NAME])
 
 
 def _stacked(layer: Any) -> Factors:
     """One product for each expert: A is [E r, in] by experts, B [out, r E] by ranks."""
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    b = b.to(torch.float64) * layer.scaling[NAME]
     count = layer.num_experts
     if count == 1:
         return _oriented(layer, b, a)
@@ -48,9 +46,10 @@ def _stacked(layer: Any) -> Factors:
 
 def _oriented(layer: Any, left: Tensor, right: Tensor) -> Factors:
     """Turn factors to how a parameter lies: [out, in] where PEFT swapped the two, or [in, out]."""
+    scale = layer.scaling[NAME]
     if layer.get_param().ndim == 2 or layer._did_swap_in_out_features:
-        return Factors(left, right)
-    return Factors(right.mT, left.mT)
+        return Factors(left, right, scale)
+    return Factors(right.mT, left.mT, scale)
 
 
 _KINDS: Mapping[str, Callable[[Any], Factors]] = {

@@ -4,37 +4,27 @@ They depend on what the result stores (a head of its own, biases of the base, ke
 configuration) and not on how its values came about. Where no table describes it, nothing is known.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from bake.artifact.carrier import KINDS
 from bake.artifact.schema import RuntimeVerdict
 from bake.checkpoints import Checkpoint
 from bake.errors import BakeError
-from bake.families import Layout, fit
+from bake.families import fit
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import Plan
 
 
 def merged_runtimes(result: Checkpoint) -> tuple[RuntimeVerdict, ...]:
     """Return a verdict on a merged checkpoint for every runtime, from its headers."""
-    layout = _layout(result)
-    if layout is None:
-        return tuple(_unknown(runtime, result.config) for runtime in KINDS["merge"].readers)
+    try:
+        layout = fit.layout_of(result)
+    except BakeError as error:  # no table, or one that is for other files: a merge needs neither
+        return tuple(_unknown(runtime, error.what) for runtime in KINDS["merge"].readers)
     nothing = Plan(layout, (), (), (), (), (), (), (), 0)
     return checkpoint_runtimes(nothing, result.config, ())
 
 
-def _layout(result: Checkpoint) -> Layout | None:
-    """Return the layout of the result, or None where no table reads it."""
-    try:
-        return fit.layout_of(result)
-    except BakeError:  # no family, or one whose table is for other files: a merge needs neither
-        return None
-
-
-def _unknown(runtime: str, config: Mapping[str, Any]) -> RuntimeVerdict:
-    reason = f"no table describes {' '.join(config['architectures'])}"
+def _unknown(runtime: str, why: str) -> RuntimeVerdict:
+    reason = f"no table describes it: {why}"
     if runtime == "transformers":
         reason += "; `bake verify` runs it"
     return RuntimeVerdict(
