@@ -113,6 +113,13 @@ def run_script(
     raise RuntimeFailed(f"{name} failed with {spelled(status)}", why=output)
 
 
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return what a program of another interpreter inherits, offline, with variables of its own."""
+    # PYTHONPATH and its like are about this interpreter, and the child is another one.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return {**inherited, **OFFLINE, **variables}
+
+
 def wait(
     command: Sequence[str | Path],
     log: IO[bytes],
@@ -121,12 +128,10 @@ def wait(
     variables: Mapping[str, str],
 ) -> int | None:
     """Return the exit status, or None when the time was up and the program was killed."""
-    # PYTHONPATH and its like are about this interpreter, and the child is another one.
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     process = subprocess.Popen(
         [*_guard(), *(str(word) for word in command)],
         cwd=folder,
-        env={**inherited, **OFFLINE, **variables},
+        env=environment(variables),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -170,9 +170,8 @@ def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
         if python != sys.executable or (rest[0], Path(rest[1]).name) not in SCRIPTS:
             return real(command, log, folder, timeout, variables)
         flag, *rest = rest
-        inherited = {key: v for key, v in os.environ.items() if not key.startswith("PYTHON")}
-        env = {**inherited, **process.OFFLINE, **variables}
-        order = {"path": rest[0], "args": rest, "env": env, "cwd": str(folder)}
+        env, path = process.environment(variables), rest[0]
+        order = {"path": path, "args": rest, "env": env, "cwd": str(folder)}
         order["isolated"] = flag == "-I"
         files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         program = _forked(MODEL, order, files)

@@ -12,7 +12,7 @@ from bake.cards.facts import Facts
 from bake.cards.methods import METHODS, Method
 from bake.cards.text import Markdown, code, count, escape, merged, number
 from bake.checkpoints.hub_names import HUB_PREFIX, is_repository
-from bake.directions import SAYS
+from bake.directions import SAYS, Options
 from bake.errors import InputError, UsageError
 from bake.recipe import DirectionSpec, EditTable
 from bake.sites import Site, parse_site, summary
@@ -202,8 +202,8 @@ def _used(spec: DirectionSpec) -> Iterable[Markdown]:
         yield Markdown("with the opposite sign")
     if spec.key:
         yield Markdown(f"the tensor {code(spec.key)}")
-    for key in ("minus", "feature", "index", "method", "quantiles", "source", "target"):
-        if (value := getattr(spec, key)) is not None:
+    for key in Options.__annotations__:
+        if key not in ("key", "shape") and (value := getattr(spec, key)) is not None:
             yield Markdown(f"{key} {code(str(value))}")
 
 

@@ -4,8 +4,8 @@ The layout is what ``plan`` and ``steer`` both read: the plan its tensor names a
 reference the paths of live modules.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bake.errors import UsageError
@@ -88,6 +88,13 @@ class Branch:
     def norms(self) -> tuple[Norm, ...]:
         """The norms that it has: before its readers, behind its writers."""
         return tuple(norm for norm in (self.norm_in, self.norm_out) if norm is not None)
+
+    def mapped(
+        self, reader: Callable[[Linear], Linear], writer: Callable[[Linear], Linear]
+    ) -> "Branch":
+        """Return the same branch with other layers."""
+        reads, writes = map(reader, self.reads), map(writer, self.writes)
+        return replace(self, reads=tuple(reads), writes=tuple(writes))
 
 
 @dataclass(frozen=True, slots=True)

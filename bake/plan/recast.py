@@ -31,14 +31,7 @@ def recast_layout(layout: Layout, recast: Recast) -> Layout:
             raise FamilyError(f"{family.name} has no layer {linear.module}: the recast is wrong")
         return replace(linear, bias=_lifted_slot(linear.bias, row))
 
-    branches = tuple(
-        replace(
-            branch,
-            reads=tuple(lifted(linear) for linear in branch.reads),
-            writes=tuple(lifted(linear) for linear in branch.writes),
-        )
-        for branch in layout.branches
-    )
+    branches = tuple(branch.mapped(lifted, lifted) for branch in layout.branches)
     return replace(layout, family=family, flags=dict(family.flags), branches=branches)
 
 

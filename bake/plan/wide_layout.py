@@ -39,14 +39,7 @@ def wide_layout(layout: Layout, width: int) -> Layout:
             linear = sized(linear, 1 - axis, dims["heads"] * dims["head_dim"])
         return sized(linear, axis, width)
 
-    branches = tuple(
-        replace(
-            branch,
-            reads=tuple(reader(linear) for linear in branch.reads),
-            writes=tuple(writer(linear) for linear in branch.writes),
-        )
-        for branch in layout.branches
-    )
+    branches = tuple(branch.mapped(reader, writer) for branch in layout.branches)
     unembed = reader(layout.unembed)
     for name in (layout.embed, *layout.positions):
         shapes[name] = (shapes[name][0], width)

@@ -81,10 +81,8 @@ class Wide:
 
     @property
     def into(self) -> LowRankMap:
-        """The map from the base's stream, with zeros behind it, to the wide one."""
+        """The map from a LayerNorm base's stream, with zeros behind it, to the centred wide one."""
         mean, zeros = self._mean, torch.zeros(self.layout.hidden, dtype=torch.float64)
-        if not self._centred:
-            return LowRankMap(zeros[:, None][:, :0], zeros[None][:0], zeros)
         left = -self.base.hidden * mean
         if self.keeps_mean:
             left = left + MEAN * self._units[0]
