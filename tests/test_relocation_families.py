@@ -19,10 +19,11 @@ from test_relocation import distance, edit_of, unedited
 
 from bake import edits
 from bake.affine import AffineMap
-from bake.edits import Edit
+from bake.edits import Edit, EditKind, WeightUpdate
 from bake.jobs.planned import judged
 from bake.plan import Exactness, Plan
 from bake.plan.types import TensorUpdate
+from bake.sites import parse_site
 from bake.verify.precision import double_precision
 from bake.verify.verification import Verification
 
@@ -102,6 +103,26 @@ def test_nothing_but_lengths_is_lost(
     own, double = losses(base, asked, plan, tmp_path / "out")
     assert double <= RELATIVE
     assert own > 1e3 * RELATIVE  # and lengths are
+
+
+@pytest.mark.parametrize("site", ["mlp_out.0", "attn_out.0", "q.1"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gemma2", "qwen3"])
+def test_a_ready_update_beside_it_stays_what_it_is(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, site: str
+) -> None:
+    """What it writes has a mean, and its weight gets wider, centred or another row besides."""
+    base, place = base_at(tiny_checkpoint(family)), parse_site(site)
+    width = base.layout.width(place)
+    writes = [b.writes[0] for b in base.layout.branches if b.output_site == place]
+    inner = writes[0].shape[1 - writes[0].output_axis] if writes else base.layout.hidden
+    left, right = torch.outer(vector(width), vector(2)), torch.outer(vector(2, 1), vector(inner))
+    update = Edit(EditKind.UPDATE, "u", (place,), WeightUpdate(0.3 * left, right))
+    asked = [update, *asked_of(base, "set")]
+    plan = plan_of(base, asked, allow=ALLOW)
+    assert plan.exactness is Exactness.RELOCATED and plan.widened
+    assert losses(base, asked, plan, tmp_path / "out")[1] <= RELATIVE
+    forgotten = plan_of(base, asked[1:], allow=ALLOW)
+    assert losses(base, asked, forgotten, tmp_path / "forgotten")[1] > 1e-3
 
 
 def without(plan: Plan, name: str, **changes: object) -> Plan:
