@@ -17,6 +17,7 @@ from msgspec import structs
 from msgspec.structs import FieldInfo
 
 from bake.errors import BakeError
+from bake.unseen import unseen
 
 Toml = Any  # a value of the file: the one place where the type is the file's, not ours
 
@@ -193,16 +194,24 @@ def parse_toml(text: str, what: str, error: type[BakeError], where: str) -> dict
     Args:
         text: the whole file.
         what: what the file is, for the message.
-        error: what is raised where the text is no TOML.
+        error: what is raised where the text is no TOML, or holds characters that hide others.
         where: its path.
     """
     try:
-        return tomllib.loads(text)
+        found = tomllib.loads(text)
     except RecursionError as cause:
         raise error(f"{what} nests too deeply to be parsed", where=where) from cause
     # subtle: an integer of more digits than Python converts is a bare ValueError.
     except ValueError as cause:
         raise error(f"{what} is not valid TOML: {cause}", where=where) from cause
+    for strange in unseen(found):
+        raise error(
+            strange,
+            where=where,
+            why="whoever reads it would see another text than the one that is there",
+            fix="remove the character",
+        )
+    return found
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from bake.artifact import Artifact
 from bake.artifact.base import base_ref
 from bake.artifact.schema import Provenance
-from bake.artifact.staged import Place, check_apart, identity_of, write_staged
+from bake.artifact.staged import Identity, Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, NewCheckpoint, write_checkpoint
 from bake.outputs.export import Export
 from bake.outputs.gguf.convert import Conversion, convert_checkpoint
@@ -51,7 +51,7 @@ def convert_baked(baked: Path, out: Path, llama_cpp: Path, **options: Any) -> Ar
     def write(place: Place) -> Artifact:
         return convert_checkpoint(baked, place, Conversion(llama_cpp, **options))
 
-    return write_staged(out, identity_of([], []), force=False, write=write)
+    return write_staged(out, Identity(""), force=False, write=write)
 
 
 def write_new(source: Checkpoint, out: Path, **options: Any) -> Artifact:
@@ -70,5 +70,5 @@ def write_new(source: Checkpoint, out: Path, **options: Any) -> Artifact:
         return Artifact("test", out, found.files, found.bytes_written, found.bytes_edited)
 
     check_apart(out, source.path)
-    read = [source.path / shard for shard in source.shards] if source.complete else []
-    return write_staged(out, identity_of([digest, source.digest()], read), force=force, write=write)
+    identity = identity_of([digest, source.digest()], source.files.stamps)
+    return write_staged(out, identity, force=force, write=write)

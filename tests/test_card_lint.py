@@ -111,6 +111,21 @@ def test_what_is_wrong_is_found(change: Change, said: str, made: tuple[Path, str
     assert any(said in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("letter", ["\u202e", "\u2066", "\u2028", "\x85", "\x1b"])
+def test_letters_that_hide_others_are_found(letter: str, made: tuple[Path, str]) -> None:
+    out, text = made
+    (found,) = lint_card(add(f"A file {letter}gnp.exe.")(text), out)
+    assert f"README.md: the text holds U+{ord(letter):04X} (" in str(found)
+    escaped = put("pipeline_tag: ", f'model_name: "\\u{ord(letter):04x}x"\npipeline_tag: ')(text)
+    (found,) = lint_card(escaped, out)
+    assert f"README.md: the metadata.model_name holds U+{ord(letter):04X} (" in str(found)
+    # Marks that a script of its own needs are no such letters.
+    assert (
+        lint_card(add("\u05e9\u05dc\u05d5\u05dd\u200f, \U0001f469\u200d\U0001f52c")(text), out)
+        == ()
+    )
+
+
 def test_the_recipe_may_say_what_prose_may_not(tmp_path: Path) -> None:
     def change(content: dict[str, dict[str, str]]) -> None:
         on_hub(content)

@@ -483,6 +483,18 @@ CONFIGS: dict[str, tuple[bytes | None, str]] = {
         b'{"transformers_weights": "other.safetensors"}',
         "names its own weight file under transformers_weights",
     ),
+    **{
+        f"{count} of {key}": (
+            json.dumps(within).encode(),
+            rf"config\.json: {key} = {count}, and the checkpoint holds 2 tensors",
+        )
+        for key, count, within in (
+            ("num_hidden_layers", 2**31, {"num_hidden_layers": 2**31}),
+            ("num_layers", 10**30, {"vision_config": {"num_layers": 10**30}}),
+            ("num_experts", 2**40, {"text_config": {"moe": {"num_experts": 2**40}}}),
+            ("depth", 2**31, {"towers": [{"depth": 2**31}]}),
+        )
+    },
 }
 
 
@@ -494,6 +506,14 @@ def test_a_bad_config_is_refused(tmp_path: Path, case: str) -> None:
     if raw is not None:
         (base / "config.json").write_bytes(raw)
     refuse(base, message)
+
+
+def test_a_size_that_names_layers_is_no_count_of_them(tmp_path: Path) -> None:
+    """Gemma 4 says how many tokens its table for every layer has."""
+    base = make(tmp_path / "base")
+    counts = {"vocab_size_per_layer_input": 262144, "num_hidden_layers": 2}
+    (base / "config.json").write_text(json.dumps(counts))
+    assert open_checkpoint(base).config == counts
 
 
 def test_a_config_of_infinity_is_read_and_kept(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import programs
 import pytest
 from published import (
@@ -332,6 +334,35 @@ def test_7_every_text_is_read(out: Path, where: str) -> None:
     only(out, "holds a Hugging Face token")
 
 
+@pytest.mark.parametrize("what", SECRETS)
+@pytest.mark.parametrize("key", ["general.description", "general.tags", "tokenizer.chat_template"])
+def test_7_secrets_in_a_gguf(tmp_path: Path, what: str, key: str) -> None:
+    write_gguf(tmp_path / "m.gguf", **{key: ["plain", f"a {SECRETS[what]}"]})
+    (found,) = scan.scan(tmp_path, ["m.gguf"])
+    assert str(found) == f"m.gguf: its key {key} holds {what} (remove and revoke it)"
+    write_gguf(tmp_path / "m.gguf", **{key: ["plain", "a"]})
+    assert scan.scan(tmp_path, ["m.gguf"]) == []
+
+
+def test_7_places_in_a_gguf(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", **{"quantize.imatrix.file": "/home/alice/imatrix.dat"})
+    (found,) = scan.scan(tmp_path, ["m.gguf"])
+    assert "m.gguf: its key quantize.imatrix.file names a home folder" in str(found)
+    assert scan.scan(tmp_path, ["m.gguf"], paths=True) == []
+    write_gguf(tmp_path / "m.gguf", **{"tokenizer.ggml.tokens": ["a", "/home/alice/x"]})
+    assert scan.scan(tmp_path, ["m.gguf"]) == []  # vocabularies hold any text
+
+
+@pytest.mark.parametrize("name", ["plot.png", "tokenizer.model", "LICENSE.pdf", "model.sig"])
+def test_7_what_is_no_text_is_read_too(tmp_path: Path, name: str) -> None:
+    plain = b"\x89PNG\r\n\x1a\n" + bytes(range(128, 256)) if name != "model.sig" else b"{}"
+    (tmp_path / name).write_bytes(plain)
+    assert scan.scan(tmp_path, [name]) == []
+    (tmp_path / name).write_bytes(plain + SECRETS["an AWS key"].encode())
+    (found,) = scan.scan(tmp_path, [name])
+    assert "holds an AWS key" in str(found)
+
+
 @pytest.mark.parametrize(
     "text", ["/home/alice/models/x", "/Users/alice/x", "C:\\Users\\alice\\x", "at /root/models"]
 )
@@ -460,14 +491,27 @@ def test_other_kinds_have_their_own_weights(out: Path) -> None:
         shard.unlink()
     rewrite(out / "bake.json", lambda found: found.update(kind="gguf"))
     only(out, ".gguf: an artifact of kind gguf has no such file")
-    (out / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    write_gguf(out / "model.gguf")
     (out / "Modelfile").write_text("FROM ./model.gguf\n")
     assert problems(out) == []
     (out / "model.gguf").write_bytes(b"GGML")
-    only(out, "does not begin as a GGUF file does")
+    only(out, "it does not begin with 'GGUF'")
     rewrite(out / "bake.json", lambda found: found.update(kind="poem"))
     with pytest.raises(InputError, match="the kind 'poem' is unknown"):
         preflight(out, Terms())
+
+
+def write_gguf(path: Path, **metadata: str | list[str]) -> None:
+    """Write a GGUF of one tensor with texts and lists of texts as its metadata."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in metadata.items():
+        write = writer.add_string if isinstance(value, str) else writer.add_array
+        write(key, value)  # type: ignore[operator] # one of two kinds of value
+    writer.add_tensor("a.weight", np.zeros((2, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # --- licences ----------------------------------------------------------------------------------

@@ -207,6 +207,14 @@ EDIT = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = "resid"\n'
         (EDIT + "[export]\nwiden = 0\n", ["widen", "adds no dimension"]),
         ("\ufeff", ["begins with a byte order mark", "save it as UTF-8 without one"]),
         ("[[edits]\n", ["recipe.toml: the recipe is not valid TOML", "line"]),
+        *(
+            (EDIT + f"[card]\n{said}\n", ["recipe.toml", f"{where} holds U+{letter:04X} ("])
+            for said, where, letter in (
+                ('licence_name = "\\u202egnp.exe"', "card.licence_name", 0x202E),
+                ('datasets = ["a", "b\\u2028"]', "card.datasets", 0x2028),
+                ('"\\u2066" = 1', "card: a key", 0x2066),
+            )
+        ),
         ("edits = [1]\n", ["[base]: unknown key 'edits'"]),
     ],
 )
@@ -245,7 +253,7 @@ def test_what_a_recipe_cannot_say(tmp_path: Path, text: str, fragments: list[str
         ),
         (
             HEAD.replace("mood.npy", "a\\u0000b"),
-            ["'a\\x00b' is no path: it holds a null character"],
+            ["directions.mood.file holds U+0000 (a control character)"],
         ),
         (HEAD.replace("mood.npy", ""), ["[directions.mood]: a path is empty"]),
         (HEAD.replace("mood.npy", "~nobody-of-that-name/a"), ["names no home folder"]),

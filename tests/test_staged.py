@@ -15,9 +15,18 @@ import programs
 import pytest
 
 from bake.artifact import Artifact
-from bake.artifact.staged import Place, digests, identity_of, partial_of, staged, write_staged
+from bake.artifact.staged import (
+    Identity,
+    Place,
+    digests,
+    identity_of,
+    partial_of,
+    staged,
+    write_staged,
+)
+from bake.checkpoints.source import Stamps
 from bake.checkpoints.writer import Finished
-from bake.errors import InputError, UsageError
+from bake.errors import CheckpointError, InputError, UsageError
 
 RECORD = "bake.json"
 
@@ -33,7 +42,7 @@ def write_one(text: str = "new") -> Callable[[Place], Artifact]:
 
 
 def run(out: Path, text: str = "new", *, force: bool = False, identity: str = "i") -> Artifact:
-    return write_staged(out, identity, force=force, write=write_one(text))
+    return write_staged(out, Identity(identity), force=force, write=write_one(text))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -79,7 +88,7 @@ def test_what_appears_during_the_run_is_left_alone(tmp_path: Path, what: str) ->
         return made
 
     with pytest.raises(UsageError, match=r"exists and is|is a link"):
-        write_staged(out, "i", force=False, write=write)
+        write_staged(out, Identity("i"), force=False, write=write)
     theirs = tree(tmp_path)
     assert {name.partition("/")[0] for name in theirs} == {"out"}
     assert b"mine" in theirs.values() or what in ("link", "artifact")
@@ -263,7 +272,7 @@ def test_links_among_finished_files_are_not_followed(tmp_path: Path) -> None:
     """A run takes up what an earlier one finished, and a link was never finished by bake."""
     out, victim = tmp_path / "out", tmp_path / "victim.txt"
     victim.write_text("precious")
-    with pytest.raises(KeyboardInterrupt), staged(out, "i", force=False) as stage:
+    with pytest.raises(KeyboardInterrupt), staged(out, Identity("i"), force=False) as stage:
         stage.record("shard", Finished(8, "0"))
         raise KeyboardInterrupt
     (partial_of(out) / "files" / "shard").symlink_to(victim)
@@ -273,7 +282,7 @@ def test_links_among_finished_files_are_not_followed(tmp_path: Path) -> None:
         assert not any(place.folder.iterdir()) and place.finished("shard") is None
         return write_one()(place)
 
-    write_staged(out, "i", force=False, write=write)
+    write_staged(out, Identity("i"), force=False, write=write)
     assert victim.read_text() == "precious"
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
@@ -378,7 +387,10 @@ def test_a_finished_output_is_recognised_after_a_kill(tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = run(out)
     root = partial_of(out)
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "two", "i", force=False) as stage:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        staged(tmp_path / "two", Identity("i"), force=False) as stage,
+    ):
         stage.finish("", write_one()(stage.place()))
         stage._append({"complete": True})
         raise KeyboardInterrupt
@@ -386,7 +398,7 @@ def test_a_finished_output_is_recognised_after_a_kill(tmp_path: Path) -> None:
     shutil.rmtree(root / "files")  # as it is after the last rename
     shutil.copytree(root, tmp_path / "kept")
     calls: list[Place] = []
-    again = write_staged(out, "i", force=False, write=lambda place: calls.append(place))  # type: ignore[arg-type, return-value]
+    again = write_staged(out, Identity("i"), force=False, write=lambda place: calls.append(place))  # type: ignore[arg-type, return-value]
     assert again == made and not calls
     assert not root.exists() and out.is_dir()
     # The controls: another request, or another content, is not what was finished.
@@ -405,7 +417,7 @@ def test_signals_stop_a_command_and_its_children(tmp_path: Path, number: signal.
         import sys, click
         import bake.cli
         from pathlib import Path
-        from bake.artifact.staged import write_staged
+        from bake.artifact.staged import Identity, write_staged
         from bake.process import run_script
 
         def write(place):
@@ -417,7 +429,7 @@ def test_signals_stop_a_command_and_its_children(tmp_path: Path, number: signal.
 
         @click.command()
         def work():
-            write_staged(Path({str(tmp_path / "out")!r}), "i", force=False, write=write)
+            write_staged(Path({str(tmp_path / "out")!r}), Identity("i"), force=False, write=write)
 
         bake.cli.Commands.get_command = lambda *_: work
         bake.cli.main(["export"])
@@ -490,12 +502,48 @@ def test_identity_tells_files_apart_that_kept_their_times(tmp_path: Path) -> Non
     file = tmp_path / "base"
     file.write_text("one")
     about = file.stat()
-    first = identity_of(["fact"], [file])
-    assert identity_of(["fact"], [file]) == first
-    assert identity_of(["another"], [file]) != first
+    first = identity_of(["fact"], Stamps.of([file]))
+    assert identity_of(["fact"], Stamps.of([file])) == first
+    assert identity_of(["another"], Stamps.of([file])).digest != first.digest
     file.write_text("two")
     os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
-    assert identity_of(["fact"], [file]) != first
+    assert identity_of(["fact"], Stamps.of([file])).digest != first.digest
+    with pytest.raises(CheckpointError, match="changed while it was in use"):
+        first.read.check()
+
+
+def rewrite_keeping_times(file: Path) -> None:
+    about = file.stat()
+    file.write_text("two")
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
+def replace_by_another(file: Path) -> None:
+    other = file.with_name("other")
+    shutil.copy2(file, other)
+    other.rename(file)
+
+
+@pytest.mark.parametrize("change", [rewrite_keeping_times, replace_by_another, Path.unlink])
+def test_a_source_that_changes_during_the_run_is_no_source(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    out, file = tmp_path / "out", tmp_path / "base"
+    file.write_text("one")
+    identity = identity_of([], Stamps.of([file]))
+
+    def write(place: Place) -> Artifact:
+        change(file)
+        return write_one()(place)
+
+    with pytest.raises(CheckpointError, match="changed while it was in use") as refused:
+        write_staged(out, identity, force=False, write=write)
+    assert refused.value.exit_code == 4 and refused.value.where == str(file)
+    assert not out.exists() and not partial_of(out).exists()
+    # The control: what lies as it was lets the output appear.
+    file.write_text("one")
+    write_staged(out, identity_of([], Stamps.of([file])), force=False, write=write_one())
+    assert out.exists()
 
 
 def test_everything_is_on_disk_before_it_appears_and_the_name_after(

@@ -33,6 +33,7 @@ from bake.artifact.artifact import Artifact
 from bake.artifact.carrier import CARRIERS
 from bake.artifact.record import RECORD
 from bake.checkpoints.hashes import sha256_of
+from bake.checkpoints.source import Stamps
 from bake.checkpoints.writer import Finished
 from bake.errors import InputError, UsageError
 
@@ -117,18 +118,29 @@ def check_apart(out: Path, source: Path, **others: Path) -> None:
             )
 
 
-def identity_of(facts: Iterable[object], files: Iterable[Path]) -> str:
-    """Return a digest of all that decides an output's bytes.
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What an output is made of.
+
+    Attributes:
+        digest: of all that decides the output's bytes; a run is taken up by one that has the same.
+        read: the files that are read, which must be as they were when the output appears.
+    """
+
+    digest: str
+    read: Stamps = field(default_factory=Stamps)
+
+
+def identity_of(facts: Iterable[object], read: Stamps) -> Identity:
+    """Return what decides an output's bytes.
 
     Args:
         facts: JSON values.
-        files: what is read; they count by length and times, since hashing would take as long as
-            writing.
+        read: the files that are read; they count by length and times, since hashing would take as
+            long as writing.
     """
-    found = [path.stat() for path in files]
-    stamps = [[one.st_size, one.st_mtime_ns, one.st_ctime_ns] for one in found]
-    text = json.dumps([__version__, *facts, stamps], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps([__version__, *facts, list(read.found.values())], sort_keys=True)
+    return Identity(hashlib.sha256(text.encode()).hexdigest(), read)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -138,7 +150,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def write_staged(
-    out: Path, identity: str, *, force: bool, write: Callable[["Place"], Artifact]
+    out: Path, identity: Identity, *, force: bool, write: Callable[["Place"], Artifact]
 ) -> Artifact:
     """Write one artifact to ``out``, which appears when all of it is on disk.
 
@@ -160,7 +172,7 @@ def write_staged(
 
 
 @contextmanager
-def staged(out: Path, identity: str, *, force: bool) -> Iterator["Stage"]:
+def staged(out: Path, identity: Identity, *, force: bool) -> Iterator["Stage"]:
     """Yield a folder that becomes ``out`` by ``publish``, and goes when the block fails.
 
     Args:
@@ -200,7 +212,7 @@ class Stage:
         artifacts: what is complete, by the name of its folder here; ``""`` is the folder itself.
     """
 
-    def __init__(self, out: Path, identity: str, *, force: bool) -> None:
+    def __init__(self, out: Path, identity: Identity, *, force: bool) -> None:
         """Remember what to make; nothing is touched before ``begin``."""
         self.out, self._identity, self._force = out, identity, force
         self._target, self._root = out.resolve(), partial_of(out)
@@ -227,7 +239,7 @@ class Stage:
         self._journal.seek(0)
         raw = self._journal.readall()
         self._untouched = raw.count(b"\n") > 1 and self.folder.exists()
-        earlier = read_journal(raw, self._identity)
+        earlier = read_journal(raw, self._identity.digest)
         self._recover(complete=b'{"complete": true}\n' in raw)
         if earlier.complete and not self.folder.exists() and self._is_done(earlier.artifacts):
             self.artifacts = dict(earlier.artifacts)
@@ -264,11 +276,13 @@ class Stage:
 
         Raises:
             UsageError: something has appeared there that may not be replaced.
+            CheckpointError: a file that was read has changed.
         """
         if not self._published:
             for path in sorted(self.folder.rglob("*"), reverse=True):
                 _sync(path)
             _sync(self.folder)
+            self._identity.read.check()
             self._append({"complete": True})
             self._swap()
             self._published = True
@@ -362,7 +376,7 @@ class Stage:
             shutil.rmtree(self._root / _SCRATCH)
         self.folder.mkdir(exist_ok=True)
         self._journal.truncate(0)
-        self._append({"format": _FORMAT, "identity": self._identity})
+        self._append({"format": _FORMAT, "identity": self._identity.digest})
         for name, finished in earlier.files.items():
             if (self.folder / name).exists():
                 self.record(name, finished)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from urllib.parse import unquote, urlsplit
 
-from bake.artifact.frontmatter import body_of
+from bake.artifact.frontmatter import body_of, card_metadata
 from bake.artifact.names import CARD, Problem, problem_of
 from bake.cards import markdown
 from bake.cards.facts import Facts
@@ -22,6 +22,7 @@ from bake.cards.text import escape
 from bake.cards.view import view
 from bake.errors import InputError
 from bake.seal.scan import findings
+from bake.unseen import unseen
 
 _PLACES = re.compile(
     r"(?<![\w/:.\\-])/(?:home|Users|root|tmp|var|mnt|media|data|scratch|work|workspace|srv|opt|usr|"
@@ -44,6 +45,7 @@ def lint(text: str, facts: Facts) -> tuple[Problem, ...]:
     checks: tuple[Callable[[], Iterator[Problem]], ...] = (
         lambda: lint_metadata(text, facts),
         lambda: _first_line(body, facts),
+        lambda: _unseen(text),
         lambda: _private(text),
         lambda: _links(prose, facts),
         lambda: _tables(prose, facts),
@@ -65,6 +67,12 @@ def _first_line(body: str, facts: Facts) -> Iterator[Problem]:
         yield Problem(
             CARD, f"does not say in its first line that it is unverified: {facts.reason}", AGAIN
         )
+
+
+def _unseen(text: str) -> Iterator[Problem]:
+    """Report what shows a reader another text; YAML may spell it as an escape."""
+    for strange in (*unseen(text, "the text"), *unseen(card_metadata(text), "the metadata")):
+        yield Problem(CARD, strange, "remove the character")
 
 
 def _private(text: str) -> Iterator[Problem]:

@@ -108,7 +108,7 @@ def _licence(facts: Facts) -> Mapping[str, Any]:
     link = "LICENSE" if "LICENSE" in facts.names else None
     if facts.spec.licence is None and link is None and isinstance(stated, str):
         link = stated if stated.startswith("https://") and stated.isprintable() else None
-    named = {"license_name": found.name} if found.name is not None else {}
+    named = {"license_name": printable(found.name)} if found.name is not None else {}
     return {"license": "other", **named, **({"license_link": link} if link else {})}
 
 
@@ -117,7 +117,7 @@ def _inherited(facts: Facts) -> Mapping[str, Any]:
     stated, pipeline = facts.base_card.language, facts.base_card.pipeline_tag
     language = facts.spec.language or ((stated,) if isinstance(stated, str) else stated or ())
     return {
-        "pipeline_tag": pipeline if isinstance(pipeline, str) and pipeline else PIPELINE,
-        "language": list(language) or None,
+        "pipeline_tag": printable(pipeline) if isinstance(pipeline, str) and pipeline else PIPELINE,
+        "language": [printable(each) for each in language] or None,
         "datasets": list(facts.spec.datasets) or None,
     }

@@ -13,7 +13,7 @@ from bake.checkpoints.config import CONFIG
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
-from bake.checkpoints.source import ByteSource, LocalFiles, chunks
+from bake.checkpoints.source import ByteSource, LocalFiles, Stamps, chunks
 from bake.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -227,11 +227,9 @@ def _open_folder(path: Path, source: str, revision: str | None, *, complete: boo
         raise CheckpointError(f"{kind}; a checkpoint is a folder", where=source)
     path = path.resolve()
     listing = folder.read_listing(path)
-    for name in listing.side_files:
-        folder.regular_file(path, name)
+    side = [folder.regular_file(path, name) for name in listing.side_files]
     paths = {name: folder.regular_file(path, name) for name in listing.shards}
-    sizes = {name: found.stat().st_size for name, found in paths.items()}
-    files = LocalFiles(paths, sizes)
+    files = LocalFiles(paths, Stamps.of([*side, *paths.values()]))
     return _assemble(path, source, revision, listing, files, complete=complete)
 
 
@@ -259,6 +257,7 @@ def _assemble(
     tensors = check_closure(listing.weight_map, (info for _, infos in headers for info in infos))
     if not tensors:
         raise CheckpointError("holds no tensors", where=source)
+    _check_counts(config, len(tensors), f"{source}: {CONFIG}")
     return Checkpoint(
         path=path,
         source=source,
@@ -277,6 +276,31 @@ def _assemble(
         complete=complete,
         files=files,
     )
+
+
+def _check_counts(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Require that a configuration counts no more layers than there could be tensors.
+
+    What reads a configuration, a table as well as a class of transformers, makes as much as it
+    counts before it meets the first tensor that is missing.
+
+    Raises:
+        CheckpointError: naming the key.
+    """
+    most = 10_000 + tensors
+    for key, value in config.items():
+        for table in value if isinstance(value, list) else [value]:
+            if isinstance(table, Mapping):
+                _check_counts(table, tensors, where)
+        words = ("layer", "block", "depth", "expert", "n_head", "heads")
+        # Gemma 4's ``vocab_size_per_layer_input`` counts tokens.
+        counts = "size" not in key and any(word in key for word in words)
+        if counts and isinstance(value, int) and value > most:
+            raise CheckpointError(
+                f"{key} = {value}, and the checkpoint holds {tensors} tensors",
+                where=where,
+                fix="fetch config.json again",
+            )
 
 
 def _read_header(files: ByteSource, shard: str) -> tuple[str, tuple[TensorInfo, ...]]:

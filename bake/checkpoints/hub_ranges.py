@@ -14,6 +14,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined] # exported at 
 from bake import __version__
 from bake.checkpoints.hub_errors import translated
 from bake.checkpoints.hub_patience import patiently
+from bake.checkpoints.source import Stamps
 from bake.errors import CheckpointError, HubError
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
@@ -33,6 +34,11 @@ class HubFiles:
     repo: str
     commit: str
     _heads: dict[str, tuple[int, bytes]] = field(default_factory=dict, repr=False)
+
+    @property
+    def stamps(self) -> Stamps:
+        """Nothing of this machine is read."""
+        return Stamps()
 
     def size(self, file: str) -> int:
         """Return a file's length in bytes, and keep its first bytes for the header."""

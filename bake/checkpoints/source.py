@@ -1,8 +1,12 @@
-"""Where a checkpoint's bytes come from: a folder here, or (in ``hub``) the Hub by range."""
+"""Where a checkpoint's bytes come from: a folder here, or (in ``hub``) the Hub by range.
+
+What is read here must not change meanwhile: the output would be a mixture of two models. Every file
+is compared with what it was at first, at each time that it is opened, and once more at the end.
+"""
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +16,69 @@ from bake.errors import CheckpointError
 _CHUNK = 8 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Stamps:
+    """Files as they were when they were first looked at.
+
+    Attributes:
+        found: for each file its device, inode, length in bytes, and the times of the last change of
+            its content and of itself in nanoseconds. The last one cannot be set by a program, so
+            that a copy which keeps its times is told apart too.
+    """
+
+    found: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, paths: Iterable[Path]) -> "Stamps":
+        """Return the stamps of files as they are now."""
+        return cls({path: _stamp(path.stat()) for path in paths})
+
+    def __or__(self, other: "Stamps") -> "Stamps":
+        return Stamps({**self.found, **other.found})
+
+    def check(self) -> None:
+        """Require that no file has changed.
+
+        Raises:
+            CheckpointError: one has, or is gone.
+        """
+        for path in self.found:
+            try:
+                self.check_one(path, path.stat())
+            except FileNotFoundError as error:
+                raise _changed(path) from error
+
+    def check_one(self, path: Path, now: os.stat_result) -> None:
+        """Require that a file has not changed, whose status is given.
+
+        Raises:
+            CheckpointError: it has.
+        """
+        if _stamp(now) != self.found[path]:
+            raise _changed(path)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return found.st_dev, found.st_ino, found.st_size, *times
+
+
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "changed while it was in use",
+        where=str(path),
+        why="what is made of it would be a mixture of what it was and what it is",
+        fix="run the same command again when nothing writes there",
+    )
+
+
 class ByteSource(Protocol):
     """Random access to the files of one checkpoint."""
+
+    @property
+    def stamps(self) -> Stamps:
+        """What is read of this machine, as it was at first."""
+        ...
 
     def size(self, file: str) -> int:
         """Return a file's length in bytes."""
@@ -39,29 +104,24 @@ class LocalFiles:
 
     Attributes:
         paths: the checked path of each file, links resolved.
-        sizes: the length of each file when the checkpoint was opened.
+        stamps: of these files when the checkpoint was opened, and of what else belongs to it.
     """
 
     paths: Mapping[str, Path]
-    sizes: Mapping[str, int]
+    stamps: Stamps
 
     def size(self, file: str) -> int:
         """Return a file's length in bytes."""
-        return self.sizes[file]
+        return self.stamps.found[self.paths[file]][2]
 
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from offset ``start`` on.
 
         Raises:
-            CheckpointError: the file has changed its length since the checkpoint was opened.
+            CheckpointError: the file has changed since the checkpoint was opened.
         """
         with self.paths[file].open("rb", buffering=0) as handle:
-            found = os.fstat(handle.fileno()).st_size
-            if found != self.sizes[file]:
-                raise CheckpointError(
-                    f"changed while it was in use: it had {self.sizes[file]} bytes, now {found}",
-                    where=str(self.paths[file]),
-                )
+            self.stamps.check_one(self.paths[file], os.fstat(handle.fileno()))
             read_at(handle, start, buffer)
 
 
@@ -89,6 +149,11 @@ class Counted:
 
     origin: ByteSource
     count: int = 0
+
+    @property
+    def stamps(self) -> Stamps:
+        """What is read of this machine, as it was at first."""
+        return self.origin.stamps
 
     def size(self, file: str) -> int:
         """Return a file's length in bytes."""

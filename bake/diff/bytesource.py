@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bake.checkpoints.header import TensorInfo
-from bake.checkpoints.source import ByteSource, chunks
+from bake.checkpoints.source import ByteSource, Stamps, chunks
 
 
 @dataclass(slots=True)
@@ -25,6 +25,11 @@ class Spool:
     folder: Path
     _kept: dict[tuple[str, int], tuple[int, Path]] = field(default_factory=dict)
     """By file and first offset of a tensor: its end, and where its bytes are."""
+
+    @property
+    def stamps(self) -> Stamps:
+        """What is read of this machine, as it was at first."""
+        return self.origin.stamps
 
     def size(self, file: str) -> int:
         """Return a file's length in bytes."""

@@ -28,7 +28,7 @@ def merge_work(adapter: Path, base: Checkpoint) -> Work:
     def equal(one: str, two: str) -> bool:
         return len(set(same.record((one, two)).values())) == 1
 
-    skeleton = skeleton_of(base.config, base.tensors, equal, where=base.source)
+    skeleton = skeleton_of(base.config, base.tensors, equal)
     found = changes_of(skeleton, adapter, config)
     work = work_of(base, skeleton, found, str(adapter / WEIGHTS))
     if not work.items:

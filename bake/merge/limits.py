@@ -104,26 +104,3 @@ def at_most(tensors: int) -> Iterator[None]:
     """
     with _Counted(10_000 + 200 * tensors):
         yield
-
-
-def check_counts(config: Mapping[str, Any], tensors: int, where: str) -> None:
-    """Require that a configuration counts no more layers than there could be tensors.
-
-    Classes of configurations make lists as long as their counts, before a model is made.
-
-    Raises:
-        InputError: naming the key.
-    """
-    most = 10_000 + tensors
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            check_counts(value, tensors, where)
-        words = ("layer", "block", "depth", "expert", "n_head", "heads")
-        # Gemma 4's ``vocab_size_per_layer_input`` counts tokens.
-        counts = "size" not in key and any(word in key for word in words)
-        if counts and isinstance(value, int) and value > most:
-            raise InputError(
-                f"{key} = {value}, and the checkpoint holds {tensors} tensors",
-                where=where,
-                fix="fetch config.json again",
-            )

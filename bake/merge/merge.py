@@ -16,6 +16,7 @@ from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, NewCheckpoint, write_checkpoint
 from bake.checkpoints.adapter import FoundAdapter
 from bake.checkpoints.planned import PlannedModel
+from bake.checkpoints.source import Stamps
 from bake.merge.adapted import merge_work
 from bake.merge.adapter_config import read_config
 from bake.merge.beside import own_files
@@ -55,6 +56,7 @@ def merge_adapter(
         UsageError: ``out`` exists, overlaps the base or holds the adapter.
     """
     check_apart(out, base.path, adapter=adapter)
+    read = Stamps.of(path for path in sorted(adapter.glob("*")) if path.is_file())
     work = merge_work(adapter, base)
     config = read_config(adapter)
     digests = BaseDigests(base)
@@ -75,9 +77,8 @@ def merge_adapter(
         found = write_checkpoint(merged, place, closing=closing, progress=progress)
         return Artifact(KIND, out, found.files, found.bytes_written, found.bytes_edited)
 
-    shards = [base.file(shard) for shard in base.shards] if base.complete else []
     what = [KIND, str(base.path), tokenizer, provenance.to_json(), plan.to_json()]
-    identity = identity_of(what, shards)
+    identity = identity_of(what, base.files.stamps | read)
     return write_staged(out, identity, force=force, write=write)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bake.errors import CheckpointError, first_line
-from bake.merge.limits import at_most, check_counts
+from bake.merge.limits import at_most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +64,6 @@ def skeleton_of(
     config: Mapping[str, Any],
     names: Iterable[str],
     equal: Callable[[str, str], bool],
-    *,
-    where: str,
 ) -> Skeleton:
     """Return the model that transformers makes of a configuration and of tensors' names.
 
@@ -73,13 +71,12 @@ def skeleton_of(
         config: config.json, parsed.
         names: of the tensors in the files.
         equal: whether two of them hold the same bytes; asked of tied ones of which both are there.
-        where: the checkpoint, for messages.
 
     Raises:
         CheckpointError: transformers has no such class, or cannot make it.
     """
     held = tuple(names)
-    model = _on_meta(config, len(held), where)
+    model = _on_meta(config, len(held))
     renaming = _Names(model)
     disk: dict[str, str] = {}
     converted: dict[str, tuple[str, ...]] = {}
@@ -103,11 +100,10 @@ def _tied(model: nn.Module) -> Mapping[str, tuple[str, ...]]:
     return {key: tuple(keys) for keys in found.values() for key in keys}
 
 
-def _on_meta(config: Mapping[str, Any], tensors: int, where: str) -> "PreTrainedModel":
+def _on_meta(config: Mapping[str, Any], tensors: int) -> "PreTrainedModel":
     import transformers
     from transformers.utils import logging
 
-    check_counts(config, tensors, where)
     kind, named = config.get("model_type"), config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise CheckpointError(f"architectures = {named!r} names no single class", where=_WHERE)

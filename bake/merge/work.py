@@ -163,9 +163,7 @@ def _written(
 
 def _check_apart(work: Work, before: Skeleton, apart: Sequence[Sequence[str]], where: str) -> None:
     """Require that transformers will keep apart what was tied and is two tensors now, no more."""
-    after = skeleton_of(
-        work.result.config, work.result.tensors, lambda one, two: True, where=work.base.source
-    )
+    after = skeleton_of(work.result.config, work.result.tensors, lambda one, two: True)
     why = None
     for first, *others in apart:
         if any(key in after.tied[first] or key not in after.disk for key in others):

@@ -17,8 +17,9 @@ from bake.artifact.artifact import Artifact
 from bake.artifact.base import base_ref
 from bake.artifact.carrier import in_writing_order
 from bake.artifact.schema import ExportOptions, Provenance
-from bake.artifact.staged import Stage, check_apart, identity_of, staged
+from bake.artifact.staged import Identity, Stage, check_apart, identity_of, staged
 from bake.checkpoints.gguf.storage import storage_types
+from bake.checkpoints.source import Stamps
 from bake.outputs.export import CarrierRun, CarrierWriter, Export, options_record
 from bake.outputs.registry import prepare
 from bake.outputs.shared import SharedFactors
@@ -95,15 +96,12 @@ def _adapters(what: Export, names: Mapping[str, object]) -> bool:
     return "lora" in names or ("gguf-lora" in names and what.gguf is None)
 
 
-def _identity(what: Export, names: Sequence[str]) -> str:
-    """Return a digest of all that decides the output's bytes."""
+def _identity(what: Export, names: Sequence[str]) -> Identity:
     types = dict(storage_types(what.gguf_type, "gguf_type"))
     options = [sorted(what.allow), types, what.most_kl, what.outtype, what.rounding]
     base = [str(what.checkpoint.path), what.checkpoint.digest()]
     places = [None if path is None else str(path.resolve()) for path in (what.gguf, what.llama_cpp)]
     record = None if what.record is None else what.record.to_json()
     facts = [what.plan.digest, base, sorted(names), options, places, record]
-    read = [] if what.gguf is None else [what.gguf]
-    if what.checkpoint.complete:  # else it lies on the Hub, at a commit
-        read += [what.checkpoint.file(shard) for shard in what.checkpoint.shards]
-    return identity_of(facts, read)
+    read = Stamps.of([] if what.gguf is None else [what.gguf])
+    return identity_of(facts, what.checkpoint.files.stamps | read)

@@ -43,12 +43,10 @@ def local_path(folder: Path, text: str, where: str) -> Path:
     """Return the path that a text names, from a folder.
 
     Raises:
-        UsageError: it is no path: nothing, ``~name`` of nobody, or a null character.
+        UsageError: it is no path: nothing, or ``~name`` of nobody.
     """
     if not text:
         raise UsageError("a path is empty", where=where)
-    if "\0" in text:
-        raise UsageError(f"{text!r} is no path: it holds a null character", where=where)
     try:
         return folder / Path(text).expanduser()
     except RuntimeError as error:  # ~name of a user that does not exist

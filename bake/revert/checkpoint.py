@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bake.artifact.artifact import Artifact
 from bake.artifact.schema import Record
-from bake.artifact.staged import Place, check_apart, identity_of, write_staged
+from bake.artifact.staged import Identity, Place, check_apart, identity_of, write_staged
 from bake.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from bake.checkpoints.config import CONFIG
 from bake.checkpoints.hashes import Stated, sha256_of
@@ -309,12 +309,8 @@ def _culprit(plan: Restoration, name: str) -> str:
     return ""
 
 
-def _identity(plan: Restoration) -> str:
-    """Return a digest of all that decides the output's bytes."""
+def _identity(plan: Restoration) -> Identity:
     artifact, base = plan.artifact, plan.base
-    read = [artifact.file(name) for name in artifact.shards]
-    if base.revision is None:
-        read += [base.file(name) for name in base.shards]
     places = [base.source, base.revision, str(artifact.path)]
     facts = [KIND, *places, base.digest(), artifact.digest(), sorted(plan.edited)]
-    return identity_of(facts, read)
+    return identity_of(facts, artifact.files.stamps | base.files.stamps)

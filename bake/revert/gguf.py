@@ -185,8 +185,8 @@ def revert_gguf(
             _check(part, files[name], tally)
         return Artifact(KIND, out, files, sum(part.size for part in parts), plan.edited_bytes)
 
-    read = [part.path for part in (*parts, *plan.artifact.parts)]
-    facts = [KIND, [str(path.resolve()) for path in read], sorted(plan.edited)]
+    read = plan.base.files.stamps | plan.artifact.files.stamps
+    facts = [KIND, [str(path.resolve()) for path in read.found], sorted(plan.edited)]
     made = write_staged(out, identity_of(facts, read), force=force, write=write)
     return Reverted(
         path=out,

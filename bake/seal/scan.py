@@ -10,15 +10,17 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from bake.artifact.names import TEXT, Problem, problem_of
+from bake.artifact.names import IMAGES, Problem, problem_of
 from bake.checkpoints import strictjson
 from bake.checkpoints.folder import regular_file
+from bake.checkpoints.gguf.header import parse_header, text_of
 from bake.errors import InputError
 from bake.seal.weights import metadata
 
 MAX_FILE = 50_000_000_000
 MAX_TEXT = 64_000_000
 MAX_FILES = 1000
+_BINARY = IMAGES - {".svg"} | {".model", ".pdf"}
 
 # What pickles of the oldest protocol, which are text, import first.
 _MODULES = b"__builtin__|builtins|os|posix|nt|sys|subprocess|copy_reg|copyreg|torch|numpy|_codecs"
@@ -73,6 +75,7 @@ def _scan_file(folder: Path, name: str, *, paths: bool) -> Iterator[Problem]:
     if size > MAX_FILE:
         yield Problem(name, f"is {size:,} bytes long; the Hub takes {MAX_FILE:,}")
     if suffix == ".gguf":
+        yield from _scan_gguf(path, name, size, paths=paths)
         return
     if suffix == ".safetensors":
         # Their format is checked strictly, to the last byte; only the metadata is free text.
@@ -85,8 +88,22 @@ def _scan_file(folder: Path, name: str, *, paths: bool) -> Iterator[Problem]:
     if disguised is not None or zipfile.is_zipfile(path):
         yield Problem(name, disguised or "has a zip archive at its end", "remove it")
         return
-    if suffix in TEXT or suffix in ("", ".py", ".svg"):
-        yield from _scan_text(path, name, size, paths=paths)
+    if suffix in _BINARY:
+        # Images and vocabularies and documents carry texts of their own beside what they are for.
+        said = path.read_bytes().decode("ascii", errors="replace")
+        yield from findings(name, said, paths=paths, place="a text in it")
+        return
+    yield from _scan_text(path, name, size, paths=paths)
+
+
+def _scan_gguf(path: Path, name: str, size: int, *, paths: bool) -> Iterator[Problem]:
+    """Scan every text of the metadata; the vocabulary may hold any path, as tokenizer.json may."""
+    with path.open("rb") as file:
+        header = parse_header(file, shard=name, size=size)
+    for key, value in header.metadata.items():
+        allowed = paths or key.startswith("tokenizer.ggml.")
+        text = text_of(value, key, errors="replace")
+        yield from findings(name, text, paths=allowed, place=f"its key {key}")
 
 
 def _scan_text(path: Path, name: str, size: int, *, paths: bool) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ from bake.artifact.record import RECORD
 from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, open_checkpoint, strictjson
 from bake.checkpoints.folder import regular_file
+from bake.checkpoints.gguf import header as gguf
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
 from bake.errors import InputError
@@ -75,9 +76,9 @@ def _header_text(folder: Path, name: str) -> bytes:
 
 
 def _check_gguf(folder: Path, name: str) -> None:
-    with regular_file(folder, name).open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise InputError("does not begin as a GGUF file does", where=name)
+    path = regular_file(folder, name)
+    with path.open("rb") as file:
+        gguf.parse_header(file, shard=name, size=path.stat().st_size)
 
 
 def metadata(folder: Path, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from bake.checkpoints.gguf.header import GgufHeader, GgufTensor, parse_header
-from bake.checkpoints.source import LocalFiles, chunks
+from bake.checkpoints.source import LocalFiles, Stamps, chunks
 from bake.errors import CheckpointError, UsageError
 
 CONTROL_VECTORS = ("controlvector", "steeringvector")
@@ -123,8 +123,7 @@ def open_gguf(path: Path) -> Gguf:
             where=str(path),
         )
     paths = {part.path.name: part.path for part in parts}
-    sizes = {part.path.name: part.size for part in parts}
-    return Gguf(parts, tensors, LocalFiles(paths, sizes))
+    return Gguf(parts, tensors, LocalFiles(paths, Stamps.of(paths.values())))
 
 
 def _open_part(path: Path) -> GgufPart:

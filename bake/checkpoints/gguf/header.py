@@ -283,15 +283,20 @@ def _placed(
     return tuple(found.values())
 
 
-def text_of(value: GgufValue, key: str) -> str:
+def text_of(value: GgufValue, key: str, *, errors: str = "strict") -> str:
     """Return a value as text, the items of an array one after another.
 
+    Args:
+        value: of a key.
+        key: its name, for messages.
+        errors: what becomes of bytes that are no UTF-8, as ``bytes.decode`` names it.
+
     Raises:
-        CheckpointError: a string of it is no UTF-8.
+        CheckpointError: a string of it is no UTF-8, and ``errors`` is strict.
     """
     items = _items(value.raw) if value.value is None else [value.value]
     try:
-        return ", ".join(x.decode() if isinstance(x, bytes) else str(x) for x in items)
+        return ", ".join(x.decode(errors=errors) if isinstance(x, bytes) else str(x) for x in items)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{key} holds a string that is no UTF-8") from error
 
