@@ -118,7 +118,8 @@ class Fault:
 
     Actions: a status; ``drop`` (the connection ends before anything is done), ``lost`` (it is done
     and the reply never comes), ``corrupt`` (a byte of the reply flips), ``stall`` (no reply for
-    a while), ``echo`` (403 with the request's headers in the message), ``call`` (a function).
+    a while), ``drip`` (it comes byte by byte), ``form`` (it is another JSON than it should be),
+    ``echo`` (403 with the request's headers in the message), ``call`` (a function).
     """
 
     method: str
@@ -419,7 +420,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if action == "corrupt":
             data = data[:-1] + bytes([data[-1] ^ 1])
-        self.send(status, data, head)
+        if action == "form":
+            data = b'{"id": 5}'
+        self.send(status, data, head, pause=0.1 if action == "drip" else 0)
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -449,15 +452,21 @@ class Handler(BaseHTTPRequestHandler):
                 return 200, json.dumps(found).encode(), {"Content-Type": "application/json"}
         raise Refusal(404, f"no such call: {self.command} {self.where}")
 
-    def send(self, status: int, data: bytes, head: dict[str, str]) -> None:
+    def send(self, status: int, data: bytes, head: dict[str, str], pause: float = 0) -> None:
         self.entry.status = status
         self.send_response(status)
         head = {"Content-Length": str(len(data)), **head}
         for key, value in head.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and not pause:
             self.wfile.write(data)
+        for byte in data if pause else b"":
+            time.sleep(pause)
+            try:
+                self.wfile.write(bytes([byte]))
+            except OSError:  # whoever asked has gone
+                return
             self.entry.sent = len(data)
 
     def ranged(self, data: bytes, head: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:

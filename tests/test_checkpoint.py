@@ -171,7 +171,7 @@ class Spy:
     """A source of bytes that notes what was asked of it."""
 
     def __init__(self, files: Any) -> None:
-        self.files, self.asked = files, []
+        self.files, self.asked, self.stamps = files, [], files.stamps
 
     def size(self, file: str) -> int:
         return int(self.files.size(file))

@@ -190,6 +190,38 @@ def test_a_change_is_a_second_commit_of_what_changed(
     assert hub.repos["lab/change"].files() == files_of(out)
 
 
+def test_what_others_put_there_stays(xet: Worker, hub: HubServer, out: Path) -> None:
+    repo = "lab/others"
+    assert xet.push(out, repo).code == 0
+    held = hub.repos[repo]
+
+    def by_hand(**texts: str) -> None:
+        mine = {name: hub.keep(held, name, text.encode()) for name, text in texts.items()}
+        held.commit({**held.commits[held.branches["main"]], **mine}, "by hand")
+
+    by_hand(**{"about.md": "Mine."})
+    (out / "notes.md").write_text("More.")
+    second = xet.push(out, repo)
+    assert second.code == 0 and second.data["deleted"] == [], second.out
+    assert "kept, since bake did not put it there: about.md" in second.data["notes"]
+    assert hub.repos[repo].files() == {**files_of(out), "about.md": b"Mine."}
+    # What is published and what somebody put there have one name.
+    (out / "about.md").write_text("Not mine.")
+    (out / "SHA256SUMS").unlink()
+    taken = xet.push(out, repo)
+    assert taken.code == 5 and "about.md is on the Hub already" in taken.error
+    (out / "about.md").unlink()
+    (out / "SHA256SUMS").unlink()
+    # A card that somebody edited is replaced when that is said.
+    by_hand(**{"README.md": CARD + "\nMine.\n"})
+    for options in ((), ("--dry-run",)):
+        refused = xet.push(out, repo, *options)
+        assert refused.code == 5 and "README.md was edited on the Hub" in refused.error
+    assert hub.repos[repo].files()["README.md"].endswith(b"Mine.\n")
+    assert xet.push(out, repo, "--force-card").code == 0
+    assert hub.repos[repo].files() == {**files_of(out), "about.md": b"Mine."}
+
+
 def test_public_comes_last_and_when_asked(xet: Worker, hub: HubServer, out: Path) -> None:
     seen: list[tuple[bool, int, int]] = []
     repo = "alice/public"
@@ -542,6 +574,9 @@ FAILING: dict[str, tuple[str, str, Any, str]] = {
     "echo": ("POST", "/commit/", "echo", "no: <token>"),
     "gone": ("POST", "/commit/", 404, "alice/f-gone is not on the Hub"),
     "busy": ("POST", "/tag/", 409, ""),
+    "drip": ("GET", "whoami", "drip", "bytes of an answer in 0.5 s"),
+    "form": ("GET", "/tree/", "form", "is none that huggingface_hub reads: TypeError"),
+    "day": ("POST", "/preupload", 429, "asks to wait 86,400 s before the next request"),
 }
 
 
@@ -550,7 +585,7 @@ def test_what_lasts_is_one_clear_line(case: str, lfs: Worker, hub: HubServer, ou
     method, path, action, message = FAILING[case]
     repo = f"alice/f-{case}"
     forget(hub)
-    hub.fault(method, path, action, 100, Retry_After="7")
+    hub.fault(method, path, action, 100, Retry_After="86400" if case == "day" else "7")
     done = lfs.push(out, repo, "--timeout", "0.5")
     if case == "busy":  # the tag is there already: as good as made
         assert done.code == 0

@@ -23,7 +23,7 @@ from bake.artifact.artifact import Artifact
 from bake.artifact.base import base_ref
 from bake.artifact.schema import Provenance
 from bake.checkpoints import Checkpoint
-from bake.checkpoints.source import ByteSource
+from bake.checkpoints.source import ByteSource, Stamps
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
@@ -42,6 +42,10 @@ class Counting:
     inner: ByteSource
     checkpoint: Checkpoint
     read: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def stamps(self) -> Stamps:
+        return self.inner.stamps
 
     def size(self, shard: str) -> int:
         return self.inner.size(shard)

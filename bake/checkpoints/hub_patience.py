@@ -11,7 +11,8 @@ from bake.checkpoints.hub_errors import CLIENT_ERROR, RAISED, cause_of, retry_af
 T = TypeVar("T")
 
 _ATTEMPTS = 4
-_LONGEST_WAIT = 60.0
+LONGEST_WAIT = 60.0
+"""Seconds between two attempts, however many a server asks for."""
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -38,5 +39,5 @@ def _pause(error: BaseException, attempt: int) -> float | None:
     if status == 429:
         asked = retry_after(error)
         wait = float(asked) if asked.isdigit() else float(2**attempt)
-        return wait if wait <= _LONGEST_WAIT else None
+        return wait if wait <= LONGEST_WAIT else None
     return float(2**attempt) if status == 408 or (status >= 500 and status != 501) else None

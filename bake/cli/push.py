@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     help="Publish although the recipe's gate on side effects is not held.",
 )
 @click.option("--no-card", is_flag=True, help="Publish without README.md.")
+@click.option("--force-card", is_flag=True, help="Replace a card that was edited on the Hub.")
 @click.option(
     "--verify-download",
     is_flag=True,
@@ -76,6 +77,7 @@ def command(output: Output, out: Path, repo: str, **given: Any) -> None:
         download=given["verify_download"],
         key=given["key"],
         passphrase=passphrase_of(given["key"]),
+        force_card=given["force_card"],
         timeout=given["timeout"],
     )
     click.get_current_context().meta[KEPT] = lambda: (

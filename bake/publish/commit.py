@@ -11,7 +11,7 @@ from bake.checkpoints.hub_errors import RAISED, status_of
 from bake.checkpoints.hub_patience import patiently
 from bake.errors import HubError, InputError
 from bake.publish.hub import Hub
-from bake.publish.remote import differences, equal, own_tree
+from bake.publish.remote import differences, equal
 from bake.seal.manifest import FileEntry, Manifest, stamp
 
 _IN_MEMORY = 1 << 20  # shorter files are read once, checked and sent from memory
@@ -172,7 +172,7 @@ class GuardedCommit:
             head = str(patiently(lambda: hub.api.model_info(repo, revision=hub.to.revision).sha))
             if head == self.parent:
                 return None
-            tree = patiently(lambda: own_tree(hub.api, repo, head))
+            tree = patiently(lambda: hub.files(head))
         except RAISED:
             if status_of(error) is not None:
                 return None  # the Hub has answered: nothing was committed
@@ -215,7 +215,7 @@ def find_pull_request(hub: Hub, manifest: Manifest) -> Committed | None:
     refs = patiently(lambda: hub.api.list_repo_refs(repo, include_pull_requests=True))
     for ref in reversed((refs.pull_requests or [])[-20:]):
         commit, number = str(ref.target_commit), ref.ref.rpartition("/")[2]
-        tree = patiently(lambda commit=commit: own_tree(hub.api, repo, commit))  # type: ignore[misc]
+        tree = patiently(lambda commit=commit: hub.files(commit))  # type: ignore[misc]
         if not differences(tree, manifest):
             url = f"{hub.api.endpoint}/{repo}/discussions/{number}"
             return Committed(commit, url, (), ())

@@ -55,6 +55,14 @@ def explained(account: Account, doing: str) -> Iterator[None]:
         yield
     except RAISED as error:
         failure = explain(error, account, doing)
+    # What the client raises where it takes an answer apart that has another form.
+    except (AttributeError, LookupError, TypeError) as error:
+        failure = HubError(
+            f"the answer of {constants.ENDPOINT} is none that huggingface_hub reads: "
+            f"{type(error).__name__}",
+            where=f"while {doing}",
+            fix="check that HF_ENDPOINT is a Hub, and whether there is a newer huggingface_hub",
+        )
     else:
         return
     raise failure from None

@@ -30,12 +30,14 @@ class Hub:
         account: who it is.
         to: where it publishes.
         remark: called with what is being done.
+        kept: files of the repository that are not ours: no tree shows them.
     """
 
     api: HfApi
     account: Account
     to: Destination
     remark: Callable[[str], None]
+    kept: frozenset[str] = frozenset()
 
     def ask(self, doing: str, call: Callable[[], T]) -> T:
         """Return what an idempotent call returns.
@@ -56,7 +58,12 @@ class Hub:
         Raises:
             HubError: the Hub refuses or fails.
         """
-        return self.ask(doing, lambda: own_tree(self.api, self.to.repo, commit))
+        return self.ask(doing, lambda: self.files(commit))
+
+    def files(self, commit: str) -> dict[str, Stated]:
+        """Return the files of a commit by name; whatever the client raises is raised."""
+        tree = own_tree(self.api, self.to.repo, commit)
+        return {name: file for name, file in tree.items() if name not in self.kept}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class PushOptions:
         download: download everything again before the tag and the public view, and compare it.
         key: sign the artifact with this private key.
         passphrase: of an encrypted key.
+        force_card: replace a card that was edited on the Hub.
         timeout: seconds that the Hub may take for one answer; it gives a commit up after 60.
     """
 
@@ -27,4 +28,5 @@ class PushOptions:
     download: bool = False
     key: Path | None = None
     passphrase: bytes | None = field(default=None, repr=False)
+    force_card: bool = False
     timeout: float = 120.0

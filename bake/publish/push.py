@@ -38,6 +38,7 @@ from bake.publish.hub import (
     sign_in,
 )
 from bake.publish.options import PushOptions
+from bake.publish.others import keep_others
 from bake.publish.preflight import Terms, check_terms
 from bake.publish.prepare import Prepared, prepare_push
 from bake.publish.remote import differences
@@ -78,6 +79,9 @@ def push(
         ready = under_terms(hub, ready, options.terms)
         head = read_head(hub)
         check_head(head, hub.to)
+        hub, head, kept = keep_others(hub, head, ready.manifest, force_card=options.force_card)
+        if kept:
+            ready = _noted(ready, f"kept, since bake did not put it there: {', '.join(kept)}")
         if options.dry_run:
             pushed = _rehearsed(ready, hub, head)
         else:
