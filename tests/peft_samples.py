@@ -162,6 +162,13 @@ def _some(draw: random.Random, items: list[str], most: int) -> list[str]:
     return draw.sample(items, min(len(items), draw.randint(1, most)))
 
 
+def _tokens(draw: random.Random, tables: list[str]) -> list[int] | dict[str, list[int]]:
+    """Return some of the tokens that are run, for the embedding or by the tables' names."""
+    words = sorted({*TOKENS.flatten().tolist()})
+    by_name = {name: draw.sample(words, 4) for name in draw.sample(tables, min(len(tables), 2))}
+    return draw.choice([draw.sample(words, 3), draw.sample(words, 5), by_name])
+
+
 def options_of(base: Base, draw: random.Random) -> dict[str, Any]:
     """Return a random configuration of a LoRA."""
     paths = leaves(base.model)
@@ -195,6 +202,7 @@ def options_of(base: Base, draw: random.Random) -> dict[str, Any]:
         "ensure_weight_tying": True,
         "fan_in_fan_out": True,
         "init_lora_weights": draw.choice(["gaussian", "orthogonal"]),
+        "trainable_token_indices": _tokens(draw, tables),
     }
     for key in draw.sample(sorted(extras), draw.choice([0, 1, 1, 2, 3])):
         options[key] = extras[key]
@@ -290,12 +298,13 @@ def sample(seed: int, architecture: str, folder: Path) -> str:
 
     draw = random.Random(seed)
     base = base_of(architecture, draw.random() < 0.5, draw.choice(LAYOUTS), folder)
-    options = options_of(base, draw)
     adapter, out = folder / "adapter", folder / "out"
     drop(adapter)
     drop(out)
-    if trained(base, adapter, options, draw) is None:
-        return "not made"
+    # What PEFT refuses to make is drawn again: every sample is an adapter.
+    options = options_of(base, draw)
+    while trained(base, adapter, options, draw) is None:
+        options = options_of(base, draw)
     try:
         merge_adapter(adapter, open_checkpoint(base.path), out)
     except BakeError as error:

@@ -274,7 +274,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "another rank": ("llama", {}, {"r": 4}, "base and configuration make it"),
     "no rank": ("llama", {}, {"r": "three"}, "r = 'three' is no int"),
     "a broken pattern": ("llama", {}, {"rank_pattern": {"(": 3}}, "is no regular expression"),
-    "single rows": ("llama", {}, {"trainable_token_indices": [1]}, "with trainable_token_indices"),
 }
 
 

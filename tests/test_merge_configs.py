@@ -162,6 +162,16 @@ MERGED: dict[str, tuple[str, str, Config]] = {
         "0.14",
         {"target_modules": SEVEN, "init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
     ),
+    "single tokens": (
+        "llama",
+        "0.18",
+        {"target_modules": SEVEN, "trainable_token_indices": [9, 5]},
+    ),
+    "single tokens by name": (
+        "gpt2",
+        "0.18",
+        {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [33]}},
+    ),
     "orthogonal": (
         "llama",
         "0.21",
@@ -222,10 +232,13 @@ REFUSED: dict[str, tuple[Config, str]] = {
     ),
     "an initialisation to come": ({"init_lora_weights": "next"}, "init_lora_weights = 'next'"),
     "aLoRA": ({"alora_invocation_tokens": [27, 91]}, "alora_invocation_tokens"),
-    "single tokens": ({"trainable_token_indices": [39]}, "trainable_token_indices"),
-    "single tokens by name": (
-        {"trainable_token_indices": {"embed_tokens": [39]}},
-        "trainable_token_indices",
+    "single tokens that the file lacks": (
+        {"trainable_token_indices": [39]},
+        "embed_tokens.token_adapter.trainable_tokens_delta, and the file lacks it",
+    ),
+    "single tokens in no list": (
+        {"trainable_token_indices": {"embed_tokens": 39}},
+        "is no list of int or dict",
     ),
     "repeated blocks": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "Megatron": ({"megatron_config": {"hidden_size": 16}}, "megatron_config"),

@@ -4,7 +4,7 @@ What the keys mean for a model is PEFT's to say (``bake.merge.applied``). Here i
 more than a sum of base and factors, and what nobody can know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _MEANT = (
     *("lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "init_lora_weights"),
     *("target_modules", "exclude_modules", "target_parameters", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    "trainable_token_indices",
 )
 """Keys that PEFT is handed."""
 
@@ -40,7 +41,6 @@ _REFUSED = {
     "use_bdlora": "block-diagonal LoRA has another layout of factors",
     "alora_invocation_tokens": "an activated LoRA works on some tokens only",
     "layer_replication": "it repeats layers, and a checkpoint of the base has none to repeat",
-    "trainable_token_indices": "it replaces single rows of the embedding",
     "megatron_config": "its layers are Megatron's",
     "arrow_config": "it routes between several adapters",
     "kasa_config": "it cuts singular values off the base",
@@ -58,6 +58,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "layers_to_transform": (int, list),
     "rank_pattern": (dict,),
     "alpha_pattern": (dict,),
+    "trainable_token_indices": (list, dict),
     "init_lora_weights": (bool, str),
     "r": (int,),
     "lora_alpha": (int, float),
@@ -66,7 +67,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 _LISTS_OF: Mapping[str, type] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), str),
     **dict.fromkeys(("modules_to_save", "target_parameters"), str),
-    "layers_to_transform": int,
+    **dict.fromkeys(("layers_to_transform", "trainable_token_indices"), int),
 }
 
 
@@ -147,10 +148,11 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
             continue
         inner = _LISTS_OF.get(key)
         right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
-        if right and isinstance(value, list) and inner is not None:
-            right = all(isinstance(item, inner) for item in value)
+        if right and inner is not None:
+            right = all(type(item) is inner for item in _items(value))
         if not right:
-            names = " or ".join(kind.__name__ for kind in types)
+            of = "" if inner is None else f" of {inner.__name__}"
+            names = " or ".join(f"{k.__name__}{of * (k is list)}" for k in types)
             raise InputError(
                 f"{key} = {value!r} is no {names}",
                 where=where,
@@ -159,6 +161,15 @@ def _check_types(config: Mapping[str, Any], where: str) -> None:
         # A lone surrogate is text that no file can hold, the record of a merge neither.
         if not str(value).isascii() and "\\ud" in ascii(value):
             raise InputError(f"{key} = {value!a} is no Unicode text", where=where)
+
+
+def _items(value: Any) -> Iterator[Any]:
+    """Yield what a list holds, or what the lists of a mapping hold; None for what is no list."""
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from part if isinstance(part, list) else (None,)
+    elif isinstance(value, list):
+        yield from value
 
 
 def _check_init(config: Mapping[str, Any], where: str) -> None:

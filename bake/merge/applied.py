@@ -16,12 +16,18 @@ from torch import Tensor
 from bake.errors import InputError
 from bake.merge.adapter_config import CONFIG, WEIGHTS
 from bake.merge.change import Change, Factors, Lengths
-from bake.merge.layers import bias_of, factors_of, lengths_of
+from bake.merge.layers import bias_of, factors_of, lengths_of, rows_of
 from bake.merge.limits import check_patterns
-from bake.merge.reads import check_reads, taken_apart
+from bake.merge.reads import check_reads, check_table, taken_apart
 from bake.merge.skeleton import Skeleton
 from bake.merge.spots import Spot, spots_of
-from bake.merge.wrapping import NAME, check_complete, load_into, wrapped_by
+from bake.merge.wrapping import (
+    NAME,
+    check_complete,
+    check_tokens,
+    load_into,
+    wrapped_by,
+)
 
 
 def changes_of(skeleton: Skeleton, folder: Path, config: Mapping[str, Any]) -> Mapping[str, Change]:
@@ -42,6 +48,7 @@ def changes_of(skeleton: Skeleton, folder: Path, config: Mapping[str, Any]) -> M
     base = {id(value) for value in model.state_dict(keep_vars=True).values()}
     readers = {path: reader for path in paths if (reader := taken_apart(model, path))}
     wrapped = wrapped_by(model, folder, config)
+    check_tokens(wrapped, str(folder / CONFIG))
     before = {spot.key: id(spot.value) for spot in spots_of(wrapped.base_model.model, where)}
     load_into(wrapped, folder)
     wrapped.requires_grad_(False)
@@ -65,11 +72,14 @@ def changes_of(skeleton: Skeleton, folder: Path, config: Mapping[str, Any]) -> M
 
 
 def _check_tied(found: Mapping[str, Change], before: Mapping[str, int], where: str) -> None:
-    """Require that tied layers have the same factors: PEFT loads both into one place."""
+    """Require that tied layers have the same factors: PEFT loads both into one place.
+
+    What scales them is each layer's own: alpha, rank and DoRA's magnitudes.
+    """
     first: dict[int, str] = {}
     for key, change in found.items():
         other = first.setdefault(before[key], key)
-        if not change.equals(found[other]):
+        if not change.same_factors(found[other]):
             raise InputError(
                 f"ensure_weight_tying is set, and the factors of {key} and {other} differ",
                 where=where,
@@ -110,6 +120,7 @@ def _named(change: Change) -> Iterator[tuple[str, Tensor | None]]:
         yield ": a factor", part.left
         yield ": a factor", part.right
     yield ": a bias", change.offset
+    yield ": a row", None if change.rows is None else change.rows.values
 
 
 def _change(spot: Spot, whole: Tensor | None, where: str) -> Change:
@@ -123,4 +134,8 @@ def _change(spot: Spot, whole: Tensor | None, where: str) -> Change:
         check_reads(layer, spot.key, where)
         factors.append(factors_of(layer))
         lengths = lengths_of(layer, spot.key, where)
-    return Change(whole, tuple(factors), offset, lengths)
+    rows = None
+    if spot.tokens is not None:
+        check_table(spot.tokens, spot.key, where)
+        rows = rows_of(spot.tokens)
+    return Change(whole, rows, tuple(factors), offset, lengths)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bake.tiles import spans
@@ -56,17 +56,32 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Single rows that stand in for the base's: ``peft/tuners/trainable_tokens/layer.py``."""
+
+    indices: Int[Tensor, " k"]
+    values: Float[Tensor, "k n"]
+
+    def put(self, into: Float[Tensor, "rows n"], start: int, stop: int) -> None:
+        """Write those between ``start`` and ``stop`` into these rows of the parameter."""
+        inside = (self.indices >= start) & (self.indices < stop)
+        into[self.indices[inside] - start] = self.values[inside].to(into.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Change:
     """What becomes of one parameter.
 
     Attributes:
         whole: stands in for the base's values; None where these stay.
+        rows: what some of the rows are, before anything is added; None where none are.
         factors: what is added.
         offset: what is added to a vector; None where nothing is.
         lengths: what the sum is scaled to; None where it is not.
     """
 
     whole: Float[Tensor, "..."] | None = None
+    rows: Rows | None = None
     factors: tuple[Factors, ...] = ()
     offset: Float[Tensor, " n"] | None = None
     lengths: Lengths | None = None
@@ -74,7 +89,8 @@ class Change:
     @property
     def changes(self) -> bool:
         """Whether anything becomes of it."""
-        return self.whole is not None or bool(self.factors) or self.offset is not None
+        parts = (self.whole, self.offset, self.rows)
+        return bool(self.factors) or any(part is not None for part in parts)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -87,6 +103,8 @@ class Change:
             (self.whole, other.whole),
             (self.offset, other.offset),
             (_values(self.lengths), _values(other.lengths)),
+            (_values(self.rows), _values(other.rows)),
+            (_indices(self.rows), _indices(other.rows)),
         )
         return (
             all(_equal(one, two) for one, two in pairs)
@@ -94,11 +112,20 @@ class Change:
             and all(one.equals(two) for one, two in zip(self.factors, other.factors, strict=True))
         )
 
+    def same_factors(self, other: "Change") -> bool:
+        """Whether the factors of both are the same numbers, whatever these are scaled by."""
+        pairs = zip(self.factors, other.factors, strict=False)
+        same = all(
+            torch.equal(one.left, two.left) and torch.equal(one.right, two.right)
+            for one, two in pairs
+        )
+        return same and len(self.factors) == len(other.factors)
+
     def part(self, index: int, start: int, stop: int) -> "Change":
         """Return what becomes of some rows of one of the matrices that the parameter stacks."""
-        assert self.offset is None and self.lengths is None
+        assert self.offset is None and self.lengths is None and self.rows is None
         whole = None if self.whole is None else self.whole[index, start:stop]
-        return Change(whole, tuple(part.part(index, start, stop) for part in self.factors))
+        return Change(whole, None, tuple(p.part(index, start, stop) for p in self.factors))
 
     def tiles(self, read: ReadRows, shape: tuple[int, ...]) -> Iterator[Float[Tensor, "rows ..."]]:
         """Yield the parameter, in float64 and by rows, from the first to the last.
@@ -123,6 +150,8 @@ class Change:
     def _sum(self, read: ReadRows, start: int, stop: int) -> Tensor:
         rows = read(start, stop) if self.whole is None else self.whole[start:stop]
         total = rows.to(torch.float64, copy=True)
+        if self.rows is not None:
+            self.rows.put(total, start, stop)
         for part in self.factors:
             total += part.rows(start, stop).reshape(total.shape)
         if self.offset is not None:
@@ -157,8 +186,12 @@ def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     yield from spans((shape[0] if shape else 1, width))
 
 
-def _values(lengths: Lengths | None) -> Tensor | None:
-    return None if lengths is None else lengths.values
+def _values(part: Lengths | Rows | None) -> Tensor | None:
+    return None if part is None else part.values
+
+
+def _indices(rows: Rows | None) -> Tensor | None:
+    return None if rows is None else rows.indices
 
 
 def _equal(one: Tensor | None, two: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bake.errors import InputError
-from bake.merge.change import Factors, Lengths
+from bake.merge.change import Factors, Lengths, Rows
 from bake.merge.wrapping import NAME
 
 
@@ -69,6 +69,11 @@ def factors_of(layer: Any) -> Factors:
     return _KINDS[type(layer).__name__](layer)
 
 
+def rows_of(layer: Any) -> Rows:
+    """Return the single rows that one of PEFT's layers puts in the place of a table's."""
+    return Rows(torch.tensor(layer.token_indices[NAME]), layer.trainable_tokens_delta[NAME])
+
+
 def bias_of(layer: Any) -> Tensor:
     """Return what one of PEFT's layers adds to its bias: the bias of B, scaled."""
     found: Tensor = layer.lora_B[NAME].bias.to(torch.float64) * layer.scaling[NAME]
@@ -81,7 +86,8 @@ def lengths_of(layer: Any, key: str, where: str) -> Lengths | None:
     if variant is None:
         return None
     name = type(variant).__name__
-    if name not in _DORA or layer.lora_bias[NAME] or _embed_scale(layer) is not None:
+    inner = type(layer.base_layer).__name__ == "TrainableTokensWrapper"
+    if name not in _DORA or layer.lora_bias[NAME] or _embed_scale(layer) is not None or inner:
         raise InputError(
             f"{key} is adapted by {name.removesuffix('Variant')}, which is no sum of base and "
             "factors" + (" here" if name in _DORA else ""),

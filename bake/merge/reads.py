@@ -42,7 +42,7 @@ def check_reads(layer: Any, key: str, where: str) -> None:
     Raises:
         InputError: the layer computes something of its own.
     """
-    own = layer.get_base_layer()
+    own = _own(layer)
     if type(layer).__name__ == "ParamWrapper":
         return  # it stands in for the parameter itself
     if type(layer).__name__ in ("Linear", "Embedding"):
@@ -56,6 +56,37 @@ def check_reads(layer: Any, key: str, where: str) -> None:
             why="the layer computes something of its own, and its factors beside it do not",
             fix=f"train again without {key.rpartition('.')[0].rpartition('.')[2]} in "
             "target_modules, or use the adapter with PEFT",
+        )
+
+
+def _own(layer: Any) -> Any:
+    """Return the model's own layer inside PEFT's, between which may be one for single rows."""
+    from peft.utils import TrainableTokensWrapper
+
+    found = layer.get_base_layer()
+    return found.original_module if isinstance(found, TrainableTokensWrapper) else found
+
+
+def check_table(layer: Any, key: str, where: str) -> None:
+    """Require that PEFT's single rows in a table, or a head, are what it computes when merged.
+
+    Args:
+        layer: PEFT's, around the model's own.
+        key: the parameter that it is for.
+        where: the file, for messages.
+
+    Raises:
+        InputError: the layer computes more than what PEFT puts in its place.
+    """
+    own = layer.get_base_layer()
+    # ``peft/tuners/trainable_tokens/layer.py: forward_adapters`` multiplies without the bias.
+    if getattr(own, "bias", None) is not None or not is_plain(own):
+        raise InputError(
+            f"trainable_token_indices replaces rows of {key}, whose layer is a {type(own).__name__}"
+            + (" with a bias" if getattr(own, "bias", None) is not None else ""),
+            where=where,
+            why="PEFT runs the rows alone, and leaves out what else the layer computes",
+            fix="train with modules_to_save in its place",
         )
 
 

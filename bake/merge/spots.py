@@ -1,7 +1,7 @@
 """The parameters that a wrapped model computes with, each with PEFT's layers for it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,8 @@ class Spot:
     value: Tensor
     layers: tuple[Any, ...]
     """PEFT's layers for it, the outer ones first."""
+    tokens: Any = None
+    """PEFT's layer that puts single rows in its place, or None."""
 
 
 _NONE: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
@@ -29,8 +31,11 @@ def spots_of(
 ) -> Iterator[Spot]:
     """Yield every parameter that runs, by the path that it has without PEFT."""
     from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
+    if isinstance(module, TrainableTokensWrapper):
+        yield from _with_tokens(module.token_adapter, where, path, layers)
+        return
     if isinstance(module, ModulesToSaveWrapper):
         yield from spots_of(module.modules_to_save[NAME], where, path, layers)
         return
@@ -43,6 +48,24 @@ def spots_of(
     for name, child in module._modules.items():
         if child is not None:
             yield from spots_of(child, where, f"{path}.{name}" if path else name)
+
+
+def _with_tokens(
+    layer: Any, where: str, path: str, layers: Mapping[str, tuple[Any, ...]]
+) -> Iterator[Spot]:
+    """Yield the parameters of a table, or a head, of which single rows are other ones.
+
+    ``layers`` are around it, so that their factors are added to these rows as well.
+    """
+    if not isinstance(layer.base_layer, nn.Embedding | nn.Linear):
+        raise InputError(
+            f"trainable_token_indices replaces rows of {path}, for which the adapter has more",
+            where=where,
+            why="PEFT cannot run both on one layer (of a tied pair the head has the rows too)",
+            fix="train again with one of the two",
+        )
+    for spot in spots_of(layer.base_layer, where, path, layers):
+        yield replace(spot, tokens=layer) if spot.key == f"{path}.weight" else spot
 
 
 def _own(

@@ -5,7 +5,7 @@ Nothing of the file may be left, and nothing that the configuration asks for may
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ def load_into(wrapped: Any, folder: Path) -> None:
                 f"PEFT does not load this adapter into the base: {_one_line(error)}", where=where
             ) from error
     left = [key.replace(f".{NAME}.", ".") for key in result.unexpected_keys]
-    left = [name for name in left if not _doubled(name, folder)]
+    held = wrapped.state_dict()
+    left = [name for name in left if not _doubled(name, folder, held)]
     if left:
         raise InputError(
             f"PEFT would not load {left[0]}"
@@ -80,14 +81,31 @@ def load_into(wrapped: Any, folder: Path) -> None:
         )
 
 
-def _doubled(name: str, folder: Path) -> bool:
-    """Whether a tensor is there a second time, as old versions stored saved modules."""
+def _doubled(name: str, folder: Path, held: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is there a second time.
+
+    Old versions stored saved modules so, and new ones the rows of a tied head.
+
+    Args:
+        name: of one that PEFT has not loaded.
+        folder: of the adapter.
+        held: what PEFT has loaded, by its name there.
+    """
     from safetensors import safe_open
 
-    other = name.replace(".modules_to_save.", ".")
     with safe_open(folder / WEIGHTS, framework="pt") as file:
-        there = other != name and {name, other} <= set(file.keys())
-        return there and torch.equal(file.get_tensor(name), file.get_tensor(other))
+        if name not in file.keys():
+            return False
+        value = file.get_tensor(name)
+    others = (held.get(key) for key in (f"{name}.{NAME}", _saved(name)))
+    return any(
+        other is not None and not other.is_meta and torch.equal(value, other) for other in others
+    )
+
+
+def _saved(name: str) -> str:
+    """Return where PEFT holds a tensor of a saved module that is named as old versions did."""
+    return name.replace(".modules_to_save.", f".modules_to_save.{NAME}.")
 
 
 def _assign(wrapped: Any, where: str, state: Mapping[str, Tensor], *, strict: bool) -> Any:
@@ -97,24 +115,21 @@ def _assign(wrapped: Any, where: str, state: Mapping[str, Tensor], *, strict: bo
         InputError: a tensor has another shape than PEFT's layers have around this base.
     """
     held = wrapped.state_dict()
-    tables = {f"{_PREFIX}{name}.weight" for name in _tables(wrapped.base_model.model)}
     for key, value in state.items():
         if key not in held or held[key].shape == value.shape:
             continue
         have, want = list(value.shape), list(held[key].shape)
         name = key.replace(f".{NAME}.", ".")
         what = f"{name} has the shape {have}, and base and configuration make it {want}"
-        bare = key.replace(".modules_to_save.default", "").replace(".base_layer", "")
-        if bare in tables and have[1:] == want[1:]:
+        size = _resized(wrapped, key, have, want)
+        if size is not None:
             raise InputError(
                 what,
                 where=where,
                 why="the vocabulary was resized before training, and PEFT loads such an adapter "
-                "into a base that was resized in the same way",
-                fix='python -c "from transformers import AutoModelForCausalLM as M; '
-                "m = M.from_pretrained('BASE', dtype='auto'); "
-                f"m.resize_token_embeddings({have[0]}); m.save_pretrained('./resized')\", then "
-                "merge into ./resized",
+                "into a base that was resized in the same way; rows that are in no file start anew "
+                "in both",
+                fix=_resizing(wrapped, size),
             )
         raise InputError(
             what,
@@ -125,12 +140,61 @@ def _assign(wrapped: Any, where: str, state: Mapping[str, Tensor], *, strict: bo
     return type(wrapped).load_state_dict(wrapped, state, strict=strict, assign=True)
 
 
-def _tables(model: Any) -> Iterator[str]:
-    """Yield the paths of embedding and head, without PEFT's wrappers."""
-    found = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(module is table for table in found if table is not None):
-            yield path.replace(".modules_to_save.default", "").replace(".base_layer", "")
+def check_tokens(wrapped: Any, where: str) -> None:
+    """Require that every row that ``trainable_token_indices`` names is there, and named once.
+
+    PEFT finds out at work, and not on a skeleton.
+    """
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for path, layer in wrapped.named_modules():
+        if not isinstance(layer, TrainableTokensLayer):
+            continue
+        named, count = layer.token_indices[NAME], layer.get_base_layer().weight.shape[0]
+        place = path.removeprefix(_PREFIX).removesuffix(".token_adapter")
+        outside = [index for index in named if not 0 <= index < count]
+        if outside:
+            raise InputError(
+                f"trainable_token_indices names row {outside[0]} of {place}, which has {count}",
+                where=where,
+                why="the vocabulary was resized before training" if max(named) >= count else None,
+                fix=_resizing(wrapped, max(named) + 1) if min(named) >= 0 else None,
+            )
+        if len(set(named)) < len(named):
+            raise InputError(
+                f"trainable_token_indices names a row of {place} twice",
+                where=where,
+                why="PEFT would put one value over the other",
+                fix="name it once, and store one row for it",
+            )
+
+
+def _resized(wrapped: Any, key: str, have: Sequence[int], want: Sequence[int]) -> int | None:
+    """Return the size of the vocabulary that a tensor of embedding or head is for, or None."""
+    model = wrapped.base_model.model
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        paths = (
+            p for p, module in wrapped.named_modules(remove_duplicate=False) if module is table
+        )
+        if table is None or not any(key.startswith(f"{path}.") for path in paths):
+            continue
+        rows = table.weight.shape[0]
+        pairs = list(zip(have, want, strict=False))
+        other = [new for new, old in pairs if new != old]
+        if len(have) == len(want) and len(other) == 1 and (other[0], rows) in pairs:
+            return other[0]
+    return None
+
+
+def _resizing(wrapped: Any, size: int) -> str:
+    """Return how the base is resized."""
+    kind = type(wrapped.base_model.model).__name__
+    return (
+        f'python -c "from transformers import {kind} as M; '
+        f"m = M.from_pretrained('BASE', dtype='auto'); "
+        f"m.resize_token_embeddings({size}); m.save_pretrained('./resized')\", then "
+        "merge into ./resized"
+    )
 
 
 def check_complete(wrapped: Any, base: set[int], where: str) -> None:
