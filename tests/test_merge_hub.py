@@ -12,7 +12,7 @@ from hub_server import HubServer
 from published import Worker, hub_with, worker_at
 from test_merge import trained
 
-STYLE = "alice/style"
+STYLE, PLAIN = "alice/style", "alice/plain"
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,8 @@ def hub(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubSer
     files["last/one/optimizer.bin"] = b"0" * 100
     with hub_with(base.path) as state:
         state.add_repo(STYLE, files, private=False)
+        plain = {name.rpartition("/")[2]: files[name] for name in files if "last/one/ad" in name}
+        state.add_repo(PLAIN, plain, private=False)
         yield state
 
 
@@ -63,6 +65,24 @@ def test_a_folder_of_a_repository(
     done = worker.run("verify", out, "--generate", "0", "--no-plots", "-q")
     assert done.code == 0, done.out
     assert not any("optimizer.bin" in request.path for request in hub.log)
+
+
+def test_it_is_compared_as_one_here_is(worker: Worker, hub: HubServer, base: Base) -> None:
+    """``bake diff`` reads every adapter that a merge does, wherever it is."""
+    names = ("q_proj", "down_proj")
+    for source in (f"{STYLE}/last/one", f"hf://{STYLE}/last/one@main", PLAIN, f"hf://{PLAIN}"):
+        done = worker.run("diff", base.path, source)
+        assert done.code == 0, done.err
+        assert done.data["adapter"] is True
+        repo = PLAIN if PLAIN in source else STYLE
+        place = source.removeprefix("hf://").partition("@")[0]
+        assert done.data["out"] == f"{place}@{hub.repos[repo].branches['main']}"
+        changed = {row["name"] for row in done.data["tensors"]["changed"]}
+        assert len(changed) == 6 and all(name.split(".")[-2] in names for name in changed)
+    # The base that a configuration names is a place of the machine that trained it, or none.
+    assert worker.run("diff", f"{STYLE}/last").code == 4
+    done = worker.run("diff", PLAIN, base.path)
+    assert done.code == 2 and "name it as the second of the two" in " ".join(done.out.split())
 
 
 def test_a_repository_whose_folders_hold_adapters(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_merge_kinds import check, make
 
 from bake.checkpoints import open_checkpoint
+from bake.checkpoints.adapter import FoundAdapter
 from bake.diff.adapter import adapted
 from bake.diff.sources import open_model
 from bake.errors import InputError
@@ -162,7 +163,7 @@ def test_they_are_verified_and_compared(
     for streamed in (False, True):
         assert judged(Verification(out, streamed=streamed, generate=0)).passed
     table = "model.embed_tokens.weight"
-    weights = adapted(str(adapter), open_model(str(base.path), tmp_path))
+    weights = adapted(FoundAdapter(adapter), open_model(str(base.path), tmp_path))
     found = weights.values(table, weights.rows(table, 0, 40))
     stored = load_file(out / "model.safetensors")
     assert torch.equal(found.float(), stored[table])

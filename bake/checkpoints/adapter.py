@@ -35,6 +35,10 @@ class FoundAdapter:
     repo: str | None = None
     commit: str | None = None
 
+    def __str__(self) -> str:
+        """How it is named: its place here, or on the Hub with its commit."""
+        return str(self.folder) if self.repo is None else f"{self.repo}@{self.commit}"
+
 
 def find_adapter(source: str | Path) -> FoundAdapter:
     """Return an adapter, fetched from the Hub where the text names no folder here.

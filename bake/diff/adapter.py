@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from bake.artifact.record import RECORD
+from bake.checkpoints.adapter import FoundAdapter
 from bake.diff.sources import Model, base_of
 from bake.diff.weights import Stored, Weights
 from bake.errors import UsageError
@@ -80,26 +80,25 @@ class AdaptedWeights(Weights):
         self.base.keep(self.sources[name])
 
 
-def base_of_adapter(source: str) -> str:
+def base_of_adapter(found: FoundAdapter) -> str:
     """Return the base that an adapter's record names, or its own config where it has no record.
 
     Raises:
         InputError: the adapter or its record is malformed.
         UsageError: neither names a base, or it has moved.
     """
-    folder = Path(source).expanduser()
-    record = folder / RECORD
+    record = found.folder / RECORD
     if record.is_file():
-        return base_of(source, record, folder.resolve())
-    named = read_config(folder).get("base_model_name_or_path")
-    return named if isinstance(named, str) and named else base_of(source, None, None)
+        return base_of(str(found), record, None if found.repo else found.folder.resolve())
+    named = read_config(found.folder).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else base_of(str(found), None, None)
 
 
-def adapted(source: str, base: Model) -> AdaptedWeights:
+def adapted(found: FoundAdapter, base: Model) -> AdaptedWeights:
     """Return what an adapter makes of its base.
 
     Args:
-        source: the adapter's folder.
+        found: the adapter.
         base: a checkpoint.
 
     Raises:
@@ -108,7 +107,7 @@ def adapted(source: str, base: Model) -> AdaptedWeights:
     """
     if base.checkpoint is None:
         raise UsageError(
-            f"{source} is an adapter, and {base.label} is a GGUF file",
+            f"{found} is an adapter, and {base.label} is a GGUF file",
             fix="name the checkpoint that the GGUF file was made from",
         )
-    return AdaptedWeights(base.weights, merge_work(Path(source).expanduser(), base.checkpoint))
+    return AdaptedWeights(base.weights, merge_work(found.folder, base.checkpoint))

@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.artifact.record import RECORD
+from bake.checkpoints.adapter import FoundAdapter
 from bake.diff.adapter import adapted, base_of_adapter
 from bake.diff.change import Change, measure, same_bytes
 from bake.diff.files import KeyChange, config_changes, file_changes, metadata_changes
 from bake.diff.record import Claims, edit_directions, read_claims
 from bake.diff.report import Diff, Reshaped
 from bake.diff.roles import Roles, gguf_roles, natural, roles_of
-from bake.diff.sources import Model, base_of, is_adapter, open_model
+from bake.diff.sources import Model, base_of, open_model, open_out
 from bake.diff.subspace import Subspace, given_cosines, leaks_of, subspaces
 from bake.diff.verdict import violations
 from bake.diff.weights import Weights
@@ -57,8 +58,8 @@ def diff(
 
     Args:
         out: a folder, a Hub id (``owner/name``, ``owner/name@revision``, also after ``hf://``) or
-            a GGUF file.
-        base: the same; the base that ``out`` names in its record when None.
+            a GGUF file; of an adapter also ``owner/name/folder``.
+        base: the same, and no adapter; the base that ``out`` names in its record when None.
         family: the family's table; the one that fits the base when None.
         most_rank: the largest rank of a change to tell from a larger one.
         ranks: whether to measure ranks and subspaces at all.
@@ -73,10 +74,10 @@ def diff(
     """
     with tempfile.TemporaryDirectory(prefix="bake-diff-") as folder:
         scratch = Path(folder)
-        if is_adapter(out):
-            before = open_model(base_of_adapter(out) if base is None else base, scratch)
-            return _diff_adapter(out, before, family, most_rank if ranks else None, given or {})
-        after = open_model(out, scratch)
+        after = open_out(out, scratch)
+        if isinstance(after, FoundAdapter):
+            before = open_model(base_of_adapter(after) if base is None else base, scratch)
+            return _diff_adapter(after, before, family, most_rank if ranks else None, given or {})
         if base is None:
             base = base_of(out, after.small_file(RECORD), after.folder)
         before = open_model(base, scratch)
@@ -97,7 +98,7 @@ def diff(
 
 
 def _diff_adapter(
-    out: str,
+    adapter: FoundAdapter,
     base: Model,
     family: Family | None,
     most: int | None,
@@ -105,7 +106,7 @@ def _diff_adapter(
 ) -> Diff:
     """Return what an adapter adds to its base: nothing is stored, so nothing is compared."""
     roles, _ = _roles(base, family)
-    weights = adapted(out, base)
+    weights = adapted(adapter, base)
     found = _Walk()
     for name, source in weights.sources.items():
         weights.keep(name)
@@ -114,7 +115,7 @@ def _diff_adapter(
             replace(change, dtypes=(change.dtypes[0], change.dtypes[0]))
             for change in measure(base.weights, weights, source, name, most=most)
         )
-    made = replace(_assemble(base, base, None, None, roles, found), out=out, adapter=True)
+    made = replace(_assemble(base, base, None, None, roles, found), out=str(adapter), adapter=True)
     spaces = _spaces(made, base.weights, weights, roles, (), given, most or 1)
     return replace(made, subspaces=spaces, read={"base": base.bytes_read, "out": 0})
 

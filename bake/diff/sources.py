@@ -1,5 +1,6 @@
 """``Model``: one of the two models that are compared, opened and not loaded."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Literal
 
 from bake.artifact.record import RECORD, record_at
 from bake.checkpoints import Checkpoint, open_checkpoint
+from bake.checkpoints.adapter import FILES, FoundAdapter, find_adapter
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf.file import Gguf, open_gguf
 from bake.checkpoints.hashes import Stated, git_id_of, sha256_of
@@ -14,9 +16,10 @@ from bake.checkpoints.source import Counted, LocalFiles
 from bake.diff.bytesource import Spool
 from bake.diff.weights import CheckpointWeights, FileWeights, GgufWeights
 from bake.errors import CheckpointError, UsageError
-from bake.merge.adapter_config import CONFIG
 
 _SCHEME = "hf://"
+CONFIG = FILES[0]
+_FOLDER = re.compile(r"[\w.-]+/[\w.-]+/[^@]+(@.+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,9 +89,22 @@ class Model:
         return self.gguf.path.parent
 
 
-def is_adapter(source: str) -> bool:
-    """Tell whether a path is a folder with a PEFT adapter."""
-    return (Path(source).expanduser() / CONFIG).is_file()
+def open_out(source: str, scratch: Path) -> Model | FoundAdapter:
+    """Open what may also be a PEFT adapter, which has no weights of its own.
+
+    Args:
+        source: as ``open_model`` takes it; an adapter is a folder, ``owner/name`` or
+            ``owner/name/folder``.
+        scratch: an existing folder for what is fetched.
+
+    Raises:
+        CheckpointError: it is malformed, hostile or no model.
+        HubError: the Hub refuses or cannot be reached.
+    """
+    text = _text(source)
+    if _in_repository(text):
+        return find_adapter(text)
+    return _open(text, scratch) or find_adapter(text)
 
 
 def open_model(source: str, scratch: Path) -> Model:
@@ -103,30 +119,42 @@ def open_model(source: str, scratch: Path) -> Model:
         UsageError: it is an adapter, which has no weights of its own.
         HubError: the Hub refuses or cannot be reached.
     """
-    text = _hub_id(source) if source.startswith(_SCHEME) else source
+    found = _open(_text(source), scratch)
+    if found is None:
+        raise UsageError(
+            f"{source} is an adapter: it has factors, and no weights of its own",
+            why="what it changes is the product of its factors, which a runtime adds",
+            fix="name it as the second of the two",
+        )
+    return found
+
+
+def _open(text: str, scratch: Path) -> Model | None:
+    """Return a model; None for an adapter."""
     path = Path(text).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return _open_gguf(path)
-    if is_adapter(text):
-        raise _adapter(source)
+    if (path / CONFIG).is_file():
+        return None
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if files:
-            raise UsageError(
-                f"{source} is a folder of GGUF files", fix=f"name the file: {files[0]}"
-            )
+            raise UsageError(f"{text} is a folder of GGUF files", fix=f"name the file: {files[0]}")
     try:
         opened = open_checkpoint(text)
     except CheckpointError as error:
         if CONFIG in error.what:
-            raise _adapter(source) from error
+            return None
         raise
-    return _model_of(source, opened, scratch)
+    return _model_of(text, opened, scratch)
 
 
-def _hub_id(source: str) -> str:
+def _text(source: str) -> str:
+    """Return a path or an id, without what says that it is on the Hub."""
+    if not source.startswith(_SCHEME):
+        return source
     text = source.removeprefix(_SCHEME)
-    if text.partition("@")[0].count("/") != 1:
+    if "/" not in text:
         raise UsageError(
             f"{source!r} names no repository",
             fix="write hf://owner/name or hf://owner/name@revision",
@@ -137,6 +165,13 @@ def _hub_id(source: str) -> str:
             fix="run from another folder, or name the folder without hf://",
         )
     return text
+
+
+def _in_repository(text: str) -> bool:
+    """Whether a text names a folder of a repository, which only an adapter is."""
+    path = Path(text).expanduser()
+    inside = _FOLDER.fullmatch(text) is not None and path.suffix.lower() != ".gguf"
+    return inside and not path.exists()
 
 
 def _model_of(source: str, opened: Checkpoint, scratch: Path) -> Model:
@@ -160,14 +195,6 @@ def _open_gguf(path: Path) -> Model:
             "the folder that PEFT loads",
         )
     return Model(str(path), GgufWeights.of(found), None, found, {}, None)
-
-
-def _adapter(source: str) -> UsageError:
-    return UsageError(
-        f"{source} is an adapter: it has factors, and no weights of its own",
-        why="what it changes is the product of its factors, which a runtime adds",
-        fix="download it, and name its folder as the second of the two",
-    )
 
 
 def base_of(out: str, record: Path | None, folder: Path | None) -> str:
