@@ -62,6 +62,7 @@ def read_listing(folder: Path) -> Listing:
     """
     names = list_folder(folder)
     index_text = read_text(folder, INDEX) if INDEX in names else None
+    refuse_adapter(names, str(folder))
     if CONFIG not in names:
         raise CheckpointError(
             f"has no {CONFIG}", where=str(folder), fix="name the folder of a whole checkpoint"
@@ -131,16 +132,25 @@ def _travels(name: str) -> bool:
     )
 
 
-def _find_shards(
-    present: frozenset[str], weight_map: dict[str, str] | None, where: str
-) -> tuple[str, ...]:
-    if _ADAPTER in present:
+def refuse_adapter(names: Iterable[str], where: str) -> None:
+    """Require that a folder or repository with these names is no PEFT adapter.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if _ADAPTER in names:
         raise CheckpointError(
             f"holds {_ADAPTER}: it is an adapter, or a model with one beside it",
             where=where,
             why="transformers would load the base model that the adapter names instead",
-            fix="merge the adapter first (PEFT: merge_and_unload), or name the base model",
+            fix="merge the adapter first (bake merge), or name the base model",
         )
+
+
+def _find_shards(
+    present: frozenset[str], weight_map: dict[str, str] | None, where: str
+) -> tuple[str, ...]:
+    refuse_adapter(present, where)
     if weight_map is None:
         if SINGLE not in present:
             raise _no_weights(present, where)

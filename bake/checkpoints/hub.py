@@ -112,6 +112,7 @@ def _online(repo: str, revision: str | None, *, complete: bool) -> Located:
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         names = [sibling.rfilename for sibling in info.siblings or []]
         commit = str(info.sha)
+        folders.refuse_adapter(names, repo)
         if CONFIG not in names:
             raise CheckpointError(f"has no {CONFIG}", where=repo)
         # subtle: asked for under the user's own word, so that the cache learns which commit that
