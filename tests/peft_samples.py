@@ -274,7 +274,7 @@ def unread(base: Base, adapter: Path) -> bool:
         )
     try:
         logits_of(model.double().eval())
-    except (RuntimeError, TypeError, IndexError):
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError):
         return True
     return not called.issuperset(layers)
 

@@ -148,6 +148,12 @@ def test_a_merge_of_any_class_in_memory_and_streamed(case: str, tmp_path: Path) 
         assert effect > 1e-2 and error <= 1e-9 * effect
         controls = [row for row in report.rows if row.group.endswith("control")]
         assert len(controls) > 4 and all(row.passed for row in controls)
+        # The stream between the blocks, without a table that says where it is.
+        sites = ["resid_pre.0", "resid_pre.1", "resid_post.1"]
+        assert report.layers["sites"] == sites
+        moved, left = report.layers["effect"], report.layers["plan, not rounded"]
+        assert all(one <= 1e-9 * max(moved) for one in left) and moved[-1] > 1e-3
+        assert (moved[0] > 0) == (case == "both of a tied pair")
     one, two = ({row.name: row.value for row in report.rows} for report in reports)
     assert one.keys() - two.keys() == {"same greedy tokens"} or one.keys() == two.keys()
     assert all(one[name] == two[name] for name in two if name.startswith(("effect", "control")))

@@ -33,7 +33,7 @@ def test_streamed_runs_equal_those_in_memory_exactly(
 ) -> None:
     base = base_at(tiny_checkpoint(family, dtype=dtype))
     edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
-    batches, sites = batches_of(PROMPTS), block_sites(base.layout)
+    batches, sites = batches_of(PROMPTS), block_sites(base.layout.live_blocks)
     whole = load(base.checkpoint, dtype)
     parts = load(base.checkpoint, dtype, streamed=True)
     plain = run(whole, batches)
@@ -96,7 +96,7 @@ def test_a_streamed_pass_tells_how_far_it_is(
 def test_the_writes_sum_to_the_stream(tiny_checkpoint: Callable[..., Path]) -> None:
     for family in tiny.FAMILIES:
         base = base_at(tiny_checkpoint(family))
-        last = block_sites(base.layout)[-1]
+        last = block_sites(base.layout.live_blocks)[-1]
         trace = run(
             load(base.checkpoint, torch.float64), batches_of(PROMPTS), sites=(last,), writes=True
         )

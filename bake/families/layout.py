@@ -129,6 +129,11 @@ class Layout:
         return self.dims["layers"]
 
     @property
+    def live_blocks(self) -> tuple[str, ...]:
+        """The paths of the live modules of the blocks, in their order."""
+        return tuple(self.block_live.replace("{layer}", str(n)) for n in range(self.layers))
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers of all branches, what each reads before what it writes."""
         return tuple(x for branch in self.branches for x in (*branch.reads, *branch.writes))

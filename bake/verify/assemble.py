@@ -148,7 +148,7 @@ def _environment(inputs: Inputs) -> dict[str, str]:
 
 def _layers(inputs: Inputs, evidence: Evidence) -> Mapping[str, Any]:
     """Return how far each stream lies from that of the hooked model in float64, point by point."""
-    sites = inputs.sites
+    sites = [site for site in inputs.sites if site in evidence.hooked.streams]
     if not sites:
         return {}
     others = {"effect": evidence.base, "plan, not rounded": evidence.planned}

@@ -81,7 +81,8 @@ def collect(runner: Runner) -> Evidence:
         if inputs.generate:
             texts["baked"] = runner.stored_text(evidence.stored)
     for name, trace in others.items():
-        hidden = (hooked.streams[sites[-1]], trace.streams[sites[-1]]) if sites else None
+        last = sites[-1] if sites else None
+        hidden = (hooked.streams[last], trace.streams[last]) if last in hooked.streams else None
         evidence.compared[name] = compare_logits(hooked.logits, trace.logits, hidden=hidden)
     evidence.seconds = runner.seconds
     return evidence

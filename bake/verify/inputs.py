@@ -131,8 +131,8 @@ class Inputs:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The stream between the blocks, where a table says what it is."""
-        return () if self.layout is None else block_sites(self.layout)
+        """The stream between the blocks."""
+        return block_sites(self.shape.blocks)
 
     @property
     def untied(self) -> tuple[str, str] | None:

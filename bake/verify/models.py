@@ -27,7 +27,7 @@ from bake.sites import Site
 from bake.steer import steered
 from bake.verify.observe import Observed, observed
 from bake.verify.streamed import Wrap, stream, stream_wrapped
-from bake.verify.units import Unit, load_units, units_of
+from bake.verify.units import Unit, load_units, stream_blocks, units_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,8 +81,10 @@ class Live:
         """Record activations inside the context, as ``observe.observed`` does."""
         if not (sites or writes):
             return nullcontext()
-        assert self.layout is not None, "only what a table describes is observed"
-        return observed(self.model, self.layout, keep, record, sites=sites, writes=writes)
+        blocks = stream_blocks(self.model) if self.layout is None else self.layout.live_blocks
+        return observed(
+            self.model, blocks, keep, record, layout=self.layout, sites=sites, writes=writes
+        )
 
     @contextmanager
     def replaced(self, tensors: Values) -> Iterator[None]:
@@ -150,7 +152,7 @@ def load(
         InputError: a tensor that the class does not expect, or lacks.
     """
     # transformers first: what it says of a file is what any user would read.
-    model = _on_meta(checkpoint, dtype) if streamed else _whole(checkpoint, dtype, device_map)
+    model = on_meta(checkpoint, dtype) if streamed else _whole(checkpoint, dtype, device_map)
     layout = layout_of(checkpoint, family) if hooked else None
     live = Live(model, units_of(model, checkpoint.tensors), layout, checkpoint, streamed)
     if streamed and wrap is not None:
@@ -184,7 +186,7 @@ def load_planned(
     checkpoint = _under_plan(base, planned)
     layout = layout_of(checkpoint, family) if hooked else None
     values = {name: tensor.value for name, tensor in planned.tensors.items()}
-    model = _on_meta(checkpoint, torch.float64)
+    model = on_meta(checkpoint, torch.float64)
     units = units_of(model, checkpoint.tensors)
     live = Live(model, units, layout, checkpoint, streamed, values)
     if streamed:
@@ -283,7 +285,7 @@ def _named_class(config: "PreTrainedConfig") -> Any:
     return found if known else None
 
 
-def _on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
+def on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> "PreTrainedModel":
     """Return the model with no parameter in memory, and its computed buffers as loading makes them.
 
     Mirrors transformers modeling_utils.py: ``_move_missing_keys_from_meta_to_device`` and

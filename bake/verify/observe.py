@@ -48,19 +48,20 @@ def writers_of(layout: Layout) -> tuple[Writer, ...]:
     return (Writer("embed", None, (Site(SiteKind.EMBED), *first)), *branches)
 
 
-def block_sites(layout: Layout) -> tuple[Site, ...]:
-    """Return the input of every block and the output of the last one."""
-    inputs = (Site(SiteKind.RESID_PRE, layer) for layer in range(layout.layers))
-    return (*inputs, Site(SiteKind.RESID_POST, layout.layers - 1))
+def block_sites(blocks: Sequence[str]) -> tuple[Site, ...]:
+    """Return the input of every block and the output of the last one; nothing without blocks."""
+    inputs = [Site(SiteKind.RESID_PRE, layer) for layer in range(len(blocks))]
+    return (*inputs, Site(SiteKind.RESID_POST, len(blocks) - 1)) if blocks else ()
 
 
 @contextmanager
 def observed(
     model: "PreTrainedModel",
-    layout: Layout,
+    blocks: Sequence[str],
     keep: Float[Tensor, " tokens"] | Tensor,
     record: Observed,
     *,
+    layout: Layout | None,
     sites: Sequence[Site] = (),
     writes: bool = False,
 ) -> Iterator[None]:
@@ -68,13 +69,16 @@ def observed(
 
     Args:
         model: the live model, with the hooks of its edits set.
-        layout: its layout.
+        blocks: the paths of its blocks, which the stream runs through.
         keep: [batch, length], true where a token is none of padding.
         record: what the activations are added to.
+        layout: of the model, which says what happens inside a block; without one the input of
+            every block and the output of the last one can be recorded. Where a block takes no
+            [batch, length, width], nothing is.
         sites: stream sites to record: ``resid_pre``, ``resid_mid`` or ``resid_post``.
         writes: whether to record what every writer adds.
     """
-    hooks = _Recorder(model, layout, keep, record)
+    hooks = _Recorder(model, blocks, layout, keep, record)
     for site in sites:
         hooks.add_site(site)
     if writes:
@@ -90,30 +94,40 @@ class _Recorder:
     """Sets the hooks of one observation."""
 
     def __init__(
-        self, model: "PreTrainedModel", layout: Layout, keep: Tensor, record: Observed
+        self,
+        model: "PreTrainedModel",
+        blocks: Sequence[str],
+        layout: Layout | None,
+        keep: Tensor,
+        record: Observed,
     ) -> None:
         self.model, self.layout, self.keep, self.record = model, layout, keep, record
         self.handles: list[Any] = []
-        self.branches = {branch.output_site: branch for branch in layout.branches}
+        self.blocks = [self._module(path) for path in blocks]
 
     def add_site(self, site: Site) -> None:
+        assert site.layer is not None, "only the stream's sites are recorded"
         into = self.record.streams.setdefault(site, [])
-        block = self._module(self.layout.block_live.replace("{layer}", str(site.layer)))
+
+        def see(x: Tensor) -> None:
+            if x.ndim == 3:
+                into.append(self._rows(x))
+
         if site.kind is SiteKind.RESID_PRE:
-            self._before(block, lambda x: into.append(self._rows(x)))
-        elif site.kind is SiteKind.RESID_POST and site.layer == self.layout.layers - 1:
-            self._after(block, lambda x: into.append(self._rows(x)))
+            self._before(self.blocks[site.layer], see)
+        elif site.kind is SiteKind.RESID_POST and site.layer == len(self.blocks) - 1:
+            self._after(self.blocks[site.layer], see)
         elif site.kind is SiteKind.RESID_POST:
             # What the next block reads: edits at either name of this point have acted.
-            assert site.layer is not None
-            path = self.layout.block_live.replace("{layer}", str(site.layer + 1))
-            self._before(self._module(path), lambda x: into.append(self._rows(x)))
+            self._before(self.blocks[site.layer + 1], see)
         else:
-            self._add_middle(site, block, into)
+            self._add_middle(site, self.blocks[site.layer], into)
 
     def _add_middle(self, site: Site, block: nn.Module, into: list[Tensor]) -> None:
         """The sum of the block's input and the write of the branch that completes it."""
-        branch = next(b for b in self.layout.branches if site in self.layout.points[b.target])
+        layout = self.layout
+        assert layout is not None, "only what a table describes is observed inside a block"
+        branch = next(b for b in layout.branches if site in layout.points[b.target])
         held: list[Tensor] = []
         self._before(block, lambda x: held.append(self._rows(x)))
         self._after(
@@ -122,12 +136,12 @@ class _Recorder:
         )
 
     def add_writes(self) -> None:
+        assert self.layout is not None, "only what a table describes has writers"
         writers = writers_of(self.layout)
         if not self.record.writes:
             self.record.writes.extend([] for _ in writers)
         lists = self.record.writes
-        first = self._module(self.layout.block_live.replace("{layer}", "0"))
-        self._before(first, lambda x: lists[0].append(self._rows(x)))
+        self._before(self.blocks[0], lambda x: lists[0].append(self._rows(x)))
         for branch, into in zip(self.layout.branches, lists[1:], strict=True):
             self._after(self._module(_last(branch)), _scaled(self._rows, branch.gain, into))
 

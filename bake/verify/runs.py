@@ -141,7 +141,7 @@ def run(
                 seconds += perf_counter() - start
             logits.append(result[batch.keep.to(result.device)].to("cpu"))
             del result
-    streams = {site: torch.cat(parts) for site, parts in record.streams.items()}
+    streams = {site: torch.cat(parts) for site, parts in record.streams.items() if parts}
     return Trace(
         torch.cat(logits), streams, tuple(torch.cat(parts) for parts in record.writes), seconds
     )

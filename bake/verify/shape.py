@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.planned import PlannedModel
 from bake.errors import InputError
 from bake.families import Layout
-from bake.verify.models import config_of
+from bake.verify.models import config_of, on_meta
+from bake.verify.units import stream_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +22,14 @@ class Shape:
     vocab: int
     dtype: str
     """As safetensors spells it."""
+    blocks: tuple[str, ...]
+    """Paths of the live modules that the residual stream runs through; empty where not known."""
 
 
 def shape_of(layout: Layout) -> Shape:
     """Return the shape of a model that a table describes."""
-    return Shape(layout.layers, layout.hidden, layout.dims["vocab"], layout.dtype)
+    sizes = layout.layers, layout.hidden, layout.dims["vocab"]
+    return Shape(*sizes, layout.dtype, layout.live_blocks)
 
 
 def shape_of_class(base: Checkpoint, planned: PlannedModel) -> Shape:
@@ -52,4 +58,5 @@ def shape_of_class(base: Checkpoint, planned: PlannedModel) -> Shape:
         return found
 
     sizes = size("num_hidden_layers"), size("hidden_size"), size("vocab_size")
-    return Shape(*sizes, planned.narrowest)
+    blocks = stream_blocks(on_meta(base, torch.float32))
+    return Shape(*sizes, planned.narrowest, blocks)

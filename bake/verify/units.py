@@ -83,6 +83,19 @@ def blocks_of(units: Iterable[Unit]) -> tuple[str, ...]:
     return tuple(unit.module for unit in units if unit.module.rpartition(".")[2].isdigit())
 
 
+def stream_blocks(model: "PreTrainedModel") -> tuple[str, ...]:
+    """Return the paths of the blocks that a text's residual stream runs through, in their order.
+
+    A model of text and images has blocks for both. None where the class does not run as many as
+    its configuration counts.
+    """
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    found = [path for path, module in _blocks(model, "") if id(module) in inside]
+    count = model.config.get_text_config().num_hidden_layers
+    return tuple(found) if len(found) == count else ()
+
+
 def _parts(model: "PreTrainedModel") -> Iterator[tuple[str, nn.Module]]:
     """Yield embedding, blocks and head, by their paths."""
     yield from _blocks(model, "")
