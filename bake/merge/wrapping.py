@@ -66,7 +66,7 @@ def load_into(wrapped: Any, folder: Path) -> None:
             raise InputError(
                 f"PEFT does not load this adapter into the base: {_one_line(error)}", where=where
             ) from error
-    left = [key.replace(f".{NAME}.", ".") for key in result.unexpected_keys]
+    left = [_in_file(key) for key in result.unexpected_keys]
     held = wrapped.state_dict()
     left = [name for name in left if not _doubled(name, folder, held)]
     if left:
@@ -79,6 +79,11 @@ def load_into(wrapped: Any, folder: Path) -> None:
             fix=f"compare the module's path with target_modules and modules_to_save in {CONFIG}, "
             "and with the modules of the base",
         )
+
+
+def _in_file(key: str) -> str:
+    """Return what PEFT's file calls a tensor that its model holds under an adapter's name."""
+    return key.replace(f".{NAME}.", ".").removesuffix(f".{NAME}")
 
 
 def _doubled(name: str, folder: Path, held: Mapping[str, Tensor]) -> bool:
@@ -119,7 +124,7 @@ def _assign(wrapped: Any, where: str, state: Mapping[str, Tensor], *, strict: bo
         if key not in held or held[key].shape == value.shape:
             continue
         have, want = list(value.shape), list(held[key].shape)
-        name = key.replace(f".{NAME}.", ".")
+        name = _in_file(key)
         what = f"{name} has the shape {have}, and base and configuration make it {want}"
         size = _resized(wrapped, key, have, want)
         if size is not None:
@@ -207,7 +212,7 @@ def check_complete(wrapped: Any, base: set[int], where: str) -> None:
     """
     for name, value in wrapped.named_parameters():
         if value.is_meta and id(value) not in base:
-            raise _lacking(name.replace(f".{NAME}.", "."), where)
+            raise _lacking(_in_file(name), where)
 
 
 def _lacking(name: str, where: str) -> InputError:
