@@ -52,6 +52,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 8,
         "shared_expert_intermediate_size": 12,
     },
+    "qwen3_moe": {
+        **GROUPED,
+        "model_type": "qwen3_moe",
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "head_dim": 4,
+    },
     "stablelm": {**GROUPED, "model_type": "stablelm", "use_qkv_bias": True},
     "olmo2": {**GROUPED, "model_type": "olmo2"},
     "mpt": {

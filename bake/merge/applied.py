@@ -16,6 +16,7 @@ from torch import Tensor
 from bake.errors import InputError
 from bake.merge.adapter_config import CONFIG, WEIGHTS
 from bake.merge.change import Change, Factors, Lengths
+from bake.merge.converted import check_scales
 from bake.merge.layers import bias_of, factors_of, lengths_of, rows_of
 from bake.merge.limits import check_patterns
 from bake.merge.reads import check_reads, check_table, taken_apart
@@ -49,6 +50,7 @@ def changes_of(skeleton: Skeleton, folder: Path, config: Mapping[str, Any]) -> M
     readers = {path: reader for path in paths if (reader := taken_apart(model, path))}
     wrapped = wrapped_by(model, folder, config)
     check_tokens(wrapped, str(folder / CONFIG))
+    check_scales(wrapped, folder, config)
     before = {spot.key: id(spot.value) for spot in spots_of(wrapped.base_model.model, where)}
     load_into(wrapped, folder)
     wrapped.requires_grad_(False)

@@ -18,7 +18,7 @@ from bake.merge.adapter_config import CONFIG, WEIGHTS, meant
 
 NAME = "default"
 """Under which PEFT holds the adapter."""
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def wrapped_by(model: Any, folder: Path, config: Mapping[str, Any]) -> Any:
@@ -156,7 +156,7 @@ def check_tokens(wrapped: Any, where: str) -> None:
         if not isinstance(layer, TrainableTokensLayer):
             continue
         named, count = layer.token_indices[NAME], layer.get_base_layer().weight.shape[0]
-        place = path.removeprefix(_PREFIX).removesuffix(".token_adapter")
+        place = path.removeprefix(PREFIX).removesuffix(".token_adapter")
         outside = [index for index in named if not 0 <= index < count]
         if outside:
             raise InputError(
