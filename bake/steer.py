@@ -26,6 +26,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -41,6 +42,9 @@ from bake.sites import Site, SiteKind
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
+
+See = Callable[[Site, Tensor], None]
+"""Is shown an activation [batch, length, d] at a site."""
 
 _UPDATABLE = (
     SiteKind.ATTN_OUT,
@@ -88,6 +92,36 @@ def steered(model: "PreTrainedModel", layout: Layout, edits: Sequence[Edit]) -> 
                 hooks.add_update(site, edit.map, name)
             elif isinstance(edit.map, AffineMap) and not updates:
                 hooks.add_map(site, edit.map, name)
+    with ExitStack() as stack:
+        for planned in hooks.planned:
+            stack.callback(planned.attach().remove)
+        yield
+
+
+@contextmanager
+def watched(
+    model: "PreTrainedModel", layout: Layout, sites: Sequence[Site], see: See
+) -> Iterator[None]:
+    """Show the activation at some sites in every forward pass inside the context.
+
+    It is what a map set there by ``steered`` is given, so that what is fitted on it acts where it
+    was fitted. Nothing is changed.
+
+    Args:
+        model: as for ``steered``.
+        layout: likewise.
+        sites: where to look.
+        see: called with the site and the activation [batch, length, d], on the model's device.
+
+    Raises:
+        UsageError: the model has no such site, or is in training mode.
+        FamilyError: the model is not the one that the layout describes.
+    """
+    _check_model(model, layout)
+    hooks = _Hooks(model, layout)
+    for site in sites:
+        layout.width(site)  # raises for a site that the model does not have
+        hooks.add_sight(site, see)
     with ExitStack() as stack:
         for planned in hooks.planned:
             stack.callback(planned.attach().remove)
@@ -202,6 +236,18 @@ class _Hooks:
         else:
             hook = _map_output(evaluate, self._rows(site, place))
         self.planned.append(_Planned(module, place.side, hook))
+
+    def add_sight(self, site: Site, see: See) -> None:
+        """Plan the hooks that look at a site."""
+        place = self._place(site)
+        if place.write_of is None:
+            hook = _look(partial(see, site), place.side, self._rows(site, place))
+        else:
+            capture = _Capture()
+            block = self._module(_block(self.layout, place.write_of.layer))
+            self.planned.append(_Planned(block, "input", capture))
+            hook = _look_at_sum(partial(see, site), capture, place.write_of.gain)
+        self.planned.append(_Planned(self._module(place.module), place.side, hook))
 
     def add_update(self, site: Site, update: WeightUpdate, name: str) -> None:
         """Plan the hook of a weight update at the output of the weight."""
@@ -352,6 +398,21 @@ def _map_sum(evaluate: _Evaluator, block: _Capture, gain: float) -> _Hook:
         total = block.take().to(precise) + gain * precise
         # The difference comes first: an identity map leaves every bit as it is.
         return _with_output(output, (precise + (evaluate(total) - total) / gain).to(write.dtype))
+
+    return hook
+
+
+def _look(see: Callable[[Tensor], None], side: str, rows: Int[Tensor, " d"] | None) -> _Hook:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any, *output: Any) -> None:
+        x = _output(module, output[0]) if side == "output" else _input(module, args, kwargs)
+        see(x if rows is None else x.index_select(-1, rows.to(x.device)))
+
+    return hook
+
+
+def _look_at_sum(see: Callable[[Tensor], None], block: _Capture, gain: float) -> _Hook:
+    def hook(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        see(block.take() + gain * _output(module, output))
 
     return hook
 

@@ -476,7 +476,7 @@ def test_verify_needs_an_artifact_and_its_base(
     (made.folder / "prompts.txt").write_text("Once upon a time\n")
     result = run("verify", out, "--prompts", made.folder / "prompts.txt")
     assert result.exit_code == 4
-    assert "the artifact has no tokenizer that transformers loads" in flat(result.stderr)
+    assert "there is no tokenizer that transformers loads" in flat(result.stderr)
     result = run("verify", out, "--prompts", made.folder / "absent.txt")
     assert "the prompts cannot be read" in flat(result.stderr)
     (made.folder / "prompts.txt").write_text("\n\n")

@@ -26,7 +26,7 @@ LINES = (
     ("recipe",),
     ("plan", "steer"),
     ("approximate", "outputs", "merge", "revert"),
-    ("verify", "diff"),
+    ("verify", "diff", "fit"),
     ("seal", "cards", "publish"),
     ("jobs",),
     ("cli",),

@@ -19,6 +19,7 @@ from bake.errors import BakeError, UsageError
 from bake.section import nearest
 
 COMMANDS = (
+    "fit",
     "plan",
     "export",
     "verify",

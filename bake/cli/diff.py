@@ -1,20 +1,17 @@
 """``bake diff``: what differs between two models, from their bytes."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bake.cli.options import FAMILY, PATH
+from bake.cli.options import FAMILY, PATH, PLOT, check_plot
 from bake.cli.output import Output, bake_command
 from bake.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FORMS = (".png", ".svg")
 
 
 @bake_command("diff")
@@ -36,7 +33,7 @@ _FORMS = (".png", ".svg")
     help="Tell ranks apart up to this one.",
 )
 @click.option("--rank/--no-rank", "ranks", default=True, help="Leave ranks and subspaces out.")
-@click.option("--plot", type=PATH, metavar="FILE", help="Draw it: a .png or .svg file.")
+@PLOT
 @FAMILY
 def command(
     output: Output,
@@ -60,7 +57,7 @@ def command(
     if len(models) > 2:
         raise UsageError(f"{len(models)} models are named", fix="name one, or two: BASE OUT")
     if plot is not None:
-        _check_plot(plot)
+        check_plot(plot)
     from bake.cli.render.comparison import comparison
     from bake.diff import diff
     from bake.families import read_family
@@ -88,19 +85,6 @@ def command(
         view=lambda: comparison(found, plot, verbose=output.verbose),
         error=found.failure(),
     )
-
-
-def _check_plot(plot: Path) -> None:
-    """Raise before a long comparison when its picture could not be drawn."""
-    if plot.suffix.lower() not in _FORMS:
-        raise UsageError(f"{plot} is no picture that can be drawn", fix="name a .png or .svg file")
-    if not plot.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {plot.parent} for the plot", fix="make it first")
-    if find_spec("matplotlib") is None:
-        raise UsageError(
-            "the plot needs matplotlib, which is not installed",
-            fix="install bake-directions[plots], or leave --plot out",
-        )
 
 
 def _given(files: Sequence[Path]) -> "dict[str, Tensor]":

@@ -1,6 +1,7 @@
 """Options that several commands share, and the artifact that may take a recipe's place."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,8 @@ PATH = click.Path(path_type=Path)
 OUT = click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
 FORCE = click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
 FAMILY = click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
+PLOT = click.option("--plot", type=PATH, metavar="FILE", help="Draw it: a .png or .svg file.")
+_FORMS = (".png", ".svg")
 _ASSUME_HARMLESS = click.option(
     "--assume-harmless",
     multiple=True,
@@ -29,6 +32,19 @@ _ASSUME_HARMLESS = click.option(
 def table_options(function: F) -> F:
     """Add what a table of the user's own, or his word for a key of the config, is named by."""
     return FAMILY(_ASSUME_HARMLESS(function))
+
+
+def check_plot(plot: Path) -> None:
+    """Raise before long work when its picture could not be drawn."""
+    if plot.suffix.lower() not in _FORMS:
+        raise UsageError(f"{plot} is no picture that can be drawn", fix="name a .png or .svg file")
+    if not plot.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {plot.parent} for the plot", fix="make it first")
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "the plot needs matplotlib, which is not installed",
+            fix="install bake-directions[plots], or leave --plot out",
+        )
 
 
 def recipe_options(function: F) -> F:

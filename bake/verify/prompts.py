@@ -153,10 +153,7 @@ def parse_prompts(
     Raises:
         InputError: a line is no prompt, or the chat template does not take it.
     """
-    if path.suffix.lower() == ".jsonl":
-        entries = [_entry(line, f"{path}, prompt {i}") for i, line in enumerate(lines, 1)]
-    else:
-        entries = [("prompt", line) for line in lines]
+    entries = entries_of(lines, path)
     prompts, forms = [], set()
     for number, (key, value) in enumerate(entries, 1):
         ids, form = encoded(tokenizer, key, value, f"{path}, prompt {number}")
@@ -166,6 +163,17 @@ def parse_prompts(
         raise InputError("a prompt holds no token", where=str(path))
     form = " and ".join(word for word in (CHAT, PLAIN) if word in forms)
     return replace(given_prompts(prompts), source=path.name, form=form)
+
+
+def entries_of(lines: Sequence[str], path: Path) -> list[tuple[str, Any]]:
+    """Return what kind of prompt each line of a file is, and the prompt; see ``read_prompts``.
+
+    Raises:
+        InputError: a line is no prompt.
+    """
+    if path.suffix.lower() == ".jsonl":
+        return [_entry(line, f"{path}, prompt {i}") for i, line in enumerate(lines, 1)]
+    return [("prompt", line) for line in lines]
 
 
 def _entry(line: str, where: str) -> tuple[str, Any]:

@@ -18,8 +18,14 @@ def has_tokenizer(out: Path) -> bool:
     return any((out / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_tokenizer(out: Path) -> Any:
-    """Return the artifact's own tokenizer.
+def load_tokenizer(
+    out: Path, *, otherwise: str = "leave --prompts out to measure on random tokens"
+) -> Any:
+    """Return the tokenizer of an artifact or a model.
+
+    Args:
+        out: the folder.
+        otherwise: what can be done without one.
 
     Raises:
         InputError: transformers loads none.
@@ -30,10 +36,10 @@ def load_tokenizer(out: Path) -> Any:
         return _loaded(out, state)
     except (OSError, ValueError) as error:
         raise InputError(
-            "the artifact has no tokenizer that transformers loads",
+            "there is no tokenizer that transformers loads",
             where=str(out),
             why=str(error).partition("\n")[0],
-            fix="leave --prompts out to measure on random tokens",
+            fix=otherwise,
         ) from error
 
 

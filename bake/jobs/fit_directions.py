@@ -1,0 +1,284 @@
+"""Fit directions from two classes of prompts, or of saved activations."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bake.errors import UsageError
+from bake.jobs.model import Model
+from bake.progress import Bars, no_bars
+
+if TYPE_CHECKING:
+    from bake.directions import Directions
+    from bake.fit.sweep import Activations, Sweep
+    from bake.sites import Site
+
+DEFAULT_METHOD, DEFAULT_POSITION, DEFAULT_DTYPE = "mean-difference", "last", "float32"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitRequest:
+    """What is fitted, on what and how."""
+
+    positive: Path
+    """Examples that have the concept: prompts, or saved activations (.npy, .safetensors)."""
+    negative: Path
+    """Examples of the reference, likewise."""
+    concept: str
+    """What to call it: a word."""
+    method: str = DEFAULT_METHOD
+    """A name of ``bake.fit.METHODS``."""
+    at: tuple[str, ...] = ("resid",)
+    """Patterns of sites, as a recipe spells them."""
+    position: str = DEFAULT_POSITION
+    """A word of ``bake.fit.texts.Position``."""
+    held_out: float = 0.4
+    """Share of each class that is not fitted: half of it chooses the site, half judges it."""
+    seed: int = 0
+    every_site: bool = False
+    """Whether the file holds what was fitted at every site, and not at the best alone."""
+    dtype: str = DEFAULT_DTYPE
+    """What the model is run in, one of ``DTYPES``."""
+    streamed: bool | None = None
+    """Whether one block is in memory at a time; None where the model is too large for more."""
+    device_map: str | None = None
+    """As transformers takes it; None for a GPU with room, or the processor."""
+
+    @property
+    def saved(self) -> bool:
+        """Whether the examples are activations.
+
+        Raises:
+            UsageError: those of one class are, and of the other not.
+        """
+        from bake.fit.saved import SUFFIXES
+
+        kinds = {path.suffix in SUFFIXES for path in (self.positive, self.negative)}
+        if len(kinds) > 1:
+            raise UsageError(
+                "one class is prompts and the other activations",
+                where=f"{self.positive} and {self.negative}",
+                fix="give both in one form",
+            )
+        return kinds.pop()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FittedDirections:
+    """What was fitted, and what it is worth."""
+
+    asked: FitRequest
+    model: Model
+    sweep: "Sweep"
+    directions: "Directions"
+    """As the file holds them."""
+    kept_bytes: int
+    """Of activations in memory."""
+
+
+def fit_directions(
+    model: Model,
+    asked: FitRequest,
+    bars: Bars = no_bars,
+    remark: Callable[[str], None] = lambda _: None,
+) -> FittedDirections:
+    """Fit a method at every site that is asked for, and choose the best by held-out examples.
+
+    Nothing is written. The model is loaded and run once over the prompts; of saved activations its
+    headers alone are read.
+
+    Args:
+        model: what the directions are for.
+        asked: what is fitted.
+        bars: where progress is shown.
+        remark: told what is worth knowing while it runs.
+
+    Raises:
+        UsageError: an unknown method, position or site; classes that are one; a package missing.
+        InputError: a file cannot be read or holds too little.
+        VerificationFailed: every example has the same activation at all sites.
+    """
+    from bake.fit import METHODS, sweep
+    from bake.fit.split import split
+    from bake.recipe.aliases import aliases, sites_at
+    from bake.section import nearest
+
+    if asked.method not in METHODS:
+        raise UsageError(f"there is no method {asked.method!r}", fix=nearest(asked.method, METHODS))
+    if re.fullmatch(r"[A-Za-z0-9_-]+", asked.concept) is None:
+        raise UsageError(
+            f"the concept {asked.concept!r} is no word",
+            why="a recipe names the direction so",
+            fix="write it with letters, digits, - and _",
+        )
+    method = METHODS[asked.method]
+    method.check()
+    sites = sites_at(asked.at, model.layout, aliases(model.layout))
+    for site in sites:
+        model.layout.width(site)  # raises where the model has no such site
+    classes, facts = (_saved if asked.saved else _run)(model, asked, sites, bars, remark)
+    positive, negative = classes
+    counts = [len(next(iter(rows.values()))) for rows in classes]
+    if method.paired and counts[0] != counts[1]:
+        raise UsageError(
+            f"{asked.method} takes pairs, and the classes have {counts[0]} and {counts[1]} "
+            "examples",
+            why="example i of one belongs to example i of the other",
+            fix="give as many of each, or choose another --method",
+        )
+    parts = split(*counts, held_out=asked.held_out, seed=asked.seed)
+    with bars("fitting", unit="sites") as move:
+        found = sweep(method, positive, negative, parts, progress=move)
+    kept = sum(t.numel() * t.element_size() for rows in classes for t in rows.values())
+    directions = _directions(model, asked, found, facts)
+    return FittedDirections(asked, model, found, directions, kept)
+
+
+_Classes = tuple["Activations", "Activations"]
+
+
+def _saved(
+    model: Model, asked: FitRequest, sites: "tuple[Site, ...]", *_: Any
+) -> tuple[_Classes, Mapping[str, str]]:
+    """Return saved activations, and what the file of directions says of them."""
+    import torch
+
+    from bake.checkpoints.hashes import sha256_of
+    from bake.fit.saved import read_saved
+
+    paths = {"positive": asked.positive, "negative": asked.negative}
+    positive, negative = (read_saved(path, sites, model.layout) for path in paths.values())
+    if all(torch.equal(positive[site], negative[site]) for site in sites):
+        raise UsageError(
+            "both classes hold the same activations",
+            where=f"{asked.positive} and {asked.negative}",
+            fix="--positive names those that have the concept, --negative the others",
+        )
+    facts = {
+        name: f"{path.name}, saved activations, sha256:{sha256_of(path)}"
+        for name, path in paths.items()
+    }
+    return (positive, negative), facts
+
+
+def _run(
+    model: Model,
+    asked: FitRequest,
+    sites: "tuple[Site, ...]",
+    bars: Bars,
+    remark: Callable[[str], None],
+) -> tuple[_Classes, Mapping[str, str]]:
+    """Return the activations of prompts, and what the file of directions says of them."""
+    import torch
+    import transformers
+
+    from bake.fit.collect import collect
+    from bake.fit.saved import check_finite
+    from bake.fit.texts import Position, check_apart, read_texts
+    from bake.progress import Tally
+    from bake.section import nearest
+    from bake.verify.models import load
+    from bake.verify.tokenizer import load_tokenizer
+
+    if asked.position not in tuple(Position):
+        raise UsageError(
+            f"there is no position {asked.position!r}", fix=nearest(asked.position, Position)
+        )
+    checkpoint = model.complete()
+    tokenizer = load_tokenizer(
+        checkpoint.path, otherwise="save activations yourself, as .npy or .safetensors"
+    )
+    texts = [
+        read_texts(path, tokenizer, Position(asked.position))
+        for path in (asked.positive, asked.negative)
+    ]
+    check_apart(*texts)
+    live = load(
+        checkpoint,
+        getattr(torch, asked.dtype),
+        family=model.family,
+        streamed=_is_streamed(model, asked, remark),
+        device_map=_device(model, asked),
+    )
+    count = sum(len(one.tokens) for one in texts)
+    with bars("running the model", unit="prompts") as move:
+        tally = Tally(count, move)
+        classes = tuple(collect(live, one, sites, tally) for one in texts)
+    for one, rows in zip(texts, classes, strict=True):
+        for site, values in rows.items():
+            check_finite(values, f"{one.path}, {site} in {asked.dtype}")
+    facts = {
+        "positive": texts[0].provenance,
+        "negative": texts[1].provenance,
+        "position": asked.position,
+        "dtype": asked.dtype,
+        "transformers": transformers.__version__,
+    }
+    return (classes[0], classes[1]), facts
+
+
+def _is_streamed(model: Model, asked: FitRequest, remark: Callable[[str], None]) -> bool:
+    from bake.verify.memory import too_large
+
+    if asked.streamed is not None:
+        return asked.streamed
+    if asked.device_map not in (None, "cpu") or not too_large(model.checkpoint):
+        return False
+    remark("one block in memory at a time, since the model is large; --no-stream loads it whole")
+    return True
+
+
+def _device(model: Model, asked: FitRequest) -> str | None:
+    """Return where the model runs: where somebody says, or on a GPU that has room for it."""
+    from bake.verify.memory import fits_gpu
+    from bake.verify.runs import BATCH_TOKENS
+
+    if asked.device_map is not None or asked.streamed:
+        return asked.device_map
+    # Of a batch the sites' activations are on the GPU, and no logits.
+    width = model.layout.hidden
+    return "cuda" if fits_gpu(model.checkpoint, BATCH_TOKENS * width * 8) else None
+
+
+def _directions(
+    model: Model, asked: FitRequest, found: "Sweep", facts: Mapping[str, str]
+) -> "Directions":
+    """Return what was fitted with where it came from, the same bytes every time."""
+    import torch
+
+    from bake import __version__
+    from bake.directions import SAYS, Directions
+    from bake.fit import METHODS
+    from bake.fit.sweep import told
+
+    method, checkpoint = METHODS[asked.method], model.checkpoint
+    fits = found.fits if asked.every_site else (found.best,)
+    # Of a folder the name alone, since a file of directions travels; the digest says which it is.
+    name = checkpoint.path.name if checkpoint.revision is None else checkpoint.repo
+    metadata = {
+        "method": f"{asked.method}: {method.title}",
+        "model": name,
+        "model_digest": checkpoint.digest(),
+        **facts,
+        "examples": f"{found.split.fit} fitted, {found.split.choose} chose the site, "
+        f"{found.split.judge} judged it",
+        "seed": str(asked.seed),
+        "best": str(found.best.site),
+        "auroc": f"{told(found.judged)} at {found.best.site}",
+        "bake": __version__,
+        "torch": torch.__version__,
+    }
+    if checkpoint.revision is not None:
+        metadata["model_revision"] = checkpoint.revision
+    if method.package is not None:
+        from importlib.metadata import version
+
+        package = method.package.replace("_", "-")
+        metadata[package] = version(package)
+    if method.says is not None:
+        metadata[SAYS] = method.says
+    items = tuple(fit.direction for fit in fits)
+    return Directions(asked.concept, "bake", "", "", items, metadata)
