@@ -130,7 +130,7 @@ def command(
     failure = found.sweep.failure()
     proposal = None
     if failure is None:
-        proposal = propose(found, out.name)
+        proposal = propose(found, out)
         _write(found, proposal, out, recipe, plot)
     written = () if proposal is None else (out, recipe, *([] if plot is None else [plot]))
     output.present(

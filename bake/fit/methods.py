@@ -94,29 +94,32 @@ def ace(classes: Classes) -> Fitted | None:
 
 def leace(classes: Classes) -> Fitted | None:
     """Return LEACE's oblique eraser, with concept-erasure's own defaults (arXiv 2306.03819)."""
-    return _eraser(classes, method="leace")
+    return _eraser(classes, "leace")
 
 
 def orthogonal(classes: Classes) -> Fitted | None:
     """Return the orthogonal eraser of concept-erasure: onto the complement of δ."""
-    # The package drops singular values below 0.01 here too, where they are lengths of activations
-    # and no correlations: a model of small activations would keep its concept in silence.
-    return _eraser(classes, method="orth", svd_tol=torch.finfo(torch.float64).tiny)
+    return _eraser(classes, "orth")
 
 
-def _eraser(classes: Classes, **options: object) -> Fitted | None:
+def _eraser(classes: Classes, method: str) -> Fitted | None:
     from concept_erasure import LeaceEraser
 
     x = torch.cat([classes.positive, classes.negative])
     z = torch.cat([x.new_ones(len(classes.positive)), x.new_zeros(len(classes.negative))])
-    eraser = LeaceEraser.fit(x, z.unsqueeze(1), **options)
+    # The eraser is the same at every scale, but the package's limits are numbers: small activations
+    # would lose their covariance to shrinkage, and keep their concept.
+    scale = x.std()
+    eraser = LeaceEraser.fit(x / scale, z.unsqueeze(1), method=method)
     left, right = eraser.proj_left, eraser.proj_right
     if not bool(right.any()):
         return None
     # The sign of both factors is the SVD's; their product has none.
     sign = torch.sign(right[0] @ classes.difference)
-    tensors = {Role.LEFT: sign * left, Role.RIGHT: sign * right, Role.MEAN: eraser.bias}
-    return Fitted(tensors, sign * right[0])
+    mean = scale * eraser.bias
+    return Fitted(
+        {Role.LEFT: sign * left, Role.RIGHT: sign * right, Role.MEAN: mean}, sign * right[0]
+    )
 
 
 def mean_act(classes: Classes) -> Fitted | None:
@@ -201,9 +204,7 @@ def _varying(classes: Classes) -> Tensor:
 def _coupling(n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the weights of the optimal coupling of n and m sorted values, and whom each joins."""
     steps = torch.cat([torch.arange(n) * m, torch.arange(m) * n, torch.tensor([n * m])])
-    steps = torch.unique(
-        steps
-    )  # sorted, in units of 1/(n m): the quantiles at which either side steps
+    steps = torch.unique(steps)  # in units of 1/(n m): the quantiles at which a side steps
     weights = steps.diff().to(torch.float64) / (n * m)
     return weights, steps[:-1] // m, steps[:-1] // n
 

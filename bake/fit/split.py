@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from bake.errors import InputError, UsageError
 
-FEWEST = 3
-"""Examples of each class that choose, and that judge: of fewer no interval lies above chance."""
+FEWEST = 4
+"""Examples of each class that choose, and that judge: three of each are told apart without a fault
+by one direction in twenty that means nothing, four by one in seventy."""
 FITTED = 2
 """Examples of each class that are fitted at least."""
 

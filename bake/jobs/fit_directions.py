@@ -137,6 +137,10 @@ def fit_directions(
     return FittedDirections(asked, model, found, directions, kept)
 
 
+_TOGETHER = (
+    "each site was fitted on the model without the edits of the others, so that together they move "
+    "the classes by more than each alone"
+)
 _Classes = tuple["Activations", "Activations"]
 
 
@@ -196,13 +200,9 @@ def _run(
         for path in (asked.positive, asked.negative)
     ]
     check_apart(*texts)
-    live = load(
-        checkpoint,
-        getattr(torch, asked.dtype),
-        family=model.family,
-        streamed=_is_streamed(model, asked, remark),
-        device_map=_device(model, asked),
-    )
+    dtype = getattr(torch, asked.dtype)
+    streamed, place = _placed(model, asked, remark)
+    live = load(checkpoint, dtype, family=model.family, streamed=streamed, device_map=place)
     count = sum(len(one.tokens) for one in texts)
     with bars("running the model", unit="prompts") as move:
         tally = Tally(count, move)
@@ -220,27 +220,25 @@ def _run(
     return (classes[0], classes[1]), facts
 
 
-def _is_streamed(model: Model, asked: FitRequest, remark: Callable[[str], None]) -> bool:
-    from bake.verify.memory import too_large
+def _placed(
+    model: Model, asked: FitRequest, remark: Callable[[str], None]
+) -> tuple[bool, str | None]:
+    """Return whether the model is streamed, and its device map.
 
-    if asked.streamed is not None:
-        return asked.streamed
-    if asked.device_map not in (None, "cpu") or not too_large(model.checkpoint):
-        return False
-    remark("one block in memory at a time, since the model is large; --no-stream loads it whole")
-    return True
-
-
-def _device(model: Model, asked: FitRequest) -> str | None:
-    """Return where the model runs: where somebody says, or on a GPU that has room for it."""
-    from bake.verify.memory import fits_gpu
+    Where nobody says it, a GPU that has room takes it whole, and else the processor's memory.
+    """
+    from bake.verify.memory import fits_gpu, too_large
     from bake.verify.runs import BATCH_TOKENS
 
-    if asked.device_map is not None or asked.streamed:
-        return asked.device_map
-    # Of a batch the sites' activations are on the GPU, and no logits.
-    width = model.layout.hidden
-    return "cuda" if fits_gpu(model.checkpoint, BATCH_TOKENS * width * 8) else None
+    if asked.streamed or asked.device_map is not None:
+        return bool(asked.streamed), asked.device_map
+    # There are no logits: a block's activations of one batch are the largest beside the model.
+    if fits_gpu(model.checkpoint, BATCH_TOKENS * 8 * model.layout.hidden):
+        return False, "cuda"
+    if asked.streamed is None and too_large(model.checkpoint):
+        remark("one block in memory at a time: the model is large; --no-stream loads it whole")
+        return True, None
+    return False, None
 
 
 def _directions(
@@ -278,7 +276,8 @@ def _directions(
 
         package = method.package.replace("_", "-")
         metadata[package] = version(package)
-    if method.says is not None:
-        metadata[SAYS] = method.says
+    says = [method.says, _TOGETHER if asked.every_site and len(fits) > 1 else None]
+    if any(says):
+        metadata[SAYS] = "; ".join(filter(None, says))
     items = tuple(fit.direction for fit in fits)
     return Directions(asked.concept, "bake", "", "", items, metadata)

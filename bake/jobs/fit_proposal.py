@@ -1,12 +1,12 @@
 """The file of fitted directions, and a recipe of it whose plan goes ahead."""
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bake.jobs.fit_directions import FittedDirections
-from bake.jobs.model import Model
 
 if TYPE_CHECKING:
     from bake.jobs.request import Request
@@ -27,14 +27,14 @@ class Proposal:
         return str(self.request.plan.exactness)
 
 
-def propose(found: FittedDirections, name: str) -> Proposal:
+def propose(found: FittedDirections, out: Path) -> Proposal:
     """Return the file and a recipe whose plan goes ahead on this model, where one does.
 
     Of what a recipe may allow the least is taken with which the plan is not refused.
 
     Args:
         found: what was fitted.
-        name: of the file, which the recipe names; the recipe has it too, with ``.toml``.
+        out: where the file is to go; the recipe is meant to stand beside it.
 
     Raises:
         BakeError: the recipe does not fit the model.
@@ -42,9 +42,12 @@ def propose(found: FittedDirections, name: str) -> Proposal:
     from bake.directions import write_directions
     from bake.fit import METHODS
     from bake.fit.proposal import allowances, recipe_text
+    from bake.jobs.request import plan_recipe
+    from bake.recipe import load_recipe, read_artifacts
 
     asked, checkpoint = found.asked, found.model.checkpoint
-    revision = checkpoint.revision
+    name, revision = out.name, checkpoint.revision
+    model = checkpoint.repo if revision else _beside(checkpoint.path.resolve(), out)
     with tempfile.TemporaryDirectory(prefix="bake-") as folder:
         file = Path(folder) / name
         write_directions(found.directions, file)
@@ -53,14 +56,17 @@ def propose(found: FittedDirections, name: str) -> Proposal:
             text = recipe_text(
                 asked.concept,
                 name,
-                str(checkpoint.path.resolve()) if revision is None else checkpoint.repo,
+                model,
                 revision,
                 method=METHODS[asked.method],
                 found=found.sweep,
                 allow=allow,
                 every_site=asked.every_site,
             )
-            tried.append((text, _planned(found.model, file.with_suffix(".toml"), text)))
+            path = file.with_suffix(".toml")
+            path.write_text(text, encoding="utf-8")
+            recipe = load_recipe(path)
+            tried.append((text, plan_recipe(recipe, read_artifacts(recipe), found.model)))
             if tried[-1][1].refusal() is None:
                 break
         else:
@@ -68,13 +74,13 @@ def propose(found: FittedDirections, name: str) -> Proposal:
         return Proposal(file.read_bytes(), *tried[-1])
 
 
-def _planned(model: Model, path: Path, text: str) -> "Request":
-    """Return what a recipe comes to, on a model that is open."""
-    from bake.jobs.request import Request
-    from bake.recipe import build_edits, load_recipe, read_artifacts
+def _beside(model: Path, out: Path) -> str:
+    """Return a folder as a recipe at ``out`` names it, from its own place where they are near.
 
-    path.write_text(text, encoding="utf-8")
-    recipe = load_recipe(path)
-    directions = read_artifacts(recipe)
-    plan = model.plan(build_edits(recipe, model.layout, directions), recipe.export)
-    return Request(recipe, model, plan, directions)
+    The text of a recipe travels, and what of it is a home folder is refused by ``bake push``.
+    """
+    here = out.absolute().parent.resolve()
+    if os.path.commonpath([model, here]) == model.anchor:
+        return str(model)
+    relative = os.path.relpath(model, here)
+    return relative if relative.startswith("..") else f"./{relative}"

@@ -196,8 +196,7 @@ def compile_request(
     Raises:
         BakeError: whatever is wrong with the recipe, the model, the directions or their fit.
     """
-    from bake.jobs.fitting import fitted, wanted
-    from bake.recipe import build_edits, load_recipe, override, read_artifacts, remarks
+    from bake.recipe import load_recipe, override, read_artifacts
 
     loaded = override(load_recipe(recipe), model=model, to=to, allow=allow, target=target)
     directions = read_artifacts(loaded)
@@ -207,8 +206,31 @@ def compile_request(
         family=family,
         assume_harmless=assume_harmless,
     )
-    plan, facts = opened.plan(build_edits(loaded, opened.layout, directions), loaded.export), None
-    if (spec := wanted(loaded, plan)) is not None:
-        plan, facts = fitted(loaded, spec, opened, plan, bars)
-    plan = replace(plan, notes=(*remarks(loaded, directions), *plan.notes))
-    return Request(loaded, opened, plan, directions, facts)
+    return plan_recipe(loaded, directions, opened, bars)
+
+
+def plan_recipe(
+    recipe: "Recipe",
+    directions: "Mapping[str, Directions]",
+    model: Model,
+    bars: Bars = no_bars,
+) -> Request:
+    """Return the plan of a recipe on a model that is open.
+
+    Args:
+        recipe: with whatever overrides it.
+        directions: those that it names, by name.
+        model: the one that it names.
+        bars: where progress is shown, should stand-ins be fitted.
+
+    Raises:
+        BakeError: an edit does not fit the model, or no stand-in can be fitted.
+    """
+    from bake.jobs.fitting import fitted, wanted
+    from bake.recipe import build_edits, remarks
+
+    plan, facts = model.plan(build_edits(recipe, model.layout, directions), recipe.export), None
+    if (spec := wanted(recipe, plan)) is not None:
+        plan, facts = fitted(recipe, spec, model, plan, bars)
+    plan = replace(plan, notes=(*remarks(recipe, directions), *plan.notes))
+    return Request(recipe, model, plan, directions, facts)
