@@ -506,6 +506,10 @@ def test_arrays_are_refused(fit: Fit) -> None:
     with pytest.raises(UsageError, match="there is no method 'lece'") as caught:
         fit(good, other, method="lece")
     assert caught.value.fix == "did you mean 'leace'?"
+    for option in ({"position": "mean"}, {"dtype": "bfloat16"}, {"streamed": True}):
+        with pytest.raises(UsageError, match="is for prompts, and these are activations"):
+            fit(good, other, **option)
+    fit(good, other)  # the control
 
 
 def test_arrays_of_several_sites_are_theirs_in_order(fit: Fit) -> None:

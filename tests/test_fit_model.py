@@ -16,16 +16,19 @@ from words import TEMPLATE, WORDS, write_tokenizer
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
+from bake.cli.fit import command
 from bake.errors import UsageError
 from bake.fit import METHODS
 from bake.fit.collect import collect
+from bake.fit.split import Part
 from bake.fit.texts import Position, Texts, read_texts
-from bake.jobs import fit_directions as module
+from bake.jobs import FitRequest, FittedDirections, fit_directions, open_model, propose
 from bake.progress import Tally
 from bake.sites import Site, SiteKind, expand
 from bake.steer import steered, watched
 from bake.verify.models import load
 from bake.verify.precision import double_precision
+from bake.verify.tokenizer import load_tokenizer
 
 CLOSE = 1e-10
 """Relative, in float64; of float32 one batch against another."""
@@ -233,10 +236,45 @@ def test_a_fit_is_a_file_and_a_recipe_that_every_command_takes(folder: Folder) -
     planned = data_of("plan", recipe)
     assert planned["plan"]["exactness"] == "exact"
     data_of("export", recipe, "--out", folder.path / "out")
-    # The hook of the recipe moves the mean of the one class to that of the other, at its site.
     assert "34 prompts as chat template" in read["metadata"]["positive"]
     said = run(*folder.command("--force")).stdout
     assert f"{found['best']} tells the classes apart" in said and "plan" in said
+
+
+@pytest.mark.parametrize("method", ["mean-difference", "ace", "leace"])
+def test_the_hooks_of_the_recipe_move_the_class(method: str, folder: Folder) -> None:
+    """On the live model, at the site that was chosen, the prompts that were fitted."""
+    paths = folder.path / "sun.txt", folder.path / "sea.txt"
+    asked = FitRequest(positive=paths[0], negative=paths[1], concept="sun", method=method)
+    found = fit_directions(open_model(folder.model), asked)
+    edits = propose(found, folder.out).request.plan.reference
+    live, site, part = load(open_checkpoint(folder.model), torch.float32), *_chosen(found)
+    tokenizer = load_tokenizer(folder.model)
+
+    def rows(edits: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        both = []
+        for path, seen in zip(paths, (part.positive, part.negative), strict=True):
+            with live.under(edits):
+                texts = read_texts(path, tokenizer, Position.LAST)
+                both.append(collect(live, texts, [site], Tally(1, None))[site][list(seen)].double())
+        return both[0], both[1]
+
+    (positive, negative), hooked = rows(()), rows(edits)
+    gap = positive.mean(0) - negative.mean(0)
+    if method == "mean-difference":
+        assert near(hooked[1].mean(0), positive.mean(0), SINGLE)
+        assert not near(negative.mean(0), positive.mean(0), 1e-2)
+    elif method == "ace":
+        wanted = negative.mean(0) @ gap
+        assert near(torch.cat(hooked) @ gap, wanted.expand(len(torch.cat(hooked))), 1e-4)
+        assert not near(positive @ gap, wanted.expand(len(positive)), 1e-2)
+    else:
+        left = (hooked[0].mean(0) - hooked[1].mean(0)).norm()
+        assert float(left) <= 1e-4 * float(gap.norm())
+
+
+def _chosen(found: FittedDirections) -> tuple[Site, Part]:
+    return found.sweep.best.site, found.sweep.split.fit
 
 
 def test_the_same_prompts_are_the_same_bytes(folder: Folder) -> None:
@@ -250,11 +288,19 @@ def test_the_same_prompts_are_the_same_bytes(folder: Folder) -> None:
         assert folder.written()["c.safetensors"] != once["c.safetensors"]
 
 
+def test_the_example_of_the_page_runs(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "fit.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"## In Python\n\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(folder.path)
+    code = code.replace("path/to/model", str(folder.model)).replace(".jsonl", ".txt")
+    exec(code.replace("happy", "sun").replace("sad", "sea"))
+    assert data_of("directions", "mood.safetensors")["concept"] == "mood"
+
+
 def test_help_and_page_name_every_method() -> None:
     """The help is a text, since a list of functions would load torch."""
-    said = " ".join(run("fit", "--help").stdout.split())
-    listed = said.partition("--method NAME ")[2].partition(" [default")[0]
-    assert listed.replace(" or ", ", ").rstrip(".").split(", ") == list(METHODS)
+    (option,) = (one for one in command.params if one.name == "method")
+    assert option.help.replace(" or ", ", ").rstrip(".").split(", ") == list(METHODS)
     page = (Path(__file__).parents[1] / "docs" / "fit.md").read_text(encoding="utf-8")
     assert re.findall(
         r"^\| `([a-z-]+)`(?: \(default\))? \|", page.partition("## Methods")[2], re.M
@@ -292,6 +338,7 @@ def test_a_mistake_is_named_and_nothing_is_written(
 ) -> None:
     files, options, code, words = MISTAKES[case]
     monkeypatch.chdir(folder.path)
+    monkeypatch.setattr("bake.verify.models.load", lambda *_, **__: pytest.fail("it ran the model"))
     for name, text in files.items():
         (folder.path / name).write_text(text)
     before = folder.written()
@@ -383,4 +430,3 @@ def test_where_the_model_runs(folder: Folder, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr("bake.verify.memory.too_large", lambda _, large=large: large)
         data_of(*folder.command("--force", *options))
         assert asked.pop() == wanted
-    assert module.DEFAULT_METHOD in METHODS

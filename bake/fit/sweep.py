@@ -1,6 +1,6 @@
 """``sweep``: one method at every site, what each is worth on examples it has not seen, the best."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Sweep:
     """One method over all sites."""
 
     fits: tuple[SiteFit, ...]
-    """In the order of the forward pass."""
+    """In the order in which the sites were asked for."""
     left_out: tuple[Site, ...]
     """Where nothing could be fitted: every example has the same activation there."""
     best: SiteFit
@@ -117,7 +117,8 @@ def sweep(
     """Fit at every site and choose the best.
 
     One site is widened to float64 at a time. The best has the highest AUROC on the examples that
-    choose, and of several the largest margin; the earlier site of equals.
+    choose, and of several the largest margin; the first
+    site of equals.
 
     Args:
         method: how.
@@ -164,8 +165,11 @@ def _fit(
 
 
 def _classes(positive: Tensor, negative: Tensor, part: Part) -> Classes:
-    rows: Callable[[Tensor, tuple[int, ...]], Tensor] = lambda x, i: x[list(i)].to(torch.float64)  # noqa: E731
-    return Classes(rows(positive, part.positive), rows(negative, part.negative))
+    """Return the rows of a part in float64."""
+    return Classes(
+        positive[list(part.positive)].to(torch.float64),
+        negative[list(part.negative)].to(torch.float64),
+    )
 
 
 def _scores(fitted: Fitted, classes: Classes) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,13 @@
 
 Nothing here prints, and neither click nor rich is imported: whoever calls hands in where progress
 goes. Reading order: ``model``, ``fitting``, ``request``, ``exporting``; ``recorded``,
-``reproduce``, ``published``, ``verifying``; ``merging``, ``reverting``.
+``reproduce``, ``published``, ``verifying``; ``merging``, ``reverting``; ``fit_directions``,
+``fit_proposal``.
 """
 
 from bake.jobs.exporting import Exported, export
+from bake.jobs.fit_directions import FitRequest, FittedDirections, fit_directions
+from bake.jobs.fit_proposal import Proposal, propose
 from bake.jobs.merging import Merged, merge
 from bake.jobs.model import Model, open_model
 from bake.jobs.recorded import Replanned, Source, find, replan
@@ -15,8 +18,11 @@ from bake.jobs.verifying import Verified, verify
 
 __all__ = [
     "Exported",
+    "FitRequest",
+    "FittedDirections",
     "Merged",
     "Model",
+    "Proposal",
     "Replanned",
     "Request",
     "Reversal",
@@ -25,10 +31,12 @@ __all__ = [
     "compile_request",
     "export",
     "find",
+    "fit_directions",
     "merge",
     "open_model",
     "plan_edits",
     "prepare_reversal",
+    "propose",
     "replan",
     "verify",
 ]

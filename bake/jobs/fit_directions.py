@@ -12,11 +12,24 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.directions import Directions
+    from bake.fit.split import Split
     from bake.fit.sweep import Activations, Sweep
     from bake.sites import Site
 
 DEFAULT_METHOD, DEFAULT_POSITION, DEFAULT_DTYPE = "mean-difference", "last", "float32"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_OF_PROMPTS: Mapping[str, tuple[str, str | None]] = {
+    "position": ("--position", DEFAULT_POSITION),
+    "dtype": ("--dtype", DEFAULT_DTYPE),
+    "device_map": ("--device", None),
+    "streamed": ("--stream", None),
+}
+"""What says how a model is run: the option, and what it is by itself."""
+_TOGETHER = (
+    "each site was fitted on the model without the edits of the others, so that together they move "
+    "the classes by more than each alone"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,52 +115,74 @@ def fit_directions(
         VerificationFailed: every example has the same activation at all sites.
     """
     from bake.fit import METHODS, sweep
-    from bake.fit.split import split
     from bake.recipe.aliases import aliases, sites_at
+
+    _check(asked)
+    method = METHODS[asked.method]
+    method.check()
+    sites = sites_at(asked.at, model.layout, aliases(model.layout))
+    for site in sites:
+        model.layout.width(site)  # raises where the model has no such site
+    (positive, negative), parts, facts = (_saved if asked.saved else _run)(
+        model, asked, sites, bars, remark
+    )
+    with bars("fitting", unit="sites") as move:
+        found = sweep(method, positive, negative, parts, progress=move)
+    kept = sum(t.nbytes for rows in (positive, negative) for t in rows.values())
+    directions = _directions(model, asked, found, facts)
+    return FittedDirections(asked, model, found, directions, kept)
+
+
+def _check(asked: FitRequest) -> None:
+    """Refuse words that are none, and what has no meaning for saved activations."""
+    from bake.fit import METHODS
+    from bake.fit.texts import Position
     from bake.section import nearest
 
-    if asked.method not in METHODS:
-        raise UsageError(f"there is no method {asked.method!r}", fix=nearest(asked.method, METHODS))
+    for name, known in (("method", METHODS), ("position", Position), ("dtype", DTYPES)):
+        word = getattr(asked, name)
+        if word not in tuple(known):
+            raise UsageError(f"there is no {name} {word!r}", fix=nearest(word, known))
     if re.fullmatch(r"[A-Za-z0-9_-]+", asked.concept) is None:
         raise UsageError(
             f"the concept {asked.concept!r} is no word",
             why="a recipe names the direction so",
             fix="write it with letters, digits, - and _",
         )
-    method = METHODS[asked.method]
-    method.check()
-    sites = sites_at(asked.at, model.layout, aliases(model.layout))
-    for site in sites:
-        model.layout.width(site)  # raises where the model has no such site
-    classes, facts = (_saved if asked.saved else _run)(model, asked, sites, bars, remark)
-    positive, negative = classes
-    counts = [len(next(iter(rows.values()))) for rows in classes]
-    if method.paired and counts[0] != counts[1]:
+    odd = [word for name, (word, usual) in _OF_PROMPTS.items() if getattr(asked, name) != usual]
+    if asked.saved and odd:
         raise UsageError(
-            f"{asked.method} takes pairs, and the classes have {counts[0]} and {counts[1]} "
-            "examples",
+            f"{odd[0]} is for prompts, and these are activations",
+            why="no model is run",
+            fix="leave it out",
+        )
+
+
+_Examples = tuple[tuple["Activations", "Activations"], "Split", Mapping[str, str]]
+"""Both classes, who of them does what, and what the file of directions says of them."""
+
+
+def _split(asked: FitRequest, positive: int, negative: int) -> "Split":
+    """Return who is fitted, chooses and judges.
+
+    Raises:
+        UsageError: the method takes pairs, and the classes are none.
+        InputError: a class is too small.
+    """
+    from bake.fit import METHODS
+    from bake.fit.split import split
+
+    if METHODS[asked.method].paired and positive != negative:
+        raise UsageError(
+            f"{asked.method} takes pairs, and the classes have {positive} and {negative} examples",
             why="example i of one belongs to example i of the other",
             fix="give as many of each, or choose another --method",
         )
-    parts = split(*counts, held_out=asked.held_out, seed=asked.seed)
-    with bars("fitting", unit="sites") as move:
-        found = sweep(method, positive, negative, parts, progress=move)
-    kept = sum(t.numel() * t.element_size() for rows in classes for t in rows.values())
-    directions = _directions(model, asked, found, facts)
-    return FittedDirections(asked, model, found, directions, kept)
+    return split(positive, negative, held_out=asked.held_out, seed=asked.seed)
 
 
-_TOGETHER = (
-    "each site was fitted on the model without the edits of the others, so that together they move "
-    "the classes by more than each alone"
-)
-_Classes = tuple["Activations", "Activations"]
-
-
-def _saved(
-    model: Model, asked: FitRequest, sites: "tuple[Site, ...]", *_: Any
-) -> tuple[_Classes, Mapping[str, str]]:
-    """Return saved activations, and what the file of directions says of them."""
+def _saved(model: Model, asked: FitRequest, sites: "tuple[Site, ...]", *_: Any) -> _Examples:
+    """Return saved activations."""
     import torch
 
     from bake.checkpoints.hashes import sha256_of
@@ -165,7 +200,8 @@ def _saved(
         name: f"{path.name}, saved activations, sha256:{sha256_of(path)}"
         for name, path in paths.items()
     }
-    return (positive, negative), facts
+    parts = _split(asked, *(len(rows[sites[0]]) for rows in (positive, negative)))
+    return (positive, negative), parts, facts
 
 
 def _run(
@@ -174,8 +210,8 @@ def _run(
     sites: "tuple[Site, ...]",
     bars: Bars,
     remark: Callable[[str], None],
-) -> tuple[_Classes, Mapping[str, str]]:
-    """Return the activations of prompts, and what the file of directions says of them."""
+) -> _Examples:
+    """Return the activations of prompts, which a run of the model gives."""
     import torch
     import transformers
 
@@ -183,14 +219,9 @@ def _run(
     from bake.fit.saved import check_finite
     from bake.fit.texts import Position, check_apart, read_texts
     from bake.progress import Tally
-    from bake.section import nearest
     from bake.verify.models import load
     from bake.verify.tokenizer import load_tokenizer
 
-    if asked.position not in tuple(Position):
-        raise UsageError(
-            f"there is no position {asked.position!r}", fix=nearest(asked.position, Position)
-        )
     checkpoint = model.complete()
     tokenizer = load_tokenizer(
         checkpoint.path, otherwise="save activations yourself, as .npy or .safetensors"
@@ -200,6 +231,7 @@ def _run(
         for path in (asked.positive, asked.negative)
     ]
     check_apart(*texts)
+    parts = _split(asked, *(len(one.tokens) for one in texts))  # before the model is loaded
     dtype = getattr(torch, asked.dtype)
     streamed, place = _placed(model, asked, remark)
     live = load(checkpoint, dtype, family=model.family, streamed=streamed, device_map=place)
@@ -217,7 +249,7 @@ def _run(
         "dtype": asked.dtype,
         "transformers": transformers.__version__,
     }
-    return (classes[0], classes[1]), facts
+    return (classes[0], classes[1]), parts, facts
 
 
 def _placed(
