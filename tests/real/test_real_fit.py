@@ -14,6 +14,7 @@ from test_real_carriers import MOST, VISIBLE
 pytestmark = pytest.mark.real
 
 PROMPTS = Path(__file__).parents[2] / "recipes" / "mood"
+STRONG = 3.0
 RELATED = 0.25
 """Cosine: six standard deviations of that of unrelated vectors of width 576, 1/√576 each."""
 
@@ -35,11 +36,14 @@ def test_a_mood_is_fitted_and_baked(subject: Subject, tmp_path: Path) -> None:
     print(f"cosines {cosines}")
     assert cosines[0] > RELATED > abs(cosines[1])
 
-    # The recipe as it was written: the checkpoint says what a hook written by hand says.
+    # The recipe, stronger as its comment says: the checkpoint is what a hook written by hand is.
     recipe = out.with_suffix(".toml")
+    text = recipe.read_text(encoding="utf-8")
+    assert "coefficient = 1 " in text
+    recipe.write_text(text.replace("coefficient = 1 ", f"coefficient = {STRONG} "))
     data_of("export", recipe, "--out", tmp_path / "baked")
     baked = logprobs(loaded(tmp_path / "baked"), subject.files.texts)
-    with hooked(subject.model, lambda x: x + vector.to(x), int(layer)):
+    with hooked(subject.model, lambda x: x + STRONG * vector.to(x), int(layer)):
         wanted = logprobs(subject.model, subject.files.texts)
     assert mean_kl(wanted, subject.base) > VISIBLE
     share = lost(wanted, subject.base, baked)
