@@ -123,7 +123,7 @@ def _eraser(classes: Classes, method: str) -> Fitted | None:
 
 
 def mean_act(classes: Classes) -> Fitted | None:
-    """Return Mean-AcT's x + δ, on units that vary in both classes (arXiv 2410.23054, eq. 5)."""
+    """Return Mean-AcT's x + δ, on units that vary in both classes (arXiv 2410.23054)."""
     shift = torch.where(_varying(classes), classes.difference, 0.0)
     return _along(classes.difference, {Role.OFFSET: shift}) if bool(shift.any()) else None
 

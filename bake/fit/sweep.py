@@ -51,7 +51,7 @@ class Sweep:
     fits: tuple[SiteFit, ...]
     """In the order in which the sites were asked for."""
     left_out: tuple[Site, ...]
-    """Where nothing could be fitted: every example has the same activation there."""
+    """Where nothing could be fitted: every example has the same activation, or no unit varies."""
     best: SiteFit
     judged: Interval
     """AUROC of the best on examples that neither fitted nor chose it."""
