@@ -522,8 +522,8 @@ def test_findings_read_no_weight(
 
 
 def test_shipped_tables_say_what_every_runtime_does() -> None:
-    assert len(tiny.SERVED) >= 13
-    for family in (tiny.TABLES[name] for name in tiny.SERVED):
+    assert len(tiny.FAMILIES) >= 13
+    for family in (tiny.TABLES[name] for name in tiny.FAMILIES):
         assert set(family.runtimes) == set(DESCRIBED)
         for name in ("vllm", "llama.cpp"):
             adaptable = family.runtimes[name].lora
@@ -607,7 +607,7 @@ def test_the_documented_matrix_is_that_of_the_tables(
     table: str, tiny_checkpoint: Checkpoints
 ) -> None:
     found = {}
-    for family in tiny.SERVED:
+    for family in tiny.FAMILIES:
         base = base_at(tiny_checkpoint(family, **tiny.unbiased(family)))
         linear = ["attn_out.*", "mlp_out.*"]
         if biased_writers(base):

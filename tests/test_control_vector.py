@@ -63,7 +63,7 @@ def single(n: int, seed: int = 0) -> Tensor:
     return vector(n, seed).to(torch.float32).to(torch.float64)
 
 
-@pytest.mark.parametrize("family", tiny.SERVED)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_served_family_takes_offsets(
     family: str, tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:

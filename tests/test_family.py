@@ -26,8 +26,8 @@ from bake.sites import Site, SiteKind, parse_site
 WHERE = "own.toml"
 Checkpoint = Callable[..., Path]
 FAMILIES = {family.name: family for family in load_families()}
-SHIPPED = sorted(FAMILIES)
-every_family = pytest.mark.parametrize("name", SHIPPED)
+every_table = pytest.mark.parametrize("name", sorted(FAMILIES))
+every_family = pytest.mark.parametrize("name", sorted(tiny.FAMILIES))
 
 
 def text_of(name: str) -> str:
@@ -57,10 +57,10 @@ def refusal(text: str) -> FamilyError:
 
 
 def test_every_table_has_a_tiny_model_and_every_tiny_model_a_table() -> None:
-    assert SHIPPED == sorted(tiny.CONFIGS)
+    assert sorted(FAMILIES) == sorted(tiny.CONFIGS)
 
 
-@every_family
+@every_table
 def test_a_table_is_named_as_its_file_and_says_where_it_was_read(name: str) -> None:
     family = family_named(name)
     assert family == FAMILIES[name]
@@ -70,7 +70,7 @@ def test_a_table_is_named_as_its_file_and_says_where_it_was_read(name: str) -> N
     assert all(runtime.source for runtime in family.runtimes.values())
 
 
-@every_family
+@every_table
 def test_the_config_class_agrees_with_the_defaults(name: str) -> None:
     """A key that config.json leaves unsaid has the value that transformers would give it."""
     from transformers import AutoConfig
@@ -701,6 +701,29 @@ def test_a_mixture_needs_its_number_of_experts(model: Open) -> None:
     assert mixture.refusal().what == "the key 'num_local_experts' is missing"
 
 
+def test_a_size_that_versions_of_a_class_call_otherwise(model: Open) -> None:
+    mixture = model("qwen3_moe")
+    names = ("num_experts", "num_local_experts")
+    assert [mixture.config.pop(name, None) for name in names] != [None, None]
+    for name in names:
+        mixture.config = {**mixture.config, name: 3}
+        assert mixture.resolve().dims["experts"] == 3
+    mixture.config["num_experts"] = 4
+    assert mixture.refusal().what.startswith("num_experts = 4, num_local_experts = 3: one size")
+    mixture.config |= {"num_experts": None, "num_local_experts": None}
+    assert mixture.refusal().what == "the key 'num_experts' or 'num_local_experts' is missing"
+
+
+def test_a_size_that_the_class_fixes(model: Open) -> None:
+    """Falcon 7B has one key and one value for all heads, whatever its configuration says."""
+    shared = model("falcon")
+    shared.config["num_kv_heads"] = 4
+    layout = shared.resolve()
+    assert layout.dims["kv_heads"] == 1
+    (fused,) = layout.branches[0].reads
+    assert [len(part.rows) for part in fused.parts] == [32, 8, 8]
+
+
 # Heads, prefixes, buffers
 
 
@@ -768,6 +791,24 @@ def test_other_buffers(name: str, buffer: str, model: Open) -> None:
         f"x.{buffer}",
     ):
         assert f"tensor {other} is not in the table" in model(name).add(other, 4).refusal().what
+
+
+@pytest.mark.parametrize(
+    ("untouched", "left", "refused"),
+    [
+        ("vision.**", "vision.blocks.0.norm.weight", "visions.blocks.0.norm.weight"),
+        ("mtp.*.weight", "mtp.norm.weight", "mtp.layers.norm.weight"),
+        ("model.layers.{layer}.extra", "model.layers.17.extra", "model.layers.x.extra"),
+    ],
+)
+def test_tensors_outside_the_blocks_that_a_table_leaves(
+    untouched: str, left: str, refused: str, model: Open
+) -> None:
+    towered = model("llama")
+    top = f'untouched = ["{untouched}"]\n[must]'
+    towered.family = parse_family(changed("[must]", top), WHERE)
+    assert towered.add(left, 4).resolve().untouched == (left,)
+    assert f"tensor {refused} is not in the table" in towered.add(refused, 4).refusal().what
 
 
 # Sites of a layout

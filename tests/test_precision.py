@@ -180,3 +180,16 @@ def test_the_context_ends_with_an_error() -> None:
     with pytest.raises(ZeroDivisionError), double_precision():
         raise ZeroDivisionError
     assert x.float().dtype is torch.float32
+
+
+def test_a_layer_that_stays_in_float32_gets_what_it_can_take() -> None:
+    """A class may keep a router in float32, and would have cast its input to it."""
+    layer = torch.nn.Linear(3, 2, dtype=torch.float32)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with double_precision(), torch.no_grad():
+        found = layer(x.float())
+    assert found.dtype == torch.float64
+    exact = x @ layer.weight.double().T + layer.bias.double()
+    assert torch.equal(found, exact.detach())
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(x)

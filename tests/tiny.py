@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from core import CORE
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -72,9 +73,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox_sequential": {**_NEOX, "model_type": "gpt_neox", "use_parallel_residual": False},
     "olmo2": {**_GROUPED, "model_type": "olmo2", "attention_bias": True},
     "mixtral": {**_GROUPED, "model_type": "mixtral", "num_local_experts": 3},
-    "smollm3": {**_GROUPED, "model_type": "smollm3", "attention_bias": True, "mlp_bias": True},
+    **{name: of.config for name, of in CORE.items()},
 }
-FAMILIES = tuple(CONFIGS)
+TABLES = {family.name: family for family in load_families()}
+FAMILIES = tuple(name for name in CONFIGS if TABLES[name].tier == "served")
+"""What the tests of every edit, carrier and runtime run over; ``test_core_families.py`` has the
+others, one test a table."""
 
 # What the edits are expected to do is written here by hand, from the classes of transformers, and
 # shares nothing with the plan or the tables. First: which linear layers hold a bias.
@@ -95,7 +99,7 @@ BIASES = {
     "gpt_neox_sequential": ALL,
     "olmo2": ATTENTION,
     "mixtral": NONE,
-    "smollm3": ALL,
+    "smollm3": ALL,  # of the core tables, the one that other tests widen
 }
 # The flag that an offset at ``attn_out`` opens, and how many layers of a block it gives a bias.
 OPENED: dict[str, tuple[str, int]] = {}
@@ -106,11 +110,9 @@ LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 UNGATED = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 PARALLEL = ("gpt_neox",)  # both branches read what the block reads
 MIXTURES = ("mixtral",)
-TIED = ("gemma", "gemma2", "gemma3", "gpt2")
+TIED = ("gemma", "gemma2", "gemma3", "gpt2", *(name for name, of in CORE.items() if of.tied))
 GAIN_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}  # their norms multiply by 1 + weight
-TABLES = {family.name: family for family in load_families()}
-SERVED = tuple(name for name in FAMILIES if TABLES[name].tier == "served")
-"""The families whose tables say what other programs do with them."""
+GAIN_OFFSET |= {name: of.gain_offset for name, of in CORE.items()}
 # Gemma-2's softcapping exists in eager attention only, and grouped experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -145,6 +147,8 @@ def make_model(
     config = AutoConfig.for_model(**{**values, **overrides})
     # from_config, not model.to: buffers (Gemma's embedding scale) are made in the dtype's precision
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, **EAGER)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # a router that its class makes in float32
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()  # a tied head is the embedding's own parameter
     with torch.no_grad():
@@ -154,6 +158,9 @@ def make_model(
                     drawn.add(id(parameter))
                     gain_offset = GAIN_OFFSET.get(family, 0.0)
                     parameter.copy_(_draw(module, name, parameter, gain_offset, generator))
+            if "e_score_correction_bias" in dict(module.named_buffers(recurse=False)):
+                chosen = module.get_buffer("e_score_correction_bias")  # of which experts are asked
+                chosen.copy_(0.1 * torch.randn(chosen.shape, generator=generator))
     return model.eval()
 
 
@@ -191,6 +198,9 @@ def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         path, dtype=dtype, output_loading_info=True, **EAGER
     )
     assert not any(info.values()), info
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtype:  # a router that its class keeps in float32
+            parameter.data = tensors_of(path)[name].to(dtype)
     return model.eval()
 
 

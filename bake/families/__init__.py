@@ -4,7 +4,7 @@ from bake.families.find import family_named, find_family, load_families, read_fa
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, runtime_of
 from bake.families.resolve import resolve
 from bake.families.runtime import DESCRIBED, READS, RUNTIMES, Runtime
-from bake.families.section import Json
+from bake.families.section import Json, size_keys
 from bake.families.table import (
     SQRT_HIDDEN,
     Family,
@@ -38,4 +38,5 @@ __all__ = [
     "read_family",
     "resolve",
     "runtime_of",
+    "size_keys",
 ]

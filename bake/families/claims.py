@@ -76,8 +76,8 @@ class Claims:
             FamilyError: a tensor is neither claimed nor named among those.
         """
         block = self.family.block
-        path = re.escape(block.path).replace(r"\{layer\}", r"\d+")
-        allowed = [re.compile(f"{path}\\.{re.escape(name)}") for name in block.untouched]
+        below = [f"{block.path}.{name}" for name in block.untouched]
+        allowed = [_pattern(name) for name in (*below, *self.family.untouched)]
         rest = sorted(set(self.shapes) - self.claimed)
         for name in rest:
             full = f"{self.prefix}{name}"
@@ -88,3 +88,12 @@ class Claims:
                     fix="bring a table that names it with --family FILE",
                 )
         return tuple(rest)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """Return what matches the names that a table leaves alone.
+
+    ``{layer}`` is any number, ``*`` any one part between dots, ``**`` any parts, also none.
+    """
+    text = re.escape(name).replace(r"\{layer\}", r"\d+")
+    return re.compile(text.replace(r"\*\*", ".*").replace(r"\*", r"[^.]+"))

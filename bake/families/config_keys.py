@@ -8,8 +8,6 @@ what changes nothing in any family stands here, and what changes nothing in one 
 import difflib
 from collections.abc import Collection, Mapping
 
-from msgspec import structs
-
 from bake.errors import FamilyError
 from bake.families.find import load_families
 from bake.families.section import Json
@@ -119,7 +117,7 @@ def known_keys(family: Family) -> frozenset[str]:
         | _READ
         | MUST.keys()
         | {*family.when, *family.must, *family.flags, *family.defaults, *family.config.harmless}
-        | {key for key in structs.astuple(family.dims) if key}
+        | family.dims.said_by
         | {key for key in multipliers if isinstance(key, str)}
         | {key for recast in recasts for key in (*recast.when, *recast.drop, *recast.explicit)}
     )

@@ -4,11 +4,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from bake.errors import FamilyError
 from bake.families.claims import Claims
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, Shape
 from bake.families.section import Json
-from bake.families.settings import Settings, inner_width, read_settings
+from bake.families.settings import Settings, inner_width, missing, read_settings
 from bake.families.table import Family, LinearRow
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
@@ -137,8 +136,7 @@ class _Block:
             return
         experts = self.settings.dims["experts"]
         if not experts:
-            key = self.settings.family.dims.experts
-            raise FamilyError(f"the key {key!r} is missing", where="config.json")
+            raise missing(self.settings.family.dims.experts)
         for expert in range(experts):
             yield self.linear(row, row.module.replace("{expert}", str(expert)), reads=reads)
 

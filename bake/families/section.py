@@ -11,6 +11,8 @@ Json = Any  # a value of config.json: the one place where the type is the file's
 Texts = Annotated[tuple[str, ...], Meta(extra={"meant": "no list of texts"})]
 NumberOrKey = Annotated[float | str, Meta(extra={"meant": "neither a number nor a config key"})]
 """A number, or the config key that holds it."""
+Size = Annotated[str | int | tuple[str, ...], Meta(extra={"meant": "neither a key nor a size"})]
+"""A config key, several that versions of the class call the same, or the size itself."""
 Allowed = Annotated[tuple[Json, ...], Meta(extra={"meant": "no list of allowed values"})]
 """The values that a config key may have."""
 
@@ -25,3 +27,10 @@ class Table(section.Table, frozen=True, kw_only=True):
         """Return the value of a key; TOML has no null, and a list of values has "null" for it."""
         found = super().value(key, value, kind, where)
         return tuple(None if v == "null" else v for v in found) if kind == Allowed else found
+
+
+def size_keys(size: str | int | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the config keys of a size."""
+    if isinstance(size, int):
+        return ()
+    return (size,) if isinstance(size, str) else size

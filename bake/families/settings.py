@@ -8,7 +8,7 @@ from msgspec import structs
 
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
-from bake.families.section import Json
+from bake.families.section import Json, size_keys
 from bake.families.table import MISSING, SQRT_HIDDEN, Family, configured
 from bake.sites import SiteKind
 
@@ -86,13 +86,11 @@ def _flag(config: Mapping[str, Json], key: str, default: Json) -> bool:
 
 
 def _dims(family: Family, config: Mapping[str, Json]) -> dict[str, int]:
-    found = {name: _size(family, config, key) for name, key in structs.asdict(family.dims).items()}
+    found = {name: _size(family, config, of) for name, of in structs.asdict(family.dims).items()}
     dims = {name: size for name, size in found.items() if size is not None}
     for name in ("layers", "hidden", "vocab", "heads"):
         if name not in dims:
-            raise FamilyError(
-                f"the key {getattr(family.dims, name)!r} is missing", where="config.json"
-            )
+            raise missing(getattr(family.dims, name))
     dims.setdefault("kv_heads", dims["heads"])
     dims.setdefault("head_dim", dims["hidden"] // dims["heads"])
     # GPT-2 leaves n_inner unsaid when it is 4 × n_embd (configuration_gpt2.py).
@@ -101,11 +99,32 @@ def _dims(family: Family, config: Mapping[str, Json]) -> dict[str, int]:
     return dims
 
 
-def _size(family: Family, config: Mapping[str, Json], key: str) -> int | None:
+def missing(size: str | int | tuple[str, ...]) -> FamilyError:
+    """Return the error for a size that config.json does not say."""
+    named = " or ".join(map(repr, size_keys(size)))
+    return FamilyError(f"the key {named} is missing", where="config.json")
+
+
+def _size(
+    family: Family, config: Mapping[str, Json], of: str | int | tuple[str, ...]
+) -> int | None:
     """Return a size; None where the table names no key for it, or the config leaves it unsaid."""
-    found = configured(family, config, key) if key else None
-    if found is None or found is MISSING:
+    if isinstance(of, int):
+        return of
+    said = {key: config[key] for key in size_keys(of) if key in config}
+    unsaid = {key: family.defaults[key] for key in size_keys(of) if key in family.defaults}
+    given = {key: size for key, size in (said or unsaid).items() if size is not None}
+    if not given:
         return None
-    if not isinstance(found, int) or isinstance(found, bool) or found <= 0:
-        raise FamilyError(f"{key} = {found!r} is no positive integer", where="config.json")
-    return found
+    for key, size in given.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size <= 0:
+            raise FamilyError(f"{key} = {size!r} is no positive integer", where="config.json")
+    if len(set(given.values())) > 1:
+        stated = ", ".join(f"{key} = {size}" for key, size in given.items())
+        raise FamilyError(
+            f"{stated}: one size, said twice and differently",
+            where="config.json",
+            why="versions of the class call it so, and each would read another",
+        )
+    (size,) = set(given.values())
+    return int(size)

@@ -14,7 +14,7 @@ from msgspec import Meta, structs
 
 from bake.errors import FamilyError
 from bake.families.runtime import DESCRIBED, RUNTIMES, Carriers, Runtime
-from bake.families.section import Allowed, Json, NumberOrKey, Table, Texts
+from bake.families.section import Allowed, Json, NumberOrKey, Size, Table, Texts, size_keys
 from bake.section import Toml, nearest, parse_toml
 from bake.sites import SiteKind
 
@@ -119,16 +119,22 @@ class GgufNames(Table, frozen=True, kw_only=True):
 
 
 class Dims(Table, frozen=True, kw_only=True):
-    """The config key of each size; an empty text where there is none."""
+    """The config key of each size, or the size itself; an empty text where there is none."""
 
-    layers: str
+    layers: Size
     hidden: str
-    vocab: str
-    heads: str
-    kv_heads: str = ""
-    head_dim: str = ""
-    inner: str = ""
-    experts: str = ""
+    vocab: Size
+    heads: Size
+    kv_heads: Size = ""
+    head_dim: Size = ""
+    inner: Size = ""
+    experts: Size = ""
+
+    @property
+    def said_by(self) -> frozenset[str]:
+        """Every key of config.json that may hold a size."""
+        found = (key for size in structs.astuple(self) for key in size_keys(size))
+        return frozenset(key for key in found if key)
 
 
 class ConfigRow(Table, frozen=True, kw_only=True):
@@ -196,6 +202,8 @@ class Family(Table, frozen=True, kw_only=True):
     norm: NormRow
     embed: EmbedRow
     unembed: UnembedRow
+    untouched: Texts = ()
+    """Tensors outside the blocks that travel as they are, with ``*`` and ``**``."""
     branches: tuple[BranchRow, ...] = msgspec.field(name="branch")
     runtimes: Mapping[str, Runtime] = msgspec.field(name="runtime", default_factory=dict)
     run: Mapping[str, Carriers] = {}

@@ -24,7 +24,7 @@ from torch import Tensor
 from bake.affine import AffineMap, DiagonalMap, LowRankMap, chain, tolerance
 from bake.edits import Edit, WeightUpdate
 from bake.errors import FamilyError, UsageError
-from bake.families import SQRT_HIDDEN, Json, Layout, Linear, configured
+from bake.families import SQRT_HIDDEN, Json, Layout, Linear, configured, size_keys
 from bake.plan.emit import Assembly
 from bake.plan.pieces import Gain
 from bake.plan.types import BiasUpdate, ConfigChange, PartMap, TensorUpdate
@@ -169,11 +169,11 @@ class Wide:
             )
         new: dict[str, Json] = {
             family.dims.hidden: dims["hidden"],
-            family.dims.inner: dims["inner"],
+            **dict.fromkeys(size_keys(family.dims.inner), dims["inner"]),
             family.widen.eps: eps * self.base.hidden / self.layout.hidden,
         }
         own = "heads" if family.widen.heads else "head_dim"
-        new[getattr(family.dims, own)] = dims[own]
+        new |= dict.fromkeys(size_keys(getattr(family.dims, own)), dims[own])
         return tuple(ConfigChange(key, config.get(key), value) for key, value in new.items())
 
     def completed(self, made: Assembly, gain: Gain, edits: Sequence[int]) -> Assembly:

@@ -55,7 +55,9 @@ def _tables(context: Context) -> Pieces:
 
 
 def _multiplier(layout: Layout) -> float:
-    return in_storage(layout.embed_multiplier, layout.dtype)
+    """Return what the embedding is multiplied by; a model's own factor is a number, no tensor."""
+    by_module = layout.family.embed.multiplied_by == "module"
+    return in_storage(layout.embed_multiplier, layout.dtype if by_module else "F64")
 
 
 def in_storage(number: float, dtype: str) -> float:

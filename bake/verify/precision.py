@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
@@ -20,6 +21,9 @@ _CASTS = frozenset(
 )
 # A dtype here says how to read the bits, not how precisely to compute.
 _REINTERPRETS = frozenset({Tensor.view})
+# What takes tensors of one dtype only: a router that its class keeps in float32, as Hunyuan's
+# mixtures do, would have got its input in float32 as well.
+_OF_ONE_DTYPE = frozenset({F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__})
 
 
 @contextmanager
@@ -62,14 +66,20 @@ class _NoNarrowing(TorchFunctionMode):
             return tensor.to(result.device) if narrowed else result
         if func in _REINTERPRETS:
             return func(*args, **keywords)
+        widened = _in_double if func in _OF_ONE_DTYPE else _widened
         return func(
-            *(_widened(argument) for argument in args),
-            **{name: _widened(argument) for name, argument in keywords.items()},
+            *(widened(argument) for argument in args),
+            **{name: widened(argument) for name, argument in keywords.items()},
         )
 
 
 def _widened(argument: Any) -> Any:
     return torch.float64 if _is_narrower(argument) else argument
+
+
+def _in_double(argument: Any) -> Any:
+    narrow = isinstance(argument, Tensor) and _is_narrower(argument.dtype)
+    return argument.double() if narrow else argument
 
 
 def _is_narrower(value: Any) -> bool:

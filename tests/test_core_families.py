@@ -1,0 +1,231 @@
+"""Each core table, once: every kind of edit at every kind of site against hooks, and its controls.
+
+One test a table, with one model built and one pass a variant: there are many tables, and what they
+share is tested over the served ones. What must be exact is said in ``core.py``, from the classes.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from adapters import peft_warnings
+from core import CORE, Core
+from exporting import written
+from harness import RELATIVE, Base, base_at, edit, logits, matrix, plain_logits, plan_of, vector
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bake import edits as make
+from bake.edits import Edit
+from bake.errors import CheckpointError
+from bake.families import parse_family, resolve
+from bake.plan import Exactness, Plan
+from bake.sites import Site, SiteKind
+
+NOTICED = 1e-4
+"""Of an edit's effect, what a control has to miss by: five orders above what is allowed."""
+MODULES = (SiteKind.ATTN_OUT, SiteKind.MLP_OUT)
+Checkpoints = Callable[..., Path]
+
+
+def test_every_core_table_is_here() -> None:
+    assert sorted(CORE) == sorted(name for name, of in tiny.TABLES.items() if of.tier == "core")
+
+
+@pytest.mark.parametrize("name", sorted(CORE))
+def test_a_core_table(name: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base, of = base_at(tiny_checkpoint(name)), CORE[name]
+    everything_is_drawn(base, of)
+    stream = at_every_site(base, of, tmp_path)
+    parts = Baked(base, at_the_parts(base), tmp_path / "parts")
+    if stream is not None:
+        a_wrong_axis(stream)
+        a_tied_head(stream)
+    an_offset_in_the_middle(base, of, tmp_path)
+    a_row_forgotten(parts)
+    a_gain_forgotten(parts)
+    an_adapter(base, tmp_path)
+
+
+class Baked:
+    """A plan that is exact, as it was written, and the hooked logits that it has to give."""
+
+    def __init__(self, base: Base, edits: list[Edit], out: Path) -> None:
+        self.base, self.edits, self.out = base, edits, out
+        self.plan = plan_of(base, edits)
+        assert self.plan.exactness is Exactness.EXACT, self.plan.findings
+        record = {"base": {"model": str(base.path)}}
+        written("checkpoint", self.plan, base.checkpoint, out, record=record)
+        self.hooked = logits(base.model, base, edits)
+        self.effect = float((self.hooked - plain_logits(base)).abs().max())
+        self.model = tiny.load(out)
+        assert self.effect > 1e-2
+        assert self.error(self.model) <= RELATIVE * self.effect
+
+    def error(self, model: PreTrainedModel) -> float:
+        """Return how far a model is from the hooked one."""
+        return float((logits(model, self.base) - self.hooked).abs().max())
+
+    def fails_with(self, changed: Mapping[str, Tensor], what: str) -> None:
+        """See that the comparison notices other values in some tensors."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        if changed.keys() <= parameters.keys():
+            model = copy.deepcopy(self.model)
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for name, tensor in changed.items():
+                    parameters[name].copy_(tensor)
+        else:  # experts, which the loaded model stacks
+            tensors = {**tiny.tensors_of(self.out), **changed}
+            save_file(tensors, self.out / "model.safetensors", {"format": "pt"})
+            model = tiny.load(self.out)
+        assert self.error(model) > NOTICED * self.effect, what
+
+
+def everything_is_drawn(base: Base, of: Core) -> None:
+    """See that no gain is 1, no bias 0 and no flag closed."""
+    assert base.layout.tied is of.tied
+    assert all(linear.bias.state != "closed" for linear in base.layout.linears)
+    for name, tensor in tiny.tensors_of(base.path).items():
+        if tensor.dim() == 1:
+            assert tensor.abs().min() > 0 and (tensor - 1 + of.gain_offset).abs().min() > 0, name
+
+
+def at_every_site(base: Base, of: Core, out: Path) -> Baked | None:
+    """Ablation, LEACE and an affine edit at all sites of the stream; the last one is returned."""
+    width = base.layout.hidden
+    left, right = vector(width, 5), vector(width, 6)
+    eraser = make.erase(
+        (left / (left @ right)).unsqueeze(1), right.unsqueeze(0), mean=vector(width)
+    )
+    forms = {
+        "ablate": make.ablate(vector(width)),
+        "erase": eraser,
+        "affine": make.affine(vector(width), mean=vector(width, 1), alpha=0.7),
+    }
+    baked = None
+    for kind, map_ in forms.items():
+        edits = [edit(base, kind, map_, "resid")]
+        if of.post_norm:
+            refused(plan_of(base, edits), "a projection does not pass through a norm with a gain")
+        else:
+            baked = Baked(base, edits, out / kind)
+    return baked
+
+
+def an_offset_in_the_middle(base: Base, of: Core, out: Path) -> None:
+    """An offset behind block 1, in a bias of its last writer or refused for want of one."""
+    edits = [edit(base, "offset", make.offset(vector(base.layout.hidden)), "resid_post.1")]
+    if not of.slot:
+        refused(plan_of(base, edits), "has no bias slot there")
+        return
+    baked = Baked(base, edits, out / "offset")
+    (update,) = baked.plan.biases
+    stored, was = tiny.tensors_of(out / "offset")[update.name], tiny.tensors_of(base.path)
+    baked.fails_with({update.name: was[update.name]}, "the constant is left out")
+    gains = {b.gain for b in base.layout.branches}
+    if gains != {1.0}:
+        (gain,) = gains
+        scaled = was[update.name] + gain * (stored - was[update.name])
+        baked.fails_with({update.name: scaled}, "the gain of the branch is forgotten")
+
+
+def refused(plan: Plan, reason: str) -> None:
+    assert plan.exactness is Exactness.IMPOSSIBLE
+    found = [f for f in plan.findings if f.exactness is Exactness.IMPOSSIBLE]
+    assert all(f.remedy for f in found)
+    assert any(reason in f.reason for f in found), found
+
+
+def at_the_parts(base: Base) -> list[Edit]:
+    """Linear edits at every input and output of the parts, each of its own strength."""
+    edits = []
+    for seed, site in enumerate(base.layout.sites):
+        width = base.layout.width(site)
+        if site.kind in MODULES:
+            map_, kind = make.ablate(vector(width, seed), strength=0.3 + 0.1 * (seed % 5)), "ablate"
+        elif site.kind in (SiteKind.LN1_POST_OUT, SiteKind.LN2_POST_OUT, SiteKind.LN_FINAL_OUT):
+            map_, kind = make.scale(1 + 0.3 * vector(width, seed)), "scale"
+        elif site.layer is not None and site.layer % 2 == 1 and str(site)[:5] != "resid":
+            map_, kind = make.linear(matrix(width, seed)), "linear"
+        elif site.kind in (SiteKind.LN1_OUT, SiteKind.LN2_OUT):
+            map_, kind = make.scale(1 + 0.3 * vector(width, seed)), "scale"
+        else:
+            continue
+        edits.append(edit(base, kind, map_, str(site)))
+    return edits
+
+
+def rows_of(base: Base) -> Iterator[tuple[str, list[str]]]:
+    """Yield every row of the table with its tensors in block 1, those of all experts together."""
+    found: dict[str, list[str]] = {}
+    for branch in base.layout.branches:
+        for linear in (*branch.reads, *branch.writes):
+            if branch.layer == 1:
+                found.setdefault(linear.module, []).append(linear.weight)
+    yield from found.items()
+
+
+def a_row_forgotten(baked: Baked) -> None:
+    """A writer, a reader, a router or a shared gate that is left as it was."""
+    was = tiny.tensors_of(baked.base.path)
+    now = tiny.tensors_of(baked.out)
+    for module, names in rows_of(baked.base):
+        if all(torch.equal(now[name], was[name]) for name in names):
+            # Without a norm before the readers there is no site that a router or an expert reads.
+            assert not baked.base.layout.branches[0].norm_in, f"no edit changes {module}"
+            continue
+        baked.fails_with({name: was[name] for name in names}, f"{module} is forgotten")
+
+
+def a_gain_forgotten(baked: Baked) -> None:
+    """The final norm's gain, which its scale goes into, as it was."""
+    name = baked.base.layout.final_norm.weight
+    baked.fails_with({name: tiny.tensors_of(baked.base.path)[name]}, "a gain is forgotten")
+
+
+def a_wrong_axis(baked: Baked) -> None:
+    """A square writer folded on its input, and a writer that is not square declared as turned."""
+    base = baked.base
+    writer = base.layout.branches[0].writes[0]
+    if writer.shape[0] == writer.shape[1]:
+        weight = tiny.tensors_of(base.path)[writer.weight]
+        (site,) = (e.map for e in baked.edits)
+        turned = site.linear(weight)  # on the rows' channels
+        baked.fails_with({writer.weight: turned}, "the axis is wrong")
+        return
+    text = (resources.files("bake.families") / f"{base.layout.family.name}.toml").read_text("utf-8")
+    row = re.compile(r"(writes = \[\{ module = [^}]*?)( \})")
+    other = parse_family(row.sub(r'\1, layout = "conv1d"\2', text, count=1), "turned")
+    with pytest.raises(CheckpointError, match="has the shape"):
+        resolve(other, base.checkpoint.config, *tiny.header_of(base.path))
+
+
+def a_tied_head(baked: Baked) -> None:
+    """A head that was tied is a tensor of its own, and as the embedding it would be wrong."""
+    if baked.base.layout.tied:
+        assert baked.plan.unties
+        embed = tiny.tensors_of(baked.out)[baked.base.layout.embed]
+        baked.fails_with({baked.base.layout.unembed.weight: embed}, "the head is left tied")
+
+
+def an_adapter(base: Base, out: Path) -> None:
+    """The same edit as an adapter, which PEFT's code in transformers loads: readers only."""
+    places = (Site(SiteKind.LN1_OUT, 1), Site(SiteKind.LN_FINAL_OUT))
+    place = next(site for site in places if site in base.layout.sites)
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.width(place))), str(place))]
+    adapter = written("lora", plan_of(base, edits), base.checkpoint, out / "adapter").path
+    hooked = logits(base.model, base, edits)
+    effect = float((hooked - plain_logits(base)).abs().max())
+    with peft_warnings():
+        model = copy.deepcopy(base.model)
+        model.load_adapter(str(adapter))
+        served = logits(model, base)
+    assert effect > 1e-2
+    assert float((served - hooked).abs().max()) <= RELATIVE * effect
