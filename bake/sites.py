@@ -9,7 +9,7 @@ gain and bias. Layers count blocks from 0.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -88,7 +88,11 @@ def parse_site(text: str) -> Site:
 
 
 def expand(
-    patterns: str | Sequence[str], *, layers: int, stream: Iterable[Site]
+    patterns: str | Sequence[str],
+    *,
+    layers: int,
+    stream: Iterable[Site],
+    having: Collection[Site] = (),
 ) -> tuple[Site, ...]:
     """Return the sites that patterns select, in the order given, without repeats.
 
@@ -97,6 +101,7 @@ def expand(
             ``"mlp_out.8-20"``, ``"z.3.h5"``, ``"hidden_states[13]"``, or a list of such.
         layers: number of blocks of the model.
         stream: the sites that ``"resid"`` stands for: ``resid_pre.0``, then one after every write.
+        having: the sites of the model, where its blocks differ: a star is for those that have it.
 
     Raises:
         UsageError: an unknown site, a layer out of range, or an empty selection.
@@ -105,6 +110,9 @@ def expand(
     found: dict[Site, None] = {}
     for text in texts:
         sites = tuple(stream) if text == "resid" else _expand_one(text, layers)
+        if ".*" in text:
+            # Of a site that no block has, all are named, for the model to say which it has.
+            sites = tuple(s for s in sites if Site(s.kind, s.layer) in having) or sites
         found.update(dict.fromkeys(sites))
     if not found:
         raise UsageError(

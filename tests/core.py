@@ -38,6 +38,38 @@ class Core:
     """What the norms add to their gain."""
 
 
+_MIXED = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
+_DENSE_FIRST = {**_MIXED, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+_DENSE_FIRST |= {"n_group": 2, "topk_group": 1}
+_LATENT = {
+    **_SQUARE,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "attention_bias": True,
+}
+_DELTA = {
+    **_FREE,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "linear_conv_kernel_dim": 3,
+    "attention_bias": True,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_STATES = {**_TOKENS, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "use_bias": True}
+_SSM = {
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "mamba_proj_bias": True,
+}
 _FALCON = {
     **_TOKENS,
     "model_type": "falcon",
@@ -52,6 +84,17 @@ CORE: dict[str, Core] = {
     "apertus": Core({**_FREE, "model_type": "apertus", "attention_bias": True}),
     "arcee": Core({**_FREE, "model_type": "arcee", "attention_bias": True, "mlp_bias": True}, True),
     "bitnet": Core({**_SQUARE, "model_type": "bitnet", "attention_bias": True}),
+    "bamba": Core(
+        {
+            **_SQUARE,
+            **_SSM,
+            "model_type": "bamba",
+            "attn_layer_indices": [1],
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        slot=True,
+    ),
     "cohere": Core(
         {**_SQUARE, "model_type": "cohere", "attention_bias": True, "use_qk_norm": True},
         slot=True,  # the attention's, which writes to the same place
@@ -61,6 +104,15 @@ CORE: dict[str, Core] = {
         {**_SQUARE, **_LOCAL, "model_type": "cohere2", "attention_bias": True}, slot=True, tied=True
     ),
     "cwm": Core({**_FREE, **_LOCAL, "model_type": "cwm", "mlp_bias": True}, slot=True),
+    "deepseek_v2": Core(
+        {**_LATENT, **_DENSE_FIRST, "model_type": "deepseek_v2", "q_lora_rank": None}
+    ),
+    "deepseek_v3": Core(
+        {**_LATENT, **_DENSE_FIRST, "model_type": "deepseek_v3", "q_lora_rank": 14}
+    ),
+    "dots1": Core(
+        {**_FREE, **_DENSE_FIRST, "model_type": "dots1", "n_group": 1, "attention_bias": True}
+    ),
     "ernie4_5": Core({**_FREE, "model_type": "ernie4_5", "use_bias": True}, slot=True, tied=True),
     "exaone4": Core({**_FREE, **_LOCAL, "model_type": "exaone4"}, post_norm=True),
     "falcon": Core({**_FALCON, "multi_query": True, "parallel_attn": True}, slot=True, tied=True),
@@ -69,12 +121,33 @@ CORE: dict[str, Core] = {
         slot=True,
         tied=True,
     ),
+    "falcon_mamba": Core(
+        {**_STATES, "model_type": "falcon_mamba", "time_step_rank": 4}, slot=True, tied=True
+    ),
     "flex_olmo": Core(
         {**_SQUARE, **_TWO, "model_type": "flex_olmo", "num_experts": 3, "attention_bias": True},
         post_norm=True,
     ),
     "glm": Core({**_FREE, "model_type": "glm", "attention_bias": True}),
     "glm4": Core({**_FREE, "model_type": "glm4", "attention_bias": True}, post_norm=True),
+    "glm4_moe": Core(
+        {
+            **_FREE,
+            **_DENSE_FIRST,
+            "model_type": "glm4_moe",
+            "attention_bias": True,
+            "use_qk_norm": True,
+        }
+    ),
+    "glm4_moe_lite": Core(
+        {
+            **_LATENT,
+            **_DENSE_FIRST,
+            "model_type": "glm4_moe_lite",
+            "q_lora_rank": 14,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        }
+    ),
     "gpt_neo": Core(
         {
             **_TOKENS,
@@ -125,6 +198,34 @@ CORE: dict[str, Core] = {
             "moe_topk": 2,
         }
     ),
+    "jamba": Core(
+        {
+            **_SQUARE,
+            **_TWO,
+            "model_type": "jamba",
+            "num_experts": 3,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "mamba_proj_bias": True,
+            "use_mamba_kernels": False,
+        }
+    ),
+    "mamba": Core({**_STATES, "model_type": "mamba", "time_step_rank": 4}, slot=True, tied=True),
+    "mamba2": Core(
+        {
+            **_STATES,
+            "model_type": "mamba2",
+            "num_heads": 4,
+            "head_dim": 16,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+        slot=True,
+    ),
     "minimax_m2": Core({**_FREE, **_TWO, "model_type": "minimax_m2", "num_local_experts": 3}),
     "ministral": Core({**_FREE, **_LOCAL, "model_type": "ministral"}),
     "ministral3": Core({**_FREE, "model_type": "ministral3"}),
@@ -144,6 +245,24 @@ CORE: dict[str, Core] = {
         {**_FREE, "model_type": "nemotron", "attention_bias": True, "mlp_bias": True},
         slot=True,
         gain_offset=1.0,
+    ),
+    "nemotron_h": Core(
+        {
+            **_FREE,
+            **_MIXED,
+            "model_type": "nemotron_h",
+            "layers_block_type": ["mamba", "mlp", "attention", "moe"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 12,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "moe_shared_expert_intermediate_size": 28,
+            "mlp_bias": True,
+            "use_bias": True,
+        },
+        slot=True,
     ),
     "olmo3": Core(
         {**_SQUARE, **_LOCAL, "model_type": "olmo3", "attention_bias": True}, post_norm=True
@@ -187,20 +306,33 @@ CORE: dict[str, Core] = {
             **_SQUARE,
             **_TWO,
             "model_type": "qwen2_moe",
+            "decoder_sparse_step": 2,
             "num_experts": 3,
             "moe_intermediate_size": 20,
             "shared_expert_intermediate_size": 28,
         }
     ),
+    "qwen3_5": Core({**_DELTA, "model_type": "qwen3_5_text"}, gain_offset=1.0),
     "qwen3_moe": Core(
         {
             **_FREE,
-            **_TWO,
+            **_MIXED,
             "model_type": "qwen3_moe",
             "num_experts": 3,
-            "moe_intermediate_size": 20,
+            "mlp_only_layers": [0],
             "attention_bias": True,
         }
+    ),
+    "qwen3_next": Core(
+        {
+            **_DELTA,
+            **_MIXED,
+            "model_type": "qwen3_next",
+            "num_experts": 3,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [0],
+        },
+        gain_offset=1.0,
     ),
     "seed_oss": Core(
         {
@@ -253,3 +385,74 @@ CORE: dict[str, Core] = {
         gain_offset=1.0,
     ),
 }
+
+_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+_TOWER |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+_VISUAL = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "patch_size": 4}
+_VISUAL |= {"out_hidden_size": 24, "num_position_embeddings": 16}
+
+WRAPPED: dict[str, Core] = {
+    "gemma3 in its wrapper": Core(
+        {
+            "model_type": "gemma3",
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": {
+                **_FREE,
+                **_LOCAL,
+                "model_type": "gemma3_text",
+                "query_pre_attn_scalar": 8,
+                "attention_bias": True,
+            },
+            "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 50,
+            "boi_token_index": 51,
+            "eoi_token_index": 52,
+        },
+        post_norm=True,
+        tied=True,
+        gain_offset=1.0,
+    ),
+    "mistral in Mistral 3": Core(
+        {
+            "model_type": "mistral3",
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "text_config": {**_FREE, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 8},
+            "image_token_index": 50,
+        },
+        tied=True,
+    ),
+    "ministral3 in Mistral 3": Core(
+        {
+            "model_type": "mistral3",
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "text_config": {**_FREE, "model_type": "ministral3"},
+            "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 8},
+            "image_token_index": 50,
+        },
+    ),
+    "qwen3_5 in its wrapper": Core(
+        {
+            "model_type": "qwen3_5",
+            "architectures": ["Qwen3_5ForConditionalGeneration"],
+            "text_config": {**_DELTA, "model_type": "qwen3_5_text"},
+            "vision_config": _VISUAL,
+        },
+        gain_offset=1.0,
+    ),
+    "qwen3 in Qwen3-VL": Core(
+        {
+            "model_type": "qwen3_vl",
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "text_config": {
+                **_FREE,
+                "model_type": "qwen3_vl_text",
+                "attention_bias": True,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {**_VISUAL, "deepstack_visual_indexes": [0]},
+        },
+    ),
+}
+"""Classes that hold the model of a table as their text model, beside a tower."""

@@ -69,7 +69,9 @@ def edit(
     base: Base, kind: str, map_: AffineMap | WeightUpdate, at: str | Sequence[str], name: str = "c"
 ) -> Edit:
     """Return an edit at the sites that patterns select."""
-    sites = expand(at, layers=base.layout.layers, stream=base.layout.stream)
+    sites = expand(
+        at, layers=base.layout.layers, stream=base.layout.stream, having=base.layout.sites
+    )
     return Edit(EditKind(kind), name, sites, map_)
 
 

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from adapters import peft_warnings
-from core import CORE, Core
+from core import CORE, WRAPPED, Core
 from exporting import written
 from harness import RELATIVE, Base, base_at, edit, logits, matrix, plain_logits, plan_of, vector
 from safetensors.torch import save_file
@@ -26,7 +26,7 @@ from bake.edits import Edit
 from bake.errors import CheckpointError
 from bake.families import parse_family, resolve
 from bake.plan import Exactness, Plan
-from bake.sites import Site, SiteKind
+from bake.sites import STREAM_KINDS, Site, SiteKind
 
 NOTICED = 1e-4
 """Of an edit's effect, what a control has to miss by: five orders above what is allowed."""
@@ -51,6 +51,26 @@ def test_a_core_table(name: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -
     a_row_forgotten(parts)
     a_gain_forgotten(parts)
     an_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(WRAPPED))
+def test_a_model_in_a_wrapper(name: str, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    base, of = base_at(tiny_checkpoint(name)), WRAPPED[name]
+    assert base.layout.family.within is not None
+    stream = at_every_site(base, of, tmp_path)
+    parts = Baked(base, at_the_parts(base), tmp_path / "parts")
+    if stream is not None:
+        a_tied_head(stream)
+    an_offset_in_the_middle(base, of, tmp_path)
+    a_row_forgotten(parts)
+    the_towers_are_as_they_were(parts)
+
+
+def the_towers_are_as_they_were(baked: "Baked") -> None:
+    was, now = tiny.tensors_of(baked.base.path), tiny.tensors_of(baked.out)
+    towers = [name for name in baked.base.layout.untouched if "vis" in name]
+    assert towers and all(torch.equal(was[name], now[name]) for name in towers)
+    assert any("towers" in note for note in baked.plan.notes)
 
 
 class Baked:
@@ -83,6 +103,8 @@ class Baked:
                     parameters[name].copy_(tensor)
         else:  # experts, which the loaded model stacks
             tensors = {**tiny.tensors_of(self.out), **changed}
+            for file in self.out.glob("model*.safetensors*"):  # a new head is in a shard of its own
+                file.unlink()
             save_file(tensors, self.out / "model.safetensors", {"format": "pt"})
             model = tiny.load(self.out)
         assert self.error(model) > NOTICED * self.effect, what
@@ -152,23 +174,22 @@ def at_the_parts(base: Base) -> list[Edit]:
             map_, kind = make.ablate(vector(width, seed), strength=0.3 + 0.1 * (seed % 5)), "ablate"
         elif site.kind in (SiteKind.LN1_POST_OUT, SiteKind.LN2_POST_OUT, SiteKind.LN_FINAL_OUT):
             map_, kind = make.scale(1 + 0.3 * vector(width, seed)), "scale"
-        elif site.layer is not None and site.layer % 2 == 1 and str(site)[:5] != "resid":
-            map_, kind = make.linear(matrix(width, seed)), "linear"
-        elif site.kind in (SiteKind.LN1_OUT, SiteKind.LN2_OUT):
-            map_, kind = make.scale(1 + 0.3 * vector(width, seed)), "scale"
-        else:
+        elif site.kind is SiteKind.EMBED or site.kind in STREAM_KINDS:
             continue
+        else:
+            map_, kind = make.linear(matrix(width, seed)), "linear"
         edits.append(edit(base, kind, map_, str(site)))
     return edits
 
 
 def rows_of(base: Base) -> Iterator[tuple[str, list[str]]]:
-    """Yield every row of the table with its tensors in block 1, those of all experts together."""
+    """Yield every row of the table with its tensors, those of all blocks and experts together."""
     found: dict[str, list[str]] = {}
-    for branch in base.layout.branches:
-        for linear in (*branch.reads, *branch.writes):
-            if branch.layer == 1:
-                found.setdefault(linear.module, []).append(linear.weight)
+    for linear in base.layout.linears:
+        found.setdefault(linear.module, []).append(linear.weight)
+    # The pattern of layers is complete; of DeepSeek's two ways to queries a model has one.
+    always = {row.module for row in base.layout.family.linears if not row.only}
+    assert always <= found.keys()
     yield from found.items()
 
 
@@ -201,8 +222,8 @@ def a_wrong_axis(baked: Baked) -> None:
         baked.fails_with({writer.weight: turned}, "the axis is wrong")
         return
     text = (resources.files("bake.families") / f"{base.layout.family.name}.toml").read_text("utf-8")
-    row = re.compile(r"(writes = \[\{ module = [^}]*?)( \})")
-    other = parse_family(row.sub(r'\1, layout = "conv1d"\2', text, count=1), "turned")
+    row = re.compile(rf'(writes = \[\{{ module = "{re.escape(writer.module)}"[^}}]*?)( \}})')
+    other = parse_family(row.sub(r'\1, layout = "conv1d"\2', text), "turned")
     with pytest.raises(CheckpointError, match="has the shape"):
         resolve(other, base.checkpoint.config, *tiny.header_of(base.path))
 

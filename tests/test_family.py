@@ -85,6 +85,8 @@ def test_the_config_class_agrees_with_the_defaults(name: str) -> None:
         elif key == "rope_theta":  # transformers 5 keeps it below, by kind of attention in Gemma 3
             rope = config.rope_parameters
             assert rope.get("full_attention", rope)[key] == value
+        elif key == "full_attention_interval":  # which the class turns into a list
+            assert config.layer_types.index("full_attention") == value - 1
         else:
             assert key == "pretraining_tp" or value is False, key
 

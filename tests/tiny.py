@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core import CORE
+from core import CORE, WRAPPED
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -110,9 +115,10 @@ LAYER_NORM = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 UNGATED = ("gpt2", "gpt_neox", "gpt_neox_sequential")
 PARALLEL = ("gpt_neox",)  # both branches read what the block reads
 MIXTURES = ("mixtral",)
-TIED = ("gemma", "gemma2", "gemma3", "gpt2", *(name for name, of in CORE.items() if of.tied))
+SMALL = {**CORE, **WRAPPED}
+TIED = ("gemma", "gemma2", "gemma3", "gpt2", *(name for name, of in SMALL.items() if of.tied))
 GAIN_OFFSET = {"gemma": 1.0, "gemma2": 1.0, "gemma3": 1.0}  # their norms multiply by 1 + weight
-GAIN_OFFSET |= {name: of.gain_offset for name, of in CORE.items()}
+GAIN_OFFSET |= {name: of.gain_offset for name, of in SMALL.items()}
 # Gemma-2's softcapping exists in eager attention only, and grouped experts take no float64.
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -141,12 +147,14 @@ def make_model(
         square: whether heads × head_dim = hidden, which makes o_proj a square matrix.
         overrides: config keys to set otherwise.
     """
-    values = {**CONFIGS[family], "tie_word_embeddings": family in TIED if tied is None else tied}
+    chosen = WRAPPED[family].config if family in WRAPPED else CONFIGS[family]
+    values = {**chosen, "tie_word_embeddings": family in TIED if tied is None else tied}
     if square and "head_dim" in values:
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     config = AutoConfig.for_model(**{**values, **overrides})
     # from_config, not model.to: buffers (Gemma's embedding scale) are made in the dtype's precision
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **EAGER)
+    auto = AutoModelForImageTextToText if family in WRAPPED else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=dtype, **EAGER)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # a router that its class makes in float32
     generator = torch.Generator().manual_seed(seed)
@@ -194,9 +202,9 @@ Read = Callable[[Path, torch.dtype], PreTrainedModel]
 
 def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a checkpoint, which has exactly the tensors that its class expects."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, output_loading_info=True, **EAGER
-    )
+    wrapped = "text_config" in config_of(path)
+    auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+    model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **EAGER)
     assert not any(info.values()), info
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtype:  # a router that its class keeps in float32

@@ -144,11 +144,12 @@ def _origins(base: Model, claims: Claims | None, layout: Layout | None) -> Mappi
     puts a prefix before every name where the original had none.
     """
     found = {}
-    if layout is not None and layout.family.block.optional_prefix:
-        prefix = layout.family.block.optional_prefix
+    ways = () if layout is None else layout.family.names
+    for own, written in (pair for way in ways for pair in way.items()):
         for name in base.weights.tensors:
-            bare = name.removeprefix(prefix)
-            found[bare if bare != name else prefix + name] = name
+            old, new = (own, written) if name.startswith(own) else (written, own)
+            if name.startswith(old):
+                found[new + name[len(old) :]] = name
     if layout is not None and layout.tied:
         found[layout.unembed.weight] = layout.embed
     if claims is not None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from bake.errors import CheckpointError, FamilyError
 from bake.families.layout import Shape
@@ -11,7 +12,15 @@ from bake.families.table import Family
 DTYPES = ("F64", "F32", "BF16", "F16")
 
 
-@dataclass(frozen=True, slots=True)
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """Return a name with the first prefix that it begins with replaced."""
+    for old, new in prefixes.items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
+
+
+@dataclass(frozen=True)
 class Claims:
     """The tensors of one checkpoint, and which of them the table has named so far."""
 
@@ -20,15 +29,22 @@ class Claims:
     dtypes: Mapping[str, str]
     claimed: set[str] = field(default_factory=set)
 
-    @property
-    def prefix(self) -> str:
-        """What this checkpoint leaves out of the table's names."""
-        whole = f"{self.family.embed.module}.weight" in self.shapes
-        return "" if whole else self.family.block.optional_prefix
+    @cached_property
+    def prefixes(self) -> Mapping[str, str]:
+        """What this checkpoint writes for prefixes of the table's names."""
+        ways: tuple[Mapping[str, str], ...] = self.family.names
+        if self.family.within is None:
+            ways = ({}, *ways)
+        embed = f"{self.family.embed.module}.weight"
+        return next((way for way in ways if renamed(embed, way) in self.shapes), ways[-1])
 
     def on_disk(self, name: str) -> str:
         """Return the name in this checkpoint of a tensor that the table names."""
-        return name.removeprefix(self.prefix)
+        return renamed(name, self.prefixes)
+
+    def live(self, path: str) -> str:
+        """Return the path in a loaded model of a module that the table names."""
+        return path if self.family.within is None else renamed(path, self.family.within.live)
 
     def claim(self, name: str, expected: tuple[int | None, ...], what: str) -> str:
         """Claim a tensor by its table name, and return its name in the checkpoint.
@@ -69,19 +85,24 @@ class Claims:
         self.claimed.add(disk)
         return disk
 
-    def close(self) -> tuple[str, ...]:
+    def close(self, layers: int) -> tuple[str, ...]:
         """Return the tensors that travel as they are, sorted.
+
+        Args:
+            layers: how many blocks the model has.
 
         Raises:
             FamilyError: a tensor is neither claimed nor named among those.
         """
         block = self.family.block
         below = [f"{block.path}.{name}" for name in block.untouched]
-        allowed = [_pattern(name) for name in (*below, *self.family.untouched)]
+        own = [self.on_disk(name) for name in (*below, *self.family.untouched)]
+        towers = () if self.family.within is None else self.family.within.untouched
+        allowed = [_pattern(name) for name in (*own, *towers)]
         rest = sorted(set(self.shapes) - self.claimed)
         for name in rest:
-            full = f"{self.prefix}{name}"
-            if not any(pattern.fullmatch(full) for pattern in allowed):
+            found = (pattern.fullmatch(name) for pattern in allowed)
+            if not any(match and _is_beyond(match, layers) for match in found):
                 raise FamilyError(
                     f"the checkpoint's tensor {name} is not in the table {self.family.name!r}",
                     why="a tensor that bake does not know could read or write the residual stream",
@@ -93,7 +114,14 @@ class Claims:
 def _pattern(name: str) -> re.Pattern[str]:
     """Return what matches the names that a table leaves alone.
 
-    ``{layer}`` is any number, ``*`` any one part between dots, ``**`` any parts, also none.
+    ``{layer}`` is any number, ``{beyond}`` that of no block, as layers for further tokens are
+    counted; ``*`` is any one part between dots, ``**`` any parts, also none.
     """
-    text = re.escape(name).replace(r"\{layer\}", r"\d+")
+    text = re.escape(name).replace(r"\{layer\}", r"\d+").replace(r"\{beyond\}", r"(?P<beyond>\d+)")
     return re.compile(text.replace(r"\*\*", ".*").replace(r"\*", r"[^.]+"))
+
+
+def _is_beyond(match: re.Match[str], layers: int) -> bool:
+    """Return whether a number that is to be that of no block is."""
+    beyond = match.groupdict().get("beyond")
+    return beyond is None or int(beyond) >= layers

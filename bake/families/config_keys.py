@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 from bake.errors import FamilyError
 from bake.families.find import load_families
-from bake.families.section import Json
+from bake.families.section import Json, size_keys
 from bake.families.table import MISSING, Family, configured
 
 # "Nothing" is meant of the algebra of the stream: which linear layer reads and writes it through
@@ -84,7 +84,8 @@ def check_config(
         FamilyError: the weights are codes, a key has a value that the table is not written for, or
             a key is not known.
     """
-    if config.get("quantization_config") is not None:
+    inner = family.section(config)
+    if config.get("quantization_config", inner.get("quantization_config")) is not None:
         raise FamilyError(
             "the checkpoint is quantised",
             where="config.json quantization_config",
@@ -92,7 +93,7 @@ def check_config(
             fix="use the unquantised checkpoint, or dequantise this one first",
         )
     for key, allowed in {**MUST, **family.must}.items():
-        value = configured(family, config, key)
+        value = configured(family, inner, key)
         if value is not MISSING and value not in allowed:
             raise FamilyError(
                 f"{key} = {value!r}, but the table {family.name!r} is written for "
@@ -101,11 +102,14 @@ def check_config(
                 why="the key changes the arithmetic of the forward pass",
                 fix="bring a table for this variant with --family FILE",
             )
-    unknown = sorted(set(config) - known_keys(family))
-    refused = [key for key in unknown if key not in assumed]
+    unknown = {key: inner[key] for key in set(inner) - known_keys(family)}
+    if family.within is not None:
+        around = HARMLESS | _READ | MUST.keys() | {family.within.config, *family.within.harmless}
+        unknown |= {key: config[key] for key in set(config) - around}
+    refused = sorted(key for key in unknown if key not in assumed)
     if refused:
-        raise _unknown(family, config, refused)
-    return tuple(unknown)
+        raise _unknown(family, unknown, refused)
+    return tuple(sorted(unknown))
 
 
 def known_keys(family: Family) -> frozenset[str]:
@@ -118,6 +122,8 @@ def known_keys(family: Family) -> frozenset[str]:
         | MUST.keys()
         | {*family.when, *family.must, *family.flags, *family.defaults, *family.config.harmless}
         | family.dims.said_by
+        | {key for row in family.branches for of in row.dims.values() for key in size_keys(of)}
+        | {key for one in family.conditions for key in one.keys_said}
         | {key for key in multipliers if isinstance(key, str)}
         | {key for recast in recasts for key in (*recast.when, *recast.drop, *recast.explicit)}
     )

@@ -51,7 +51,8 @@ def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None 
         FamilyError: no table, or more than one, is for the architecture, or ``model_type`` is that
             of another class than ``architectures`` names.
     """
-    known = load_families() if families is None else families
+    tables = load_families() if families is None else families
+    known = (*tables, *(table.wrapped(one) for table in tables for one in table.wrappers))
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise FamilyError(f"architectures = {names!r} names no single class", where="config.json")
@@ -66,22 +67,29 @@ def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None 
             fix=f"bring one with --family FILE; bake knows {supported}",
         )
     _check_model_type(config, names[0], named)
-    found = [
-        family
-        for family in named
-        if all(configured(family, config, key) in allowed for key, allowed in family.when.items())
-    ]
+    found = [family for family in named if _is_meant(family, config)]
     if len(found) == 1:
         return found[0]
     if found:
-        tables = ", ".join(family.name for family in found)
-        raise FamilyError(f"several tables fit {names[0]}: {tables}", where="config.json")
+        several = ", ".join(family.name for family in found)
+        raise FamilyError(f"several tables fit {names[0]}: {several}", where="config.json")
     conditions = "; ".join(
         f"{family.name} needs {key} in {list(allowed)}"
         for family in named
         for key, allowed in family.when.items()
     )
+    wrappers = (family.within for family in named if family.within is not None)
+    texts = ", ".join(kind for wrapper in wrappers for kind in wrapper.text_types)
+    conditions = conditions or f"its text model is none of {texts}"
     raise FamilyError(f"no table fits this {names[0]}: {conditions}", where="config.json")
+
+
+def _is_meant(family: Family, config: Mapping[str, Json]) -> bool:
+    """Return whether a table is for this variant, or this text model, of its class."""
+    inner, wrapper = family.section(config), family.within
+    if wrapper is not None and inner.get("model_type") not in wrapper.text_types:
+        return False
+    return all(configured(family, inner, key) in allowed for key, allowed in family.when.items())
 
 
 def _check_model_type(config: Mapping[str, Json], name: str, named: Sequence[Family]) -> None:

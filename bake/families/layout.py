@@ -52,6 +52,10 @@ class Linear:
     live: str | None
     """Path of the module in a loaded model; None where it is no module of its own."""
 
+    def is_one_site(self) -> bool:
+        """Whether its output is one site and nothing else."""
+        return [len(part.rows) for part in self.parts] == [self.shape[self.output_axis]]
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -83,6 +87,8 @@ class Branch:
     reads: tuple[Linear, ...]
     writes: tuple[Linear, ...]
     output_site: Site
+    dims: Mapping[str, int]
+    """The sizes of its sites, which differ between the kinds of block of one model."""
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -166,14 +172,18 @@ class Layout:
                 why=f"its {self.layers} blocks have {', '.join(kinds)}",
                 fix="name one of these, or run `bake families MODEL`",
             )
-        if site.kind in HEAD_KINDS:
-            heads = self.dims["kv_heads" if site.kind in (SiteKind.K, SiteKind.V) else "heads"]
-            if site.head is None:
-                return heads * self.dims["head_dim"]
-            if site.head >= heads:
-                raise UsageError(f"{site} names head {site.head}, but there are {heads}")
-            return self.dims["head_dim"]
-        return self.dims["inner"] if site.kind in INNER_KINDS else self.hidden
+        if site.kind not in HEAD_KINDS and site.kind not in INNER_KINDS:
+            return self.hidden
+        name = "attn" if site.kind in HEAD_KINDS else "mlp"
+        (dims,) = (b.dims for b in self.branches if (b.layer, b.name) == (site.layer, name))
+        if site.kind in INNER_KINDS:
+            return dims["inner"]
+        heads = dims["kv_heads" if site.kind in (SiteKind.K, SiteKind.V) else "heads"]
+        if site.head is None:
+            return heads * dims["head_dim"]
+        if site.head >= heads:
+            raise UsageError(f"{site} names head {site.head}, but there are {heads}")
+        return dims["head_dim"]
 
 
 def runtime_of(layout: Layout, name: str) -> Runtime | None:

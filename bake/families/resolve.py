@@ -4,11 +4,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from bake.errors import FamilyError
 from bake.families.claims import Claims
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, Shape
 from bake.families.section import Json
 from bake.families.settings import Settings, inner_width, missing, read_settings
-from bake.families.table import Family, LinearRow
+from bake.families.table import BranchRow, Family, LinearRow
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
 # The norm before the readers, the norm behind the writers, and the output of a branch.
@@ -47,12 +48,13 @@ def resolve(
         claims.claim(f"{name}.weight", (None, hidden), "the positions")
         for name in family.embed.positions
     )
-    points = _points(family, settings.dims["layers"])
+    rows = tuple(_rows(settings, layer) for layer in range(settings.dims["layers"]))
+    points = _points(rows)
     index = {site: i for i, point in enumerate(points) for site in point}
     branches = tuple(
         branch
-        for layer in range(settings.dims["layers"])
-        for branch in _Block(settings, claims, layer).branches(index)
+        for layer, own in enumerate(rows)
+        for branch in _Block(settings, claims, layer, own).branches(index)
     )
     final_norm = _norm(claims, hidden, family.unembed.norm_in, Site(SiteKind.LN_FINAL_OUT))
     unembed = _unembed(settings, claims, embed)
@@ -69,22 +71,41 @@ def resolve(
         final_norm=final_norm,
         unembed=unembed,
         tied=settings.tied,
-        block_live=family.block.path,
-        embed_live=family.embed.module,
-        untouched=claims.close(),
+        block_live=claims.live(family.block.path),
+        embed_live=claims.live(family.embed.module),
+        untouched=claims.close(settings.dims["layers"]),
         shapes=shapes,
         sites=_sites(points, branches),
         assumed=settings.assumed,
     )
 
 
-def _points(family: Family, layers: int) -> tuple[tuple[Site, ...], ...]:
+def _rows(settings: Settings, layer: int) -> tuple[BranchRow, ...]:
+    """Return the branches of one block, of which there is at most one of a name.
+
+    Raises:
+        FamilyError: the conditions of the table give the block none, or two of one name.
+    """
+    rows = tuple(row for row in settings.family.branches if settings.has(row.only, layer))
+    names = [row.name for row in rows]
+    if not names or len(names) != len(set(names)):
+        found = f"the branches {', '.join(names)}" if names else "no branch"
+        raise FamilyError(
+            f"the table {settings.family.name!r} gives block {layer} {found}",
+            where="config.json",
+            why="each condition `only` has to choose the blocks of one kind",
+            fix="bring a table for this variant with --family FILE",
+        )
+    return rows
+
+
+def _points(rows: tuple[tuple[BranchRow, ...], ...]) -> tuple[tuple[Site, ...], ...]:
     """Return the points of the stream: before the blocks, and behind every sum."""
-    kinds = sorted({SiteKind(row.target) for row in family.branches}, key=STREAM_KINDS.index)
     points: list[tuple[Site, ...]] = [(Site(SiteKind.RESID_PRE, 0),)]
-    for layer in range(layers):
+    for layer, own in enumerate(rows):
+        kinds = sorted({SiteKind(row.target) for row in own}, key=STREAM_KINDS.index)
         points += [(Site(kind, layer),) for kind in kinds]
-        if layer + 1 < layers:
+        if layer + 1 < len(rows):
             points[-1] += (Site(SiteKind.RESID_PRE, layer + 1),)
     return tuple(points)
 
@@ -96,55 +117,62 @@ class _Block:
     settings: Settings
     claims: Claims
     layer: int
+    rows: tuple[BranchRow, ...]
 
     @property
     def path(self) -> str:
         return self.settings.family.block.path.replace("{layer}", str(self.layer))
 
     def branches(self, index: Mapping[Site, int]) -> Iterator[Branch]:
-        for row in self.settings.family.branches:
-            output = _SITES[row.name][2]
+        for row in self.rows:
+            output, dims = _SITES[row.name][2], self.settings.sizes(row)
             yield Branch(
                 name=row.name,
                 layer=self.layer,
                 source=index[Site(SiteKind(row.source), self.layer)],
                 target=index[Site(SiteKind(row.target), self.layer)],
-                live=f"{self.path}.{row.module}",
+                live=self.claims.live(f"{self.path}.{row.module}"),
                 norm_in=self.norms[row.norm_in] if row.norm_in else None,
                 norm_out=self.norms[row.norm_out] if row.norm_out else None,
                 gain=self.settings.number(row.gain),
-                reads=tuple(x for r in row.reads for x in self.linears(r, reads=True)),
-                writes=tuple(x for r in row.writes for x in self.linears(r, reads=False)),
+                reads=tuple(x for r in row.reads for x in self.linears(r, dims, reads=True)),
+                writes=tuple(x for r in row.writes for x in self.linears(r, dims, reads=False)),
                 output_site=Site(output, self.layer),
+                dims=dims,
             )
 
     @cached_property
     def norms(self) -> Mapping[str, Norm]:
         """The norms of the block, by the table's name; parallel branches may read one together."""
         hidden, found = self.settings.dims["hidden"], dict[str, Norm]()
-        for row in self.settings.family.branches:
+        for row in self.rows:
             for name, kind in zip((row.norm_in, row.norm_out), _SITES[row.name], strict=False):
                 if name and name not in found:
                     site = Site(kind, self.layer)
                     found[name] = _norm(self.claims, hidden, f"{self.path}.{name}", site)
         return found
 
-    def linears(self, row: LinearRow, *, reads: bool) -> Iterator[Linear]:
-        """Yield the layer of a row, or those of all experts."""
-        if "{expert}" not in row.module:
-            yield self.linear(row, row.module, reads=reads)
+    def linears(self, row: LinearRow, dims: Mapping[str, int], *, reads: bool) -> Iterator[Linear]:
+        """Yield the layer of a row, or those of all experts; none where this block has none."""
+        if not self.settings.has(row.only, self.layer):
             return
-        experts = self.settings.dims["experts"]
-        if not experts:
+        if "{expert}" not in row.module:
+            yield self.linear(row, row.module, dims, reads=reads)
+            return
+        if not dims["experts"]:
             raise missing(self.settings.family.dims.experts)
-        for expert in range(experts):
-            yield self.linear(row, row.module.replace("{expert}", str(expert)), reads=reads)
+        for expert in range(dims["experts"]):
+            module = row.module.replace("{expert}", str(expert))
+            yield self.linear(row, module, dims, reads=reads)
 
-    def linear(self, row: LinearRow, module: str, *, reads: bool) -> Linear:
+    def linear(
+        self, row: LinearRow, module: str, dims: Mapping[str, int], *, reads: bool
+    ) -> Linear:
         sites = tuple(Site(kind, self.layer) for kind in row.sites)
-        hidden = self.settings.dims["hidden"]
+        hidden = dims["hidden"]
         # What is not the stream has the width of the sites there, or any where there are none.
-        width = sum(inner_width(self.settings.dims, kind) for kind in row.sites) or None
+        width = sum(inner_width(dims, kind) for kind in row.sites) or None
+        width = 2 * width if width is not None and row.fuse == "gated" else width
         outer, inner = (width, hidden) if reads else (hidden, width)
         output_axis = 0 if row.layout == "linear" else 1
         expected = (outer, inner) if output_axis == 0 else (inner, outer)
@@ -157,10 +185,16 @@ class _Block:
             shape=shape,
             output_axis=output_axis,
             bias=_bias(self.settings, self.claims, f"{name}.bias", row.bias, shape[output_axis]),
-            parts=parts_of(self.settings.dims, row, sites) if reads else (),
+            parts=parts_of(dims, row, sites) if reads else (),
             input_site=sites[0] if sites and not reads else None,
-            live={None: name, "": None}.get(row.live, f"{self.path}.{row.live}"),
+            live=self.live(row, name),
         )
+
+    def live(self, row: LinearRow, name: str) -> str | None:
+        """Return where a layer is in a loaded model, if it is a module of its own there."""
+        if row.live == "":
+            return None
+        return self.claims.live(name if row.live is None else f"{self.path}.{row.live}")
 
 
 def parts_of(dims: Mapping[str, int], row: LinearRow, sites: tuple[Site, ...]) -> tuple[Part, ...]:
@@ -172,8 +206,9 @@ def parts_of(dims: Mapping[str, int], row: LinearRow, sites: tuple[Site, ...]) -
             Part(site, range(start, start + width))
             for site, start, width in zip(sites, starts, widths, strict=True)
         )
-    # Head by head: rows [head, site, head_dim], as GPT-NeoX views its fused projection.
-    size, count = dims["head_dim"], len(sites)
+    # Head by head: rows [head, site, head_dim], as GPT-NeoX views its fused projection, and
+    # Qwen3-Next its queries with their gate.
+    size, count = dims["head_dim"], 2 if row.fuse == "gated" else len(sites)
     return tuple(
         Part(
             site,
@@ -199,7 +234,7 @@ def _norm(claims: Claims, hidden: int, path: str, site: Site) -> Norm:
     rule = claims.family.norm
     weight = claims.claim(f"{path}.weight", (hidden,), "the norm")
     bias = claims.claim(f"{path}.bias", (hidden,), "the norm") if rule.bias else None
-    return Norm(weight, bias, rule.kind, float(rule.gain_offset), path, site)
+    return Norm(weight, bias, rule.kind, float(rule.gain_offset), claims.live(path), site)
 
 
 def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
@@ -211,7 +246,8 @@ def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
         claims.claim(f"{row.module}.weight", size, "the output head")
     shape = claims.shapes[embed if settings.tied else name]
     bias = _bias(settings, claims, f"{row.module}.bias", row.bias, shape[0])
-    return Linear(row.module, name, shape, 0, bias, (), None, row.live or row.module)
+    live = claims.live(row.live or row.module)
+    return Linear(row.module, name, shape, 0, bias, (), None, live)
 
 
 def _sites(points: tuple[tuple[Site, ...], ...], branches: tuple[Branch, ...]) -> tuple[Site, ...]:

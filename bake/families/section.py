@@ -12,7 +12,8 @@ Texts = Annotated[tuple[str, ...], Meta(extra={"meant": "no list of texts"})]
 NumberOrKey = Annotated[float | str, Meta(extra={"meant": "neither a number nor a config key"})]
 """A number, or the config key that holds it."""
 Size = Annotated[str | int | tuple[str, ...], Meta(extra={"meant": "neither a key nor a size"})]
-"""A config key, several that versions of the class call the same, or the size itself."""
+"""A config key, several that versions of the class call the same, or the size itself; ``len:KEY``
+is how many the list of a key has."""
 Allowed = Annotated[tuple[Json, ...], Meta(extra={"meant": "no list of allowed values"})]
 """The values that a config key may have."""
 
@@ -30,7 +31,12 @@ class Table(section.Table, frozen=True, kw_only=True):
 
 
 def size_keys(size: str | int | tuple[str, ...]) -> tuple[str, ...]:
-    """Return the config keys of a size."""
+    """Return the config keys of a size, ``len:`` before those of lists."""
     if isinstance(size, int):
         return ()
     return (size,) if isinstance(size, str) else size
+
+
+def length_of(key: str) -> str | None:
+    """Return the key whose list has a size as its length, or None where it holds the size."""
+    return key.removeprefix("len:") if key.startswith("len:") else None

@@ -1,15 +1,16 @@
 """``Settings``: what config.json says of one model, in the words of its table."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from msgspec import structs
 
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
-from bake.families.section import Json, size_keys
-from bake.families.table import MISSING, SQRT_HIDDEN, Family, configured
+from bake.families.section import Json, length_of, size_keys
+from bake.families.select import Only, chosen
+from bake.families.table import MISSING, SQRT_HIDDEN, BranchRow, Family, configured
 from bake.sites import SiteKind
 
 
@@ -24,6 +25,22 @@ class Settings:
     tied: bool
     assumed: tuple[str, ...]
     """Keys that the table does not know and the user takes to change nothing."""
+
+    def has(self, only: tuple[Only, ...], layer: int) -> bool:
+        """Return whether a block has what some conditions of the table are on."""
+        return not only or chosen(only, layer, {**self.family.defaults, **self.config})
+
+    def sizes(self, row: BranchRow) -> Mapping[str, int]:
+        """Return the sizes of a branch: the model's, but for those that are its own.
+
+        Raises:
+            FamilyError: a key that the branch names is missing or holds no size.
+        """
+        own = {name: _size(self.family, self.config, of) for name, of in row.dims.items()}
+        for name, size in own.items():
+            if size is None:
+                raise missing(row.dims[name])
+        return {**self.dims, **{name: size for name, size in own.items() if size is not None}}
 
     def number(self, value: float | str) -> float:
         """Return a factor that the table says itself, or by the key that holds it.
@@ -65,6 +82,7 @@ def read_settings(
         FamilyError: the config contradicts the table, lacks a key or holds an unknown one.
     """
     passed = check_config(family, config, assumed)
+    config = family.section(config)
     tied = family.defaults.get("tie_word_embeddings", MISSING)
     return Settings(
         family,
@@ -89,8 +107,9 @@ def _dims(family: Family, config: Mapping[str, Json]) -> dict[str, int]:
     found = {name: _size(family, config, of) for name, of in structs.asdict(family.dims).items()}
     dims = {name: size for name, size in found.items() if size is not None}
     for name in ("layers", "hidden", "vocab", "heads"):
-        if name not in dims:
+        if name not in dims and (getattr(family.dims, name) or name != "heads"):
             raise missing(getattr(family.dims, name))
+    dims.setdefault("heads", 1)  # a mixer without heads is one of its own width
     dims.setdefault("kv_heads", dims["heads"])
     dims.setdefault("head_dim", dims["hidden"] // dims["heads"])
     # GPT-2 leaves n_inner unsaid when it is 4 × n_embd (configuration_gpt2.py).
@@ -105,13 +124,22 @@ def missing(size: str | int | tuple[str, ...]) -> FamilyError:
     return FamilyError(f"the key {named} is missing", where="config.json")
 
 
+def _stated(config: Mapping[str, Json], key: str) -> Iterator[Json]:
+    """Yield what a file says of a size, if it does."""
+    listed = length_of(key)
+    if listed is None and key in config:
+        yield config[key]
+    elif listed is not None and isinstance(config.get(listed), list | str):
+        yield len(config[listed])
+
+
 def _size(
     family: Family, config: Mapping[str, Json], of: str | int | tuple[str, ...]
 ) -> int | None:
     """Return a size; None where the table names no key for it, or the config leaves it unsaid."""
     if isinstance(of, int):
         return of
-    said = {key: config[key] for key in size_keys(of) if key in config}
+    said = {key: size for key in size_keys(of) for size in _stated(config, key)}
     unsaid = {key: family.defaults[key] for key in size_keys(of) if key in family.defaults}
     given = {key: size for key, size in (said or unsaid).items() if size is not None}
     if not given:

@@ -15,6 +15,7 @@ from msgspec import Meta, structs
 from bake.errors import FamilyError
 from bake.families.runtime import DESCRIBED, RUNTIMES, Carriers, Runtime
 from bake.families.section import Allowed, Json, NumberOrKey, Size, Table, Texts, size_keys
+from bake.families.select import Only
 from bake.section import Toml, nearest, parse_toml
 from bake.sites import SiteKind
 
@@ -32,10 +33,13 @@ class LinearRow(Table, frozen=True, kw_only=True):
     """``always``, ``never``, or the config flag that gives the layer its bias."""
     layout: Literal["linear", "conv1d"] = "linear"
     """``linear`` stores [out, in], ``conv1d`` stores [in, out]."""
-    fuse: Literal["concat", "heads"] = "concat"
-    """How several outputs share the rows: one after another, or interleaved head by head."""
+    fuse: Literal["concat", "heads", "gated"] = "concat"
+    """How several outputs share the rows: one after another, or interleaved head by head.
+    ``gated``: behind every head of the one output there are as many rows of its gate."""
     live: str | None = None
     """Path of the module in a loaded transformers model where it differs; "" where none exists."""
+    only: tuple[Only, ...] = ()
+    """The blocks that have it; all of the branch's where nothing is said."""
 
     @classmethod
     def read(cls, values: Toml, where: str, **known: Any) -> "LinearRow":
@@ -65,6 +69,10 @@ class BranchRow(Table, frozen=True, kw_only=True):
     writes: tuple[LinearRow, ...]
     gain: NumberOrKey = 1.0
     """A number, or the config key that holds it."""
+    only: tuple[Only, ...] = ()
+    """The blocks that have it; all where nothing is said."""
+    dims: Mapping[str, Size] = {}
+    """Sizes of its own sites that are not those of the table."""
 
 
 class Recast(Table, frozen=True, kw_only=True):
@@ -124,7 +132,7 @@ class Dims(Table, frozen=True, kw_only=True):
     layers: Size
     hidden: str
     vocab: Size
-    heads: Size
+    heads: Size = ""
     kv_heads: Size = ""
     head_dim: Size = ""
     inner: Size = ""
@@ -134,7 +142,7 @@ class Dims(Table, frozen=True, kw_only=True):
     def said_by(self) -> frozenset[str]:
         """Every key of config.json that may hold a size."""
         found = (key for size in structs.astuple(self) for key in size_keys(size))
-        return frozenset(key for key in found if key)
+        return frozenset(key.removeprefix("len:") for key in found if key)
 
 
 class ConfigRow(Table, frozen=True, kw_only=True):
@@ -148,7 +156,6 @@ class BlockRow(Table, frozen=True, kw_only=True):
     """Where the blocks are, and what of them is no linear layer and no norm."""
 
     path: str
-    optional_prefix: str = ""
     untouched: Texts = ()
 
 
@@ -180,6 +187,26 @@ class UnembedRow(Table, frozen=True, kw_only=True):
     bias: str = "never"
 
 
+class Wrapper(Table, frozen=True, kw_only=True):
+    """A class that holds the family's model as its text model, beside towers for other inputs."""
+
+    architectures: Texts
+    model_types: Texts
+    config: str
+    """The key of config.json that holds the text model's configuration."""
+    tied: bool
+    """Whether the class ties the head where the top level of config.json does not say."""
+    text_types: Texts
+    """The values of ``model_type`` in there that are this family."""
+    names: tuple[Mapping[str, str], ...]
+    live: Mapping[str, str]
+    """What the table's prefixes are in the loaded model."""
+    untouched: Texts
+    """The towers' tensors, as checkpoints name them."""
+    harmless: Texts
+    """Keys of the top level that change nothing of the text model."""
+
+
 class Family(Table, frozen=True, kw_only=True):
     """One architecture; see ``docs/families.md`` for the meaning of every key."""
 
@@ -202,6 +229,12 @@ class Family(Table, frozen=True, kw_only=True):
     norm: NormRow
     embed: EmbedRow
     unembed: UnembedRow
+    names: tuple[Mapping[str, str], ...] = ()
+    """What checkpoints write for the table's prefixes, where they write something else: of several
+    ways the first in which the embedding is there."""
+    wrappers: tuple[Wrapper, ...] = msgspec.field(name="wrapper", default=())
+    within: Wrapper | None = None
+    """The class that a model's is wrapped in; no key of the table."""
     untouched: Texts = ()
     """Tensors outside the blocks that travel as they are, with ``*`` and ``**``."""
     branches: tuple[BranchRow, ...] = msgspec.field(name="branch")
@@ -218,6 +251,44 @@ class Family(Table, frozen=True, kw_only=True):
     def linears(self) -> tuple[LinearRow, ...]:
         """The linear layers of a block, in the order of the forward pass."""
         return tuple(row for branch in self.branches for row in (*branch.reads, *branch.writes))
+
+    def wrapped(self, wrapper: Wrapper) -> "Family":
+        """Return the table of a class that holds this one's model, which other programs run."""
+        return structs.replace(
+            self,
+            architectures=wrapper.architectures,
+            model_types=wrapper.model_types,
+            when={},
+            names=wrapper.names,
+            within=wrapper,
+            wrappers=(),
+            runtimes={},
+            run={name: () for name in self.run} | {"transformers": ("checkpoint",)},
+            recasts={},
+            widen=None,
+            gguf=None,
+        )
+
+    def section(self, config: Mapping[str, Json]) -> Mapping[str, Json]:
+        """Return the part of config.json that is of this table: all of it, or the text model's.
+
+        The head of a wrapped model is tied as the top level says.
+        """
+        if self.within is None:
+            return config
+        tied, inner = config.get("tie_word_embeddings", self.within.tied), self.text(config)
+        return {**inner, "tie_word_embeddings": tied}
+
+    def text(self, config: Mapping[str, Json]) -> Mapping[str, Json]:
+        """Return what a wrapper's config.json says of its text model."""
+        found = None if self.within is None else config.get(self.within.config)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def conditions(self) -> tuple[Only, ...]:
+        """What says which blocks have which branches and linear layers."""
+        branches = (one for branch in self.branches for one in branch.only)
+        return (*branches, *(one for row in self.linears for one in row.only))
 
     @property
     def tier(self) -> Literal["core", "served"]:
@@ -241,8 +312,9 @@ def parse_family(text: str, where: str) -> Family:
         FamilyError: the text is no TOML, lacks a key, or holds an unknown one.
     """
     values = parse_toml(text, "the family table", FamilyError, where)
-    family = Family.read(values, where)
+    family = Family.read(values, where, within=None)
     _check_flags(family, where)
+    _check_branches(family, where)
     _check_runtimes(family, where)
     _check_gguf(family, where)
     _check_widen(family, where)
@@ -256,6 +328,15 @@ def _check_flags(family: Family, where: str) -> None:
             raise FamilyError(
                 f"bias = {bias!r} is neither always, never nor a key of [flags]", where=where
             )
+
+
+def _check_branches(family: Family, where: str) -> None:
+    """Require conditions that say one thing each, and names of sizes that a branch's sites have."""
+    for one in family.conditions:
+        one.check(f"{where} [[branch]]")
+    own = ("heads", "kv_heads", "head_dim", "inner", "experts")
+    for name in {name for branch in family.branches for name in branch.dims}.difference(own):
+        raise FamilyError(f"unknown key {name!r}", where=f"{where} dims", fix=nearest(name, own))
 
 
 def _check_runtimes(family: Family, where: str) -> None:

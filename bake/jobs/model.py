@@ -45,7 +45,9 @@ class Model:
         from bake.edits import Edit
         from bake.sites import expand
 
-        sites = expand(at, layers=self.layout.layers, stream=self.layout.stream)
+        sites = expand(
+            at, layers=self.layout.layers, stream=self.layout.stream, having=self.layout.sites
+        )
         return Edit(kind, concept, sites, edit_map)
 
     def plan(self, edits: "Sequence[Edit]", export: "ExportTable") -> "Plan":

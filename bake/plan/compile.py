@@ -49,7 +49,8 @@ def compile_plan(
             widened by so many dimensions.
         DirectionError: a map has another width than its site.
     """
-    allowed = frozenset(allow)
+    allowed, whole = frozenset(allow), config
+    config = layout.family.section(config)
     context, wide = _context(edits, layout, gain, allowed, widen)
     assembly = assemble(context)
     may_recast = assembly.found.slotless and "recast" in allowed
@@ -74,7 +75,9 @@ def compile_plan(
         edits=tuple(edits),
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
-        config=_merged((*changes, *_own_changes(flags, assembly.untied, config))),
+        config=_placed(
+            layout, _merged((*changes, *_own_changes(flags, assembly.untied, config))), whole
+        ),
         findings=tuple(_findings(edits, context.stream, assembly)),
         runtimes=(),
         notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),
@@ -205,10 +208,32 @@ def _merged(changes: tuple[ConfigChange, ...]) -> tuple[ConfigChange, ...]:
     return tuple(change for change in merged.values() if change.old != change.new)
 
 
+def _placed(
+    layout: Layout, changes: tuple[ConfigChange, ...], config: Mapping[str, Json]
+) -> tuple[ConfigChange, ...]:
+    """Return changes where config.json has them: those of a wrapped model below its own key.
+
+    Whether the head is tied is said in both places, since programs read the one or the other.
+    """
+    wrapper = layout.family.within
+    if wrapper is None or not changes:
+        return changes
+    old = layout.family.text(config)
+    new = {**old, **{change.key: change.new for change in changes}}
+    top = (change for change in changes if change.key == "tie_word_embeddings")
+    tied = (ConfigChange(c.key, config.get(c.key), c.new) for c in top)
+    return (ConfigChange(wrapper.config, dict(old), new), *tied)
+
+
 def _notes(
     layout: Layout, untied: bool, flags: Set[str], biases: Sequence[BiasUpdate]
 ) -> list[str]:
     notes = []
+    if layout.family.within is not None:
+        notes.append(
+            "for text: what towers write in place of tokens, or add behind blocks, enters the "
+            "stream unedited"
+        )
     if untied and layout.head_is_stored:
         notes.append(
             f"the output head is untied from the embedding: {layout.unembed.weight}, until now its "

@@ -65,7 +65,7 @@ class Hooks:
         maps = [
             hook.map
             if hook.site.head is None
-            else hook.map.scatter(self._channels(hook.site.head), width)
+            else hook.map.scatter(self._channels(hook.site), width)
             for hook in self.at(site)
         ]
         return chain(maps, width)
@@ -86,13 +86,14 @@ class Hooks:
             return update
         width = self._layout.width(Site(site.kind, site.layer))
         left = update.left.new_zeros(width, update.left.shape[1])
-        channels = self._channels(site.head)
+        channels = self._channels(site)
         return WeightUpdate(left.index_copy(0, channels, update.left), update.right)
 
-    def _channels(self, head: int) -> Tensor:
-        """Return which channels of a site are those of one head."""
-        size = self._layout.dims["head_dim"]
-        return torch.arange(size * head, size * (head + 1))
+    def _channels(self, site: Site) -> Tensor:
+        """Return which channels of a site are those of its head."""
+        assert site.head is not None
+        size = self._layout.width(site)
+        return torch.arange(size * site.head, size * (site.head + 1))
 
 
 def _check_width(edit: Edit, site: Site, layout: Layout) -> None:

@@ -107,7 +107,7 @@ def _reader(context: Context, linear: Linear, reading: _Reading) -> Pieces:
     for part in linear.parts:
         map_ = hooks.map_at(part.site)
         if not map_.is_identity():
-            parts.append(PartMap(None if len(linear.parts) == 1 else part.rows, map_))
+            parts.append(PartMap(None if linear.is_one_site() else part.rows, map_))
         updates += _part_updates(context, linear, part)
         at = f"outputs of {linear.weight.removesuffix('.weight')}"
         places.append((hooks.edits_at(part.site), at))

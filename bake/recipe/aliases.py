@@ -40,7 +40,7 @@ def _add_branch(branch: Branch, outputs: dict[str, Site], inputs: dict[str, Site
     outputs[branch.live] = branch.output_site
     outputs.update((norm.live, norm.site) for norm in branch.norms)
     for linear in branch.reads:
-        if linear.live is not None and len(linear.parts) == 1:
+        if linear.live is not None and linear.is_one_site():
             outputs[linear.live] = linear.parts[0].site
     for linear in branch.writes:
         if linear.live is not None and linear.input_site is not None:
@@ -85,4 +85,4 @@ def sites_at(
         UsageError: an unknown site or module, or a layer out of range.
     """
     words = [word for text in patterns for word in translate(text, known)]
-    return expand(words, layers=layout.layers, stream=layout.stream)
+    return expand(words, layers=layout.layers, stream=layout.stream, having=layout.sites)

@@ -35,7 +35,7 @@ def own_sites(
         )
     # expand checks the layers against the model.
     names = [str(parse_site(item.site)) for item in items if item.site is not None]
-    own = expand(names, layers=layout.layers, stream=layout.stream)
+    own = expand(names, layers=layout.layers, stream=layout.stream, having=layout.sites)
     check_modules(spec, found, own, known)
     return own
 

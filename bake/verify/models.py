@@ -275,12 +275,18 @@ def config_of(checkpoint: Checkpoint) -> "PreTrainedConfig":
 
 
 def _named_class(config: "PreTrainedConfig") -> Any:
-    """Return the class that a configuration names, where it is none of the causal ones."""
+    """Return the class that a configuration names, where it is none of the causal ones.
+
+    Of some wrappers there is a causal class as well, which leaves out the towers.
+    """
     import transformers
 
+    found = getattr(transformers, (config.architectures or ("",))[0], None)
+    wrapping = transformers.AutoModelForImageTextToText._model_mapping
+    if type(config) in wrapping and found is wrapping[type(config)]:
+        return found
     if type(config) in transformers.AutoModelForCausalLM._model_mapping:
         return None
-    found = getattr(transformers, (config.architectures or ("",))[0], None)
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if known else None
 
