@@ -1,6 +1,7 @@
 """Family tables are closed: what a table, a config or a checkpoint says too much is refused."""
 
 import re
+import runpy
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,7 @@ from bake.families import (
     family_named,
     find_family,
     load_families,
+    load_refused,
     parse_family,
     read_family,
     resolve,
@@ -435,9 +437,36 @@ def test_an_architecture_without_a_table() -> None:
         find({"architectures": ["ZebraForCausalLM"]})
     assert error.value.where == "config.json"
     assert "cannot know every tensor" in str(error.value.why)
-    assert "--family FILE; bake knows Gemma2ForCausalLM, GPT" not in str(error.value.fix)
-    for family in FAMILIES.values():
-        assert family.architectures[0] in str(error.value.fix)
+    assert "--family FILE" in str(error.value.fix)
+
+
+def test_the_table_that_a_new_one_is_begun_from() -> None:
+    """By what config.json says, and where that does not tell, by the name of the class."""
+
+    def fix(name: str, **config: Any) -> str:
+        with pytest.raises(FamilyError) as caught:
+            find({"architectures": [name], **config})
+        return str(caught.value.fix)
+
+    mixture = {"n_routed_experts": 4, "kv_lora_rank": 16, "q_lora_rank": 12, "v_head_dim": 8}
+    assert "nearest is 'deepseek_v" in fix("ZebraForCausalLM", **mixture)
+    assert "nearest is 'granite'" in fix("ZebraForCausalLM", residual_multiplier=0.2)
+    assert "nearest is 'olmo3'" in fix("Olmo4ForCausalLM") or "'olmo2'" in fix("Olmo4ForCausalLM")
+    assert "knows 33% of the keys" in fix("ZebraForCausalLM", zebra=1, stripes=2)
+
+
+def test_a_class_that_no_table_can_describe() -> None:
+    import transformers
+
+    known = {name for family in FAMILIES.values() for name in family.classes}
+    for refused in load_refused():
+        assert re.match(r"transformers models/\w+/modeling_\w+\.py: \w+", refused.source)
+        for name in refused.architectures:
+            assert hasattr(transformers, name) and name not in known
+            with pytest.raises(FamilyError) as caught:
+                find({"architectures": [name]})
+            assert caught.value.what == f"bake does not edit a {name}"
+            assert refused.reason in str(caught.value.why)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +483,15 @@ def test_two_tables_for_one_model() -> None:
     other = parse_family(changed('name = "llama"', 'name = "mine"'), WHERE)
     with pytest.raises(FamilyError, match="several tables fit LlamaForCausalLM: llama, mine"):
         find_family({"architectures": ["LlamaForCausalLM"]}, (one, other))
+
+
+def test_the_page_of_families_is_that_of_the_tables() -> None:
+    root = Path(__file__).parent.parent / "docs"
+    made = runpy.run_path(str(root / "make_families_page.py"))["page"]()
+    assert (root / "family-list.md").read_text("utf-8") == made, "run docs/make_families_page.py"
+    assert "| `cohere` |" in made and made.count("\n| `") > 50
+    (row,) = (line for line in made.splitlines() if line.startswith("| `cohere` |"))
+    assert "`ln2_out`" not in row  # one norm for both branches
 
 
 # A checkpoint that the table does not describe

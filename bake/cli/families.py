@@ -64,7 +64,7 @@ def _family(table: "Family") -> dict[str, Any]:
         "title": table.title,
         "tier": table.tier,
         "source": table.source,
-        "architectures": list(table.architectures),
+        "architectures": list(table.classes),
         "runtimes": {
             name: {**structs.asdict(runtime), "run": list(table.run.get(name, ()))}
             for name, runtime in table.runtimes.items()

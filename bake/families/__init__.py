@@ -1,7 +1,8 @@
 """Family tables: which tensors of an architecture read and write the residual stream, and how."""
 
-from bake.families.find import family_named, find_family, load_families, read_family
+from bake.families.find import find_family
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, runtime_of
+from bake.families.load import family_named, load_families, load_refused, read_family
 from bake.families.resolve import resolve
 from bake.families.runtime import DESCRIBED, READS, RUNTIMES, Runtime
 from bake.families.section import Json, size_keys
@@ -34,6 +35,7 @@ __all__ = [
     "family_named",
     "find_family",
     "load_families",
+    "load_refused",
     "parse_family",
     "read_family",
     "resolve",

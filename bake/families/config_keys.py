@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Collection, Mapping
 
 from bake.errors import FamilyError
-from bake.families.find import load_families
+from bake.families.load import load_families
 from bake.families.section import Json, size_keys
 from bake.families.table import MISSING, Family, configured
 

@@ -1,47 +1,13 @@
-"""The shipped tables, a table of the user's own, and which of them is for a model."""
+"""Which table is for a model, and what is said where none is."""
 
+import difflib
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
-from pathlib import Path
 
 from bake.errors import FamilyError
+from bake.families.config_keys import known_keys
+from bake.families.load import load_families, load_refused
 from bake.families.section import Json
-from bake.families.table import Family, configured, parse_family
-
-
-@cache
-def load_families() -> tuple[Family, ...]:
-    """Return the tables that ship with bake, by name: read once, since they do not change."""
-    files = (f for f in resources.files(__package__).iterdir() if f.name.endswith(".toml"))
-    return tuple(
-        parse_family(file.read_text(encoding="utf-8"), f"bake/families/{file.name}")
-        for file in sorted(files, key=lambda file: file.name)
-    )
-
-
-def read_family(path: Path) -> Family:
-    """Return the table in a user's file.
-
-    Raises:
-        FamilyError: the file cannot be read or is no table.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FamilyError(f"the family table cannot be read: {reason}", where=str(path)) from error
-    except UnicodeDecodeError as error:
-        raise FamilyError("the family table is no UTF-8 text", where=str(path)) from error
-    return parse_family(text, str(path))
-
-
-def family_named(name: str) -> Family:
-    """Return the shipped table of that name."""
-    for family in load_families():
-        if family.name == name:
-            return family
-    raise FamilyError(f"there is no family table named {name!r}")
+from bake.families.table import Family, configured
 
 
 def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None = None) -> Family:
@@ -58,14 +24,7 @@ def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None 
         raise FamilyError(f"architectures = {names!r} names no single class", where="config.json")
     named = [family for family in known if names[0] in family.architectures]
     if not named:
-        supported = ", ".join(sorted({name for family in known for name in family.architectures}))
-        raise FamilyError(
-            f"bake has no family table for {names[0]}",
-            where="config.json",
-            why="without a table it cannot know every tensor that reads or writes the residual "
-            "stream",
-            fix=f"bring one with --family FILE; bake knows {supported}",
-        )
+        raise _unknown(names[0], config, known)
     _check_model_type(config, names[0], named)
     found = [family for family in named if _is_meant(family, config)]
     if len(found) == 1:
@@ -82,6 +41,51 @@ def find_family(config: Mapping[str, Json], families: tuple[Family, ...] | None 
     texts = ", ".join(kind for wrapper in wrappers for kind in wrapper.text_types)
     conditions = conditions or f"its text model is none of {texts}"
     raise FamilyError(f"no table fits this {names[0]}: {conditions}", where="config.json")
+
+
+def _unknown(name: str, config: Mapping[str, Json], known: Sequence[Family]) -> FamilyError:
+    """Return the error for a class that no table is for: why, or which table is nearest."""
+    for refused in load_refused():
+        if name in refused.architectures:
+            return FamilyError(
+                f"bake does not edit a {name}",
+                where="config.json",
+                why=f"{refused.reason} ({refused.source})",
+                fix="hook the model while it runs; no stock weights compute such an edit",
+            )
+    near, share = nearest(name, config, known)
+    return FamilyError(
+        f"bake has no family table for {name}",
+        where="config.json",
+        why="without a table it cannot know every tensor that reads or writes the residual stream",
+        fix=f"bring one with --family FILE (docs/families.md). The nearest is {near.name!r}, for "
+        f"{near.architectures[0]}, which knows {share:.0%} of the keys of this config.json; "
+        "`bake families` lists all",
+    )
+
+
+def nearest(name: str, config: Mapping[str, Json], known: Sequence[Family]) -> tuple[Family, float]:
+    """Return the table that a new one for a class is best begun from, and what it knows.
+
+    Args:
+        name: the class.
+        config: the parsed config.json.
+        known: the tables.
+
+    Returns:
+        The table whose class knows most of the keys; of several the one whose class is called most
+        alike. And the share of the keys that it knows.
+    """
+
+    def key(family: Family) -> tuple[float, float]:
+        inner = family.section(config)
+        unknown = len(set(inner) - known_keys(family)) / max(len(inner), 1)
+        alike = difflib.SequenceMatcher(None, name, family.architectures[0]).ratio()
+        return 1 - unknown, alike
+
+    own = [family for family in known if family.within is None]
+    best = max(own, key=key)
+    return best, key(best)[0]
 
 
 def _is_meant(family: Family, config: Mapping[str, Json]) -> bool:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from bake.checkpoints import Checkpoint
 from bake.errors import BakeError, FamilyError
-from bake.families.find import find_family, read_family
+from bake.families.find import find_family
 from bake.families.layout import Layout
+from bake.families.load import read_family
 from bake.families.resolve import resolve
 from bake.families.table import Family
 
@@ -60,12 +61,12 @@ def _chosen(model: Checkpoint, given: Family | Path | None, *, declared: bool) -
         return find_family(model.config)
     table = read_family(given) if isinstance(given, Path) else given
     names = model.config.get("architectures")
-    if isinstance(names, list) and not {str(name) for name in names} & set(table.architectures):
+    if isinstance(names, list) and not {str(name) for name in names} & set(table.classes):
         if declared:
             return find_family(model.config)
         named = given if isinstance(given, Path) else given.name
         raise FamilyError(
-            f"the table {named} is for {', '.join(table.architectures)}, "
+            f"the table {named} is for {', '.join(table.classes)}, "
             f"and the model is a {', '.join(map(str, names))}",
             where="config.json",
             fix="name the table of this architecture, or leave --family out",

@@ -84,11 +84,13 @@ def _rows(settings: Settings, layer: int) -> tuple[BranchRow, ...]:
     """Return the branches of one block, of which there is at most one of a name.
 
     Raises:
-        FamilyError: the conditions of the table give the block none, or two of one name.
+        FamilyError: the conditions of the table give the block none, two of one name, or one that
+            reads a point which nothing in the block writes.
     """
     rows = tuple(row for row in settings.family.branches if settings.has(row.only, layer))
-    names = [row.name for row in rows]
-    if not names or len(names) != len(set(names)):
+    names, reached = [row.name for row in rows], {"resid_pre", *(row.target for row in rows)}
+    unread = any(row.source not in reached for row in rows)
+    if unread or not names or len(names) != len(set(names)):
         found = f"the branches {', '.join(names)}" if names else "no branch"
         raise FamilyError(
             f"the table {settings.family.name!r} gives block {layer} {found}",

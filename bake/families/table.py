@@ -285,6 +285,11 @@ class Family(Table, frozen=True, kw_only=True):
         return found if isinstance(found, dict) else {}
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that the table is for, wrappers included."""
+        return (*self.architectures, *(name for of in self.wrappers for name in of.architectures))
+
+    @property
     def conditions(self) -> tuple[Only, ...]:
         """What says which blocks have which branches and linear layers."""
         branches = (one for branch in self.branches for one in branch.only)

@@ -75,9 +75,7 @@ def compile_plan(
         edits=tuple(edits),
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
-        config=_placed(
-            layout, _merged((*changes, *_own_changes(flags, assembly.untied, config))), whole
-        ),
+        config=_placed(layout, (*changes, *_own_changes(flags, assembly.untied, config)), whole),
         findings=tuple(_findings(edits, context.stream, assembly)),
         runtimes=(),
         notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),
@@ -215,7 +213,7 @@ def _placed(
 
     Whether the head is tied is said in both places, since programs read the one or the other.
     """
-    wrapper = layout.family.within
+    changes, wrapper = _merged(changes), layout.family.within
     if wrapper is None or not changes:
         return changes
     old = layout.family.text(config)

@@ -17,7 +17,7 @@ def families(tables: Sequence["Family"]) -> list[RenderableType]:
     """Return the tables that bake knows."""
     made = table("family", "tier", "architectures", "models")
     for family in tables:
-        made.add_row(family.name, family.tier, ", ".join(family.architectures), family.title)
+        made.add_row(family.name, family.tier, ", ".join(family.classes), family.title)
     return [made]
 
 
