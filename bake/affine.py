@@ -12,6 +12,7 @@ and lineax's operators (an abstract contract, final leaves).
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -111,7 +112,7 @@ class AffineMap(ABC):
 
     def is_translation(self) -> bool:
         """Whether A is the identity, so that the map only adds its constant."""
-        return self.delta_factors()[0].shape[1] == 0
+        return _is_translation(self)
 
     def is_identity(self) -> bool:
         """Whether the map changes nothing."""
@@ -197,6 +198,12 @@ def thin_factors(matrix: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d k"], Fl
     scale = max(1.0, float(singular.max())) if singular.numel() else 1.0
     keep = singular > tolerance(matrix.shape[0]) * scale
     return u[:, keep] * singular[keep], vh[keep]
+
+
+@lru_cache(maxsize=16)
+def _is_translation(map_: AffineMap) -> bool:
+    """Of the one map at all the experts of a mixture it is asked for each of them."""
+    return map_.delta_factors()[0].shape[1] == 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

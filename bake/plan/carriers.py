@@ -6,8 +6,9 @@ refuse what they have no slot for.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from msgspec.structs import replace
 
@@ -163,8 +164,14 @@ def vector_layers(plan: Plan) -> tuple[tuple[int, Edit], ...]:
     return tuple((layer, edit) for edit in plan.edits for layer in _layers(plan.layout, edit))
 
 
-def _blocked(plan: Plan, kind: Carrier) -> dict[int, list[str]]:
+def _blocked(plan: Plan, kind: Carrier) -> Mapping[int, list[str]]:
     """Return the edits that the carrier cannot hold, each with its reasons."""
+    return _blocked_in(plan, kind.name)
+
+
+@lru_cache(maxsize=16)
+def _blocked_in(plan: Plan, carrier: str) -> Mapping[int, list[str]]:
+    kind = carrier_of(carrier)
     if Part.CONSTANTS in kind.holds:
         reasons = {i: _no_vector(plan.layout, edit) for i, edit in enumerate(plan.edits)}
         return {i: [reason] for i, reason in reasons.items() if reason is not None}

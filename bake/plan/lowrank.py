@@ -61,6 +61,7 @@ class Target:
     """What the plan changes; None where a loader wants factors beside others, which are zero."""
 
 
+@lru_cache(maxsize=2)
 def targets_of(plan: Plan) -> tuple[Target, ...]:
     """Return the weights that an adapter of this plan holds factors for, in the model's order.
 
