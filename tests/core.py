@@ -454,5 +454,17 @@ WRAPPED: dict[str, Core] = {
             "vision_config": {**_VISUAL, "deepstack_visual_indexes": [0]},
         },
     ),
+    **{
+        f"{text} in InternVL": Core(
+            {
+                "model_type": "internvl",
+                "architectures": ["InternVLForConditionalGeneration"],
+                "text_config": {**(_SQUARE if text == "qwen2" else _FREE), "model_type": text},
+                "vision_config": {**_TOWER, "image_size": [16, 16], "patch_size": [8, 8]},
+            },
+            tied=True,
+        )
+        for text in ("qwen2", "qwen3")
+    },
 }
 """Classes that hold the model of a table as their text model, beside a tower."""

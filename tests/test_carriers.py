@@ -571,7 +571,7 @@ def test_the_tables_call_run_what_the_tests_run() -> None:
     for family in load_families():
         vllm, llama_cpp = ran.get(family.name.replace("_", ""), (set(), set()))
         assert {name: set(carriers) for name, carriers in family.run.items()} == {
-            # Every family, by default: tests/test_families.py, tests/test_lora.py and above.
+            # Every family, by default: tests/test_families.py and above, test_core_families.py.
             "transformers": {"checkpoint", "lora"},
             "peft": {"lora"},
             "vllm": vllm,

@@ -237,3 +237,18 @@ def test_what_changes_of_a_text_model_is_written_below_its_key(
     assert was == found.config["text_config"]
     assert new == {**was, "attention_bias": True, "tie_word_embeddings": False}
     assert changes["tie_word_embeddings"].new is False and plan.unties
+
+
+def test_a_factor_of_the_model_is_not_rounded_as_its_embedding_is(
+    header: Callable[[str], Header],
+) -> None:
+    """Gemma's module multiplies by a tensor of its dtype, Granite's model by a number."""
+    found = header("granite")
+    found.dtypes = dict.fromkeys(found.dtypes, "BF16")
+    found.config["embedding_multiplier"] = 0.1
+    edits = [Edit(EditKind("offset"), "c", (parse_site("embed"),), offset(torch.ones(24)))]
+    (update, _) = compile_plan(edits, found.layout(), gain=pytest.fail, config=found.config).tensors
+    written = update.outputs[0].map.bias
+    assert torch.equal(written, torch.ones(24, dtype=torch.float64) / 0.1)
+    rounded = float(torch.tensor(0.1, dtype=torch.bfloat16))
+    assert not torch.allclose(written, torch.ones(24, dtype=torch.float64) / rounded, rtol=1e-4)
