@@ -50,6 +50,7 @@ _LATENT = {
     "v_head_dim": 10,
     "attention_bias": True,
 }
+_INDEXED = {"q_lora_rank": 14, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
 _DELTA = {
     **_FREE,
     "linear_num_key_heads": 2,
@@ -110,6 +111,7 @@ CORE: dict[str, Core] = {
     "deepseek_v3": Core(
         {**_LATENT, **_DENSE_FIRST, "model_type": "deepseek_v3", "q_lora_rank": 14}
     ),
+    "deepseek_v32": Core({**_LATENT, **_DENSE_FIRST, **_INDEXED, "model_type": "deepseek_v32"}),
     "dots1": Core(
         {**_FREE, **_DENSE_FIRST, "model_type": "dots1", "n_group": 1, "attention_bias": True}
     ),
@@ -146,6 +148,15 @@ CORE: dict[str, Core] = {
             "model_type": "glm4_moe_lite",
             "q_lora_rank": 14,
             "mlp_layer_types": ["dense", "sparse", "sparse"],
+        }
+    ),
+    "glm_moe_dsa": Core(
+        {
+            **_LATENT,
+            **_DENSE_FIRST,
+            **_INDEXED,
+            "model_type": "glm_moe_dsa",
+            "indexer_types": ["full", "shared", "full"],
         }
     ),
     "gpt_neo": Core(
