@@ -124,8 +124,8 @@ class Table(
         rules = dict(reversed([*_rules(kind)]))  # of two that say the same, the outer counts
         if "several" in rules and isinstance(value, str):
             value = [value]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise cls.error(f"{key} = {value!r} is not finite", where=where)
+        for odd in () if kind in (dict, list) else _not_finite(value):  # those hold other keys
+            raise cls.error(f"{key} = {odd!r} is not finite", where=where)
         try:
             found = msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
@@ -148,7 +148,7 @@ class Table(
         if value == []:
             return cls.error(f"{key} is an empty list", where=where)
         if text.startswith("Number out of range"):
-            infinite = "inf" if value > 0 else "-inf"
+            infinite = "-inf" if isinstance(value, int) and value < 0 else "inf"
             return cls.error(f"{key} = {infinite} is not finite", where=where)
         shown = float(value) if text.startswith("Expected `float`") else value
         return cls.error(
@@ -157,6 +157,16 @@ class Table(
             why=rules.get("why"),
             fix=rules.get("fix"),
         )
+
+
+def _not_finite(value: Toml) -> Iterator[float]:
+    """Yield the numbers of a value, those in its lists and tables included, that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield value
+    for inner in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
+        yield from _not_finite(inner)
 
 
 def _plain(kind: Any) -> Any:

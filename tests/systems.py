@@ -174,6 +174,33 @@ def _heretic(folder: Path, sizes: Sizes) -> Made:
     return Made("refusal_directions.pt", edit, hooks, {"index": 0.4})
 
 
+def _heretic_kernel(folder: Path, sizes: Sizes) -> Made:
+    """A row a block, and for each component a kernel over the blocks."""
+    rows = torch.nn.functional.normalize(rand(sizes.layers + 1, sizes.hidden), dim=1)
+    torch.save(rows, folder / "refusal_directions.pt")
+    numbers = {  # max_weight, max_weight_position, min_weight, min_weight_distance
+        "attn_out": (1.2, 1.6, 0.3, 1.1),
+        "mlp_out": (0.7, sizes.layers - 1.0, 0.1, 2.0),
+    }
+    parts = {"attn_out": ".self_attn", "mlp_out": ".mlp"}
+    hooks: dict[str, Map] = {}
+    for kind, (most, peak, least, width) in numbers.items():
+        for layer in range(sizes.layers):
+            distance = abs(layer - peak)
+            if distance > width:
+                continue
+            weight = most + (distance / width) * (least - most)
+            # Unit to float32 in the file, and meant as unit: an ablation restores that.
+            r = torch.nn.functional.normalize(rows[layer + 1].double(), dim=0)
+            hooks[block(layer) + parts[kind]] = (
+                lambda x, r=r, weight=weight: x - weight * (x @ r)[..., None] * r  # type: ignore[misc]
+            )
+    words = ("max", "peak", "min", "width")
+    strength = {kind: dict(zip(words, found, strict=True)) for kind, found in numbers.items()}
+    edit = {"kind": "ablate", "strength": strength, "at": ["attn_out.*", "mlp_out.*"]}
+    return Made("refusal_directions.pt", edit, hooks)
+
+
 def _act_modules(sizes: Sizes) -> dict[str, int]:
     """Return the modules that AcT edits in a Llama, with the widths of their outputs."""
     widths = {"up_proj": sizes.inner, "gate_proj": sizes.inner, "down_proj": sizes.hidden}
@@ -394,6 +421,14 @@ SYSTEMS = (
         "x − λ (r·x) r",
         ALL,
         _heretic,
+    ),
+    System(
+        "heretic, a row and a weight a block",
+        "`refusal_directions.pt`",
+        "`attn_out`, `mlp_out`",
+        "x − λₗ (rₗ·x) rₗ",
+        ALL,
+        _heretic_kernel,
     ),
     System(
         "Linear-AcT, `q_all`",

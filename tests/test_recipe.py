@@ -24,6 +24,7 @@ from bake.recipe import (
     Recipe,
     aliases,
     build_edits,
+    disagreement,
     fetch_artifact,
     first_recipe,
     load_recipe,
@@ -782,6 +783,111 @@ def test_every_kind_is_the_map_that_it_names(
     assert edit.kind == kind
     assert same(edit.map, expected)
     assert isinstance(edit.map, AffineMap) and not edit.map.is_identity()
+
+
+BLOCKS = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = ["attn_out.*", "mlp_out.1-2"]\n'
+KERNEL = "{ peak = 0.5, max = 1.0, min = 0.2, width = 1.5 }"
+
+
+@pytest.mark.parametrize(
+    ("strength", "attention", "mlp"),
+    [
+        ("0.5", (0.5, 0.5, 0.5), (0.5, 0.5)),
+        ("[0.9, 0.5, 0.1]", (0.9, 0.5, 0.1), (0.5, 0.1)),
+        ('{ "0-1" = 0.9, 2 = 0.4 }', (0.9, 0.9, 0.4), (0.9, 0.4)),
+        # |l - 0.5| is 0.5, 0.5, 1.5: a third of the way down, and all of it.
+        (KERNEL, (1 - 0.8 / 3, 1 - 0.8 / 3, 0.2), (1 - 0.8 / 3, 0.2)),
+        # Beyond the width there is nothing, not the least.
+        (KERNEL.replace("1.5", "0.6"), (1 - 0.4 / 0.6, 1 - 0.4 / 0.6, 0), (1 - 0.4 / 0.6, 0)),
+        (f"{{ attn_out = {KERNEL}, mlp_out = [0, 0.3] }}", (1 - 0.8 / 3,) * 2 + (0.2,), (0, 0.3)),
+        ('{ mlp_out = { "1-2" = 0.3 }, attn_out = 0.7 }', (0.7,) * 3, (0.3, 0.3)),
+    ],
+)
+def test_strengths_by_block_and_by_kind_of_site(
+    tmp_path: Path,
+    layout: Layout,
+    strength: str,
+    attention: tuple[float, ...],
+    mlp: tuple[float, ...],
+) -> None:
+    text = f"{BLOCKS}strength = {strength}\n"
+    built = build(tmp_path, layout, text, {"mood": artifact(Direction({R.VECTOR: VECTOR}))})
+    wanted = {
+        **{Site(SiteKind.ATTN_OUT, n): value for n, value in enumerate(attention)},
+        **{Site(SiteKind.MLP_OUT, n): value for n, value in enumerate(mlp, start=1)},
+    }
+    maps = {site: edit.map for edit in built for site in edit.sites}
+    assert maps.keys() == wanted.keys() and sum(len(edit.sites) for edit in built) == len(wanted)
+    for site, value in wanted.items():
+        found, expected = maps[site], edits.ablate(VECTOR, strength=value)
+        assert isinstance(found, AffineMap)
+        torch.testing.assert_close(found.matrix(), expected.matrix(), rtol=0, atol=1e-12)
+    assert disagreement(recipe_of(tmp_path, text), built, layout) is None
+
+
+@pytest.mark.parametrize(
+    ("strength", "fragments"),
+    [
+        ("{}", ["is no table of numbers"]),
+        ("[]", ["lists 0 numbers, and the edit acts in 3 blocks, 0-2"]),
+        ("[1, 2]", ["lists 2 numbers, and the edit acts in 3 blocks, 0-2", "in rising order"]),
+        ("[1, nan, 2]", ["strength = nan is not finite"]),
+        (f"[1, {10**400}, 2]", ["strength = inf is not finite"]),
+        ("{ 0 = 1, 1 = inf, 2 = 0 }", ["strength = inf is not finite"]),
+        ('{ "0-1" = 1 }', ["strength gives no number to block 2, where the edit acts"]),
+        ('{ "0-9" = 1 }', ["gives a number to block 3-9, where the edit does not act"]),
+        ('{ "0-2" = 1, 1 = 0 }', ["names block 1 twice"]),
+        ('{ "2-0" = 1 }', ["counts blocks downwards", 'write "0-2"']),
+        ("{ -1 = 1 }", ["unknown key '-1'"]),
+        ('{ "*" = 1 }', ["unknown key '*'", "name blocks"]),
+        ("{ 0 = true }", ["strength = {'0': True} is no number, and no list or table"]),
+        ("{ attn_out = 1 }", ["gives no number to site mlp_out, where the edit acts"]),
+        ("{ attn_out = 1, mlp_out = 1, z = 1 }", ["gives a number to site z"]),
+        ("{ attn_out = 1, mlp_ot = 1 }", ["unknown key 'mlp_ot'", "did you mean 'mlp_out'?"]),
+        ("{ attn_out = 1, mlp_out = [1] }", ["strength.mlp_out lists 1 numbers"]),
+        ("{ attn_out = 1, mlp_out = { q = 1 } }", ["strength.mlp_out has the unknown key 'q'"]),
+        ("{ peak = 1, max = 1, width = 2 }", ["the kernel of strength has no min"]),
+        ("{ max_weight = 1 }", ["unknown key 'max_weight'", "heretic's max_weight is 'max' here"]),
+        (KERNEL.replace("1.5", "0"), ["width = 0 is not above zero"]),
+        (KERNEL.replace("0.5", "9"), ["is 0 in every block of the edit, 0-2"]),
+    ],
+)
+def test_strengths_that_leave_a_site_without_one(
+    tmp_path: Path, layout: Layout, strength: str, fragments: list[str]
+) -> None:
+    with pytest.raises(UsageError) as error:
+        text = f"{BLOCKS}strength = {strength}\n"
+        build(tmp_path, layout, text, {"mood": artifact(Direction({R.VECTOR: VECTOR}))})
+    for fragment in fragments:
+        assert fragment in message(error)
+    assert error.value.exit_code == 2
+
+
+def test_amounts_by_block_at_what_is_in_no_block(tmp_path: Path, layout: Layout) -> None:
+    text = '[[edits]]\nkind = "ablate"\ndirection = "mood"\nat = ["embed", "mlp_out.0"]\n'
+    named = {"mood": artifact(Direction({R.VECTOR: VECTOR}))}
+    with pytest.raises(UsageError, match="goes by block, and embed is in none") as error:
+        build(tmp_path, layout, f"{text}strength = {{ 0 = 0.5 }}\n", named)
+    assert error.value.fix is not None and "{ embed = 1.0, … }" in error.value.fix
+    mended = f"{text}strength = {{ embed = 1.0, mlp_out = {{ 0 = 0.5 }} }}\n"
+    assert [str(edit.sites[0]) for edit in build(tmp_path, layout, mended, named)] == [
+        "embed",
+        "mlp_out.0",
+    ]
+
+
+def test_one_vector_is_counted_whatever_its_coefficients(tmp_path: Path, layout: Layout) -> None:
+    """Two numbers make two edits, and still one vector arrives twice at the stream's end."""
+    text = '[[edits]]\nkind = "offset"\ndirection = "mood"\nat = "resid_post.0-1"\n'
+    text += "coefficient = [1.0, -2.0]\n"
+    named = {"mood": artifact(Direction({R.VECTOR: VECTOR}))}
+    with pytest.raises(UsageError, match="one vector is added at 2 sites of the stream"):
+        build(tmp_path, layout, text, named)
+    first, second = build(tmp_path, layout, f"{text}repeat = true\n", named)
+    assert same(first.map, edits.offset(VECTOR))
+    assert same(second.map, edits.offset(VECTOR, coefficient=-2.0))
+    notes = remarks(recipe_of(tmp_path, f"{text}repeat = true\n"), named)
+    assert notes == ("offset mood: coefficient 1, -2 by block",)
 
 
 def test_an_update_is_one_of_the_weight_before_its_site(tmp_path: Path, layout: Layout) -> None:

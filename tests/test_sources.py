@@ -24,8 +24,14 @@ TABLE = Path(__file__).parent.parent / "docs" / "sources.md"
 def recipe_text(folder: Path, made: Made) -> str:
     """Return the recipe that names an artifact."""
 
+    def inline(value: Any) -> str:
+        if isinstance(value, Mapping):
+            inner = (f"{json.dumps(key)} = {inline(item)}" for key, item in value.items())
+            return f"{{ {', '.join(inner)} }}"
+        return json.dumps(value)
+
     def rows(values: Mapping[str, Any]) -> str:
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+        return "".join(f"{key} = {inline(value)}\n" for key, value in values.items())
 
     return (
         '[base]\nmodel = "base"\n[directions.v]\n'

@@ -14,7 +14,7 @@ from bake.cards.text import Markdown, code, count, escape, merged, number
 from bake.checkpoints.hub_names import HUB_PREFIX, is_repository
 from bake.directions import SAYS, Options
 from bake.errors import InputError, UsageError
-from bake.recipe import DirectionSpec, EditTable
+from bake.recipe import DirectionSpec, EditTable, amount_of
 from bake.sites import Site, parse_site, summary
 
 LEVELS = ("exact", "relocated", "nulling", "approximate", "impossible")
@@ -131,11 +131,11 @@ def amounts(facts: Facts, kind: str, concept: str) -> tuple[Markdown, ...]:
 
 
 def _amounts(edit: EditTable) -> Markdown:
-    parts = [f"*s* = {number(edit.strength)}"] if edit.kind in _STRONG else []
+    parts = [f"*s* = {_amount(edit, 'strength')}"] if edit.kind in _STRONG else []
     if edit.kind == "affine":
         parts.append(f"*α* = {number(edit.alpha)}")
     if edit.kind == "offset":
-        parts.append(f"*c* = {number(edit.coefficient)}")
+        parts.append(f"*c* = {_amount(edit, 'coefficient')}")
         if edit.keep != 1:
             parts.append(f"*k* = {number(edit.keep)}")
     if edit.degrees is not None:
@@ -147,6 +147,10 @@ def _amounts(edit: EditTable) -> Markdown:
     if edit.reflect:
         parts.append("mirrored")
     return Markdown(", ".join(parts))
+
+
+def _amount(edit: EditTable, key: str) -> Markdown:
+    return escape(amount_of(getattr(edit, key), key).words())
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ makes the edits for one model. ``docs/recipes.md`` documents every key.
 
 from bake.recipe.agreement import disagreement
 from bake.recipe.aliases import aliases
+from bake.recipe.amounts import amount_of
 from bake.recipe.artifacts import fetch_artifact, read_artifacts
 from bake.recipe.build import build_edits
 from bake.recipe.export import override
@@ -34,6 +35,7 @@ __all__ = [
     "ExportTable",
     "Recipe",
     "aliases",
+    "amount_of",
     "build_edits",
     "disagreement",
     "fetch_artifact",

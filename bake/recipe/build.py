@@ -1,6 +1,6 @@
 """Recipe × layout × directions → edits, in the recipe's order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +11,9 @@ from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import DirectionError
 from bake.families import Layout
 from bake.recipe.aliases import aliases, sites_at
+from bake.recipe.amounts import amount_of
 from bake.recipe.artifacts import located
-from bake.recipe.maps import Named, map_of
+from bake.recipe.maps import Amounts, Named, map_of
 from bake.recipe.places import (
     check_layers,
     check_modules,
@@ -32,7 +33,8 @@ def build_edits(
 
     Sites that get the same item of an artifact make one edit: an artifact with one item, or with
     ``layer`` given, acts as one map at every site; one with an item per layer acts at each site by
-    the item of that site or of its layer.
+    the item of that site or of its layer. Sites that get different amounts of it are edits of their
+    own.
 
     Args:
         recipe: the recipe.
@@ -48,15 +50,19 @@ def build_edits(
     found: list[Edit] = []
     for number, spec in enumerate(recipe.edits, start=1):
         with located(f"{recipe.path} [[edits]] {number}"):
-            for sites, items in _selections(spec, recipe, layout, directions, known):
-                mean = _mean(spec, recipe, directions, items, sites[0], layout)
-                edit_map = map_of(spec, items, mean)
-                if EITHER_WAY in directions[spec.directions[0]].metadata:
-                    edit_map = fitted_to(edit_map, sites, layout)
-                for site in sites:
-                    _check_width(spec, edit_map, site, layout)
-                check_repeat(spec, sites, layout)
-                found.append(Edit(spec.kind, " + ".join(spec.directions), sites, edit_map))
+            groups = _selections(spec, recipe, layout, directions, known)
+            amounts = _amounts(spec, [site for sites, _ in groups for site in sites])
+            for together, items in groups:
+                for one in dict.fromkeys(amounts[site] for site in together):
+                    sites = tuple(site for site in together if amounts[site] == one)
+                    mean = _mean(spec, recipe, directions, items, sites[0], layout)
+                    edit_map = map_of(spec, items, mean, one)
+                    if EITHER_WAY in directions[spec.directions[0]].metadata:
+                        edit_map = fitted_to(edit_map, sites, layout)
+                    for site in sites:
+                        _check_width(spec, edit_map, site, layout)
+                    found.append(Edit(spec.kind, " + ".join(spec.directions), sites, edit_map))
+                check_repeat(spec, together, layout)
     return tuple(found)
 
 
@@ -84,6 +90,13 @@ def _selections(
         key = tuple(id(named.item) for named in items)
         groups.setdefault(key, ([], items))[0].append(site)
     return [(tuple(group), items) for group, items in groups.values()]
+
+
+def _amounts(spec: EditTable, sites: Sequence[Site]) -> dict[Site, Amounts]:
+    """Return how much of an edit there is at each of its sites."""
+    strength = amount_of(spec.strength, "strength").at(sites, "strength")
+    coefficient = amount_of(spec.coefficient, "coefficient").at(sites, "coefficient")
+    return {site: Amounts(strength[site], coefficient[site]) for site in sites}
 
 
 def _mean(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bake.edits import EditKind
 from bake.errors import UsageError
+from bake.recipe.amounts import amount_of
 from bake.recipe.artifacts import located
 from bake.recipe.spec import EditTable
 from bake.section import Toml, nearest
@@ -28,6 +29,8 @@ KINDS_OF_KEY: Mapping[str, tuple[EditKind, ...]] = {
     "degrees": (EditKind.ROTATE,),
     "reflect": (EditKind.ROTATE,),
 }
+# The keys whose values may differ from site to site.
+AMOUNTS = ("strength", "coefficient")
 # The kinds that take several directions at once: as the span of all of them, or as a plane.
 JOINT_KINDS = (EditKind.ABLATE, EditKind.AFFINE, EditKind.ROTATE)
 
@@ -64,6 +67,8 @@ def _edit(row: Toml, where: str, directions: Collection[str]) -> EditTable:
         edit = EditTable.read(row, where)
         _check_names(edit, directions)
         _check_directions(edit)
+        for key in AMOUNTS:
+            amount_of(getattr(edit, key), key)
     return edit
 
 

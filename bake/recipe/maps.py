@@ -56,22 +56,33 @@ class Named:
         return self.item.tensors.get(role)
 
 
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """How much of an edit there is at some of its sites."""
+
+    strength: float
+    """s, which blends any map with the identity."""
+    coefficient: float
+    """c of an offset."""
+
+
 def map_of(
-    spec: EditTable, items: tuple[Named, ...], mean: Tensor | None
+    spec: EditTable, items: tuple[Named, ...], mean: Tensor | None, amounts: Amounts
 ) -> AffineMap | WeightUpdate:
-    """Return the map of an edit. ``strength`` s blends any map with the identity.
+    """Return the map of an edit.
 
     Args:
         spec: the edit, with its numbers.
         items: the directions that act together; several only for a kind that takes several.
         mean: μ [d] of an affine or erase edit, or None for zero.
+        amounts: those of its numbers that may differ from site to site.
 
     Raises:
         DirectionError: a direction has no tensor of a role that the kind takes, or its values do
             not make such a map.
         UsageError: a rotation that is not determined.
     """
-    kind, first, strength = spec.kind, items[0], spec.strength
+    kind, first, strength = spec.kind, items[0], amounts.strength
     match kind:
         case EditKind.ABLATE:
             return edits.ablate(_rows(kind, items), strength=strength)
@@ -83,7 +94,7 @@ def map_of(
             return edits.erase(left, right, mean=mean, strength=strength)
         case EditKind.OFFSET:
             vector = first.tensor(kind, Role.VECTOR, Role.OFFSET)
-            return edits.offset(vector, coefficient=spec.coefficient, keep=spec.keep)
+            return edits.offset(vector, coefficient=amounts.coefficient, keep=spec.keep)
         case EditKind.SCALE:
             factor = first.tensor(kind, Role.SCALE)
             return edits.scale((1 - strength) + strength * factor, shift=_shift(first, strength))

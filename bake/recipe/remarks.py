@@ -4,17 +4,23 @@ from collections.abc import Mapping
 
 from bake.directions import SAYS, Directions, Role
 from bake.edits import EditKind
+from bake.recipe.amounts import amount_of
+from bake.recipe.edits import AMOUNTS
 from bake.recipe.spec import Recipe
 
 
 def remarks(recipe: Recipe, directions: Mapping[str, Directions]) -> tuple[str, ...]:
     """Return what the plan, the record and the card say of the recipe's edits.
 
-    What an artifact's own system does and weights cannot, which is always on and at every position;
-    and an affine edit whose constant comes from no mean.
+    Amounts that differ from site to site; what an artifact's own system does and weights cannot,
+    which is always on and at every position; and an affine edit whose constant comes from no mean.
     """
     found: dict[str, None] = {}
     for edit in recipe.edits:
+        for key in AMOUNTS:
+            if isinstance(written := getattr(edit, key), tuple | dict):
+                amount = amount_of(written, key).words()
+                found[f"{edit.kind} {' + '.join(edit.directions)}: {key} {amount}"] = None
         for name in edit.directions:
             if said := directions[name].metadata.get(SAYS):
                 found[f"direction {name!r}: {said}"] = None

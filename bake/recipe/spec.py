@@ -20,6 +20,7 @@ from bake.directions import Shape
 from bake.edits import EditKind
 from bake.errors import UsageError
 from bake.families import RUNTIMES
+from bake.recipe.amounts import Written
 from bake.rounding import Rounding
 
 ALLOWANCES = ("recast", "relocate", "widen", "nulling", "approximate")
@@ -127,6 +128,14 @@ class DirectionSpec(DirectionTable, frozen=True, kw_only=True):
     """That of ``minus``, likewise."""
 
 
+def _by_site(description: str) -> Meta:
+    return Meta(
+        description=f"{description}; one number, or by block: a list, a table such as "
+        '{ "8-20" = 0.9, 21 = 0.4 }, or a kernel { peak, max, min, width }; or by kind of site',
+        extra={"meant": "no number, and no list or table of numbers"},
+    )
+
+
 class EditTable(Table, frozen=True, kw_only=True):
     """An edit: a map of activations, and the sites where it acts."""
 
@@ -136,14 +145,14 @@ class EditTable(Table, frozen=True, kw_only=True):
     )
     at: Annotated[Texts, Meta(description="the sites: resid, resid_post.14, mlp_out.8-20")] = ()
     """Empty stands for the sites that the artifact itself names."""
-    strength: Annotated[float, Meta(description="1 is the whole edit, 0 none")] = 1.0
+    strength: Annotated[Written, _by_site("1 is the whole edit, 0 none")] = 1.0
     alpha: float = 0.0
     mean: Annotated[
         bool | str | None,
         Meta(extra={"meant": "neither true, false nor the name of a direction"}),
     ] = None
     """Whether to use the artifact's mean (None: where it has one), or the direction that is it."""
-    coefficient: float = 1.0
+    coefficient: Annotated[Written, _by_site("what an offset's vector is multiplied by")] = 1.0
     keep: Annotated[float, Meta(description="what an offset keeps of the activation")] = 1.0
     repeat: Annotated[
         bool, Meta(description="whether one vector may be added at several sites of the stream")
