@@ -5,8 +5,11 @@ is a JSON list of kind, concept, sites and map number.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -14,8 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
-from bake.edits import Edit, EditKind, WeightUpdate
+from bake.edits import Edit, EditKind, Own, WeightUpdate
 from bake.errors import BakeError, InputError
+from bake.nonlinear import Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
+from bake.positions import Positions
 from bake.sites import parse_site
 
 EDITS = "bake/edits.safetensors"
@@ -23,39 +28,82 @@ EDITS = "bake/edits.safetensors"
 FITTED = "bake/fitted.safetensors"
 """Where it keeps what was folded instead, if stand-ins were fitted for some of the edits."""
 FORMAT = "bake-edits"
-Maps = dict[tuple[int, str], AffineMap | WeightUpdate]
+Map = AffineMap | WeightUpdate | Nonlinear
+Maps = dict[tuple[int, str], Map]
 """The maps that were read so far, by number and form: edits that shared one share it again."""
-_FORMS: dict[str, tuple[type, tuple[str, ...]]] = {
-    "lowrank": (LowRankMap, ("left", "right", "bias")),
-    "diagonal": (DiagonalMap, ("scale", "bias")),
-    "dense": (DenseMap, ("full", "bias")),
-    "update": (WeightUpdate, ("left", "right")),
-}
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a map is stored: its tensors by name, its plain values and the map in it in its row."""
+
+    of: type
+    tensors: tuple[str, ...] = ()
+    plain: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """How each of its numbers and words is read."""
+    inner: bool = False
+    """Whether it holds another map."""
+
+
+_FORMS: Mapping[str, _Form] = MappingProxyType(
+    {
+        "lowrank": _Form(LowRankMap, ("left", "right", "bias")),
+        "diagonal": _Form(DiagonalMap, ("scale", "bias")),
+        "dense": _Form(DenseMap, ("full", "bias")),
+        "update": _Form(WeightUpdate, ("left", "right")),
+        "clamp": _Form(
+            Clamp, ("left", "right", "mean"), {"low": float, "high": float, "rectified": bool}
+        ),
+        "masked": _Form(Masked, ("scale", "bias", "low", "high")),
+        "norm-preserving": _Form(NormPreserving, inner=True),
+        "gated": _Form(
+            Gated, ("vector",), {"threshold": float, "above": bool, "measure": Measure}, inner=True
+        ),
+    }
+)
 
 
 def dump_edits(edits: Sequence[Edit]) -> bytes:
     """Return the file that holds the edits; the same edits give the same bytes."""
-    numbers: dict[int, int] = {}
-    tensors: dict[str, Tensor] = {}
+    stored = _Stored({}, {})
     rows: list[dict[str, Any]] = []
     for edit in edits:
-        number = numbers.setdefault(id(edit.map), len(numbers))
-        form, fields = next(
-            (form, fields) for form, (kind, fields) in _FORMS.items() if type(edit.map) is kind
-        )
-        for name in fields:
-            tensors[f"{number}.{name}"] = getattr(edit.map, name).clone().contiguous()
-        rows.append(
-            {
-                "kind": str(edit.kind),
-                "concept": edit.concept,
-                "sites": [str(site) for site in edit.sites],
-                "map": number,
-                "form": form,
-            }
-        )
+        row = {
+            "kind": str(edit.kind),
+            "concept": edit.concept,
+            "sites": [str(site) for site in edit.sites],
+            **stored.row(edit.map),
+        }
+        if edit.own is not None:
+            row["own"] = {"positions": edit.own.positions.text}
+            if edit.own.map is not None:
+                row["own"] |= stored.row(edit.own.map)
+        rows.append(row)
+    tensors = stored.tensors
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
     return _ordered(save(tensors, metadata={"format": FORMAT, "version": "1", "edits": text}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What of the maps is stored so far."""
+
+    numbers: dict[int, int]
+    tensors: dict[str, Tensor]
+
+    def row(self, map_: Map) -> dict[str, Any]:
+        """Return what the row of an edit says of its map, once its tensors are among the others."""
+        number = self.numbers.setdefault(id(map_), len(self.numbers))
+        name, form = next((n, form) for n, form in _FORMS.items() if type(map_) is form.of)
+        for tensor in form.tensors:
+            self.tensors[f"{number}.{tensor}"] = getattr(map_, tensor).clone().contiguous()
+        row = {"map": number, "form": name, **{word: getattr(map_, word) for word in form.plain}}
+        # JSON has no infinity: a limit that is none is left out.
+        row = {word: value for word, value in row.items() if value not in _UNLIMITED}
+        return row | ({"inner": self.row(map_.map)} if form.inner else {})  # type: ignore[union-attr]
+
+
+_UNLIMITED = (-math.inf, math.inf)
 
 
 def _ordered(content: bytes) -> bytes:
@@ -103,9 +151,24 @@ def load_edits(path: Path) -> tuple[Edit, ...]:
 
 
 def _edit(row: dict[str, Any], tensors: dict[str, Tensor], maps: Maps) -> Edit:
-    number, form = int(row["map"]), str(row["form"])
-    if (number, form) not in maps:
-        kind, fields = _FORMS[form]
-        maps[number, form] = kind(*(tensors[f"{number}.{name}"] for name in fields))
     sites = tuple(parse_site(site) for site in row["sites"])
-    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, maps[number, form])
+    own = None
+    if "own" in row:
+        said = row["own"]
+        found = _map(said, tensors, maps) if "map" in said else None
+        assert found is None or isinstance(found, Nonlinear)
+        own = Own(Positions(str(said["positions"])), found)
+    edit_map = _map(row, tensors, maps)
+    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, edit_map, own)
+
+
+def _map(row: dict[str, Any], tensors: dict[str, Tensor], maps: Maps) -> Map:
+    number, name = int(row["map"]), str(row["form"])
+    if (number, name) not in maps:
+        form = _FORMS[name]
+        values = {word: tensors[f"{number}.{word}"] for word in form.tensors}
+        limits = dict(zip(("low", "high"), _UNLIMITED, strict=True))
+        plain = {word: read(row.get(word, limits.get(word))) for word, read in form.plain.items()}
+        inner = {"map": _map(row["inner"], tensors, maps)} if form.inner else {}
+        maps[number, name] = form.of(**values, **plain, **inner)
+    return maps[number, name]

@@ -13,6 +13,9 @@ returns float64 maps; nothing here knows a model.
 | rotate   | Q x, Q orthogonal                  | rotations, reflections                        |
 | linear   | A x + b                            | learned maps                                  |
 | update   | W + u vᵀ, on a weight              | ROME (arXiv 2202.05262)                       |
+
+``clamp``, ``masked-scale``, ``norm-preserving`` and ``gate`` are no affine maps, and no weights
+compute them: see ``bake.nonlinear``.
 """
 
 import math
@@ -34,6 +37,8 @@ from bake.affine import (
     translation,
 )
 from bake.errors import DirectionError
+from bake.nonlinear import Nonlinear
+from bake.positions import Positions
 from bake.sites import Site
 
 # Fitted artifacts are stored in float32 at best: what is idempotent or orthogonal to this error was
@@ -52,6 +57,10 @@ class EditKind(StrEnum):
     ROTATE = "rotate"
     LINEAR = "linear"
     UPDATE = "update"
+    CLAMP = "clamp"
+    MASKED_SCALE = "masked-scale"
+    NORM_PRESERVING = "norm-preserving"
+    GATE = "gate"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +76,15 @@ class WeightUpdate:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Own:
+    """How the system that an edit comes from applies it itself, where weights apply it always."""
+
+    positions: Positions
+    map: Nonlinear | None = None
+    """What it applies there; None for the edit's own map."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Edit:
     """One map, applied at each of some sites.
 
@@ -78,7 +96,9 @@ class Edit:
     kind: EditKind
     concept: str
     sites: tuple[Site, ...]
-    map: AffineMap | WeightUpdate
+    map: AffineMap | WeightUpdate | Nonlinear
+    own: Own | None = None
+    """What the system does otherwise than always and everywhere; None where nothing is known."""
 
 
 def ablate(vectors: Float[Tensor, "*k d"], *, strength: float = 1.0) -> LowRankMap:

@@ -37,6 +37,8 @@ from bake.affine import AffineMap
 from bake.edits import Edit, WeightUpdate
 from bake.errors import DirectionError, FamilyError, UsageError
 from bake.families import Branch, Layout
+from bake.nonlinear import Nonlinear
+from bake.positions import Positions, Spoken
 from bake.sites import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -58,7 +60,13 @@ _UPDATABLE = (
 
 
 @contextmanager
-def steered(model: "PreTrainedModel", layout: Layout, edits: Sequence[Edit]) -> Iterator[None]:
+def steered(
+    model: "PreTrainedModel",
+    layout: Layout,
+    edits: Sequence[Edit],
+    *,
+    as_system: Spoken | None = None,
+) -> Iterator[None]:
     """Apply the edits to every forward pass of the model inside the context.
 
     The hooks see every token, in prefill and with a cache alike, and change no tensor in place.
@@ -75,6 +83,9 @@ def steered(model: "PreTrainedModel", layout: Layout, edits: Sequence[Edit]) -> 
             between a branch's write and the stream).
         layout: the family resolved against the model's checkpoint.
         edits: what to apply, in order.
+        as_system: what of the text is prompt: every edit then acts as its own system does
+            (``Edit.own``), at its positions and on its conditions, in one forward pass over a whole
+            text. None applies them always and everywhere.
 
     Raises:
         UsageError: the model has no such site, an update stands at a site that is no weight's
@@ -83,15 +94,15 @@ def steered(model: "PreTrainedModel", layout: Layout, edits: Sequence[Edit]) -> 
         FamilyError: the model is not the one that the layout describes.
     """
     _check_model(model, layout)
-    hooks = _Hooks(model, layout)
+    hooks = _Hooks(model, layout, as_system)
     # Updates are set first, so that they come before the maps of the same module's output.
     for updates in (True, False):
         for site, edit in _in_order(layout, edits):
             name = f"{edit.kind} {edit.concept!r} at {site}"
             if isinstance(edit.map, WeightUpdate) and updates:
                 hooks.add_update(site, edit.map, name)
-            elif isinstance(edit.map, AffineMap) and not updates:
-                hooks.add_map(site, edit.map, name)
+            elif not isinstance(edit.map, WeightUpdate) and not updates:
+                hooks.add_map(site, edit, name)
     with ExitStack() as stack:
         for planned in hooks.planned:
             stack.callback(planned.attach().remove)
@@ -207,14 +218,27 @@ def _block(layout: Layout, layer: int) -> str:
 class _Hooks:
     """Plans hooks in the order in which they have to fire, and checks what they are given."""
 
-    def __init__(self, model: "PreTrainedModel", layout: Layout) -> None:
+    def __init__(self, model: "PreTrainedModel", layout: Layout, as_system: Spoken | None) -> None:
         self.model, self.layout, self.places = model, layout, _places(layout)
         self.planned: list[_Planned] = []
-        self._evaluators: dict[int, _Evaluator] = {}
+        self._as_system = as_system
+        self._evaluators: dict[tuple[int, str], _Evaluator] = {}
 
-    def add_map(self, site: Site, map_: AffineMap, name: str) -> None:
-        """Plan the hooks of a map at a site."""
-        width = self.layout.width(site)
+    def _evaluator(self, edit: Edit) -> "_Evaluator":
+        """Return what evaluates an edit's map, or what its system does in place of that."""
+        map_, among = edit.map, None
+        if self._as_system is not None and edit.own is not None:
+            map_ = edit.own.map or map_
+            among = _Among(edit.own.positions, self._as_system)
+        assert not isinstance(map_, WeightUpdate)
+        # One evaluator for a map at many sites, so that a device holds one copy of it.
+        key = (id(map_), "" if among is None else among.positions.text)
+        return self._evaluators.setdefault(key, _Evaluator(map_, among))
+
+    def add_map(self, site: Site, edit: Edit, name: str) -> None:
+        """Plan the hooks of an edit's map at a site."""
+        width, evaluate = self.layout.width(site), self._evaluator(edit)
+        map_ = evaluate.map
         if map_.width != width:
             raise DirectionError(
                 f"the map has width {map_.width}, but {site} is {width} wide",
@@ -223,8 +247,6 @@ class _Hooks:
             )
         place = self._place(site)
         module = self._module(place.module)
-        # One evaluator for a map at many sites, so that a device holds one copy of it.
-        evaluate = self._evaluators.setdefault(id(map_), _Evaluator(map_))
         if place.write_of is not None:
             # The hooks at resid_pre come earlier in the order: the capture sees their result.
             capture = _Capture()
@@ -334,19 +356,41 @@ class _Planned:
         return self.module.register_forward_hook(self.hook, with_kwargs=True)
 
 
+@dataclass(frozen=True, slots=True)
+class _Among:
+    """The tokens at which an edit acts; at the others an activation stays as it is."""
+
+    positions: Positions
+    spoken: Spoken
+
+    def __call__(
+        self, y: Float[Tensor, "rows tokens d"], x: Float[Tensor, "rows tokens d"]
+    ) -> Float[Tensor, "rows tokens d"]:
+        """Return y at these tokens and x at the others."""
+        if x.dim() != 3:
+            raise FamilyError(
+                f"an activation of shape {list(x.shape)} does not say which token is which",
+                fix="name a site of the stream or a module's output",
+            )
+        mask = self.positions.mask(x.shape[1], self.spoken).to(x.device)
+        return torch.where(mask.unsqueeze(-1), y, x)
+
+
 class _Evaluator:
     """Evaluates a map on the device of an activation, and keeps the map there."""
 
-    def __init__(self, map_: AffineMap) -> None:
-        self._map = map_
-        self._moved: dict[tuple[torch.device, torch.dtype], AffineMap] = {}
+    def __init__(self, map_: AffineMap | Nonlinear, among: _Among | None = None) -> None:
+        self.map, self._among = map_, among
+        self._moved: dict[tuple[torch.device, torch.dtype], AffineMap | Nonlinear] = {}
 
     def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Return h(x), a new tensor in the dtype of the arithmetic."""
         key = (x.device, _arithmetic(x))
         if key not in self._moved:
-            self._moved[key] = self._map.to(*key)
-        return self._moved[key](x.to(key[1]))
+            self._moved[key] = self.map.to(*key)
+        precise = x.to(key[1])
+        y = self._moved[key](precise)
+        return y if self._among is None else self._among(y, precise)
 
     def on_rows(
         self, x: Float[Tensor, "*batch d"], rows: Int[Tensor, " k"] | None

@@ -1196,7 +1196,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]]
     "quantiles that mask": (
         lambda d: _act(d, **LINEAR, quantiles_src="q_all"),
         {"quantiles": "q_1_99"},
-        "no affine map is the same",
+        "holds no quantiles 'q_1_99' of its fit",
         {"quantiles": "q_all"},
     ),
     "mean or Gaussian": (

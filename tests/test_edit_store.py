@@ -1,6 +1,7 @@
 """The file of edits: what was written comes back, and nothing else is believed."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from bake import edits as make
-from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
-from bake.edit_store import FORMAT, dump_edits, load_edits
+from bake.affine import DenseMap, DiagonalMap, LowRankMap
+from bake.edit_store import FORMAT, Map, dump_edits, load_edits
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import InputError
+from bake.nonlinear import Clamp, Gated, Masked, Measure, NormPreserving
 from bake.sites import parse_site
 
 
@@ -27,8 +29,11 @@ def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
     return vector(rows * columns, seed).reshape(rows, columns)
 
 
-def edit(kind: str, map_: AffineMap | WeightUpdate, *sites: str, concept: str = "c") -> Edit:
+def edit(kind: str, map_: Map, *sites: str, concept: str = "c") -> Edit:
     return Edit(EditKind(kind), concept, tuple(map(parse_site, sites)), map_)
+
+
+MASKED = Masked(vector(), vector(seed=1), vector(seed=2), vector(seed=3))
 
 
 def all_kinds() -> tuple[Edit, ...]:
@@ -43,11 +48,15 @@ def all_kinds() -> tuple[Edit, ...]:
         edit("rotate", make.reflect(vector()), "z.2.h5", concept="Höflichkeit, \u2026\n\0"),
         edit("linear", make.linear(matrix(4, 4), shift=vector()), "attn_out.0"),
         edit("update", make.update(matrix(2, 4), matrix(2, 6)), "mlp_out.1"),
+        edit("clamp", Clamp(matrix(4, 1), matrix(1, 4), vector(), -1.0, math.inf), "mlp_out.0"),
+        edit("masked-scale", MASKED, "mlp_out.0"),
+        edit("norm-preserving", NormPreserving(shared), "mlp_out.2"),
+        edit("gate", Gated(MASKED, vector(), 0.5, False, Measure.COSINE), "mlp_out.2"),
         edit("ablate", shared, "attn_out.3"),
     )
 
 
-def fields(map_: AffineMap | WeightUpdate) -> tuple[Tensor, ...]:
+def fields(map_: Map) -> tuple[Tensor, ...]:
     match map_:
         case LowRankMap(left, right, bias):
             return left, right, bias
@@ -57,6 +66,14 @@ def fields(map_: AffineMap | WeightUpdate) -> tuple[Tensor, ...]:
             return full, bias
         case WeightUpdate(left, right):
             return left, right
+        case Clamp(left, right, mean):
+            return left, right, mean
+        case Masked(scale, bias, low, high):
+            return scale, bias, low, high
+        case NormPreserving(inner):
+            return fields(inner)
+        case Gated(inner, condition):
+            return *fields(inner), condition
     raise AssertionError(type(map_).__name__)
 
 
@@ -83,7 +100,7 @@ def test_what_was_written_comes_back(path: Path) -> None:
 def test_a_map_at_two_edits_is_stored_once_and_is_one_map_again(path: Path) -> None:
     edits = all_kinds()
     content = dump_edits(edits)
-    assert sum(name.endswith(".left") for name in load(content)) == 6
+    assert sum(name.endswith(".left") for name in load(content)) == 7
     path.write_bytes(content)
     found = load_edits(path)
     assert found[0].map is found[-1].map

@@ -369,7 +369,8 @@ def test_an_edit_is_a_value() -> None:
     with pytest.raises(AttributeError):
         edit.concept = "other"  # type: ignore[misc]
     assert [str(kind) for kind in EditKind] == [
-        "ablate", "affine", "erase", "offset", "scale", "rotate", "linear", "update"
+        "ablate", "affine", "erase", "offset", "scale", "rotate", "linear", "update",
+        "clamp", "masked-scale", "norm-preserving", "gate",
     ]  # fmt: skip
 
 

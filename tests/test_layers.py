@@ -19,8 +19,8 @@ ROOT = Path(bake.__file__).parent
 
 # From the bottom up. A part imports from earlier lines and, within a line, to the left of itself.
 LINES = (
-    ("errors", "progress", "sites", "section", "tiles"),
-    ("affine",),
+    ("errors", "progress", "sites", "section", "positions", "tiles"),
+    ("affine", "nonlinear"),
     ("edits", "fold", "rounding", "edit_store"),
     ("checkpoints", "artifact", "families", "directions", "process", "_guard", "converter"),
     ("recipe",),

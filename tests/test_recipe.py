@@ -1149,7 +1149,7 @@ def test_the_recipe_of_the_documentation_is_one(tmp_path: Path) -> None:
     for key in keys:
         named = (f"`{key}`", f"`[{key}]`", f"`[[{key}]]`", f"`[{key}.NAME]`")
         assert any(name in text for name in named), key
-    rows = re.findall(r"^\| `(\w+)`[^|]*\|.*\| ([^|]*) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\|.*\| ([^|]*) \|$", text, re.MULTILINE)
     for kind in EditKind:
         own = {key for key, kinds in KINDS_OF_KEY.items() if kind in kinds}
         documented = {

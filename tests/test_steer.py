@@ -33,6 +33,7 @@ from bake.affine import AffineMap, identity
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import DirectionError, FamilyError, UsageError
 from bake.families import Layout, family_named, resolve
+from bake.nonlinear import Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
 from bake.sites import Site, SiteKind, parse_site
 from bake.steer import steered
 from bake.verify.precision import double_precision
@@ -70,7 +71,7 @@ def _layout(path: Path) -> Layout:
     return layout_of(path)
 
 
-def random_map(kind: EditKind, width: int, seed: int = 0) -> AffineMap:
+def random_map(kind: EditKind, width: int, seed: int = 0) -> AffineMap | Nonlinear:
     """Return an edit of that kind which moves an activation by about its own size."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,13 +86,22 @@ def random_map(kind: EditKind, width: int, seed: int = 0) -> AffineMap:
         EditKind.SCALE: lambda: edits.scale(1 + 0.5 * draw(width), shift=0.3 * draw(width)),
         EditKind.ROTATE: lambda: edits.rotate(torch.linalg.qr(draw(width, width))[0]),
         EditKind.LINEAR: lambda: edits.linear(draw(width, width) / width**0.5, shift=draw(width)),
+        EditKind.CLAMP: lambda: Clamp(draw(width, 2), draw(2, width), draw(width), -0.3, 0.2, True),
+        EditKind.MASKED_SCALE: lambda: Masked(
+            1 + draw(width), draw(width), -draw(width).abs(), draw(width).abs()
+        ),
+        EditKind.NORM_PRESERVING: lambda: NormPreserving(edits.ablate(draw(width // 2, width))),
+        EditKind.GATE: lambda: Gated(
+            edits.offset(draw(width)), draw(width), 0.0, True, Measure.PROJECTION
+        ),
     }[kind]()
 
 
 MAP_KINDS = tuple(kind for kind in EditKind if kind is not EditKind.UPDATE)
+AFFINE_KINDS = tuple(kind for kind in MAP_KINDS if isinstance(random_map(kind, 8), AffineMap))
 
 
-def at(site: Site | str, map_: AffineMap | WeightUpdate) -> Edit:
+def at(site: Site | str, map_: AffineMap | WeightUpdate | Nonlinear) -> Edit:
     where = parse_site(site) if isinstance(site, str) else site
     return Edit(EditKind.LINEAR, "test", (where,), map_)
 
@@ -100,10 +110,12 @@ def one_map_per_site(layout: Layout, sites: Sequence[Site]) -> dict[Site, Affine
     """Return a map for every site, the kinds in turn."""
     maps = {}
     for index, site in enumerate(sites):
-        kind = MAP_KINDS[index % len(MAP_KINDS)]
+        kind = AFFINE_KINDS[index % len(AFFINE_KINDS)]
         if kind is EditKind.OFFSET and site.kind is SiteKind.K:
             kind = EditKind.LINEAR  # without rotary embeddings softmax cancels a constant key
-        maps[site] = random_map(kind, layout.width(site), seed=index)
+        found = random_map(kind, layout.width(site), seed=index)
+        assert isinstance(found, AffineMap)
+        maps[site] = found
     return maps
 
 

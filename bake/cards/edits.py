@@ -12,15 +12,15 @@ from bake.cards.facts import Facts
 from bake.cards.methods import METHODS, Method
 from bake.cards.text import Markdown, code, count, escape, merged, number
 from bake.checkpoints.hub_names import HUB_PREFIX, is_repository
-from bake.directions import SAYS, Options
+from bake.directions import Options
 from bake.errors import InputError, UsageError
-from bake.recipe import DirectionSpec, EditTable, amount_of
+from bake.recipe import DirectionSpec, EditTable, amount_of, condition_words, said_of
 from bake.sites import Site, parse_site, summary
 
 LEVELS = ("exact", "relocated", "nulling", "approximate", "impossible")
 """The classes of exactness, the best first."""
 _STANDS_FOR = re.compile(r"(\w+) '(.*)' at (.+)")
-_STRONG = ("ablate", "affine", "erase", "scale", "linear", "update")
+_STRONG = ("ablate", "affine", "erase", "scale", "linear", "update", "masked-scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +131,12 @@ def amounts(facts: Facts, kind: str, concept: str) -> tuple[Markdown, ...]:
 
 
 def _amounts(edit: EditTable) -> Markdown:
-    parts = [f"*s* = {_amount(edit, 'strength')}"] if edit.kind in _STRONG else []
-    if edit.kind == "affine":
+    parts = [f"*s* = {_amount(edit, 'strength')}"] if edit.inner in _STRONG else []
+    if edit.map is not None:
+        parts.insert(0, code(edit.map))
+    if edit.inner == "affine":
         parts.append(f"*α* = {number(edit.alpha)}")
-    if edit.kind == "offset":
+    if edit.inner == "offset":
         parts.append(f"*c* = {_amount(edit, 'coefficient')}")
         if edit.keep != 1:
             parts.append(f"*k* = {number(edit.keep)}")
@@ -146,6 +148,11 @@ def _amounts(edit: EditTable) -> Markdown:
         parts.append("*μ* = 0")
     if edit.reflect:
         parts.append("mirrored")
+    for word, limit in (("at least", edit.low), ("at most", edit.high)):
+        if limit is not None:
+            parts.append(f"{word} {number(limit)}")
+    if edit.gate is not None:
+        parts.append(escape(condition_words(edit.gate)))
     return Markdown(", ".join(parts))
 
 
@@ -181,7 +188,8 @@ def direction_rows(facts: Facts) -> tuple[DirectionRow, ...]:
         layer = None if spec is None else spec.layer
         used = () if spec is None else tuple(_used(spec))
         # What its system does and weights cannot: always on, and at every position.
-        used += tuple(escape(found.metadata[key]) for key in (SAYS,) if key in found.metadata)
+        said = said_of(spec, found.metadata)
+        used += () if said is None else (escape(said),)
         rows.append(DirectionRow(name, found, _link(found.file), used, _tensors(found, layer)))
     return tuple(rows)
 

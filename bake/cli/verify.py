@@ -78,6 +78,11 @@ if TYPE_CHECKING:
     metavar="MAP",
     help="cpu, or a device map of transformers; by itself a GPU for what is in float32.",
 )
+@click.option(
+    "--as-system",
+    is_flag=True,
+    help="Hook the edits as their own systems do too: their positions, gates and norms.",
+)
 @click.option("--most-kl", type=float, metavar="SHARE", help="Limit of KL over the effect's KL.")
 @click.option(
     "--report",

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import LowRankMap
+from bake.affine import AffineMap, LowRankMap
 from bake.artifact.carrier import KINDS
 from bake.artifact.record import RECORD, record_at
 from bake.artifact.schema import Record, TensorChange
 from bake.diff.sources import Model
 from bake.edit_store import EDITS, load_edits
-from bake.edits import Edit, EditKind, WeightUpdate
+from bake.edits import Edit, EditKind
 from bake.sites import STREAM_KINDS, SiteKind
 
 # Kinds of edit whose maps change a weight by no more than their own rank, and the sites at which
@@ -145,7 +145,7 @@ def edit_directions(edits: Sequence[Edit], side: str) -> dict[str, Float[Tensor,
     """
     rows: dict[str, list[Tensor]] = {}
     for edit in edits:
-        if isinstance(edit.map, WeightUpdate):
+        if not isinstance(edit.map, AffineMap):
             continue
         left, right = edit.map.delta_factors()
         if left.shape[1] >= edit.map.width:

@@ -6,7 +6,16 @@ says what an artifact holds. A format is one small file here and one row of ``RE
 
 from bake.directions.bake_format import write_directions
 from bake.directions.describe import Row, describe
-from bake.directions.direction import ROWS, SAYS, ZERO, ZERO_SITES, Direction, Directions, Role
+from bake.directions.direction import (
+    POSITIONS,
+    ROWS,
+    SAYS,
+    ZERO,
+    ZERO_SITES,
+    Direction,
+    Directions,
+    Role,
+)
 from bake.directions.modules import MODULE
 from bake.directions.reader import Options, Shape
 from bake.directions.registry import READERS, read_directions
@@ -15,6 +24,7 @@ from bake.directions.rome import EITHER_WAY
 __all__ = [
     "EITHER_WAY",
     "MODULE",
+    "POSITIONS",
     "READERS",
     "ROWS",
     "SAYS",

@@ -35,6 +35,8 @@ ROWS = "bake.rows"
 
 SAYS = "bake.system_does"
 """In the metadata: what the artifact's own system does that weights cannot."""
+POSITIONS = "bake.positions"
+"""In the metadata: at which tokens the artifact's own system acts, a text of ``Positions``."""
 
 
 class Role(StrEnum):
@@ -53,6 +55,8 @@ class Role(StrEnum):
     SCALE = "scale"
     OFFSET = "offset"
     MATRIX = "matrix"
+    LOW = "low"
+    HIGH = "high"
 
 
 SHAPES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
@@ -66,6 +70,8 @@ SHAPES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
         Role.SCALE: ("d",),
         Role.OFFSET: ("d",),
         Role.MATRIX: ("d", "d"),
+        Role.LOW: ("d",),
+        Role.HIGH: ("d",),
     }
 )
 
@@ -100,6 +106,11 @@ class Direction:
         for role, tensor in owned.items():
             _check_shape(role, tensor, sizes)
             _check_values(role, tensor, self.place)
+        if (Role.LOW in owned) != (Role.HIGH in owned):
+            raise DirectionError(
+                f"{self.place} holds one limit of its values and not the other",
+                fix="low [d] and high [d] go together",
+            )
         factors = [role for role in (Role.LEFT, Role.RIGHT) if role in owned]
         zero = [role for role in factors if not bool(owned[role].any())]
         if len(zero) == 1:  # both are an eraser of rank zero, which a fit that found nothing gives

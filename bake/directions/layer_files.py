@@ -16,6 +16,7 @@ from bake.directions.arrays import Place, layered, listing
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
 from bake.errors import DirectionError
+from bake.positions import Word
 from bake.sites import Site, SiteKind
 
 _CAA = re.compile(r"vec_layer_(\d{1,5})(?:_(.+))?\.pt")
@@ -64,8 +65,7 @@ CAA = Reader(
     lambda request: _read(request, _CAA),
     frozenset({"key"}),
     kinds=("offset",),
-    says="CAA adds the vector from the end of the instruction on; the weights add it at every "
-    "position, the prompt's too",
+    positions=Word.AFTER_INSTRUCTION,
 )
 EASYEDIT = Reader(
     "vectors of EasyEdit 2 (a folder of layer_<l>.pt or layer_<l>_<mode>_trim<t>.pt)",

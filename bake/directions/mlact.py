@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bake.directions.arrays import Place, listing
-from bake.directions.direction import Direction, Role
+from bake.directions.direction import SAYS, Direction, Role
 from bake.directions.modules import modules_of, places_of
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
@@ -47,7 +47,13 @@ def _read(request: Request) -> Content:
     if unknown or not files:
         raise DirectionError(f"bake knows no site for {listing(unknown or [request.path.name])}")
     items = [_item(file, places[name], request) for name, file in files.items()]
-    return Content(tuple(items), modules_of(places), files=tuple(files.values()))
+    said = {}
+    if any(Role.LOW in item.tensors for item in items):
+        said[SAYS] = (
+            f"ml-act maps each neuron between the quantiles {request.quantiles} of its fit only; "
+            "the weights map every value"
+        )
+    return Content(tuple(items), modules_of(places) | said, files=tuple(files.values()))
 
 
 def _item(file: Path, place: Place, request: Request) -> Direction:
@@ -58,10 +64,10 @@ def _item(file: Path, place: Place, request: Request) -> Direction:
         auroc = _row(state, "auroc", file)
         factor = torch.where(auroc > 0.5, 1 - 2 * (auroc - 0.5), torch.ones_like(auroc))
         return Direction({Role.SCALE: factor}, *place)
-    _check_quantiles(state, request, file)
+    limits = _limits(state, request, file)
     if "net.w1" in state:
         scale, shift = _row(state, "net.w1", file), _row(state, "net.b1", file)
-        return Direction({Role.SCALE: scale, Role.OFFSET: shift}, *place)
+        return Direction({Role.SCALE: scale, Role.OFFSET: shift, **limits}, *place)
     if request.method is None:
         raise DirectionError(
             f"{file.name} holds means and deviations, of a mean or of a Gaussian transport",
@@ -75,25 +81,41 @@ def _item(file: Path, place: Place, request: Request) -> Direction:
     ratio = std2 / std1 if request.method == "gaussian" else torch.ones_like(std1)
     scale = torch.where(live, ratio, torch.ones_like(std1))
     shift = torch.where(live, mu2 - ratio * mu1, torch.zeros_like(mu1))
-    return Direction({Role.SCALE: scale, Role.OFFSET: shift}, *place)
+    return Direction({Role.SCALE: scale, Role.OFFSET: shift, **limits}, *place)
 
 
-def _check_quantiles(state: Mapping[str, object], request: Request, file: Path) -> None:
-    """Refuse a map that acts between quantiles only.
+def _limits(state: Mapping[str, object], request: Request, file: Path) -> dict[Role, Tensor]:
+    """Return the values between which the map of a hook acts; none where it maps all of them.
+
+    The state has ``quantiles_dict_src``, {name: (low, high)}, and ``quantiles_src``, a name or, of
+    a hook that was loaded once, the pair itself.
 
     Raises:
-        DirectionError: it does, or nothing says that it does not.
+        DirectionError: nothing says which they are, or the file does not hold those that are said.
     """
     said = request.quantiles or state.get("quantiles_src")
     if said == ALL:
-        return
+        return {}
+    if request.quantiles is not None:
+        held = state.get("quantiles_dict_src")
+        pair = held.get(said) if isinstance(held, dict) else state.get("quantiles_src")
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            known = ", ".join(map(repr, held)) if isinstance(held, dict) else "none by name"
+            raise DirectionError(
+                f"{file.name} holds no quantiles {said!r} of its fit",
+                why=f"it holds {known}",
+                fix=f'set quantiles = "{ALL}" if the system was run with it',
+            )
+        low, high = (_row({"limit": one}, "limit", file) for one in pair)
+        return {Role.LOW: low, Role.HIGH: high}
     raise DirectionError(
         f"{file.name} acts between the quantiles {said!r} of its fit"
         if isinstance(said, str)
         else f"{file.name} does not say between which quantiles of its fit it acts",
         why="the mask depends on the activation, so that no affine map is the same function",
         fix=f'set quantiles = "{ALL}" to apply the map to all values: another function, unless the '
-        f"system was run with {ALL}",
+        f'system was run with {ALL}; or name the quantiles, "q_0_100" for example, for kind = '
+        '"masked-scale"',
     )
 
 

@@ -90,6 +90,8 @@ class Reader:
     """Which of ``Options`` the format can need."""
     kinds: tuple[str, ...] = ()
     """The kinds of edit that the system itself makes of such files; none where none is known."""
+    positions: str | None = None
+    """At which tokens the system acts where that is not everywhere, as ``Positions`` spells it."""
     says: str | None = None
     """What the system does that weights cannot, in one sentence, for the plan and the record."""
     files: tuple[str, ...] = ()

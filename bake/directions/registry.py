@@ -33,7 +33,7 @@ from bake.directions import (
     svec,
     wisent,
 )
-from bake.directions.direction import SAYS, Direction, Directions
+from bake.directions.direction import POSITIONS, SAYS, Direction, Directions
 from bake.directions.reader import Options, Reader, Request, Shape
 from bake.errors import DirectionError, UsageError
 from bake.section import nearest
@@ -155,7 +155,8 @@ def _order(item: Direction) -> tuple[float, int, int]:
 
 
 def _said(reader: Reader, metadata: Mapping[str, str]) -> dict[str, str]:
-    return {**({SAYS: reader.says} if reader.says else {}), **metadata}
+    said = {POSITIONS: reader.positions, SAYS: reader.says}
+    return {**{key: text for key, text in said.items() if text}, **metadata}
 
 
 def _choose(request: Request) -> str:

@@ -16,6 +16,7 @@ from bake.directions.pt import SUFFIXES, stack_of
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import keys_in, load
 from bake.errors import DirectionError
+from bake.positions import Word
 from bake.sites import Site, SiteKind
 
 _NAME = re.compile(r"(.+)_(\d{1,5})")
@@ -54,6 +55,5 @@ READER = Reader(
     _recognises,
     _read,
     kinds=("offset",),
-    says="rnngineering adds the vector at the last tokens only; the weights add it at every "
-    "position",
+    positions=Word.LAST,
 )

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 from bake.affine import AffineMap
 from bake.edits import Edit
 from bake.families import Json, Layout, Recast
+from bake.plan.conditional import refused
 from bake.plan.emit import Assembly, assemble
 from bake.plan.hooks import Hooks
 from bake.plan.pieces import Context, Gain
@@ -49,8 +51,30 @@ def compile_plan(
             widened by so many dimensions.
         DirectionError: a map has another width than its site.
     """
-    allowed, whole = frozenset(allow), config
-    config = layout.family.section(config)
+    again = partial(
+        _compiled,
+        layout=layout,
+        gain=gain,
+        config=config,
+        allowed=frozenset(allow),
+        targets=tuple(targets),
+        widen=widen,
+    )
+    return refused(edits, layout, again) or again(edits)
+
+
+def _compiled(
+    edits: Sequence[Edit],
+    layout: Layout,
+    *,
+    gain: Gain,
+    config: Mapping[str, Json],
+    allowed: Set[str],
+    targets: Sequence[str],
+    widen: int | None,
+) -> Plan:
+    """Return the plan of affine edits and updates."""
+    whole, config = config, layout.family.section(config)
     context, wide = _context(edits, layout, gain, allowed, widen)
     assembly = assemble(context)
     may_recast = assembly.found.slotless and "recast" in allowed

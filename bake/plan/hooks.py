@@ -48,6 +48,7 @@ class Hooks:
                     _check_update(edit.map, site, layout)
                     self._updates[place].append((index, self._whole(edit.map, site)))
                 else:
+                    assert isinstance(edit.map, AffineMap), "conditional edits are refused before"
                     _check_width(edit, site, layout)
                     self._maps[place].append(Hook(index, site, edit.map))
 

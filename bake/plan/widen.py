@@ -122,6 +122,7 @@ class Wide:
                 found = self._of_stream(found)
             return replace(edit, map=found)
         pad = torch.nn.functional.pad
+        assert isinstance(edit.map, WeightUpdate), "conditional edits are refused before"
         left, right = edit.map.left, edit.map.right
         left = pad(left, (0, 0, 0, wide - size))
         inner = self.layout.dims["heads"] - self.base.dims["heads"]

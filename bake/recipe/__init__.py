@@ -12,6 +12,7 @@ from bake.recipe.build import build_edits
 from bake.recipe.export import override
 from bake.recipe.first import first_recipe
 from bake.recipe.limits import limits_beside, limits_differ
+from bake.recipe.own import condition_words, said_of
 from bake.recipe.parse import load_recipe, parse_recipe
 from bake.recipe.remarks import remarks
 from bake.recipe.spec import (
@@ -37,6 +38,7 @@ __all__ = [
     "aliases",
     "amount_of",
     "build_edits",
+    "condition_words",
     "disagreement",
     "fetch_artifact",
     "first_recipe",
@@ -47,4 +49,5 @@ __all__ = [
     "parse_recipe",
     "read_artifacts",
     "remarks",
+    "said_of",
 ]

@@ -1,6 +1,7 @@
 """Recipe × layout × directions → edits, in the recipe's order."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ from bake.directions import EITHER_WAY, Directions, Role
 from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import DirectionError
 from bake.families import Layout
+from bake.nonlinear import Nonlinear
 from bake.recipe.aliases import aliases, sites_at
 from bake.recipe.amounts import amount_of
 from bake.recipe.artifacts import located
 from bake.recipe.maps import Amounts, Named, map_of
+from bake.recipe.own import own_of
 from bake.recipe.places import (
     check_layers,
     check_modules,
@@ -22,7 +25,7 @@ from bake.recipe.places import (
     item_at,
     own_sites,
 )
-from bake.recipe.spec import EditTable, Recipe
+from bake.recipe.spec import ConditionTable, EditTable, Recipe
 from bake.sites import Site
 
 
@@ -56,12 +59,18 @@ def build_edits(
                 for one in dict.fromkeys(amounts[site] for site in together):
                     sites = tuple(site for site in together if amounts[site] == one)
                     mean = _mean(spec, recipe, directions, items, sites[0], layout)
-                    edit_map = map_of(spec, items, mean, one)
+                    vector_of = partial(_condition, recipe, directions, sites[0])
+                    condition = None if spec.gate is None else vector_of(spec.gate)
+                    edit_map = map_of(spec, items, mean, one, condition)
                     if EITHER_WAY in directions[spec.directions[0]].metadata:
                         edit_map = fitted_to(edit_map, sites, layout)
                     for site in sites:
                         _check_width(spec, edit_map, site, layout)
-                    found.append(Edit(spec.kind, " + ".join(spec.directions), sites, edit_map))
+                    specs = [recipe.directions[name] for name in spec.directions]
+                    said = [directions[name].metadata for name in spec.directions]
+                    own = own_of(specs, said, items, edit_map, vector_of)
+                    concept = " + ".join(spec.directions)
+                    found.append(Edit(spec.kind, concept, sites, edit_map, own))
                 check_repeat(spec, together, layout)
     return tuple(found)
 
@@ -82,7 +91,7 @@ def _selections(
         for one in specs:
             check_modules(one, directions[one.name], sites, known)
     else:
-        sites = own_sites(spec.kind, specs[0], directions[specs[0].name], layout, known)
+        sites = own_sites(spec.inner, specs[0], directions[specs[0].name], layout, known)
     groups: dict[tuple[int, ...], tuple[list[Site], tuple[Named, ...]]] = {}
     for site in sites:
         layout.width(site)  # raises where the model has no such site
@@ -99,6 +108,15 @@ def _amounts(spec: EditTable, sites: Sequence[Site]) -> dict[Site, Amounts]:
     return {site: Amounts(strength[site], coefficient[site]) for site in sites}
 
 
+def _condition(
+    recipe: Recipe, directions: Mapping[str, Directions], site: Site, gate: ConditionTable
+) -> Tensor:
+    """Return the vector of a condition, that of the site or of its block."""
+    spec = recipe.directions[gate.direction]
+    named = Named(spec.name, item_at(spec, directions[spec.name], site), spec.sign)
+    return named.tensor(EditKind.GATE, Role.VECTOR)
+
+
 def _mean(
     spec: EditTable,
     recipe: Recipe,
@@ -108,13 +126,14 @@ def _mean(
     layout: Layout,
 ) -> Tensor | None:
     """Return the mean that an affine or erase edit takes its constant from, or None for zero."""
-    if spec.kind not in (EditKind.AFFINE, EditKind.ERASE) or spec.mean is False:
+    kinds = (EditKind.AFFINE, EditKind.ERASE, EditKind.CLAMP)
+    if spec.inner not in kinds or spec.mean is False:
         return None
     if isinstance(spec.mean, str):
         other = recipe.directions[spec.mean]
         check_layers(other, directions[other.name], layout)
         named = Named(other.name, item_at(other, directions[other.name], site), other.sign)
-        return named.tensor(spec.kind, Role.MEAN, Role.VECTOR)
+        return named.tensor(spec.inner, Role.MEAN, Role.VECTOR)
     means = {named.name: mean for named in items if (mean := named.get(Role.MEAN)) is not None}
     if spec.mean is True and not means:
         raise DirectionError(
@@ -132,7 +151,7 @@ def _mean(
 
 
 def _check_width(
-    spec: EditTable, edit_map: AffineMap | WeightUpdate, site: Site, layout: Layout
+    spec: EditTable, edit_map: AffineMap | WeightUpdate | Nonlinear, site: Site, layout: Layout
 ) -> None:
     given = edit_map.left.shape[0] if isinstance(edit_map, WeightUpdate) else edit_map.width
     wanted = layout.width(site)

@@ -7,7 +7,7 @@ from bake.edits import EditKind
 from bake.errors import UsageError
 from bake.recipe.amounts import amount_of
 from bake.recipe.artifacts import located
-from bake.recipe.spec import EditTable
+from bake.recipe.spec import ConditionTable, EditTable
 from bake.section import Toml, nearest
 
 # The keys of [[edits]] that belong to some kinds only; an offset's strength is its coefficient, a
@@ -20,14 +20,34 @@ KINDS_OF_KEY: Mapping[str, tuple[EditKind, ...]] = {
         EditKind.SCALE,
         EditKind.LINEAR,
         EditKind.UPDATE,
+        EditKind.MASKED_SCALE,
     ),
     "alpha": (EditKind.AFFINE,),
-    "mean": (EditKind.AFFINE, EditKind.ERASE),
+    "mean": (EditKind.AFFINE, EditKind.ERASE, EditKind.CLAMP),
     "coefficient": (EditKind.OFFSET,),
     "keep": (EditKind.OFFSET,),
     "repeat": (EditKind.OFFSET,),
     "degrees": (EditKind.ROTATE,),
     "reflect": (EditKind.ROTATE,),
+    "low": (EditKind.CLAMP,),
+    "high": (EditKind.CLAMP,),
+    "rectified": (EditKind.CLAMP,),
+    "map": (EditKind.NORM_PRESERVING, EditKind.GATE),
+    "gate": (EditKind.GATE,),
+}
+# What may stand inside kinds that keep the norm or ask a condition.
+_AFFINE = (
+    EditKind.ABLATE,
+    EditKind.AFFINE,
+    EditKind.ERASE,
+    EditKind.OFFSET,
+    EditKind.SCALE,
+    EditKind.ROTATE,
+    EditKind.LINEAR,
+)
+INNER: Mapping[EditKind, tuple[EditKind, ...]] = {
+    EditKind.NORM_PRESERVING: _AFFINE,
+    EditKind.GATE: (*_AFFINE, EditKind.MASKED_SCALE),
 }
 # The keys whose values may differ from site to site.
 AMOUNTS = ("strength", "coefficient")
@@ -63,8 +83,9 @@ def _edit(row: Toml, where: str, directions: Collection[str]) -> EditTable:
         fix = nearest(str(word), EditKind)
         raise UsageError(f"unknown kind {word!r}", where=where, fix=fix)
     with located(where):
-        _check_keys(row, EditKind(word))
         edit = EditTable.read(row, where)
+        _check_keys(row, edit)
+        _check_conditional(edit, directions)
         _check_names(edit, directions)
         _check_directions(edit)
         for key in AMOUNTS:
@@ -72,16 +93,50 @@ def _edit(row: Toml, where: str, directions: Collection[str]) -> EditTable:
     return edit
 
 
-def _check_keys(row: Mapping[str, Toml], kind: EditKind) -> None:
+def _check_keys(row: Mapping[str, Toml], edit: EditTable) -> None:
     """Refuse a key that other kinds take."""
+    own_kinds, kind = {edit.kind, edit.inner}, edit.kind
     for key, kinds in KINDS_OF_KEY.items():
-        if key in row and kind not in kinds:
-            own = [known for known, takers in KINDS_OF_KEY.items() if kind in takers]
+        if key in row and not own_kinds & {*kinds}:
+            own = [known for known, takers in KINDS_OF_KEY.items() if own_kinds & {*takers}]
             raise UsageError(
                 f"{key!r} is no key of kind = {str(kind)!r}",
                 why=f"it belongs to {', '.join(kinds)}",
                 fix=f"{kind} takes {', '.join(own)}" if own else f"{kind} takes none of its own",
             )
+
+
+def _check_conditional(edit: EditTable, directions: Collection[str]) -> None:
+    """Refuse an edit without what its condition is made of."""
+    kind = edit.kind
+    if kind in INNER and edit.map not in INNER[kind]:
+        raise UsageError(
+            f"map = {None if edit.map is None else str(edit.map)!r} is none that kind = "
+            f"{str(kind)!r} has inside",
+            fix=f"write one of {', '.join(INNER[kind])}",
+        )
+    if kind is EditKind.GATE and edit.gate is None:
+        raise UsageError(
+            "a gate has no condition",
+            fix='add gate = { direction = "NAME", above = 0.5 }, the direction a vector',
+        )
+    if edit.gate is not None:
+        check_condition(edit.gate, directions)
+    if kind is EditKind.CLAMP and edit.low is None and edit.high is None:
+        raise UsageError("a clamp has no limit", fix="give low, high or both")
+
+
+def check_condition(condition: ConditionTable, directions: Collection[str]) -> None:
+    """Refuse a condition on no known direction, or of no one side.
+
+    Raises:
+        UsageError: saying which.
+    """
+    if condition.direction not in directions:
+        fix = nearest(condition.direction, directions)
+        raise UsageError(f"gate: there is no direction {condition.direction!r}", fix=fix)
+    if (condition.above is None) == (condition.below is None):
+        raise UsageError("a gate has one side", fix="give above or below, and not both")
 
 
 def _check_names(edit: EditTable, directions: Collection[str]) -> None:
@@ -98,7 +153,7 @@ def _check_names(edit: EditTable, directions: Collection[str]) -> None:
 
 
 def _check_directions(edit: EditTable) -> None:
-    if len(edit.directions) > 1 and edit.kind not in JOINT_KINDS:
+    if len(edit.directions) > 1 and edit.inner not in JOINT_KINDS:
         raise UsageError(
             f"kind = {str(edit.kind)!r} takes one direction, not {len(edit.directions)}",
             why=f"a list is one joint subspace, for {', '.join(JOINT_KINDS)}",

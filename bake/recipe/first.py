@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 
-from bake.directions import READERS, SAYS, Directions
+from bake.directions import READERS, Directions
 from bake.edits import EditKind
 from bake.recipe.edits import KINDS_OF_KEY
 from bake.recipe.examples import example
 from bake.recipe.maps import KINDS_OF_ROLE
+from bake.recipe.own import said_of
 from bake.sites import parse_site, summary
 
 _NUMBERS = ("strength", "alpha", "coefficient", "keep", "degrees")
@@ -48,7 +49,7 @@ def first_recipe(found: Directions, file: str, options: Mapping[str, object]) ->
     for key in _NUMBERS:
         if kind in KINDS_OF_KEY[key]:
             lines.append(f"# {key} = 1.0")
-    if said := found.metadata.get(SAYS):
+    if said := said_of(None, found.metadata):
         lines.append(f"# {said}")
     return "\n".join(lines) + "\n"
 

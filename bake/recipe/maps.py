@@ -1,5 +1,6 @@
 """The map of one edit, from the tensors of its directions and the recipe's numbers."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,18 +8,20 @@ import torch
 from torch import Tensor
 
 from bake import edits
-from bake.affine import AffineMap
+from bake.affine import AffineMap, DiagonalMap
 from bake.directions import Direction, Role
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
-from bake.recipe.spec import EditTable
+from bake.nonlinear import Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
+from bake.recipe.spec import ConditionTable, EditTable
 
 # Which kinds of edit a tensor of each role is for: the advice when a role is missing.
 KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
-    Role.VECTOR: (EditKind.ABLATE, EditKind.AFFINE, EditKind.OFFSET),
+    Role.VECTOR: (EditKind.ABLATE, EditKind.AFFINE, EditKind.OFFSET, EditKind.CLAMP),
     Role.SUBSPACE: (EditKind.ABLATE, EditKind.AFFINE),
-    Role.LEFT: (EditKind.ERASE, EditKind.LINEAR, EditKind.UPDATE),
+    Role.LEFT: (EditKind.ERASE, EditKind.LINEAR, EditKind.UPDATE, EditKind.CLAMP),
     Role.SCALE: (EditKind.SCALE,),
+    Role.LOW: (EditKind.MASKED_SCALE,),
     Role.MATRIX: (EditKind.LINEAR, EditKind.ROTATE),
     Role.OFFSET: (EditKind.OFFSET,),
 }
@@ -67,22 +70,67 @@ class Amounts:
 
 
 def map_of(
-    spec: EditTable, items: tuple[Named, ...], mean: Tensor | None, amounts: Amounts
-) -> AffineMap | WeightUpdate:
+    spec: EditTable,
+    items: tuple[Named, ...],
+    mean: Tensor | None,
+    amounts: Amounts,
+    condition: Tensor | None = None,
+) -> AffineMap | WeightUpdate | Nonlinear:
     """Return the map of an edit.
 
     Args:
         spec: the edit, with its numbers.
         items: the directions that act together; several only for a kind that takes several.
-        mean: μ [d] of an affine or erase edit, or None for zero.
+        mean: μ [d] of an affine, erase or clamp edit, or None for zero.
         amounts: those of its numbers that may differ from site to site.
+        condition: the vector [d] of a gate.
 
     Raises:
         DirectionError: a direction has no tensor of a role that the kind takes, or its values do
             not make such a map.
         UsageError: a rotation that is not determined.
     """
-    kind, first, strength = spec.kind, items[0], amounts.strength
+    inner = _map_inside(spec, items, mean, amounts)
+    if spec.kind is EditKind.NORM_PRESERVING:
+        assert isinstance(inner, AffineMap)
+        keeps = inner.is_linear() and inner.is_orthogonal()
+        return inner if keeps else NormPreserving(inner)  # a turn about the origin keeps it anyway
+    if spec.kind is EditKind.GATE:
+        assert isinstance(inner, AffineMap | Masked) and spec.gate is not None
+        assert condition is not None
+        return gated(inner, spec.gate, condition)
+    return inner
+
+
+def gated(map_: AffineMap | NormPreserving | Masked, gate: ConditionTable, vector: Tensor) -> Gated:
+    """Return a map that acts on the condition that a recipe names.
+
+    Raises:
+        DirectionError: the condition's vector has another width, or is zero.
+    """
+    threshold = gate.below if gate.above is None else gate.above
+    assert threshold is not None, "a condition has one side"
+    measure = Measure(gate.measure)
+    return Gated(map_, vector.to(torch.float64), threshold, gate.above is not None, measure)
+
+
+def masked(item: Direction, map_: AffineMap) -> Masked | None:
+    """Return a scale that acts between the limits of an item; None where it has none.
+
+    Raises:
+        DirectionError: the limits have another width.
+    """
+    low, high = item.tensors.get(Role.LOW), item.tensors.get(Role.HIGH)
+    if low is None or high is None or not isinstance(map_, DiagonalMap):
+        return None
+    return Masked(map_.scale, map_.bias, low.to(torch.float64), high.to(torch.float64))
+
+
+def _map_inside(
+    spec: EditTable, items: tuple[Named, ...], mean: Tensor | None, amounts: Amounts
+) -> AffineMap | WeightUpdate | Nonlinear:
+    """Return the map of an edit without what is around it."""
+    kind, first, strength = spec.inner, items[0], amounts.strength
     match kind:
         case EditKind.ABLATE:
             return edits.ablate(_rows(kind, items), strength=strength)
@@ -98,6 +146,17 @@ def map_of(
         case EditKind.SCALE:
             factor = first.tensor(kind, Role.SCALE)
             return edits.scale((1 - strength) + strength * factor, shift=_shift(first, strength))
+        case EditKind.CLAMP:
+            return _clamp(spec, first, mean)
+        case EditKind.MASKED_SCALE:
+            first.tensor(kind, Role.LOW)  # raises where there are no limits
+            plain = edits.scale(
+                (1 - strength) + strength * first.tensor(kind, Role.SCALE),
+                shift=_shift(first, strength),
+            )
+            found = masked(first.item, plain)
+            assert found is not None, "low and high go together"
+            return found
         case EditKind.ROTATE:
             return _rotation(spec, items)
         case EditKind.LINEAR if first.get(Role.LEFT) is not None:
@@ -113,11 +172,29 @@ def map_of(
         case EditKind.UPDATE:
             left, right = first.tensor(kind, Role.LEFT), first.tensor(kind, Role.RIGHT)
             return edits.update(strength * left.T, right)
+        case EditKind.NORM_PRESERVING | EditKind.GATE:
+            raise AssertionError("what stands inside a map is a map")
+
+
+def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> Clamp:
+    """Return what keeps a component within limits: along a unit vector, or of an encoder."""
+    if named.get(Role.LEFT) is not None:
+        left, right = named.tensor(spec.kind, Role.LEFT), named.tensor(spec.kind, Role.RIGHT)
+    else:
+        right = edits.orthonormal(named.tensor(spec.kind, Role.VECTOR, Role.LEFT))
+        left = right.T
+    zero = right.new_zeros(right.shape[1])
+    centre = zero if mean is None else mean.to(torch.float64)
+    low, high = (
+        limit if said is None else said
+        for said, limit in ((spec.low, -math.inf), (spec.high, math.inf))
+    )
+    return Clamp(left, right, centre, low, high, spec.rectified)
 
 
 def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap:
     if spec.degrees is not None:
-        plane = _rows(spec.kind, items)
+        plane = _rows(spec.inner, items)
         if plane.dim() != 2 or plane.shape[0] != 2:
             raise DirectionError(
                 f"degrees turns in the plane of two vectors, not {max(1, plane.shape[0])}"
@@ -132,8 +209,8 @@ def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap:
             fix="add degrees = 30, for example",
         )
     if spec.reflect:
-        return edits.reflect(items[0].tensor(spec.kind, Role.VECTOR))
-    return edits.rotate(items[0].tensor(spec.kind, Role.MATRIX))
+        return edits.reflect(items[0].tensor(spec.inner, Role.VECTOR))
+    return edits.rotate(items[0].tensor(spec.inner, Role.MATRIX))
 
 
 def _rows(kind: EditKind, items: tuple[Named, ...]) -> Tensor:

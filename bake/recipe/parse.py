@@ -5,15 +5,18 @@ do not say all has a module of its own. ``docs/recipes.md`` documents the keys.
 """
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 from msgspec import structs
 
 from bake.checkpoints.hub_names import HUB_PREFIX
 from bake.errors import InputError, UsageError
+from bake.positions import Positions
+from bake.recipe.artifacts import located
 from bake.recipe.base import local_path, model_of
 from bake.recipe.card import read_card
-from bake.recipe.edits import read_edits
+from bake.recipe.edits import check_condition, read_edits
 from bake.recipe.export import read_export
 from bake.recipe.limits import read_verify
 from bake.recipe.spec import (
@@ -83,9 +86,8 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
         return root.get(key, {}), f"{path} [{key}]"
 
     base = BaseTable.read(*table("base"))
-    directions = {
-        name: _direction(name, row, path) for name, row in root.get("directions", {}).items()
-    }
+    rows = root.get("directions", {})
+    directions = {name: _direction(name, row, path, rows) for name, row in rows.items()}
     return Recipe(
         title=root.get("title", path.stem),
         text=text,
@@ -101,7 +103,7 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
     )
 
 
-def _direction(name: str, row: Toml, path: Path) -> DirectionSpec:
+def _direction(name: str, row: Toml, path: Path, names: Collection[str]) -> DirectionSpec:
     """Return where a direction comes from. Its file is not opened."""
     where = f"{path} [directions.{name}]"
     table = DirectionTable.read(row, where)
@@ -112,6 +114,11 @@ def _direction(name: str, row: Toml, path: Path) -> DirectionSpec:
         return local_path(path.parent, file, where)
 
     own, other = place(table.file), place(table.minus)
+    with located(where):
+        if table.positions is not None:
+            Positions(table.positions)
+        if table.gate is not None:
+            check_condition(table.gate, names)
     return DirectionSpec(**structs.asdict(table), name=name, path=own, minus_path=other)
 
 

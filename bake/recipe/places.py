@@ -7,6 +7,7 @@ from bake.directions import MODULE, ROWS, ZERO, ZERO_SITES, Direction, Direction
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
 from bake.families import Layout
+from bake.nonlinear import Nonlinear
 from bake.recipe.examples import example, spelled
 from bake.recipe.spec import DirectionSpec, EditTable
 from bake.sites import STREAM_KINDS, Site, SiteKind, expand, parse_site, patterns, span
@@ -153,7 +154,7 @@ def check_repeat(spec: EditTable, sites: Sequence[Site], layout: Layout) -> None
         UsageError: it does not.
     """
     times = [site for site in sites if site.kind in STREAM_KINDS]
-    if spec.kind is not EditKind.OFFSET or spec.repeat or len(times) < 2:
+    if spec.inner is not EditKind.OFFSET or spec.repeat or len(times) < 2:
         return
     raise UsageError(
         f"one vector is added at {len(times)} sites of the stream, from {times[0]} to {times[-1]}",
@@ -164,8 +165,8 @@ def check_repeat(spec: EditTable, sites: Sequence[Site], layout: Layout) -> None
 
 
 def fitted_to(
-    map_: AffineMap | WeightUpdate, sites: Sequence[Site], layout: Layout
-) -> AffineMap | WeightUpdate:
+    map_: AffineMap | WeightUpdate | Nonlinear, sites: Sequence[Site], layout: Layout
+) -> AffineMap | WeightUpdate | Nonlinear:
     """Return an update with its factors the other way round where only so it fits the weight.
 
     Raises:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from bake.directions import SAYS, Directions, Role
+from bake.directions import Directions, Role
 from bake.edits import EditKind
 from bake.recipe.amounts import amount_of
 from bake.recipe.edits import AMOUNTS
+from bake.recipe.own import said_of
 from bake.recipe.spec import Recipe
 
 
@@ -22,7 +23,7 @@ def remarks(recipe: Recipe, directions: Mapping[str, Directions]) -> tuple[str, 
                 amount = amount_of(written, key).words()
                 found[f"{edit.kind} {' + '.join(edit.directions)}: {key} {amount}"] = None
         for name in edit.directions:
-            if said := directions[name].metadata.get(SAYS):
+            if said := said_of(recipe.directions[name], directions[name].metadata):
                 found[f"direction {name!r}: {said}"] = None
         means = (Role.MEAN in item.tensors for n in edit.directions for item in directions[n].items)
         absent = edit.mean is False or (edit.mean is None and not any(means))

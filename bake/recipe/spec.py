@@ -20,6 +20,7 @@ from bake.directions import Shape
 from bake.edits import EditKind
 from bake.errors import UsageError
 from bake.families import RUNTIMES
+from bake.nonlinear import Measure
 from bake.recipe.amounts import Written
 from bake.rounding import Rounding
 
@@ -82,6 +83,15 @@ _NO_SIGN = {
 }
 
 
+class ConditionTable(Table, frozen=True, kw_only=True):
+    """A condition on a token's activation: its component along a direction, above or below."""
+
+    direction: Annotated[Text, Meta(description="a name of [directions], a vector")]
+    above: float | None = None
+    below: float | None = None
+    measure: Annotated[str, _one_of(*Measure)] = Measure.PROJECTION.value
+
+
 class DirectionTable(Table, frozen=True, kw_only=True):
     """A fitted artifact, under a name of your choice."""
 
@@ -116,6 +126,21 @@ class DirectionTable(Table, frozen=True, kw_only=True):
     """None leaves one item per layer."""
     sign: Annotated[Literal[1, -1], Meta(extra=_NO_SIGN)] = 1
     """−1 for the opposite direction."""
+    positions: Annotated[
+        str | None,
+        Meta(
+            description="where the system itself acts: all, prompt, last, after-instruction or "
+            "first:4; weights act everywhere"
+        ),
+    ] = None
+    """The artifact's own where it is absent."""
+    normalize: Annotated[
+        bool, Meta(description="whether the system scales back to the norm before; weights do not")
+    ] = False
+    gate: Annotated[
+        ConditionTable | None,
+        Meta(description="on which condition the system acts; weights always do"),
+    ] = None
 
 
 class DirectionSpec(DirectionTable, frozen=True, kw_only=True):
@@ -140,6 +165,9 @@ class EditTable(Table, frozen=True, kw_only=True):
     """An edit: a map of activations, and the sites where it acts."""
 
     kind: EditKind
+    map: Annotated[
+        EditKind | None, Meta(description="what norm-preserving and gate do to an activation")
+    ] = None
     directions: Annotated[Texts, Meta(description="a name of [directions], or several")] = (
         msgspec.field(name="direction")
     )
@@ -159,6 +187,17 @@ class EditTable(Table, frozen=True, kw_only=True):
     ] = False
     degrees: float | None = None
     reflect: bool = False
+    low: Annotated[float | None, Meta(description="the least that a clamp leaves")] = None
+    high: Annotated[float | None, Meta(description="the most that a clamp leaves")] = None
+    rectified: Annotated[
+        bool, Meta(description="whether what is clamped is an encoder's, behind its ReLU")
+    ] = False
+    gate: Annotated[ConditionTable | None, Meta(description="where a gate acts")] = None
+
+    @property
+    def inner(self) -> EditKind:
+        """The kind of the map, without what is around it."""
+        return self.map or self.kind
 
 
 _NONE_NEW = {"range": "adds no dimension", "fix": "leave widen out, and none is added"}

@@ -10,6 +10,7 @@ import torch
 from bake import __version__
 from bake.verify import verdict
 from bake.verify.adapter import as_merge, peft_version
+from bake.verify.as_system import system_rows
 from bake.verify.evidence import Evidence
 from bake.verify.inputs import Inputs
 from bake.verify.leak import leaks
@@ -53,6 +54,7 @@ def report_of(
         *verdict.cost_rows(limits),
         *served.rows,
         *(verdict.metric_rows(name, found["stored"]) if "stored" in found else ()),
+        *_as_system(evidence),
         *verdict.greedy_rows(evidence),
         *verdict.leak_rows(leaking),
     )
@@ -79,6 +81,14 @@ def report_of(
         runtimes=served.records,
         timing={"forward": evidence.seconds},
     )
+
+
+def _as_system(evidence: Evidence) -> tuple[Row, ...]:
+    """Return how far the plan is from what the edits' own systems do, where that is asked for."""
+    if evidence.system is None:
+        return ()
+    hooked, base, planned = (t.logits for t in (evidence.hooked, evidence.base, evidence.planned))
+    return system_rows(evidence.system, hooked, base, planned)
 
 
 def _leaks(inputs: Inputs, evidence: Evidence) -> tuple[dict[str, Any], ...]:

@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
+from bake.verify.as_system import run_as_system
 from bake.verify.broken import BrokenPlans, ControlRun
 from bake.verify.fixed_point import stream_sites
 from bake.verify.greedy import Generated
@@ -42,6 +44,8 @@ class Evidence:
     compared: dict[str, Compared] = field(default_factory=dict)
     """``base``, ``planned`` and ``stored`` beside the hooked model."""
     controls: list[ControlRun] = field(default_factory=list)
+    system: Tensor | None = None
+    """Logits in float64 under the hooks of the edits' own systems, where they are asked for."""
     draws: list[Divergence] = field(default_factory=list)
     """The hooked base with its own weights moved by rounding, each a draw of its own."""
     seconds: float = 0.0
@@ -62,12 +66,14 @@ def collect(runner: Runner) -> Evidence:
     drawn = [moved(runner, number) for number in range(DRAWS)] if inputs.files.rounds else []
     base = runner.trace("base model", "base", double, sites=sites, writes=writes)
     hooked = runner.reference(double, sites=sites)
+    system = run_as_system(runner) if inputs.asked.as_system else None
     meant = hooked
     if inputs.artifact.fitted is not None:
         name = "base and stand-ins as hooks"
         meant = runner.trace(name, "base", double, inputs.artifact.fitted)
     planned = runner.trace("planned model", "planned", double, sites=everything, writes=writes)
     evidence = Evidence(runner.transcript, base, hooked, planned, meant, narrow, texts)
+    evidence.system = system
     evidence.missed = largest_difference(planned.logits, meant.logits)
     unmoved, speaking = base if inputs.artifact.merged else hooked, runner.transcript.speaking
     evidence.draws = [divergence(unmoved.logits, trace.logits, speaking) for trace in drawn]

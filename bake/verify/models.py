@@ -23,6 +23,7 @@ from bake.checkpoints.planned import PlannedModel
 from bake.edits import Edit
 from bake.errors import InputError, first_line
 from bake.families import Layout, fit
+from bake.positions import Spoken
 from bake.sites import Site
 from bake.steer import steered
 from bake.verify.observe import Observed, observed
@@ -68,12 +69,14 @@ class Live:
         found = self.overrides.get(name) or self.planned.get(name)
         return self.checkpoint.read(name) if found is None else found()
 
-    def under(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
+    def under(
+        self, edits: Sequence[Edit], *, as_system: Spoken | None = None
+    ) -> AbstractContextManager[None]:
         """Run under edits as hooks inside the context; none for the model as it is."""
         if not edits:
             return nullcontext()
         assert self.layout is not None, "only what a table describes is hooked"
-        return steered(self.model, self.layout, edits)
+        return steered(self.model, self.layout, edits, as_system=as_system)
 
     def observed(
         self, keep: Tensor, record: Observed, *, sites: Sequence[Site], writes: bool

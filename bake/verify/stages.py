@@ -17,6 +17,7 @@ CONTROLS = 4
 def stages_of(inputs: Inputs) -> int:
     """Return how many runs there are to be, and what else takes time."""
     count = FILES + BENCH + CONTROLS + (DRAWS if inputs.files.rounds else 0)
+    count += inputs.asked.as_system
     count += 2 if inputs.generate else 0  # texts of base and reference
     if inputs.baked is not None:
         count += 1

@@ -66,6 +66,9 @@ class Verification:
     """Held-out text for the perplexity, one passage a line; the recipe's own when None."""
     gate: bool = True
     """Whether the recipe's limits on side effects are measured."""
+    as_system: bool = False
+    """Whether to hook the edits as their own systems do as well, at their positions and on their
+    conditions."""
     tasks: Path | None = None
     """A folder of tasks of lm-evaluation-harness, beside those that it knows."""
     resume: Path | None = None
@@ -100,6 +103,8 @@ class Verification:
             raise UsageError("--device and --stream exclude each other")
         if not artifact.carrier.checkpoint:
             self._check_served(kind, where)
+        if self.as_system:
+            self._check_as_system(artifact)
         for spec in self.scores:
             scorer(spec)
         limits = artifact.record.verify
@@ -142,6 +147,17 @@ class Verification:
             scorer(spec)
         if gate.tasks:
             check_harness()
+
+    def _check_as_system(self, artifact: Baked) -> None:
+        """Refuse to hook what nothing is known of."""
+        if not any(edit.own is not None for edit in artifact.edits):
+            raise UsageError(
+                "--as-system hooks edits as their own systems do, and none says how that is",
+                where=str(artifact.path),
+                why="always and at every token is what a verification hooks anyway",
+                fix="give positions, normalize or gate in [directions.NAME] of the recipe, and "
+                "export it again",
+            )
 
     def _check_served(self, kind: str, where: str) -> None:
         """Refuse what is for checkpoints, of an artifact that runtimes alone load."""
