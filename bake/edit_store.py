@@ -19,7 +19,7 @@ from torch import Tensor
 from bake.affine import AffineMap, DenseMap, DiagonalMap, LowRankMap
 from bake.edits import Edit, EditKind, Own, WeightUpdate
 from bake.errors import BakeError, InputError
-from bake.nonlinear import Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
+from bake.nonlinear import Aimed, Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
 from bake.positions import Positions
 from bake.sites import parse_site
 
@@ -56,6 +56,7 @@ _FORMS: Mapping[str, _Form] = MappingProxyType(
         ),
         "masked": _Form(Masked, ("scale", "bias", "low", "high")),
         "norm-preserving": _Form(NormPreserving, inner=True),
+        "aimed": _Form(Aimed, ("plane", "aim")),
         "gated": _Form(
             Gated, ("vector",), {"threshold": float, "above": bool, "measure": Measure}, inner=True
         ),

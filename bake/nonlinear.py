@@ -8,6 +8,7 @@ by name, and a least-squares fold can stand in for them.
 | ``Clamp``          | x + L(clamp(a) − a), a = [relu](R(x − μ))           | SAE features, capping |
 | ``Masked``         | s ⊙ x + b where low < x < high, else x              | AcT with quantiles    |
 | ``NormPreserving`` | h(x) ‖x‖ / ‖h(x)‖                                   | repeng's normalize    |
+| ``Aimed``          | x − P x + ‖P x‖ v, v a unit vector in P's plane     | Angular Steering      |
 | ``Gated``          | h(x) where the activation meets a condition, else x | gates on each token   |
 """
 
@@ -166,6 +167,38 @@ class NormPreserving(Nonlinear):
         return self.map
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Aimed(Nonlinear):
+    """x ↦ x − P x + ‖P x‖ v: the component in a plane, turned to v with the length that it had."""
+
+    plane: Float[Tensor, "2 d"]
+    """Two orthonormal rows."""
+    aim: Float[Tensor, " d"]
+    """v, a unit vector in the plane."""
+
+    @property
+    @override
+    def width(self) -> int:
+        return self.aim.shape[0]
+
+    @override
+    def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        inside = x @ self.plane.T
+        length = torch.linalg.vector_norm(inside, dim=-1, keepdim=True)
+        turned: Tensor = x - inside @ self.plane + length * self.aim
+        return turned
+
+    @property
+    @override
+    def why(self) -> str:
+        return "each token is turned to one angle, by as much as it lacks of it"
+
+    @property
+    @override
+    def always(self) -> AffineMap | None:
+        return None
+
+
 class Measure(StrEnum):
     """What of an activation a condition is put to."""
 
@@ -179,7 +212,7 @@ class Measure(StrEnum):
 class Gated(Nonlinear):
     """x ↦ h(x) where a measure of x lies above, or below, a threshold, and x elsewhere."""
 
-    map: "AffineMap | NormPreserving | Masked"
+    map: AffineMap | NormPreserving | Masked | Aimed
     vector: Float[Tensor, " d"]
     threshold: float
     above: bool

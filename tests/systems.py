@@ -3,7 +3,9 @@
 The hooks are those of the systems' own code, on live modules in float64; nothing of bake is used.
 """
 
+import argparse
 import json
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -27,6 +29,9 @@ class Sizes:
     hidden: int
     inner: int
     layers: int
+    attention: int
+    """Of all heads together."""
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -369,6 +374,111 @@ def _hidden_states(folder: Path, sizes: Sizes) -> Made:
     return Made("rows.pt", edit, hooks, {"shape": "hidden_states"})
 
 
+def _arditi(folder: Path, sizes: Sizes) -> Made:
+    """``get_all_direction_ablation_hooks`` of refusal_direction; COSMIC writes its folder too."""
+    (folder / "run").mkdir()
+    row = rand(sizes.hidden).double()
+    torch.save(row, folder / "run" / "direction.pt")
+    (folder / "run" / "direction_metadata.json").write_text(json.dumps({"pos": -1, "layer": 1}))
+    r = row / row.norm()
+
+    def ablate(x: Tensor) -> Tensor:
+        return x - (x @ r)[..., None] * r
+
+    parts = (INPUT, ".self_attn", ".mlp")
+    hooks = {block(n) + part: ablate for n in range(sizes.layers) for part in parts}
+    return Made("run", {"kind": "ablate", "at": "resid"}, hooks)
+
+
+def _iti(folder: Path, sizes: Sizes) -> Made:
+    """``validate_2fold.py``: each head's unit difference of means, times its σ and α."""
+    count, size = sizes.heads, sizes.attention // sizes.heads
+    acts = rand(30, sizes.layers, sizes.attention)
+    labels = (rand(30, seed=1) > 0).numpy().astype("i8")
+    np.save(folder / "tiny_tqa_head_wise.npy", acts.numpy())
+    np.save(folder / "tiny_tqa_labels.npy", labels)
+    chosen, hooks = ((1, 0), (1, count - 1), (2, 1)), {}
+    for layer in {layer for layer, _ in chosen}:
+        move = torch.zeros(sizes.attention).double()
+        for head in (h for n, h in chosen if n == layer):
+            part = slice(head * size, (head + 1) * size)
+            own = acts[:, layer, part].double()
+            theta = own[labels == 1].mean(0) - own[labels == 0].mean(0)
+            theta = theta / theta.norm()
+            move[part] = theta * torch.std(own @ theta)
+        hooks[f"{block(layer)}.self_attn.o_proj{INPUT}"] = plus(move, 4.0)
+    at = [f"z.{layer}.h{head}" for layer, head in chosen]
+    edit = offset(4.0, at=at)
+    return Made("tiny_tqa_head_wise.npy", edit, hooks, {"heads": count})
+
+
+def _lm_steer(folder: Path, sizes: Sizes) -> Made:
+    one, two = (rand(2, sizes.hidden, 3, seed=n, scale=0.5) for n in (1, 2))
+    state = {"projector1": torch.nn.Parameter(one), "projector2": torch.nn.Parameter(two)}
+    arguments = argparse.Namespace(epsilon=0.1, rank=3, adaptor_class="multiply", cuda=False)
+    torch.save([arguments, state, 1000], folder / "detoxification.pt")
+    p1, p2 = one[1].double(), two[1].double()
+    hooks: dict[str, Map] = {"model.norm": lambda s: s + 0.1 * (s @ p1 * 3.0) @ p2.T}
+    edit = {"kind": "linear", "strength": 3.0}
+    return Made("detoxification.pt", edit, hooks, {"feature": 1})
+
+
+def _angular(mode: int) -> Callable[[Path, Sizes], Made]:
+    def make(folder: Path, sizes: Sizes) -> Made:
+        """``AngularSteeringOperator.steer`` with its two adaptive modes."""
+        pairs = {
+            f"{block(n)}.{name}": (rand(sizes.hidden, seed=n), rand(sizes.hidden, seed=n + 20))
+            for n in (0, 1)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        keys = ("first_direction", "second_direction")
+        rows = {
+            name: {key: row.numpy() for key, row in zip(keys, pair, strict=True)}
+            for name, pair in pairs.items()
+        }
+        np.save(folder / "steering_config.npy", rows, allow_pickle=True)  # type: ignore[arg-type]
+        hooks: dict[str, Map] = {}
+        for name, (first, second) in pairs.items():
+            b1 = first.double() / first.double().norm()
+            b2 = second.double() - (second.double() @ b1) * b1
+            b2 = b2 / b2.norm()
+            aim = math.cos(math.radians(200)) * b1 + math.sin(math.radians(200)) * b2
+
+            def steer(h: Tensor, b1: Tensor = b1, b2: Tensor = b2, aim: Tensor = aim) -> Tensor:
+                inside = (h @ b1)[..., None] * b1 + (h @ b2)[..., None] * b2
+                turned = h - inside + inside.norm(dim=-1, keepdim=True) * aim
+                return turned if mode == 0 else torch.where((h @ b1 > 0)[..., None], turned, h)
+
+            hooks[name] = steer
+        edit: dict[str, Any] = {"kind": "rotate", "angle": 200.0}
+        if mode == 1:
+            edit = {"kind": "gate", "map": "rotate", "angle": 200.0}
+            edit["gate"] = {"direction": "v", "above": 0.0}
+        return Made("steering_config.npy", edit, hooks)
+
+    return make
+
+
+def _masked_act(folder: Path, sizes: Sizes) -> Made:
+    states, hooks = {}, {}
+    for n, (name, width) in enumerate(_act_modules(sizes).items()):
+        w, b = 1 + rand(1, width, seed=n, scale=0.3), rand(1, width, seed=n + 9, scale=0.3)
+        low, high = (rand(width, seed=n + s, scale=0.05).abs() for s in (50, 60))
+        states[name] = {"net.w1": w, "net.b1": b, "quantiles_dict_src": {"q_0_100": [-low, high]}}
+
+        def transport(
+            z: Tensor, w: Tensor = w, b: Tensor = b, low: Tensor = low, high: Tensor = high
+        ) -> Tensor:
+            moved = 0.6 * (w.double() * z + b.double()) + 0.4 * z
+            return torch.where((z > -low.double()) & (z < high.double()), moved, z)
+
+        hooks[name] = transport
+    _save_act(folder, states)
+    edit = {"kind": "masked-scale", "strength": 0.6}
+    return Made("act", edit, hooks, {"quantiles": "q_0_100"})
+
+
+NO = "no: hooks and stand-ins"
 ALL, LATER = "all", "from the end of the instruction on; folded: all"
 SYSTEMS = (
     System("CAA", "folder of `vec_layer_<l>_<model>.pt`", "`resid_post`", "x + c v", LATER, _caa),
@@ -504,5 +614,56 @@ SYSTEMS = (
         "x + c v",
         ALL,
         _hidden_states,
+    ),
+    System(
+        "refusal_direction (Arditi); COSMIC, linear",
+        "folder of `direction.pt`",
+        "`resid`",
+        "x − (r̂·x) r̂",
+        ALL,
+        _arditi,
+    ),
+    System(
+        "ITI",
+        "`…_head_wise.npy`, `…_labels.npy` and `heads`",
+        "`z.l.h`, as named",
+        "x + α σ θ",
+        "the last; folded: all",
+        _iti,
+    ),
+    System(
+        "LM-Steer",
+        "`torch.save` of arguments and state",
+        "`ln_final_out`",
+        "s + ε v (s P₁) P₂ᵀ",
+        ALL,
+        _lm_steer,
+    ),
+    System(
+        "Angular Steering",
+        "`.npy` of {module: directions}",
+        "by module",
+        "h − P h + ‖P h‖ v",
+        ALL,
+        _angular(0),
+        NO,
+    ),
+    System(
+        "Angular Steering, adaptive",
+        "`.npy` of {module: directions}",
+        "by module",
+        "the same where h·b₁ > 0",
+        ALL,
+        _angular(1),
+        NO,
+    ),
+    System(
+        "Linear-AcT, `q_0_100`",
+        "folder of `<module>.statedict`",
+        "by module",
+        "as above, between two quantiles",
+        ALL,
+        _masked_act,
+        NO,
     ),
 )

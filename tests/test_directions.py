@@ -1,8 +1,10 @@
 """``bake.directions``: every format read back as it was written, and nothing of it executed."""
 
+import argparse
 import functools
 import hashlib
 import json
+import os
 import random
 import struct
 import tracemalloc
@@ -11,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -1094,6 +1097,10 @@ def small_systems(folder: Path) -> list[Path]:
     np.savez(folder / "rome.npz", left_vector=VECTOR.numpy(), right_vector=VECTOR.numpy())
     (folder / "v.svec").write_text(json.dumps({"directions": {"3": VECTOR.tolist()}}))
     (folder / "v.json").write_text(json.dumps({"steering_vectors": {"3": VECTOR.tolist()}}))
+    arguments, pair = argparse.Namespace(epsilon=0.1), VECTOR[None, :, None]
+    torch.save([arguments, {"projector1": pair, "projector2": pair}, 9], folder / "steer.pt")
+    plane = {"first_direction": VECTOR.numpy(), "second_direction": VECTOR.flip(0).numpy()}
+    np.save(folder / "angular.npy", {"layers.3.mlp": plane}, allow_pickle=True)  # type: ignore[arg-type]
     return [
         folder / name
         for name in (
@@ -1105,6 +1112,8 @@ def small_systems(folder: Path) -> list[Path]:
             "rome.npz",
             "v.svec",
             "v.json",
+            "steer.pt",
+            "angular.npy",
         )
     ]
 
@@ -1159,6 +1168,8 @@ def test_every_system_is_recognised_by_its_file(tmp_path: Path) -> None:
         "rome",
         "svec",
         "wisent",
+        "lm-steer",
+        "angular",
     ]
 
 
@@ -1174,6 +1185,61 @@ def test_an_eraser_of_rank_zero_does_not_refuse_its_file(tmp_path: Path) -> None
 def _act(folder: Path, **state: object) -> Path:
     torch.save(state, folder / "model.layers.1.mlp.up_proj.statedict")
     return folder
+
+
+def _iti(folder: Path) -> Path:
+    np.save(folder / "x_head_wise.npy", np.random.default_rng(0).normal(size=(6, 2, 8)))
+    np.save(folder / "x_labels.npy", np.array([0, 1, 0, 1, 1, 0]))
+    return folder / "x_head_wise.npy"
+
+
+def _lm_steer(folder: Path) -> Path:
+    pair = torch.rand(2, D, 3)
+    state = {"projector1": pair, "projector2": pair}
+    torch.save([argparse.Namespace(epsilon=0.1), state, 9], folder / "steer.pt")
+    return folder / "steer.pt"
+
+
+class _Calls:
+    """Runs a function when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickled_dictionary_of_arrays_runs_nothing(tmp_path: Path) -> None:
+    proof = tmp_path / "proof"
+    plane = {"first_direction": VECTOR.numpy(), "second_direction": _Calls(proof)}
+    np.save(tmp_path / "a.npy", {"layers.3.mlp": plane}, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(DirectionError, match=r"it names posix\.mkdir") as caught:
+        read_directions(tmp_path / "a.npy")
+    assert "runs no code" in str(caught.value) and not proof.exists()
+    np.load(tmp_path / "a.npy", allow_pickle=True)
+    assert proof.exists()  # the control: NumPy runs it
+
+
+@pytest.mark.parametrize(
+    "plane",
+    [
+        {"first_direction": VECTOR.numpy()},
+        {"first_direction": VECTOR.numpy(), "second_direction": VECTOR[:-1].numpy()},
+        {"first_direction": VECTOR.numpy(), "second_direction": np.array(["a"], dtype=object)},
+        {"first_direction": VECTOR.numpy(), "second_direction": np.arange(D)},
+        {"first_direction": VECTOR.numpy(), "second_direction": "text"},
+        "text",
+    ],
+)
+def test_a_configuration_that_holds_no_plane(tmp_path: Path, plane: Any) -> None:
+    spare = {"first_direction": VECTOR.numpy(), "second_direction": VECTOR.flip(0).numpy()}
+    rows = {"layers.2.mlp": spare, "layers.3.mlp": plane}
+    np.save(tmp_path / "a.npy", rows, allow_pickle=True)  # type: ignore[arg-type]
+    with pytest.raises(DirectionError):
+        read_directions(tmp_path / "a.npy")
+    np.save(tmp_path / "a.npy", {**rows, "layers.3.mlp": spare}, allow_pickle=True)  # type: ignore[arg-type]
+    assert len(read_directions(tmp_path / "a.npy").items) == 2
 
 
 MU = dict.fromkeys(("mu1", "mu2", "std1", "std2"), VECTOR.abs())
@@ -1217,6 +1283,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]]
         "activations of 3 examples",
         None,
     ),
+    "heads of ITI": (_iti, {}, "of how many heads is not known", {"heads": 2}),
+    "another number of heads": (_iti, {"heads": 5}, "no number of heads", {"heads": 4}),
+    "two steers": (_lm_steer, {}, "holds 2 steers", {"feature": 1}),
+    "a steer too many": (_lm_steer, {"feature": 2}, "no steer 2", {"feature": 0}),
     "features": (
         lambda d: sae_folder(d / "sae", STACK, "blocks.2.hook_resid_post"),
         {},
@@ -1591,6 +1661,7 @@ def test_a_file_that_no_reader_recognises_is_named(tmp_path: Path, data: bytes, 
     [
         ("adapter_config.json", "an adapter of PEFT"),
         ("llama_head_wise.npy", "activations of ITI"),
+        ("llama_head_wise.npy", "activations of ITI without the labels"),
         ("layer_3.npy", "one file for each layer"),
     ],
 )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--quantiles", metavar="WORD", help="Within which the system's map acts.")
 @click.option("--source", type=int, metavar="N", help="The label that all tokens are taken for.")
 @click.option("--target", type=int, metavar="N", help="The label that all tokens are given.")
+@click.option("--heads", type=int, metavar="N", help="How many heads activations of ITI are of.")
 def command(output: Output, file: str, *, reader: str | None, **options: Unpack["Options"]) -> None:
     """Say what the artifact FILE holds, and where it belongs.
 

@@ -66,6 +66,7 @@ CAA = Reader(
     frozenset({"key"}),
     kinds=("offset",),
     positions=Word.AFTER_INSTRUCTION,
+    globs=("vec_layer_*.pt",),
 )
 EASYEDIT = Reader(
     "vectors of EasyEdit 2 (a folder of layer_<l>.pt or layer_<l>_<mode>_trim<t>.pt)",
@@ -73,4 +74,5 @@ EASYEDIT = Reader(
     lambda request: _read(request, _EASYEDIT),
     frozenset({"key"}),
     kinds=("offset",),
+    globs=("layer_*.pt",),
 )

@@ -133,4 +133,5 @@ READER = Reader(
     _read,
     frozenset({"method", "quantiles"}),
     kinds=("scale",),
+    globs=(f"*{SUFFIX}",),
 )

@@ -26,19 +26,24 @@ _MAX_HEADER = 10_000
 _CHUNK = 1 << 16
 _MAX_ROW = 1 << 24
 _FLOATS = ("f2", "f4", "f8")
+INTEGERS = ("i1", "i2", "i4", "i8")
 
 
-def read_array(data: bytes) -> Tensor:
+def read_array(data: bytes, types: tuple[str, ...] = _FLOATS) -> Tensor:
     """Return the array of a .npy file, given as its bytes.
 
     The header is believed only as far as the bytes bear it out.
+
+    Args:
+        data: the file.
+        types: what its values may be: floats, or ``INTEGERS``.
 
     Raises:
         DirectionError: a malformed header, another size than it says, pickled objects, or values
             that are no floats.
     """
-    described, fortran, shape, start = _header(data)
-    dtype = _dtype(described)
+    described, fortran, shape, start = header_of(data)
+    dtype = _dtype(described, types)
     expected = math.prod(shape) * dtype.itemsize
     present = len(data) - start
     if expected != present:
@@ -58,7 +63,7 @@ def read_row(file: IO[bytes], row: int) -> Float[Tensor, " d"]:
         DirectionError: as ``read_array``; no two axes, Fortran's order, or no such row.
     """
     data = file.read(_MAX_HEADER + 12)
-    described, fortran, shape, start = _header(data)
+    described, fortran, shape, start = header_of(data)
     dtype = _dtype(described)
     if len(shape) != 2 or fortran:
         raise DirectionError(
@@ -79,22 +84,23 @@ def read_row(file: IO[bytes], row: int) -> Float[Tensor, " d"]:
     return torch.from_numpy(np.frombuffer(values, dtype).astype(dtype.newbyteorder("=")))
 
 
-def _dtype(described: str) -> "np.dtype[np.floating]":
+def _dtype(described: str, types: tuple[str, ...] = _FLOATS) -> "np.dtype[np.generic]":
     if "O" in described:
         raise DirectionError(
             "the array holds pickled Python objects",
             why="reading them would run code of the artifact, which bake never does",
             fix="save each vector as an array of floats, for example with numpy.savez",
         )
-    if described[1:] not in _FLOATS or described[0] not in "<>=":
+    if described[1:] not in types or described[0] not in "<>=|":
         raise DirectionError(
-            f"the array holds {described} values where floats are meant",
-            fix="save it as float16, float32 or float64",
+            f"the array holds {described} values where "
+            f"{'floats' if types is _FLOATS else 'whole numbers'} are meant",
+            fix="save it as float16, float32 or float64" if types is _FLOATS else None,
         )
     return np.dtype(described)
 
 
-def _header(data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
+def header_of(data: bytes) -> tuple[str, bool, tuple[int, ...], int]:
     """Return the type's description, whether the order is Fortran's, the shape, and its end."""
     if data[:6] != b"\x93NUMPY":
         raise DirectionError("the file is no .npy array: it does not begin with \\x93NUMPY")

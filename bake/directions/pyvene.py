@@ -153,6 +153,7 @@ READER = Reader(
     _recognises,
     _read,
     kinds=("linear", "offset"),
+    globs=(CONFIG, "intkey_*.bin"),
     says="pyreft intervenes at the first and last tokens of the prompt that its data say; the "
     "weights do it at every position, and with a linear act_fn, which the files do not name",
 )

@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
     quantiles: str | None
     source: int | None
     target: int | None
+    heads: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class Request:
     """The label that everything is taken to have."""
     target: int | None = None
     """The label that everything is given."""
+    heads: int | None = None
+    """How many heads the activations are of."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,3 +99,7 @@ class Reader:
     """What the system does that weights cannot, in one sentence, for the plan and the record."""
     files: tuple[str, ...] = ()
     """The files of a folder that the format needs together; the first also stands for them all."""
+    globs: tuple[str, ...] = ()
+    """What the files of a folder are called where they have no fixed names."""
+    beside: Callable[[str], tuple[str, ...]] = lambda name: ()
+    """The names of the files that are read with one of a name, if any."""

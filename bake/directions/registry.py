@@ -13,11 +13,14 @@ from typing import Any, Unpack
 from bake.checkpoints.hashes import sha256_of
 from bake.directions import (
     activations,
+    angular,
     arditi,
     bake_format,
     heretic,
+    iti,
     layer_files,
     leace,
+    lm_steer,
     mlact,
     npy,
     npz,
@@ -43,12 +46,15 @@ READERS: Mapping[str, Reader] = MappingProxyType(
     {
         # The systems' own formats come first: their files have a plain format's extension too.
         "activations": activations.READER,
+        "angular": angular.READER,
         "arditi": arditi.READER,
         "bake": bake_format.READER,
         "caa": layer_files.CAA,
         "easyedit": layer_files.EASYEDIT,
         "heretic": heretic.READER,
+        "iti": iti.READER,
         "leace": leace.READER,
+        "lm-steer": lm_steer.READER,
         "mlact": mlact.READER,
         "pyvene": pyvene.READER,
         "quadratic": quadratic.READER,
@@ -75,13 +81,9 @@ RESEMBLES: Mapping[str, tuple[str, str]] = MappingProxyType(
             "an adapter of PEFT, as heretic saves one too",
             "merge it with `bake merge BASE ADAPTER`",
         ),
-        r".*head_wise.*\.npy": (
-            "activations of ITI, which makes σ θ of them at run time",
-            "save σ θ under the site of each layer: torch.save({'z.12': vector}, 'iti.pt')",
-        ),
-        r"lm_steer_vector\.pt": (
-            "LM-Steer's state, a list of objects that only running it can read",
-            'save ε P1 and P2ᵀ as left [d, k] and right [k, d], for kind = "linear"',
+        r".*head_wise\.npy": (
+            "activations of ITI without the labels that go with them",
+            "put its …_labels.npy beside it and name the …_head_wise.npy",
         ),
         r"layer_?\d+\.(npy|npz|safetensors|pkl)|.*_layer_?\d+\.(npy|npz|safetensors|pkl)": (
             "one file for each layer",

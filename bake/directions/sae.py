@@ -83,4 +83,6 @@ READER = Reader(
     _read,
     frozenset({"feature", "key"}),
     kinds=("offset",),
+    files=(CONFIG, WEIGHTS),
+    beside=lambda name: (CONFIG,) if name == WEIGHTS else (),
 )

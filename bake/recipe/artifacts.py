@@ -13,6 +13,8 @@ from bake.recipe.spec import DirectionSpec, Recipe
 
 # The files that belong together in a folder, the one that is named for all of them first.
 FOLDERS = tuple(reader.files for reader in READERS.values() if reader.files)
+# What files are called that are read by the folder and have no fixed names.
+GLOBS = tuple(glob for reader in READERS.values() for glob in reader.globs)
 
 
 def read_artifacts(recipe: Recipe) -> dict[str, Directions]:
@@ -85,15 +87,18 @@ def fetch_artifact(file: str) -> Path:
         )
     source = _Source(file, f"{owner}/{name}", revision or None)
     if (path := source.fetch(inside)) is not None:
-        for first, *others in FOLDERS:
-            for other in others if path.name == first else ():
+        for reader in READERS.values():
+            together = reader.files[1:] if reader.files[:1] == (path.name,) else ()
+            for other in (*together, *reader.beside(path.name)):
                 source.fetch(str(PurePosixPath(inside).with_name(other)))
         return path
     for names in FOLDERS:
         paths = [path for name in names if (path := source.fetch(f"{inside}/{name}")) is not None]
         if len(paths) == len(names):
             return paths[0].parent
-    folders = " or ".join(" and ".join(names) for names in FOLDERS)
+    if (folder := source.folder(inside)) is not None:
+        return folder
+    folders = " or ".join(" and ".join(names) for names in (*FOLDERS, *((g,) for g in GLOBS)))
     raise HubError(
         f"{file} is not on the Hub",
         why=f"it is neither a file there nor a folder with {folders}",
@@ -138,6 +143,27 @@ class _Source:
             raise self._failure(error) from error
         except OSError as error:  # the Hub's and the network's own errors
             raise self._failure(error) from error
+
+    def folder(self, inside: str) -> Path | None:
+        """Return a folder with the files that are read by the folder, or None where it has none.
+
+        Raises:
+            HubError: the Hub or the network refuses.
+        """
+        from huggingface_hub import snapshot_download
+
+        plain = "".join(f"[{c}]" if c in "*?[" else c for c in inside)
+        try:
+            whole = snapshot_download(
+                self.repo,
+                revision=self.revision,
+                allow_patterns=[f"{plain}/{glob}" for glob in GLOBS],
+            )
+        except OSError as error:  # the Hub's and the network's own errors
+            raise self._failure(error) from error
+        path = Path(whole) / inside
+        found = path.is_dir() and any(r.recognises(path) for r in READERS.values() if r.globs)
+        return path if found else None
 
     def _known_absent(self, name: str) -> bool:
         """Whether the cache remembers that the Hub has no such file: asked without a network."""

@@ -114,7 +114,8 @@ def _condition(
     """Return the vector of a condition, that of the site or of its block."""
     spec = recipe.directions[gate.direction]
     named = Named(spec.name, item_at(spec, directions[spec.name], site), spec.sign)
-    return named.tensor(EditKind.GATE, Role.VECTOR)
+    found = named.tensor(EditKind.GATE, Role.VECTOR, Role.SUBSPACE)
+    return found if found.dim() == 1 else found[0]  # of a plane, what its angles count from
 
 
 def _mean(

@@ -29,6 +29,7 @@ KINDS_OF_KEY: Mapping[str, tuple[EditKind, ...]] = {
     "repeat": (EditKind.OFFSET,),
     "degrees": (EditKind.ROTATE,),
     "reflect": (EditKind.ROTATE,),
+    "angle": (EditKind.ROTATE,),
     "low": (EditKind.CLAMP,),
     "high": (EditKind.CLAMP,),
     "rectified": (EditKind.CLAMP,),
@@ -165,8 +166,11 @@ def _check_directions(edit: EditTable) -> None:
             why="several directions have no site of their own in common",
             fix='name the sites, for example at = "resid"',
         )
-    if edit.reflect and edit.degrees is not None:
+    if edit.reflect + (edit.degrees is not None) + (edit.angle is not None) > 1:
         raise UsageError(
-            "degrees and reflect exclude each other",
-            fix="degrees turns in the plane of two vectors, reflect mirrors along one",
+            "degrees and reflect exclude each other"
+            if edit.angle is None
+            else "angle excludes degrees and reflect",
+            fix="degrees turns by an angle in the plane of two vectors, angle turns to one, and "
+            "reflect mirrors along one",
         )

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 
-from bake.directions import READERS, Directions
+from bake.directions import READERS, Directions, Role
 from bake.edits import EditKind
 from bake.recipe.edits import KINDS_OF_KEY
 from bake.recipe.examples import example
@@ -46,6 +46,8 @@ def first_recipe(found: Directions, file: str, options: Mapping[str, object]) ->
         lines.append(f"# at = the file's own sites: {summary(sites)}")
     else:
         lines.append("at = {}    # {}".format(*example(kind, found.items)))
+    if kind is EditKind.ROTATE and Role.SUBSPACE in roles:
+        lines.append("angle = 180.0    # to which each token is turned; or by how much: degrees")
     for key in _NUMBERS:
         if kind in KINDS_OF_KEY[key]:
             lines.append(f"# {key} = 1.0")

@@ -12,13 +12,13 @@ from bake.affine import AffineMap, DiagonalMap
 from bake.directions import Direction, Role
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
-from bake.nonlinear import Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
+from bake.nonlinear import Aimed, Clamp, Gated, Masked, Measure, Nonlinear, NormPreserving
 from bake.recipe.spec import ConditionTable, EditTable
 
 # Which kinds of edit a tensor of each role is for: the advice when a role is missing.
 KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
     Role.VECTOR: (EditKind.ABLATE, EditKind.AFFINE, EditKind.OFFSET, EditKind.CLAMP),
-    Role.SUBSPACE: (EditKind.ABLATE, EditKind.AFFINE),
+    Role.SUBSPACE: (EditKind.ABLATE, EditKind.AFFINE, EditKind.ROTATE),
     Role.LEFT: (EditKind.ERASE, EditKind.LINEAR, EditKind.UPDATE, EditKind.CLAMP),
     Role.SCALE: (EditKind.SCALE,),
     Role.LOW: (EditKind.MASKED_SCALE,),
@@ -92,17 +92,21 @@ def map_of(
     """
     inner = _map_inside(spec, items, mean, amounts)
     if spec.kind is EditKind.NORM_PRESERVING:
+        if isinstance(inner, Aimed):
+            return inner  # it keeps the norm by itself, as a turn does
         assert isinstance(inner, AffineMap)
         keeps = inner.is_linear() and inner.is_orthogonal()
         return inner if keeps else NormPreserving(inner)  # a turn about the origin keeps it anyway
     if spec.kind is EditKind.GATE:
-        assert isinstance(inner, AffineMap | Masked) and spec.gate is not None
+        assert isinstance(inner, AffineMap | Masked | Aimed) and spec.gate is not None
         assert condition is not None
         return gated(inner, spec.gate, condition)
     return inner
 
 
-def gated(map_: AffineMap | NormPreserving | Masked, gate: ConditionTable, vector: Tensor) -> Gated:
+def gated(
+    map_: AffineMap | NormPreserving | Masked | Aimed, gate: ConditionTable, vector: Tensor
+) -> Gated:
     """Return a map that acts on the condition that a recipe names.
 
     Raises:
@@ -192,8 +196,8 @@ def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> Clamp:
     return Clamp(left, right, centre, low, high, spec.rectified)
 
 
-def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap:
-    if spec.degrees is not None:
+def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap | Aimed:
+    if spec.degrees is not None or spec.angle is not None:
         plane = _rows(spec.inner, items)
         if plane.dim() != 2 or plane.shape[0] != 2:
             raise DirectionError(
@@ -202,7 +206,11 @@ def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap:
                 else "degrees turns in the plane of two vectors, not one",
                 fix='give direction = ["first", "second"], or reflect = true',
             )
-        return edits.rotate_plane(plane, degrees=spec.degrees)
+        if spec.degrees is not None:
+            return edits.rotate_plane(plane, degrees=spec.degrees)
+        assert spec.angle is not None
+        basis, turn = edits.orthonormal(plane), math.radians(spec.angle)
+        return Aimed(basis, math.cos(turn) * basis[0] + math.sin(turn) * basis[1])
     if len(items) > 1:
         raise UsageError(
             "a rotation in the plane of two directions needs degrees",

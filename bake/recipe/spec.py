@@ -119,6 +119,9 @@ class DirectionTable(Table, frozen=True, kw_only=True):
         None
     )
     target: Annotated[int | None, Meta(description="the label that all tokens are given")] = None
+    heads: Annotated[int | None, Meta(description="how many heads activations of ITI are of")] = (
+        None
+    )
     layer: Annotated[
         Annotated[int, Meta(ge=0, extra=_NEGATIVE)] | None,
         Meta(description="use this block's item everywhere"),
@@ -187,6 +190,9 @@ class EditTable(Table, frozen=True, kw_only=True):
     ] = False
     degrees: float | None = None
     reflect: bool = False
+    angle: Annotated[
+        float | None, Meta(description="degrees from the first vector that a rotation turns to")
+    ] = None
     low: Annotated[float | None, Meta(description="the least that a clamp leaves")] = None
     high: Annotated[float | None, Meta(description="the most that a clamp leaves")] = None
     rectified: Annotated[
