@@ -1200,6 +1200,24 @@ def _lm_steer(folder: Path) -> Path:
     return folder / "steer.pt"
 
 
+@pytest.mark.parametrize(
+    "name", ["vec_layer_3_Llama.pt", "layer_3.pt", "model.layers.3.mlp.statedict"]
+)
+@pytest.mark.parametrize("vector", [torch.tensor(0.7), torch.zeros(0), torch.eye(D), VECTOR.int()])
+def test_what_is_no_row_is_refused_by_every_reader_of_rows(
+    tmp_path: Path, name: str, vector: torch.Tensor
+) -> None:
+    """A number alone has no axis whose length could be compared with anything."""
+
+    def written(row: torch.Tensor) -> Path:
+        torch.save({"auroc": row} if name.endswith("statedict") else row, tmp_path / name)
+        return tmp_path
+
+    with pytest.raises(DirectionError, match=r"has shape .* and is no \[d\]"):
+        read_directions(written(vector))
+    assert read_directions(written(VECTOR.abs()[None])).width == D
+
+
 class _Calls:
     """Runs a function when it is unpickled."""
 

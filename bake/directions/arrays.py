@@ -83,6 +83,18 @@ def picked(tensor: Tensor, request: Request) -> Tensor:
     return tensor[request.feature]
 
 
+def one_row(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor that holds one row, [d], [1, d] or the like, as [d].
+
+    Raises:
+        DirectionError: it holds several or none, or is no array of floats.
+    """
+    # max: a number alone has no axis, and is no row either.
+    if not tensor.is_floating_point() or not 0 < tensor.numel() == max(tensor.shape, default=0):
+        raise DirectionError(f"{name} has shape {list(tensor.shape)} and is no [d]")
+    return tensor.reshape(-1)
+
+
 def stacked(rows: Tensor, site: SiteKind | None = None) -> Content:
     """Return the rows [layers, d] of a stack, one for each block and perhaps at its ``site``."""
     places: dict[Place, Tensor] = {

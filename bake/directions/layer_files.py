@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bake.directions.arrays import Place, layered, listing
+from bake.directions.arrays import Place, layered, listing, one_row
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
 from bake.errors import DirectionError
@@ -47,13 +47,10 @@ def _read(request: Request, pattern: re.Pattern[str]) -> Content:
     for file, match in named.items():
         if request.key in (None, match[2] or ""):
             layer = int(match[1])
-            vector = tensor_of(load(file), file.name)
-            if vector.numel() == 0 or vector.numel() != vector.shape[-1]:
-                raise DirectionError(f"{file.name} has shape {list(vector.shape)} and is no [d]")
             place = layer, str(Site(SiteKind.RESID_POST, layer))
             if place in rows:
                 raise DirectionError(f"two files are of layer {layer}: {file.name} is the second")
-            rows[place] = vector.reshape(-1)
+            rows[place] = one_row(tensor_of(load(file), file.name), file.name)
             taken.append(file)
     key = request.key or groups[0]
     return replace(layered(rows).beside({"key": key} if key else {}), files=tuple(taken))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bake.directions.arrays import Place, listing
+from bake.directions.arrays import Place, listing, one_row
 from bake.directions.direction import SAYS, Direction, Role
 from bake.directions.modules import modules_of, places_of
 from bake.directions.reader import Content, Reader, Request
@@ -121,10 +121,8 @@ def _limits(state: Mapping[str, object], request: Request, file: Path) -> dict[R
 
 def _row(state: Mapping[str, object], name: str, file: Path) -> Tensor:
     """Return a tensor of a state as a vector in float64."""
-    tensor = tensor_of(state.get(name), f"{name} of {file.name}")
-    if not tensor.is_floating_point() or tensor.numel() != max(tensor.shape, default=0):
-        raise DirectionError(f"{name} of {file.name} has shape {list(tensor.shape)}, not [d]")
-    return tensor.reshape(-1).to(torch.float64)
+    label = f"{name} of {file.name}"
+    return one_row(tensor_of(state.get(name), label), label).to(torch.float64)
 
 
 READER = Reader(
