@@ -434,8 +434,8 @@ def test_a_verification_hooks_the_system_beside_bake(
         return {row.name: row.value for row in report.rows}
 
     found = rows('positions = "last"', "last")
-    distance = "max |Δlogit| of the plan from the"
-    always, own = f"{distance} hooks that always act", f"{distance} system's own hooks"
+    distance = "max |Δlogit| of the plan from"
+    always, own = f"{distance} bake's hooks", f"{distance} the system's own hooks"
     assert found[always] < 1e-9 < 1e-3 < found[own]
     # An edit of which nothing is said has no such rows, and none to ask for.
     assert not any(name.startswith(distance) for name in rows("", "plain"))

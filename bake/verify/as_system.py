@@ -57,7 +57,7 @@ def system_rows(system: Tensor, hooked: Tensor, base: Tensor, planned: Tensor) -
         base: of the base model.
         planned: of the plan, not rounded.
     """
-    always, own = "the hooks that always act", "the system's own hooks"
+    always, own = "bake's hooks", "the system's own hooks"
     rows = []
     for words, reference in ((always, hooked), (own, system)):
         effect, rest = (float(divergences(reference, q).mean()) for q in (base, planned))
