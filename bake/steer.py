@@ -129,7 +129,7 @@ def watched(
         FamilyError: the model is not the one that the layout describes.
     """
     _check_model(model, layout)
-    hooks = _Hooks(model, layout)
+    hooks = _Hooks(model, layout, None)
     for site in sites:
         layout.width(site)  # raises for a site that the model does not have
         hooks.add_sight(site, see)
