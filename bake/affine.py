@@ -9,10 +9,11 @@ The design follows concept-erasure's ``LeaceEraser`` (thin factors, full matrix 
 and lineax's operators (an abstract contract, final leaves).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Float
@@ -165,20 +166,20 @@ def check_factors(what: str, *factors: tuple[Tensor, tuple[int, ...]]) -> None:
     for tensor, _ in factors:
         if not tensor.is_floating_point():
             raise DirectionError(f"{what} needs floating-point factors, not {tensor.dtype}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise DirectionError(f"{what} has a factor that is not finite (NaN or infinity)")
         check_size(what, tensor)
 
 
 def check_size(what: str, tensor: Tensor) -> None:
-    """Hold finite numbers against the largest that a checkpoint stores.
+    """Hold numbers against the largest that a checkpoint stores.
 
     Products of a few larger ones overflow float64, and then no property of a map can be told.
 
     Raises:
-        DirectionError: a number is beyond float32.
+        DirectionError: a number is NaN, infinite or beyond float32.
     """
-    largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+    largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0  # NaN if one is
+    if not math.isfinite(largest):
+        raise DirectionError(f"{what} has a factor that is not finite (NaN or infinity)")
     if largest > LARGEST:
         raise DirectionError(
             f"{what} holds {largest:.1e}",
@@ -421,8 +422,9 @@ def chain(maps: Iterable[AffineMap], width: int) -> AffineMap:
     return identity(width) if result is None else result
 
 
+@cache
 def identity(width: int) -> LowRankMap:
-    """Return the map of ℝʷⁱᵈᵗʰ that changes nothing."""
+    """Return the map of ℝʷⁱᵈᵗʰ that changes nothing: one, since a plan asks for it at every site."""
     return translation(torch.zeros(width, dtype=torch.float64))
 
 

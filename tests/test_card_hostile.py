@@ -32,10 +32,11 @@ def places(content: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def tampered(content: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    found = list(places(content))
     for _ in range(chance.choice((1, 1, 2, 5))):
-        container, key = chance.choice(list(places(content)))
+        container, key = chance.choice(found)
         if isinstance(container, dict) and chance.random() < 0.3:
-            del container[key]
+            container.pop(key, None)
         else:
             container[key] = copy.deepcopy(chance.choice(VALUES))
     return content

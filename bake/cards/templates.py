@@ -5,8 +5,9 @@ a name that is not there is an error, so that no gap survives.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bake
 from bake.artifact.carrier import KINDS
@@ -14,6 +15,9 @@ from bake.cards import text
 from bake.cards.text import Markdown, escape, number
 from bake.checkpoints.hub_names import is_commit, is_repository
 from bake.errors import BakeError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 VERIFICATION_PART = "parts/verification.md.jinja"
 """The part of every card that shows what was measured, with each number of ``verify.json``."""
@@ -48,11 +52,17 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         template: its file.
         values: what the template prints, by name.
     """
+    return _environment(folder()).get_template(template).render(**values)
+
+
+@cache
+def _environment(place: Path) -> "ImmutableSandboxedEnvironment":
+    """Return what renders the templates of a folder, and keeps each once it is compiled."""
     from jinja2 import FileSystemLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(folder(), encoding="utf-8"),
+        loader=FileSystemLoader(place, encoding="utf-8"),
         undefined=StrictUndefined,
         finalize=_printed,
         trim_blocks=True,
@@ -64,7 +74,7 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     environment.tests |= {"commit": is_commit, "repository": is_repository}
     # raw is for what was checked to be an id, a commit or a formula, inside links and code.
     environment.filters["raw"] = Markdown
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _printed(value: object) -> str:

@@ -31,6 +31,7 @@ A tile may live in a buffer that the producer fills again for the next one.
 """
 
 _CHUNK = 8 << 20
+_WORTH_A_THREAD = 1 << 16  # bytes: below, hashing takes less than handing it over
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 
 
@@ -95,10 +96,14 @@ def write_file(
         for stretch, present in stretches:
             # The digest releases the interpreter, so hashing and writing overlap. Both are done
             # before the next stretch is asked for, because it may reuse the memory.
-            hashed = pool.submit(digest.update, stretch)
+            beside = len(stretch) >= _WORTH_A_THREAD
+            hashed = pool.submit(digest.update, stretch) if beside else None
             if not (cloned and present):
                 _write_at(file, position, stretch)
-            hashed.result()
+            if hashed is None:
+                digest.update(stretch)
+            else:
+                hashed.result()
             position += len(stretch)
             advance(len(stretch))
         file.truncate(position)
@@ -108,7 +113,10 @@ def write_file(
 
 def _stretches(pieces: Sequence[Piece], reader: FileIO) -> Iterator[tuple[memoryview, bool]]:
     """Yield the bytes of all pieces, and whether a clone holds them already."""
-    buffer = memoryview(bytearray(_CHUNK))
+    longest = max(
+        (piece.stop - piece.start for piece in pieces if isinstance(piece, Copy)), default=0
+    )
+    buffer = memoryview(bytearray(min(_CHUNK, longest)))
     for piece in pieces:
         match piece:
             case Literal(data):

@@ -56,7 +56,11 @@ class _NoNarrowing(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        keywords = {} if kwargs is None else dict(kwargs)
+        keywords = {} if kwargs is None else kwargs
+        # Hundreds of calls a forward pass name no type: they are handed on at once.
+        named = torch.dtype in map(type, (*args, *keywords.values()))
+        if not named and func not in _CASTS:
+            return func(*args, **keywords)
         tensor = args[0] if args else keywords.get("input")
         if not isinstance(tensor, Tensor) or tensor.dtype is not torch.float64:
             return func(*args, **keywords)
