@@ -424,7 +424,7 @@ def chain(maps: Iterable[AffineMap], width: int) -> AffineMap:
 
 @cache
 def identity(width: int) -> LowRankMap:
-    """Return the map of ℝʷⁱᵈᵗʰ that changes nothing: one, since a plan asks for it at every site."""
+    """Return the map of ℝʷⁱᵈᵗʰ that changes nothing, the same one to all who ask."""
     return translation(torch.zeros(width, dtype=torch.float64))
 
 

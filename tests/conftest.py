@@ -31,8 +31,11 @@ settings.register_profile("bake", derandomize=True, deadline=None, database=None
 settings.load_profile("bake")
 # A tiny model is read sooner than a thread starts; transformers asks for this at every load.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-# llama.cpp's threads wait for each other by spinning, which takes minutes where two share a core.
+# Threads wait for each other by spinning, which takes minutes where two share a core: llama.cpp has
+# one, and all else, where several workers run the tests, a worker's share of the cores.
 os.environ["LLAMA_ARG_THREADS"] = "1"
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
 

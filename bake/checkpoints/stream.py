@@ -113,10 +113,8 @@ def write_file(
 
 def _stretches(pieces: Sequence[Piece], reader: FileIO) -> Iterator[tuple[memoryview, bool]]:
     """Yield the bytes of all pieces, and whether a clone holds them already."""
-    longest = max(
-        (piece.stop - piece.start for piece in pieces if isinstance(piece, Copy)), default=0
-    )
-    buffer = memoryview(bytearray(min(_CHUNK, longest)))
+    copied = (piece.stop - piece.start for piece in pieces if isinstance(piece, Copy))
+    buffer = memoryview(bytearray(min(_CHUNK, max(copied, default=0))))
     for piece in pieces:
         match piece:
             case Literal(data):

@@ -1,5 +1,6 @@
 """The real model, once a session: its files, its answers, what hooks make of them, and exports."""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -11,13 +12,12 @@ from commands import data_of
 from smollm2 import SmolLM2, smollm2
 from smollm2_edits import Subject, loaded
 
-THREADS = 2
 
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _threads() -> Iterator[None]:
+    """A real model is for all threads there are, and no test of another folder is."""
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     yield
     torch.set_num_threads(before)
 
