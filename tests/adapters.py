@@ -1,11 +1,9 @@
 """Load adapters as a user does, with PEFT on a live base model, and read their files."""
 
-import copy
 import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +44,9 @@ def with_adapter(model: Any, adapter: Path) -> Any:
         return PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
 
 
-@cache
-def _loaded(base: Path, dtype: torch.dtype) -> Any:
-    return tiny.load(base, dtype)
-
-
 def peft_logits(base: Base, adapter: Path, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the logits of the standard tokens from the base with the adapter."""
-    return logits_of(with_adapter(copy.deepcopy(_loaded(base.path, dtype)), adapter))
+    return logits_of(peft_model(base.path, adapter, dtype))
 
 
 def logits_of(model: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """Random adapters of random kinds, as PEFT writes them, for real classes of many architectures."""
 
-import copy
 import json
 import random
 import re
@@ -83,6 +82,7 @@ class Base:
     path: Path
     model: Any
     logits: Tensor
+    mould: tiny.Mould
 
 
 def load(path: Path) -> Any:
@@ -135,7 +135,7 @@ def _base(architecture: str, tied: bool, layout: str, folder: Path) -> Base:
     model.save_pretrained(path, max_shard_size="20KB" if layout == "sharded" else "1GB")
     _laid_out(model, path, tied, layout)
     loaded = load(path)
-    return Base(path, loaded, logits_of(loaded))
+    return Base(path, loaded, logits_of(loaded), tiny.Mould(loaded))
 
 
 def _laid_out(model: Any, path: Path, tied: bool, layout: str) -> None:
@@ -229,7 +229,7 @@ def trained(base: Base, out: Path, options: dict[str, Any], draw: random.Random)
     generator = torch.Generator().manual_seed(draw.randint(0, 9999))
     with peft_warnings():
         try:
-            model = get_peft_model(copy.deepcopy(base.model), LoraConfig(**options))
+            model = get_peft_model(base.mould.cast(), LoraConfig(**options))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
             return None
         with torch.no_grad():
@@ -271,7 +271,7 @@ def unread(base: Base, adapter: Path) -> bool:
 
     with peft_warnings():
         try:
-            model = PeftModel.from_pretrained(copy.deepcopy(base.model), str(adapter))
+            model = PeftModel.from_pretrained(base.mould.cast(), str(adapter))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
             return False
     called: set[str] = set()
@@ -320,7 +320,7 @@ def sample(seed: int, architecture: str, folder: Path) -> str:
         return "not read" if unread(base, adapter) else f"refused: {error.what}"
     with peft_warnings():
         model = PeftModel.from_pretrained(
-            copy.deepcopy(base.model), str(adapter), autocast_adapter_dtype=False
+            base.mould.cast(), str(adapter), autocast_adapter_dtype=False
         )
     want = logits_of(model.eval())
     effect = float((want - base.logits).abs().max())

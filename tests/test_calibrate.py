@@ -233,10 +233,14 @@ def test_corrections_at_later_writers_help() -> None:
 
 
 def test_the_same_texts_give_the_same_stand_ins() -> None:
+    """At the writer of the edit and at the next, which are fitted in the same way as the others."""
     model, edit, texts = story()
-    again = calibrate(model.model, model.layout, hard=[edit], kept=[], prompts=texts)
-    assert again.fits == fitted().fits
-    for one, other in zip(again.edits, fitted().edits, strict=True):
+    settings = Settings(corrections=1)
+    again = calibrate(
+        model.model, model.layout, hard=[edit], kept=[], prompts=texts, settings=settings
+    )
+    assert again.fits and again.fits == fitted().fits[: len(again.fits)]
+    for one, other in zip(again.edits, fitted().edits, strict=False):
         assert one.sites == other.sites
         if isinstance(one.map, WeightUpdate) and isinstance(other.map, WeightUpdate):
             assert torch.equal(one.map.right, other.map.right)

@@ -157,6 +157,7 @@ def test_the_first_write_decides_alone(seed: int, count: int) -> None:
     assert torch.equal(values, torch.zeros(count).double())
 
 
+@settings(max_examples=24)  # of forty meetings each
 @given(seeds, st.integers(1, 8))
 def test_meeting_the_same_again_changes_nothing(seed: int, count: int) -> None:
     draw = Draw(seed)
