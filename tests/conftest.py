@@ -36,6 +36,7 @@ os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 os.environ["LLAMA_ARG_THREADS"] = "1"
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or it takes one for every core
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "", None)
 

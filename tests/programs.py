@@ -1,9 +1,9 @@
 """Programs that tests start, forked from a process that has imported what they would import.
 
-Python with torch takes 2 s of processor time to start, with transformers and PEFT 6, and what a
-test then asks of it a tenth of one. So a session starts a process that imports them, once, and it
-forks for every program. That is a process like any other: a number to kill, an environment, a
-folder, files, an exit status. It is forked from a single thread, before torch has computed.
+Python with torch takes 2 s of processor time to start, with transformers and PEFT 6, with vLLM 13,
+and what a test then asks of it a fraction. So a session starts a process that imports them, once,
+and it forks for every program. That is a process like any other: a number to kill, an environment,
+a folder, files, an exit status. It is forked from a single thread, before torch has computed.
 
 Not forked is what is about the start itself: what a command imports (test_layers.py, test_cli.py,
 test_card.py, test_verify_report.py), signals while it imports, children and memory of a process
@@ -33,7 +33,7 @@ from types import ModuleType
 from typing import IO, Any, NoReturn
 
 HERE = Path(__file__).resolve()
-COMMAND, MODEL = "command", "model"
+COMMAND, MODEL, VLLM = "command", "model", "vllm"
 _COMMAND = (
     "torch",
     "numpy",
@@ -56,9 +56,23 @@ PRELOADED = {
         "transformers.models.mistral.modeling_mistral",
         "peft",
     ),
+    # In vLLM's own environment: what every engine imports.
+    VLLM: (
+        "vllm.entrypoints.llm",
+        "vllm.v1.engine.core",
+        "vllm.v1.executor.uniproc_executor",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.model_executor.models.llama",
+        "vllm.lora.request",
+    ),
 }
-# What ``wait`` forks, and the flag that goes before it.
-SCRIPTS = (("-I", "_hf_worker.py"), ("-s", "convert_hf_to_gguf.py"))
+# What ``wait`` forks: the flag that goes before it, its file and the process that forks.
+SCRIPTS = {
+    ("-I", "_hf_worker.py"): MODEL,
+    ("-s", "convert_hf_to_gguf.py"): MODEL,
+    ("-I", "_vllm_worker.py"): VLLM,
+    ("-I", "vllm_adapters.py"): VLLM,
+}
 MOST = 1 << 17  # bytes of an order
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 RESOURCES = "error::ResourceWarning"
@@ -153,9 +167,9 @@ def run(
 
 
 def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Return ``bake.process.wait``, with scripts forked that this interpreter is to run.
+    """Return ``bake.process.wait``, with ``SCRIPTS`` forked where their interpreter is to run them.
 
-    They are bake's own worker and llama.cpp's converter.
+    It is this one, or that of vLLM's environment.
     """
     from bake import process
 
@@ -167,14 +181,15 @@ def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
         variables: Mapping[str, str],
     ) -> int | None:
         python, *rest = map(str, command)
-        if python != sys.executable or (rest[0], Path(rest[1]).name) not in SCRIPTS:
+        kind = SCRIPTS.get((rest[0], Path(rest[1]).name))
+        if kind is None or python != _python(kind):
             return real(command, log, folder, timeout, variables)
         flag, *rest = rest
         env, path = process.environment(variables), rest[0]
         order = {"path": path, "args": rest, "env": env, "cwd": str(folder)}
         order["isolated"] = flag == "-I"
         files = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-        program = _forked(MODEL, order, files)
+        program = _forked(kind, order, files)
         try:
             return program.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -209,18 +224,35 @@ def _forked(kind: str, order: dict[str, Any], files: Mapping[str, File]) -> Prog
     return Program(int(server.recv(16)), report, pipes)
 
 
+def _python(kind: str) -> str:
+    """Return the interpreter whose programs are forked."""
+    if kind != VLLM:
+        return sys.executable
+    import install
+
+    return str(install.default_cache() / "vllm" / "bin" / "python")
+
+
+def _environment(kind: str) -> dict[str, str]:
+    """Return the variables that what forks is started with."""
+    from bake.process import OFFLINE, environment
+    from bake.verify.runtimes import vllm
+
+    if kind == VLLM:
+        return {**environment(vllm.VLLM.variables), "OMP_NUM_THREADS": "1"}
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    return {**here, **(OFFLINE if kind == MODEL else {})}
+
+
 @cache
 def _server(kind: str) -> socket.socket:
     """Start what forks, until this process ends."""
-    from bake.process import OFFLINE
-
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, str(HERE), kind],
+            [_python(kind), str(HERE), kind],
             stdin=theirs,
-            env={**env, **(OFFLINE if kind == MODEL else {})},
+            env=_environment(kind),
             start_new_session=True,
         )
 
@@ -322,8 +354,11 @@ def main(kind: str) -> None:
     order, files = serve(socket.socket(fileno=os.dup(0)))
     become(order, files)
     if "path" in order:
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("gguf", "bake")]:
-            del sys.modules[name]  # the converter has its own, the worker none
+        own = (
+            ("gguf", "bake") if kind == MODEL else ()
+        )  # the converter has its own, the worker none
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
         sys.path[:1] = [] if order["isolated"] else [str(Path(order["path"]).parent)]
         end(lambda: runpy.run_path(order["path"], run_name="__main__"))
     sys.path[0] = ""  # as after -c; it was this file's folder
