@@ -1,11 +1,12 @@
 """What a configuration that nobody vouches for may cost: time at a regular expression, memory.
 
 Keys of an adapter's configuration are regular expressions that PEFT matches with the path of every
-module. One that backtracks without end would never return, and Python cannot interrupt it: it is
-tried in a process of its own first.
+module. One that backtracks without end would never return, and Python cannot interrupt it: unless
+it is a plain path, it is tried in a process of its own first.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from bake.errors import InputError
 
 _SECONDS = 10.0
+_PATH = re.compile(r"[\w.-]*")
+"""Nothing of it repeats, so that nothing can be matched in many ways."""
 _TRY = """
 import json, re, sys
 patterns, paths = json.load(sys.stdin)
@@ -40,12 +43,12 @@ def check_patterns(config: Mapping[str, Any], paths: Sequence[str], where: str) 
     Raises:
         InputError: one is no regular expression, or takes more than ten seconds.
     """
-    patterns = list(_patterns(config))
+    patterns = [whole for given, whole in _patterns(config) if not _PATH.fullmatch(given)]
     if not patterns:
         return
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _TRY],
+            [sys.executable, "-I", "-S", "-c", _TRY],
             input=json.dumps([patterns, list(paths)]),
             capture_output=True,
             text=True,
@@ -68,17 +71,18 @@ def check_patterns(config: Mapping[str, Any], paths: Sequence[str], where: str) 
         )
 
 
-def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
+def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a configuration gives, each with what PEFT makes of it."""
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config.get(key), str):
-            yield config[key]
+            yield config[key], config[key]
     for key in ("rank_pattern", "alpha_pattern"):
-        yield from (rf"(.*\.)?({pattern})$" for pattern in config.get(key) or {})
-    for name in config.get("modules_to_save") or ():
-        yield rf"(^|.*\.){name}($|\..*)"
+        yield from ((given, rf"(.*\.)?({given})$") for given in config.get(key) or {})
+    for given in map(str, config.get("modules_to_save") or ()):
+        yield given, rf"(^|.*\.){given}($|\..*)"
     layers = config.get("layers_pattern") or ()
-    for pattern in [layers] if isinstance(layers, str) else layers:
-        yield rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+    for given in map(str, [layers] if isinstance(layers, str) else layers):
+        yield given, rf"(?:^|.*?\.){given}\.(?P<idx>\d+)\."
 
 
 class _Counted(TorchFunctionMode):
