@@ -68,10 +68,23 @@ def test_files_hold_every_number(report: Report, tmp_path: Path) -> None:
         assert (tmp_path / "new" / "folder" / path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_report_gives_the_same_bytes(report: Report, tmp_path: Path) -> None:
-    first = write_report(report, tmp_path / "a", html=True)
-    second = write_report(report, tmp_path / "b", html=True)
-    for ours, theirs in zip(first, second, strict=True):
+@pytest.fixture(scope="module")
+def hostile(report: Report) -> Report:
+    row = Row("<script>alert(1)</script>", 1.0, None, None)
+    return replace(report, rows=(*report.rows, row))
+
+
+@pytest.fixture(scope="module")
+def page(hostile: Report, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    """The files of a report with its page, drawn once: read them, never write to them."""
+    return write_report(hostile, tmp_path_factory.mktemp("page"), html=True)
+
+
+def test_one_report_gives_the_same_bytes(
+    hostile: Report, page: tuple[Path, ...], tmp_path: Path
+) -> None:
+    again = write_report(hostile, tmp_path, html=True)
+    for ours, theirs in zip(page, again, strict=True):
         assert ours.read_bytes() == theirs.read_bytes(), ours.name
 
 
@@ -86,15 +99,13 @@ class _Links(HTMLParser):
         self.found += [str(v) for k, v in attrs if k in ("href", "src", "xlink:href")]
 
 
-def test_the_page_holds_everything_itself(report: Report, tmp_path: Path) -> None:
-    hostile = Row("<script>alert(1)</script>", 1.0, None, None)
-    write_report(replace(report, rows=(*report.rows, hostile)), tmp_path, html=True)
-    text = (tmp_path / "verify.html").read_text(encoding="utf-8")
-    page = _Links()
-    page.feed(text)
-    assert page.tags.count("svg") == 4
-    assert "script" not in page.tags and "link" not in page.tags
-    for link in page.found:
+def test_the_page_holds_everything_itself(report: Report, page: tuple[Path, ...]) -> None:
+    text = next(file for file in page if file.suffix == ".html").read_text(encoding="utf-8")
+    parsed = _Links()
+    parsed.feed(text)
+    assert parsed.tags.count("svg") == 4
+    assert "script" not in parsed.tags and "link" not in parsed.tags
+    for link in parsed.found:
         assert link.startswith(("#", "data:image/png;base64,")), link[:80]
     assert "&lt;script&gt;alert(1)" in text
     assert text.count('class="pass"') >= len([r for r in report.rows if r.passed])
