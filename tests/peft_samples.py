@@ -82,7 +82,15 @@ class Base:
     path: Path
     model: Any
     logits: Tensor
-    mould: tiny.Mould
+
+    def copy(self) -> Any:
+        """Return a model like it, to be changed."""
+        return _mould(self).cast()
+
+
+@cache
+def _mould(base: Base) -> tiny.Mould:
+    return tiny.Mould(base.model)
 
 
 def load(path: Path) -> Any:
@@ -135,7 +143,7 @@ def _base(architecture: str, tied: bool, layout: str, folder: Path) -> Base:
     model.save_pretrained(path, max_shard_size="20KB" if layout == "sharded" else "1GB")
     _laid_out(model, path, tied, layout)
     loaded = load(path)
-    return Base(path, loaded, logits_of(loaded), tiny.Mould(loaded))
+    return Base(path, loaded, logits_of(loaded))
 
 
 def _laid_out(model: Any, path: Path, tied: bool, layout: str) -> None:
@@ -229,7 +237,7 @@ def trained(base: Base, out: Path, options: dict[str, Any], draw: random.Random)
     generator = torch.Generator().manual_seed(draw.randint(0, 9999))
     with peft_warnings():
         try:
-            model = get_peft_model(base.mould.cast(), LoraConfig(**options))
+            model = get_peft_model(base.copy(), LoraConfig(**options))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
             return None
         with torch.no_grad():
@@ -271,7 +279,7 @@ def unread(base: Base, adapter: Path) -> bool:
 
     with peft_warnings():
         try:
-            model = PeftModel.from_pretrained(base.mould.cast(), str(adapter))
+            model = PeftModel.from_pretrained(base.copy(), str(adapter))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
             return False
     called: set[str] = set()
@@ -319,9 +327,7 @@ def sample(seed: int, architecture: str, folder: Path) -> str:
         assert error.what and not out.exists()
         return "not read" if unread(base, adapter) else f"refused: {error.what}"
     with peft_warnings():
-        model = PeftModel.from_pretrained(
-            base.mould.cast(), str(adapter), autocast_adapter_dtype=False
-        )
+        model = PeftModel.from_pretrained(base.copy(), str(adapter), autocast_adapter_dtype=False)
     want = logits_of(model.eval())
     effect = float((want - base.logits).abs().max())
     error_ = float((logits_of(load(out)) - want).abs().max())
