@@ -181,7 +181,7 @@ def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
         variables: Mapping[str, str],
     ) -> int | None:
         python, *rest = map(str, command)
-        kind = SCRIPTS.get((rest[0], Path(rest[1]).name))
+        kind = SCRIPTS.get((rest[0], Path(rest[1]).name)) if len(rest) > 1 else None
         if kind is None or python != _python(kind):
             return real(command, log, folder, timeout, variables)
         flag, *rest = rest
