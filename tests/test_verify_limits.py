@@ -83,7 +83,9 @@ def moved(base: Base, names: Sequence[str], draw: int) -> torch.Tensor:
     )
     for name, weight in model.named_parameters():
         if name in names:
-            raw = np.random.SFC64(draw).random_raw(-(-weight.numel() // 4)).view(np.int16)
+            # Each tensor has its own numbers: equal ones in all blocks would add up.
+            seed = [draw, *name.encode()]
+            raw = np.random.SFC64(seed).random_raw(-(-weight.numel() // 4)).view(np.int16)
             error = torch.from_numpy(raw[: weight.numel()]).float().reshape(weight.shape) / 2**16
             assert float(error.abs().max()) <= 0.5
             step = 2.0 ** (torch.frexp(weight.abs()).exponent - 1) * EPS[torch.bfloat16]

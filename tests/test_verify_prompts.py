@@ -20,6 +20,7 @@ from bake.errors import InputError, UsageError
 from bake.jobs.planned import judged
 from bake.verify import prompts as module
 from bake.verify.greedy import Generated, agreement, as_answered, disagreement, generate
+from bake.verify.inputs import SAMPLES
 from bake.verify.interval import Interval
 from bake.verify.models import load
 from bake.verify.prompts import (
@@ -293,6 +294,7 @@ def test_a_classifier_scores_texts(tmp_path: Path) -> None:
 
 def test_agreement_ends_at_the_first_difference() -> None:
     assert agreement([(1, 2, 3), (4, 5, 6)], [(1, 2, 3), (4, 0, 6)]) == 4 / 6
+    assert agreement([(1, 2, 3), (4, 5, 6)], [(1, 2, 3), (4, 0)]) == 4 / 6
     made = Generated(((1, 2, 3), (4, 5, 6)), ((9.0, 9.0, 9.0), (9.0, 9.0, 9.0)))
     assert disagreement(made, ((1, 2, 3), (4, 0, 6)), 0.1) == (1, 1)
     assert disagreement(made, made.tokens, 0.1) is None
@@ -329,13 +331,15 @@ def test_a_text_that_follows_an_answer_is_known_from_the_run_over_it() -> None:
     best = torch.tensor([1, 2, 0, 3, 4, 1])
     logits = torch.nn.functional.one_hot(best, 5).float()
     assert as_answered([(1, 2), (3, 4)], logits, 0.4) == [(1, 2), (3, 4)]
-    assert as_answered([(1, 2), (3, 3)], logits, 0.4) == [(1, 2), None]
-    assert as_answered([(0, 2), (3, 4)], logits, 0.4) == [None, (3, 4)]
+    # One that parts is known to the token with which it does, and no further.
+    assert as_answered([(1, 2), (3, 3)], logits, 0.4) == [(1, 2), (3, 4)]
+    assert as_answered([(0, 2), (3, 4)], logits, 0.4) == [(1,), (3, 4)]
     # A choice that another evaluation may make otherwise tells nothing; a last row may.
     logits[1] = torch.tensor([0.0, 0.3, 1.0, 0.0, 0.0])
     logits[2] = 0.0
     assert as_answered([(1, 2), (3, 4)], logits, 0.34) == [(1, 2), (3, 4)]
     assert as_answered([(1, 2), (3, 4)], logits, 0.36) == [None, (3, 4)]
+    assert as_answered([(1, 2), (0, 4)], logits, 0.36) == [None, (3,)]
     assert as_answered([(), (1,)], logits, 0.36) == [(), None]
 
 
@@ -365,7 +369,15 @@ def test_the_artifacts_own_text_is_what_it_generates(
         Verification(out, base=str(base.path), prompts=prompts, generate=6, remark=said.append)
     )
     live = load(open_checkpoint(out), torch.float32)
-    assert found[0].tokens == generate(live, prompts, 6).tokens
+    own, ours = found[0].tokens, generate(live, prompts, 6).tokens
+    assert own[:SAMPLES] == ours[:SAMPLES]  # those that the report shows
+    assert all(row == text[: len(row)] for row, text in zip(own, ours, strict=True))
+    # The others are known as far as they follow the hooked model's, and no further.
+    with_hooks = generate(load(base.checkpoint, torch.float32), prompts, 6, edits).tokens
+    short = [(row, text) for row, text in zip(own, with_hooks, strict=True) if len(row) < 6]
+    assert all(row[:-1] == text[: len(row) - 1] for row, text in short)
+    assert all(row[-1] != text[len(row) - 1] for row, text in short)
+    assert bool(short) == spoiled
     (same,) = (row.value for row in report.rows if row.name == "same greedy tokens")
     assert (same < 1) == spoiled
     assert ("greedy text of the stored model" in said) == spoiled

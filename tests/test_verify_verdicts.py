@@ -297,7 +297,12 @@ def test_metrics_by_hand() -> None:
     third = torch.tensor(3.0).log().double()
     reference = torch.tensor([[0.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     other = torch.stack([torch.stack([torch.zeros_like(third), third]), reference[1]])
-    found = compare_logits(reference, other, hidden=(reference, other.flip(1)))
+    both = compare_logits(
+        reference,
+        {"other": other, "same": reference},
+        hidden={"other": (reference, other.flip(1)), "same": (reference + 1, reference + 1)},
+    )
+    found = both["other"]
     numbers = found.metrics
     assert numbers.max_dlogit == pytest.approx(float(third))
     assert numbers.mean_dlogit == pytest.approx(float(third) / 4)
@@ -307,7 +312,7 @@ def test_metrics_by_hand() -> None:
     assert numbers.mean_kl == pytest.approx(0.14384103622589045 / 2)
     assert numbers.same_top == 0.5
     assert largest_difference(reference, other) == numbers.max_dlogit
-    same = compare_logits(reference, reference, hidden=(reference + 1, reference + 1)).metrics
+    same = both["same"].metrics
     assert (same.max_dlogit, same.max_kl, same.same_top) == (0.0, 0.0, 1.0)
     assert same.cosine == pytest.approx(1.0)
 

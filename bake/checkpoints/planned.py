@@ -37,7 +37,13 @@ class PlannedTensor:
         """Return all of it, in float64."""
         import torch
 
-        return torch.cat([tile.clone() for tile in self.tiles()]).reshape(self.shape)
+        whole = torch.empty(self.shape, dtype=torch.float64)
+        flat, start = whole.view(-1), 0
+        for tile in self.tiles():
+            flat[start : start + tile.numel()] = tile.reshape(-1)
+            start += tile.numel()
+        assert start == flat.numel(), self.name
+        return whole
 
     def spans(self) -> "Iterator[tuple[int, int, Tensor]]":
         """Yield the tiles, each with its first row and the one past its last."""

@@ -12,7 +12,7 @@ from bake.verify import verdict
 from bake.verify.adapter import as_merge, peft_version
 from bake.verify.as_system import system_rows
 from bake.verify.evidence import Evidence
-from bake.verify.inputs import Inputs
+from bake.verify.inputs import SAMPLES, Inputs
 from bake.verify.leak import leaks
 from bake.verify.metrics import stream_differences
 from bake.verify.models import LOADING
@@ -22,9 +22,6 @@ from bake.verify.serving import Served
 from bake.verify.stored.check import FilesChecked
 from bake.verify.tokenizer import has_tokenizer, load_tokenizer
 from bake.verify.verdict import Limits
-
-SAMPLES = 3
-"""Prompts whose texts a report shows."""
 
 
 def report_of(

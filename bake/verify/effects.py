@@ -43,8 +43,9 @@ def read_by_base(runner: Runner) -> Reading:
     text = text_of(runner)
     if not isinstance(text, Text):
         return Reading(text, {})
-    names = (name for name in MODELS if name != "baked")
-    return Reading(text, {name: losses_of(runner, name, text.passages) for name in names})
+    losses = {} if text.base is None else {"base": text.base}
+    names = (name for name in MODELS if name != "baked" and name not in losses)
+    return Reading(text, losses | {name: losses_of(runner, name, text.passages) for name in names})
 
 
 def read_by_baked(runner: Runner, reading: Reading) -> Reading:

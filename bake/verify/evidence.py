@@ -10,9 +10,9 @@ from bake.verify.as_system import run_as_system
 from bake.verify.broken import BrokenPlans, ControlRun
 from bake.verify.fixed_point import stream_sites
 from bake.verify.greedy import Generated
-from bake.verify.inputs import GREEDY
-from bake.verify.loss import Divergence, divergence, split
-from bake.verify.metrics import Compared, compare_logits, largest_difference
+from bake.verify.inputs import GREEDY, SAMPLES, Inputs
+from bake.verify.loss import Divergence, split
+from bake.verify.metrics import Compared, compare_logits, divergences, largest_difference
 from bake.verify.moved import DRAWS, moved
 from bake.verify.runner import Runner
 from bake.verify.runs import Trace
@@ -36,7 +36,9 @@ class Evidence:
     narrow: Trace
     """The reference in float32, whose distance from float64 shows what the model amplifies."""
     texts: dict[str, Generated]
-    """Greedy text in float32 of ``base``, ``hooked`` (the reference) and ``baked`` (the files)."""
+    """Greedy text in float32 of ``base``, ``hooked`` (the reference) and ``baked`` (the files).
+    Where none is scored, ``base`` has the first few, and behind these ``baked`` may end with the
+    token with which it parts from ``hooked``."""
     stored: Trace | None = None
     """The artifact's own weights, in float32 or what is wider; None where it is no checkpoint."""
     missed: float = math.inf
@@ -76,7 +78,8 @@ def collect(runner: Runner) -> Evidence:
     evidence.system = system
     evidence.missed = largest_difference(planned.logits, meant.logits)
     unmoved, speaking = base if inputs.artifact.merged else hooked, runner.transcript.speaking
-    evidence.draws = [divergence(unmoved.logits, trace.logits, speaking) for trace in drawn]
+    apart = divergences(unmoved.logits, [trace.logits for trace in drawn]) if drawn else []
+    evidence.draws = [split(kl, speaking) for kl in apart]
     evidence.controls = BrokenPlans(runner, held, base, hooked, planned, meant).runs()
     others = {"base": base, "planned": planned}
     if inputs.baked is not None:
@@ -85,11 +88,13 @@ def collect(runner: Runner) -> Evidence:
             "stored model", "stored", dtype, sites=sites
         )
         if inputs.generate:
-            texts["baked"] = runner.stored_text(evidence.stored)
-    for name, trace in others.items():
-        last = sites[-1] if sites else None
-        hidden = (hooked.streams[last], trace.streams[last]) if last in hooked.streams else None
-        evidence.compared[name] = compare_logits(hooked.logits, trace.logits, hidden=hidden)
+            texts["baked"] = runner.stored_text(evidence.stored, _shown(inputs))
+    last = [site for site in sites[-1:] if site in hooked.streams]
+    evidence.compared = compare_logits(
+        hooked.logits,
+        {name: trace.logits for name, trace in others.items()},
+        hidden={n: (hooked.streams[s], t.streams[s]) for n, t in others.items() for s in last},
+    )
     evidence.seconds = runner.seconds
     return evidence
 
@@ -106,5 +111,10 @@ def _answers(runner: Runner) -> dict[str, Generated]:
     runner.transcript = Transcript(prompts, tuple(tokens[:count] for tokens in hooked.tokens))
     texts = {"hooked": hooked}
     if count:
-        texts["base"] = runner.greedy("base model", "base", prompts, count)
+        texts["base"] = runner.greedy("base model", "base", prompts[: _shown(inputs)], count)
     return texts
+
+
+def _shown(inputs: Inputs) -> int:
+    """Return how many texts of base and artifact are read: all where they are scored."""
+    return len(inputs.prompts.tokens) if inputs.scores else SAMPLES

@@ -88,9 +88,9 @@ def as_answered(
     """Return what a run over another model's answers shows of a model's own greedy text.
 
     As long as its most likely token is the answer's, it is run on its own text. So a continuation
-    that is the answer to its end is known; of one that parts from it is None returned. None too
-    where a choice is closer than two evaluations lie apart: token by token the model may make
-    another one.
+    is known to the token with which it parts from the answer, that one included, or to the end.
+    None where a choice among these is closer than two evaluations lie apart: token by token the
+    model may make another one.
 
     Args:
         answers: of each prompt.
@@ -102,19 +102,24 @@ def as_answered(
     best, start = tokens[:, 0].tolist(), 0
     found: list[tuple[int, ...] | None] = []
     for answer in answers:
-        part = slice(start, start + len(answer))
-        known = all(sure[part]) and best[part] == list(answer)
-        found.append(tuple(answer) if known else None)
-        start = part.stop + 1
+        own = best[start : start + len(answer)]
+        same = [ours == token for ours, token in zip(own, answer, strict=True)]
+        known = same.index(False) + 1 if False in same else len(same)
+        clear = all(sure[start : start + known])
+        found.append(tuple(own[:known]) if clear else None)
+        start += len(answer) + 1
     return found
 
 
 def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
-    """Return the share of tokens before the first one that differs, over all continuations."""
+    """Return the share of our tokens before the first one that differs, over all continuations.
+
+    Theirs may end with the token that differs.
+    """
     same = total = 0
     for a, b in zip(ours, theirs, strict=True):
         total += len(a)
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip(a, b, strict=len(a) == len(b)):
             if x != y:
                 break
             same += 1

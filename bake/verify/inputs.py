@@ -30,6 +30,8 @@ from bake.verify.verification import Verification
 CPU = "cpu"
 GREEDY = 16
 """Greedy tokens after each prompt, with the model in memory."""
+SAMPLES = 3
+"""Prompts whose texts a report shows."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -48,7 +48,8 @@ def divergence(
         other: those of the model.
         speaking: the tokens that an answer's are chosen after.
     """
-    return split(divergences(hooked, other), speaking)
+    (found,) = divergences(hooked, [other])
+    return split(found, speaking)
 
 
 def split(kl: Float[Tensor, " tokens"], speaking: Bool[Tensor, " tokens"]) -> Divergence:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 from bake.sites import Site
 
 _AT_ONCE = 1 << 17  # logits that are looked at in float64 at a time: they stay in the cache
-_SAMPLE = 1 << 22  # logits that a quantile is taken of: an even sample where there are more
+_SAMPLE = 1 << 19  # logits that a quantile is taken of: an even sample where there are more
 POINTS = 1500
 """Logits in the scatter plot: an even sample."""
 
@@ -49,54 +50,87 @@ class Compared:
 
 def compare_logits(
     reference: Float[Tensor, "tokens vocab"],
-    other: Float[Tensor, "tokens vocab"],
+    others: Mapping[str, Float[Tensor, "tokens vocab"]],
     *,
-    hidden: tuple[Tensor, Tensor] | None = None,
-) -> Compared:
-    """Return how far ``other`` lies from ``reference``, computed in float64.
+    hidden: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+) -> dict[str, Compared]:
+    """Return how far each of ``others`` lies from ``reference``, computed in float64.
+
+    The reference's log-probabilities are computed once for all of them.
 
     Args:
         reference: logits of the hooked model, in any dtype.
-        other: logits of the model that is compared with it.
+        others: logits of the models that are compared with it, by name.
         hidden: final hidden states of both, [tokens, width]; without them the cosine is not known.
     """
-    dlogit, dlogprob, kl, top = _Spread(reference), _Spread(reference), [], 0
-    for start, x, y in _pieces(reference, other):
-        dlogit.add((x - y).abs(), start)
-        p, q = x.log_softmax(-1), y.log_softmax(-1)
-        dlogprob.add((p - q).abs(), start)
-        kl.append(_kl(p, q))
-        top += int((x.argmax(-1) == y.argmax(-1)).sum())
-    divergence = torch.cat(kl)
-    metrics = LogitMetrics(
-        tokens=len(reference),
-        max_dlogit=dlogit.largest,
-        mean_dlogit=dlogit.mean,
-        p99_dlogit=dlogit.quantile(0.99),
-        max_dlogprob=dlogprob.largest,
-        mean_dlogprob=dlogprob.mean,
-        p99_dlogprob=dlogprob.quantile(0.99),
-        mean_kl=float(divergence.mean()),
-        p95_kl=float(torch.quantile(divergence, 0.95)),
-        max_kl=float(divergence.max()),
-        same_top=top / len(reference),
-        cosine=math.nan if hidden is None else _least_cosine(*hidden),
-    )
-    return Compared(metrics, tuple(divergence.tolist()), _scatter(reference, other))
+    sums = {name: _Sums(reference) for name in others}
+    for rows in _stretches(reference):
+        x = reference[rows].to(torch.float64)
+        ours = x, x.argmax(-1, keepdim=True), *_probabilities(x)
+        for name, other in others.items():
+            sums[name].add(ours, other[rows].to(torch.float64), rows.start)
+    return {
+        name: sums[name].compared(_scatter(reference, other), hidden.get(name))
+        for name, other in others.items()
+    }
 
 
-def _pieces(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield a few rows of both in float64, with the first one's index."""
-    height = max(1, _AT_ONCE // x.shape[1])
-    for start in range(0, len(x), height):
-        rows = slice(start, start + height)
-        yield start, x[rows].to(torch.float64), y[rows].to(torch.float64)
+class _Sums:
+    """What one model's logits come to beside a reference's, a stretch of tokens after another."""
+
+    def __init__(self, reference: Tensor) -> None:
+        self.dlogit, self.dlogprob = _Spread(reference), _Spread(reference)
+        self.kl: list[Tensor] = []
+        self.top, self.tokens = 0, len(reference)
+
+    def add(self, ours: tuple[Tensor, Tensor, Tensor, Tensor], y: Tensor, start: int) -> None:
+        """Add a stretch: the reference's logits, most likely tokens, log p and p, and others."""
+        x, best, log, p = ours
+        self.dlogit.add((x - y).abs_(), start)
+        apart = log - y.log_softmax(-1)
+        self.kl.append(_kl(p, apart))
+        self.dlogprob.add(apart.abs_(), start)
+        self.top += int((y.gather(-1, best) == y.amax(-1, keepdim=True)).sum())
+
+    def compared(
+        self, points: tuple[tuple[float, float], ...], hidden: tuple[Tensor, Tensor] | None
+    ) -> Compared:
+        """Return all of it."""
+        divergence, dlogit, dlogprob = torch.cat(self.kl), self.dlogit, self.dlogprob
+        metrics = LogitMetrics(
+            tokens=self.tokens,
+            max_dlogit=dlogit.largest,
+            mean_dlogit=dlogit.mean,
+            p99_dlogit=dlogit.quantile(0.99),
+            max_dlogprob=dlogprob.largest,
+            mean_dlogprob=dlogprob.mean,
+            p99_dlogprob=dlogprob.quantile(0.99),
+            mean_kl=float(divergence.mean()),
+            p95_kl=float(torch.quantile(divergence, 0.95)),
+            max_kl=float(divergence.max()),
+            same_top=self.top / self.tokens,
+            cosine=math.nan if hidden is None else _least_cosine(*hidden),
+        )
+        return Compared(metrics, tuple(divergence.tolist()), points)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p ‖ q) of every row of log-probabilities, in nats."""
+def _stretches(logits: Tensor) -> Iterator[slice]:
+    """Yield a few rows at a time."""
+    height = max(1, _AT_ONCE // logits.shape[1])
+    for start in range(0, len(logits), height):
+        yield slice(start, start + height)
+
+
+def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logarithms of probabilities, and these."""
+    log = logits.log_softmax(-1)
+    return log, log.exp()
+
+
+def _kl(p: Tensor, apart: Tensor) -> Tensor:
+    """Return KL(p ‖ q) of every row in nats, from p and log p − log q."""
     # Rounding may leave a divergence of almost nothing below zero.
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0.0)
+    return torch.bmm(p.unsqueeze(1), apart.unsqueeze(2)).flatten().clamp_(min=0.0)
 
 
 class _Spread:
@@ -137,22 +171,32 @@ def _least_cosine(x: Tensor, y: Tensor) -> float:
 
 def largest_difference(x: Tensor, y: Tensor) -> float:
     """Return max |x − y| in float64, without a float64 copy of the whole."""
-    return max(float((a - b).abs().max()) for _, a, b in _pieces(x, y))
+    return max(
+        float((x[rows].to(torch.float64) - y[rows].to(torch.float64)).abs_().max())
+        for rows in _stretches(x)
+    )
 
 
 def divergences(
-    reference: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]
-) -> Float[Tensor, " tokens"]:
-    """Return KL(reference ‖ other) after every token in nats, from logits."""
-    pieces = _pieces(reference, other)
-    return torch.cat([_kl(x.log_softmax(-1), y.log_softmax(-1)) for _, x, y in pieces])
+    reference: Float[Tensor, "tokens vocab"], others: Sequence[Float[Tensor, "tokens vocab"]]
+) -> list[Float[Tensor, " tokens"]]:
+    """Return KL(reference ‖ other) after every token in nats, from logits, of each of ``others``.
+
+    The reference's log-probabilities are computed once for all of them.
+    """
+    found: list[list[Tensor]] = [[] for _ in others]
+    for rows in _stretches(reference):
+        log, p = _probabilities(reference[rows].to(torch.float64))
+        for other, kl in zip(others, found, strict=True):
+            kl.append(_kl(p, log - other[rows].to(torch.float64).log_softmax(-1)))
+    return [torch.cat(kl) for kl in found]
 
 
 def mean_kl(
     reference: Float[Tensor, "tokens vocab"], other: Float[Tensor, "tokens vocab"]
 ) -> float:
     """Return the mean over tokens of KL(reference ‖ other) in nats, from logits."""
-    return float(divergences(reference, other).mean())
+    return float(divergences(reference, [other])[0].mean())
 
 
 def stream_differences(

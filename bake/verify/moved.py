@@ -19,8 +19,8 @@ DRAWS = 3
 """How many times the weights are moved."""
 _BITS = 16
 """Of a random number: 65,536 places between −½ and ½ of a step."""
-_STRETCH = 1 << 20
-"""Values that are moved at a time."""
+_STRETCH = 1 << 16
+"""Values that are moved at a time: all that is made of them stays in a cache."""
 
 
 def moved(runner: Runner, number: int) -> Trace:
@@ -41,8 +41,7 @@ def _drawn(runner: Runner, name: str, number: int) -> Callable[[], Tensor]:
     def draw() -> Tensor:
         inputs = runner.inputs
         weight = inputs.base.read(name).to(torch.float32, copy=True)
-        errors = _whole(weight.numel(), number)
-        # In stretches: memory that an embedding's copies take anew costs more than the arithmetic.
+        errors = _whole(weight.numel(), number, name)
         pairs = (torch.split(values, _STRETCH) for values in (weight.view(-1), errors))
         for part, some in zip(*pairs, strict=True):
             steps = inputs.files.spacing(name, part)
@@ -54,7 +53,10 @@ def _drawn(runner: Runner, name: str, number: int) -> Callable[[], Tensor]:
     return draw
 
 
-def _whole(count: int, seed: int) -> Int16[Tensor, " count"]:
-    """Return random whole numbers of ``_BITS`` bits: four of them in one draw of NumPy's."""
-    raw = np.random.SFC64(seed).random_raw(-(-count * _BITS // 64))
+def _whole(count: int, draw: int, name: str) -> Int16[Tensor, " count"]:
+    """Return random whole numbers of ``_BITS`` bits: four of them in one draw of NumPy's.
+
+    Each tensor has its own: alike in all blocks, errors would add up as those of rounding do not.
+    """
+    raw = np.random.SFC64([draw, *name.encode()]).random_raw(-(-count * _BITS // 64))
     return torch.from_numpy(raw.view(np.int16)[:count])

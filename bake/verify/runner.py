@@ -156,7 +156,7 @@ class Runner:
     ) -> Generated:
         """Return the greedy text after every prompt in float32, as ``trace`` returns a run."""
         label = f"greedy text of the {name}"
-        kept = self.store.load(f"{label}, {count}")
+        kept = self.store.load(f"{label}, {count} tokens of {len(prompts)}")
         if kept is not None:
             (tensors, seconds) = kept
             self.seconds += seconds
@@ -166,7 +166,7 @@ class Runner:
         text = generate(self.model(source, torch.float32), prompts, count, edits)
         self.seconds += text.seconds
         numbers = {"tokens": torch.tensor(text.tokens), "margins": torch.tensor(text.margins)}
-        self.store.save(f"{label}, {count}", numbers, text.seconds)
+        self.store.save(f"{label}, {count} tokens of {len(prompts)}", numbers, text.seconds)
         return text
 
     def reference_text(self, prompts: Sequence[Sequence[int]], count: int) -> Generated:
@@ -174,14 +174,17 @@ class Runner:
         name, source, edits = self._reference
         return self.greedy(name, source, prompts, count, edits)
 
-    def stored_text(self, trace: Trace) -> Generated:
+    def stored_text(self, trace: Trace, whole: int) -> Generated:
         """Return the artifact's greedy text after every prompt.
 
         Where its own most likely token is that of the answer all along, and clearly so, its text is
-        the answer: the run over the transcript has said so. The others are generated.
+        the answer: the run over the transcript has said so, and as well with which token it parts
+        from the answer. What that does not say is generated.
 
         Args:
             trace: the artifact's run over the transcript.
+            whole: the texts that are wanted to their end, so many of the first; others may end with
+                the token with which they part from the hooked model's.
         """
         transcript, count = self.transcript, self.inputs.generate
         found: Sequence[tuple[int, ...] | None] = [None] * len(transcript.prompts)
@@ -194,9 +197,13 @@ class Runner:
                 scale=float(logits.abs().max()),
             )
             found = as_answered(transcript.answers, logits, tolerance)
-        parted = [p for p, row in zip(transcript.prompts, found, strict=True) if row is None]
-        made = iter(self.greedy("stored model", "stored", parted, count).tokens if parted else ())
-        return Generated(tuple(next(made) if row is None else row for row in found))
+        known = [
+            row if row is not None and (index >= whole or len(row) == count) else None
+            for index, row in enumerate(found)
+        ]
+        missing = [p for p, row in zip(transcript.prompts, known, strict=True) if row is None]
+        made = iter(self.greedy("stored model", "stored", missing, count).tokens if missing else ())
+        return Generated(tuple(next(made) if row is None else row for row in known))
 
     @property
     def sources(self) -> dict[str, tuple[Source, tuple[Edit, ...]]]:

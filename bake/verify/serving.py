@@ -73,7 +73,7 @@ def serve_all(runtimes: Runtimes, target: Target) -> Served:
             continue
         own = served_rows(name, found, target)
         rows += own.rows
-        compared[name] = compare_logits(target.hooked, found.logprobs)
+        compared |= compare_logits(target.hooked, {name: found.logprobs})
         texts = texts or found.texts
         records.append(
             {
@@ -91,7 +91,7 @@ def serve_all(runtimes: Runtimes, target: Target) -> Served:
                 "metrics": asdict(compared[name].metrics),
             }
         )
-    effect = compare_logits(target.hooked, target.base)
+    effect = compare_logits(target.hooked, {"base": target.base})["base"]
     return Served(tuple(rows), tuple(records), compared, effect, texts)
 
 

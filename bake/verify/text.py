@@ -42,6 +42,8 @@ class Text:
     """Of bake's own passages; nobody says it of a file."""
     passages: tuple[tuple[int, ...], ...]
     """Token ids."""
+    base: Losses | None = None
+    """What the base makes of them, where it was asked in order to choose them."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what a report says of the text."""
@@ -91,22 +93,25 @@ def _stated(inputs: Inputs) -> tuple[str, ...]:
 def _known(runner: Runner, tokenizer: Any, texts: Mapping[str, Sequence[str]]) -> Text | str:
     """Return the passages in languages that the base predicts, or why there are none."""
     chosen: list[tuple[int, ...]] = []
+    losses: list[tuple[float, ...]] = []
     codes, reasons = [], []
     for code, lines in texts.items():
         passages = _passages(tokenizer, lines, "built-in")
         if any(tokenizer.unk_token_id in passage for passage in passages):
             reasons.append(f"the tokenizer cannot write it in {code}")
             continue
-        rate = _bits(losses_of(runner, "base", passages), lines)
+        found = losses_of(runner, "base", passages)
+        rate = _bits(found, lines)
         if rate > BITS:
             reasons.append(f"{rate:.1f} in {code}")
             continue
         chosen += passages
+        losses += found
         codes.append(code)
     if not codes:
         rule = f"bake's own text is for bases that need {BITS:g} bits a byte of it or fewer"
         return f"{rule}: {', '.join(reasons)}"
-    return Text("built-in", ", ".join(codes), tuple(chosen))
+    return Text("built-in", ", ".join(codes), tuple(chosen), tuple(losses))
 
 
 def _bits(found: Losses, lines: Sequence[str]) -> float:

@@ -206,11 +206,20 @@ def load_units(
     group: list[Unit] = []
     tensors: dict[str, Tensor] = {}
     ties: dict[str, Tensor] = {}
+    units = tuple(units)
+    shared = {name for unit in units for name in unit.tied.values()}
+    seen: dict[str, Tensor] = {}
+
+    def value(name: str) -> Tensor:
+        if name in shared and name not in seen:
+            seen[name] = read(name)
+        return seen[name] if name in shared else read(name)
+
     for unit in units:
         names = only(unit)
         group.append(unit)
-        tensors |= {name: read(name) for name in unit.tensors if name in names}
-        ties |= {key: read(name) for key, name in unit.tied.items() if name in names}
+        tensors |= {name: value(name) for name in unit.tensors if name in names}
+        ties |= {key: value(name) for key, name in unit.tied.items() if name in names}
         if sum(value.nbytes for value in (*tensors.values(), *ties.values())) >= AT_ONCE:
             _load(model, group, tensors, ties)
             group, tensors, ties = [], {}, {}

@@ -275,7 +275,7 @@ def greedy_rows(evidence: Evidence) -> tuple[Row, ...]:
     if "baked" not in texts:
         return ()
     ours, theirs = texts["hooked"].tokens, texts["baked"].tokens
-    same = agreement([row[: len(theirs[0])] for row in ours], theirs)
+    same = agreement(ours, theirs)
     return (unjudged("same greedy tokens", same, "share of tokens before the texts part"),)
 
 

@@ -32,7 +32,7 @@ _GGML = tuple(
 FEEDBACK = (*FLOATS, *PLANES)
 """The types that can be rounded with error feedback."""
 
-_STRIP = 1 << 16  # values that are rounded at a time: they stay in the processor's cache
+_STRIP = 1 << 17  # values that are rounded at a time: in fewer, calls cost more than memory does
 
 
 def decode(

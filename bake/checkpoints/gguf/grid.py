@@ -33,21 +33,32 @@ class Plane:
 
     def unpack(self, blocks: UInt8[Tensor, "n size"]) -> UInt8[Tensor, "n block"]:
         """Return these bits of every code."""
-        packed = blocks[:, self.start : self.stop].reshape(blocks.shape[0], -1, 1, self.run)
+        packed = _words(blocks[:, self.start : self.stop], self.run)
         fields = [(packed >> shift) & self._mask for shift in range(0, 8, self.bits)]
-        return torch.cat(fields, dim=2).reshape(blocks.shape[0], -1)
+        return torch.stack(fields, dim=2).view(torch.uint8).reshape(blocks.shape[0], -1)
 
     def pack(self, blocks: UInt8[Tensor, "n size"], codes: UInt8[Tensor, "n block"]) -> None:
         """Write these bits of every code into the blocks; the codes have no others."""
-        fields = codes.reshape(blocks.shape[0], -1, 8 // self.bits, self.run)
-        packed = fields[:, :, 0]
+        fields = _words(codes, self.run).unflatten(1, (-1, 8 // self.bits))
+        packed = fields[:, :, 0].contiguous()
         for number in range(1, fields.shape[2]):
-            packed = packed | (fields[:, :, number] << number * self.bits)
-        blocks[:, self.start : self.stop] = packed.reshape(blocks.shape[0], -1)
+            packed |= fields[:, :, number] << number * self.bits
+        blocks[:, self.start : self.stop] = packed.view(torch.uint8).reshape(blocks.shape[0], -1)
 
     @property
     def _mask(self) -> int:
-        return (1 << self.bits) - 1
+        """The bits of one value, in every byte of what ``_words`` makes of a run."""
+        mask = (1 << self.bits) - 1
+        return mask if self.run % 8 else int.from_bytes(bytes([mask] * 8), "little", signed=True)
+
+
+def _words(bytes_: UInt8[Tensor, "n bytes"], run: int) -> Tensor:
+    """Return runs of bytes, [n, runs, words]: eight bytes a word where a run has so many.
+
+    No bit of a code leaves its byte: what is shifted out of one is masked, or was 0.
+    """
+    runs = bytes_.reshape(bytes_.shape[0], -1, run)
+    return runs if run % 8 else runs.contiguous().view(torch.int64)
 
 
 PLANES = {
@@ -130,9 +141,9 @@ def ends(kind: GgmlType) -> tuple[int, int]:
 
 def read_codes(raw: UInt8[Tensor, "rows bytes"], kind: GgmlType) -> Float[Tensor, "rows columns"]:
     """Return the codes of some rows, whole numbers in float32."""
-    blocks, shift = raw.reshape(-1, kind.size), 0
-    codes = torch.zeros(blocks.shape[0], kind.block, dtype=torch.uint8)
-    for plane in PLANES[kind.name]:
+    blocks, (lowest, *others) = raw.reshape(-1, kind.size), PLANES[kind.name]
+    codes, shift = lowest.unpack(blocks), lowest.bits
+    for plane in others:
         codes |= plane.unpack(blocks) << shift
         shift += plane.bits
     whole = codes.view(torch.int8) if kind.name in _SIGNED else codes

@@ -111,8 +111,8 @@ class _Rows:
         codes, errors = torch.empty(values.shape), torch.empty_like(values)
         for rows in strips(values):
             old = None if base is None else base[rows]
-            raw[rows], codes[rows], errors[rows] = self._nearest(values[rows], old)
-        check_fits(errors, values, kind, self.name)
+            raw[rows], codes[rows], errors[rows] = made = self._nearest(values[rows], old)
+            check_fits(made[2], values[rows], kind, self.name)
         feedback.settle(errors, _Codes(self._grid(raw), codes, errors, feedback.axis))
         raw = with_codes(raw, kind, codes)
         if kind.name not in SIMPLE:  # their decoders multiply scales in another order

@@ -70,6 +70,7 @@ class _Seen:
         self.within = 0.0
 
     def add(self, tile: Tensor, start: int) -> None:
+        """Add rows of the matrix, of which ``start`` is the first."""
         rows = self.functionals.rows
         if self.functionals.axis == 1:
             self.within += float((tile @ rows.T).square().sum())

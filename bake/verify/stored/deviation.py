@@ -24,7 +24,7 @@ DIRECTION = 3.0
 sixteen squares or more, whose root is above three times its mean once in 10²⁰ matrices."""
 COLUMNS = 16
 """Columns from which on the component along a direction is judged."""
-_STRIP = 1 << 16  # values that are compared at a time
+_STRIP = 1 << 15  # values that are compared at a time: all that is made of them stays in a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,26 @@ def deviation(files: StoredFiles, name: str, spoil: Spoil | None = None) -> Devi
     """
     found = files.directions(name) if files.unbiased else None
     total = _Sums(found)
+    reach = files.reach(name)
     for start, stop, tile in files.planned[name].spans():
         exact = tile.reshape(tile.shape[0], -1) if tile.ndim > 1 else tile.unsqueeze(1)
-        have = files.rows(name, start, stop)
-        if spoil is not None:
-            have = spoil(start, stop, have)
-        steps = files.steps(name, start, stop, exact)
         # The same sum in another order, on another processor, rounds otherwise in float64.
-        slack = fold_tolerance(max(exact.shape), float(exact.abs().max()) if exact.numel() else 0.0)
+        slack = fold_tolerance(max(exact.shape), _largest(exact))
+        broken = None if spoil is None else spoil(start, stop, files.rows(name, start, stop))
         for rows in _strips(exact):
-            part = exact[rows], have[rows], steps[rows]
-            total.add(*part, files.reach(name), slack, start + rows.start)
+            part, first = exact[rows], start + rows.start
+            span = first, first + part.shape[0]
+            have = files.rows(name, *span) if broken is None else broken[rows]
+            total.add(have - part, files.steps(name, *span, part), reach, slack, first)
     return total.deviation(name)
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest absolute value, in one pass that makes no other tensor."""
+    if not values.numel():
+        return 0.0
+    least, most = values.aminmax()
+    return max(-float(least), float(most))
 
 
 def _strips(values: Tensor) -> Iterator[slice]:
@@ -95,18 +103,17 @@ class _Sums:
         self.errors = self.expected = self.along_expected = self.within = 0.0
         self.across: Tensor | None = None
 
-    def add(
-        self, exact: Rows, have: Rows, steps: Rows, reach: float, slack: float, start: int
-    ) -> None:
+    def add(self, error: Rows, steps: Rows, reach: float, slack: float, start: int) -> None:
         """Add some rows; ``slack`` is what may be off beside the steps that ``reach`` counts."""
-        error = have - exact
-        self.values += error.numel()
-        self.outside += int((~(error.abs() <= reach * steps + slack)).sum())
-        square = steps.square() / 12 + slack * slack
-        self.errors += float(error.square().sum())
-        self.expected += float(square.sum())
-        if self.directions is not None and exact.shape[1] > 1:
-            self._along(error, square, start)
+        count, error = error.numel(), error.contiguous()
+        self.values += count
+        within = error.abs().le_((steps * reach).add_(slack))  # not so where one is no number
+        self.outside += count - int(torch.count_nonzero(within))
+        square = steps.square()
+        self.errors += float(error.flatten().dot(error.flatten()))
+        self.expected += float(square.sum()) / 12 + count * slack * slack
+        if self.directions is not None and error.shape[1] > 1:
+            self._along(error, square.div_(12).add_(slack * slack), start)
 
     def _along(self, error: Rows, square: Rows, start: int) -> None:
         assert self.directions is not None
@@ -119,7 +126,7 @@ class _Sums:
         part = basis[:, start : start + error.shape[0]]
         self.columns = error.shape[1]
         found = part @ error
-        self.across = found if self.across is None else self.across + found
+        self.across = found if self.across is None else self.across.add_(found)
         self.along_expected += float((part.square() @ square).sum())
 
     def deviation(self, name: str) -> Deviation:
