@@ -15,6 +15,7 @@ from bake.verify.effects import read_by_baked, read_by_base, with_side_effects
 from bake.verify.evidence import collect
 from bake.verify.inputs import Inputs, opened
 from bake.verify.planned import Planned
+from bake.verify.precision import full_float32
 from bake.verify.report import Report
 from bake.verify.runner import Runner
 from bake.verify.serving import serve
@@ -37,7 +38,7 @@ def compare(asked: Verification, planned: Planned) -> Report:
         FamilyError: no table fits the base.
     """
     start = perf_counter()
-    with opened(asked, planned) as inputs:
+    with opened(asked, planned) as inputs, full_float32():
         runner = Runner(inputs)
         report = _report_of(runner)
         runner.store.clear()

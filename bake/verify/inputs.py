@@ -25,9 +25,8 @@ from bake.verify.runs import BATCH_TOKENS, DTYPES
 from bake.verify.shape import Shape, shape_of, shape_of_class
 from bake.verify.stored.files import StoredFiles, untied, untied_by_merge
 from bake.verify.stored.registry import stored_files
-from bake.verify.verification import Verification
+from bake.verify.verification import CPU, Verification
 
-CPU = "cpu"
 GREEDY = 16
 """Greedy tokens after each prompt, with the model in memory."""
 SAMPLES = 3

@@ -45,6 +45,22 @@ def double_precision() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 numbers on a GPU as float32 numbers inside the context.
+
+    By itself cuDNN takes ten bits of each for a convolution (TF32), as a mixer of a state-space
+    model has one: an error of 2⁻¹¹ beside which a bound for float32 would mean nothing. cuBLAS does
+    where the process has asked for it.
+    """
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class _NoNarrowing(TorchFunctionMode):
     """Intercepts every torch function called from Python."""
 

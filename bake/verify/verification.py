@@ -15,6 +15,8 @@ from bake.verify.stored.beside import base_beside
 from bake.verify.tasks import check_harness
 from bake.verify.tokenizer import has_tokenizer
 
+CPU = "cpu"
+"""The device map that names the processor."""
 PASSAGES = 8
 """The fewest passages of a gate's text."""
 
@@ -99,8 +101,12 @@ class Verification:
             raise UsageError(f"--adapter is for a merge, and this is a {kind}", where=where)
         if self.family is not None and artifact.merged:
             raise UsageError("--family is for edits: a merge needs no table", where=where)
-        if self.device_map is not None and self.streamed:
-            raise UsageError("--device and --stream exclude each other")
+        if self.device_map not in (None, CPU) and self.streamed:
+            raise UsageError(
+                f"--device {self.device_map} and --stream exclude each other",
+                why="a streamed model is on the processor",
+                fix="leave one of them out; --device cpu and --stream agree",
+            )
         if not artifact.carrier.checkpoint:
             self._check_served(kind, where)
         if self.as_system:

@@ -56,7 +56,7 @@ def storage(found: "Storage") -> RenderableType:
 
 def storage_told(types: Mapping[str, str], why: "StorageRecord") -> str:
     """Return the types of the edited tensors, and why they are these."""
-    lost = f"about {why.lost:.2g} of the edit's KL is lost to rounding"
+    lost = f"up to {why.lost:.2g} of the edit's KL is lost to rounding"
     if "auto" not in why.asked.values():
         return f"{types_shown(types)}, as asked: {lost}"
     if why.lost > why.limit:

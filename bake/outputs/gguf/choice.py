@@ -3,9 +3,9 @@
 Rounding adds noise to an edited tensor. To second order the mean KL that a small change of the
 weights causes is a quadratic form in it, so what noise costs beside what the edit does goes with
 the ratio of their square sums, ν = Σ error² / Σ change². Noise has no direction, and an edit moves
-the stream along one that matters, so less than ν of the edit's KL is lost: between 0.08 ν and
-0.45 ν on the model of docs/gguf.md, so ½ ν is what is reckoned with. ``auto`` takes the smallest
-file of which that is within the limit.
+the stream along one that matters, so less than ν of the edit's KL is lost, and ν is what is
+reckoned with: between 0.08 ν and 0.84 ν are, with two directions on the model of docs/gguf.md.
+``auto`` takes the smallest file of which ν is within the limit.
 
 ν is measured before anything is written, on a few rows of a few of the tensors.
 """
@@ -33,7 +33,6 @@ from bake.rounding import Feedback, Rounding
 
 CANDIDATES = ("Q5_1", "Q6_K", "Q8_0", "F16")
 """What ``auto`` tries beside the type that is there."""
-_SHARE = 0.5  # of ν
 _SAMPLES, _ROWS = 4, 1 << 17  # tensors of each kind, and values of each
 
 
@@ -73,7 +72,7 @@ class Choice:
     nbytes: int
     """Of the edited tensors."""
     lost: float
-    """½ ν: what is lost of the edit's KL, by the noise."""
+    """ν: what may be lost of the edit's KL, by the noise."""
     noise: float
     """Σ error² over Σ value², the root of it."""
 
@@ -125,7 +124,7 @@ def choice_of(parts: Sequence[Part], trials: Sequence[Trial]) -> Choice:
     return Choice(
         {part.name: trial.word for part, trial in zip(parts, trials, strict=True)},
         sum(trial.nbytes for trial in trials),
-        _SHARE * noise / change if change else 0.0,
+        noise / change if change else 0.0,
         (noise / norm) ** 0.5 if norm else 0.0,
     )
 
