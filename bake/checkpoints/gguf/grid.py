@@ -39,7 +39,8 @@ class Plane:
 
     def pack(self, blocks: UInt8[Tensor, "n size"], codes: UInt8[Tensor, "n block"]) -> None:
         """Write these bits of every code into the blocks; the codes have no others."""
-        fields = _words(codes, self.run).unflatten(1, (-1, 8 // self.bits))
+        words = _words(codes, self.run)
+        fields = words.reshape(words.shape[0], -1, 8 // self.bits, words.shape[2])
         packed = fields[:, :, 0].contiguous()
         for number in range(1, fields.shape[2]):
             packed |= fields[:, :, number] << number * self.bits
