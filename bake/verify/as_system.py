@@ -60,7 +60,7 @@ def system_rows(system: Tensor, hooked: Tensor, base: Tensor, planned: Tensor) -
     always, own = "bake's hooks", "the system's own hooks"
     rows = []
     for words, reference in ((always, hooked), (own, system)):
-        effect, rest = (float(divergences(reference, q).mean()) for q in (base, planned))
+        effect, rest = (float(kl.mean()) for kl in divergences(reference, (base, planned)))
         difference = largest_difference(planned, reference)
         rows += [
             unjudged(f"max |Δlogit| of the plan from {words}", difference),
