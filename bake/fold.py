@@ -1,4 +1,4 @@
-"""Fold maps into one tensor: W' = O (W + U) I, tile by tile, in float64.
+"""Fold maps into one tensor: W' = O (W + U) I + V, tile by tile, in float64.
 
 A weight is read in tiles of rows, as it lies on disk, so memory does not grow with it. Maps within
 a row act on a tile alone. A thin map across rows, I + L R, needs R W first: one pass over the tiles
@@ -28,8 +28,8 @@ class WeightFold:
     """What happens to one weight; the orientation is stated, never guessed from the shape.
 
     ``outputs`` act on the output axis, each on its own rows of it (None: all), disjoint from the
-    others; ``input`` acts on what the layer reads. ``table`` marks an embedding, whose rows are
-    outputs that are looked up, so that a map's constant is added to every one of them.
+    others; ``input`` acts on what the layer reads; ``added`` is V. ``table`` marks an embedding,
+    whose rows are outputs that are looked up, so that a map's constant is added to each of them.
     """
 
     shape: tuple[int, int]
@@ -38,6 +38,7 @@ class WeightFold:
     updates: Sequence[WeightUpdate] = ()
     input: AffineMap | None = None
     table: bool = False
+    added: WeightUpdate | None = None
 
     def __post_init__(self) -> None:
         # A table looks rows up: it reads nothing, and its outputs lie along a row.
@@ -86,7 +87,7 @@ def fold_weight(read: ReadRows, fold: WeightFold) -> Iterator[Float[Tensor, "row
         for mixer in mixers:
             mixer.gather(whole, 0)
             whole = mixer.finish(whole, 0)
-        yield whole
+        yield _with_added(whole, fold, 0)
         return
     if any(mixer.needs_pass for mixer in mixers):
         for span in spans(fold.shape):
@@ -97,7 +98,7 @@ def fold_weight(read: ReadRows, fold: WeightFold) -> Iterator[Float[Tensor, "row
         tile = _within_rows(read, fold, *span)
         for mixer in mixers:
             tile = mixer.finish(tile, span[0])
-        yield tile
+        yield _with_added(tile, fold, span[0])
 
 
 def fold_bias(
@@ -148,9 +149,7 @@ def _within_rows(read: ReadRows, fold: WeightFold, start: int, stop: int) -> Ten
     """Return one tile with updates added and every map within a row applied."""
     tile = read(start, stop).to(torch.float64)
     for update in fold.updates:
-        outer, inner = update.left, update.right.T
-        first, second = (outer, inner) if fold.output_axis == 0 else (inner, outer)
-        tile = tile + first[start:stop] @ second.T
+        tile = _sum(tile, update, fold.output_axis, start)
     if fold.output_axis == 0:
         return tile if fold.input is None else fold.input.adjoint(tile)
     for rows, map_ in fold.outputs:
@@ -161,6 +160,17 @@ def _within_rows(read: ReadRows, fold: WeightFold, start: int, stop: int) -> Ten
             index = torch.tensor(rows)
             tile = tile.index_copy(1, index, apply(tile[:, index]))
     return tile
+
+
+def _with_added(tile: Tensor, fold: WeightFold, start: int) -> Tensor:
+    return tile if fold.added is None else _sum(tile, fold.added, fold.output_axis, start)
+
+
+def _sum(tile: Tensor, update: WeightUpdate, output_axis: int, start: int) -> Tensor:
+    """Return a tile with what a thin update adds to its rows."""
+    outer, inner = update.left, update.right.T
+    first, second = (outer, inner) if output_axis == 0 else (inner, outer)
+    return tile + first[start : start + len(tile)] @ second.T
 
 
 def _across_rows(fold: WeightFold) -> list[tuple[Rows, AffineMap]]:

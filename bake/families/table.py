@@ -96,6 +96,8 @@ class Widen(Table, frozen=True, kw_only=True):
     """The config key of the norms' epsilon."""
     same_eps: Annotated[tuple[SiteKind, ...], Meta(extra={"meant": "no list of texts"})] = ()
     """Readers' outputs that pass a norm of their own width with this epsilon."""
+    gate: str = ""
+    """The config key of the activation of gated layers, which can compute edits; else empty."""
     heads: bool = False
     """Whether heads are added, since the class takes their size from the width of the stream."""
     run: Texts = ()

@@ -146,6 +146,7 @@ def _fold_of(update: TensorUpdate) -> WeightFold:
         updates=update.updates,
         input=update.input,
         table=update.is_table,
+        added=update.added,
     )
 
 

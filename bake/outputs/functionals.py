@@ -26,8 +26,11 @@ def removed(fold: WeightFold) -> tuple[Functionals, ...]:
     """Return what the fold's maps make vanish, along each axis where there is such a thing.
 
     A projection at the output has rows F with F W' = 0, one at the input columns N with W' N = 0.
+    Nothing vanishes where something is added to what they leave.
     """
-    found = []
+    found: list[Functionals] = []
+    if fold.added is not None:
+        return ()
     size = fold.shape[fold.output_axis]
     across = [
         _scattered(map_.left_null(), rows, size)

@@ -7,11 +7,13 @@ from math import prod
 
 from bake.affine import AffineMap
 from bake.edits import Edit
-from bake.families import Json, Layout, Recast
+from bake.families import Json, Layout, Recast, configured
 from bake.plan.conditional import refused
 from bake.plan.emit import Assembly, assemble
-from bake.plan.hooks import Hooks
+from bake.plan.hooks import Hook, Hooks
+from bake.plan.lowrank import thin_factors
 from bake.plan.pieces import Context, Gain
+from bake.plan.quotient import MOST, Gate, computing, gate_of, size_set
 from bake.plan.recast import obstacle, recast_changes, recast_layout
 from bake.plan.relocated import in_place, into, relocated
 from bake.plan.stream import StreamFold, fold_stream, most_fresh
@@ -75,12 +77,12 @@ def _compiled(
 ) -> Plan:
     """Return the plan of affine edits and updates."""
     whole, config = config, layout.family.section(config)
-    context, wide = _context(edits, layout, gain, allowed, widen)
+    context, wide = _context(edits, layout, gain, config, allowed, widen)
     assembly = assemble(context)
     may_recast = assembly.found.slotless and "recast" in allowed
     recast, notes = _recast(context.layout, config) if may_recast else (None, [])
     if assembly.found.slotless and recast is None and "widen" in allowed:
-        context, wide = _context(edits, layout, gain, allowed, widen, constants=True)
+        context, wide = _context(edits, layout, gain, config, allowed, widen, constants=True)
         assembly = assemble(context)
     layout, flags = context.layout, assembly.flags
     changes: tuple[ConfigChange, ...] = () if wide is None else wide.config(config)
@@ -112,6 +114,7 @@ def _context(
     edits: Sequence[Edit],
     layout: Layout,
     gain: Gain,
+    config: Mapping[str, Json],
     allowed: Set[str],
     widen: int | None,
     *,
@@ -121,11 +124,18 @@ def _context(
     hooks, nulling = Hooks(edits, layout), "nulling" in allowed
     ways = in_place(layout.dtype) if allowed & {"relocate", "widen"} else None
     stream = fold_stream(layout, hooks, nulling=nulling, relocation=ways)
-    # What leaves nothing behind it, as an invertible map or a suffix, is as good without.
-    rest = any(one.carried.left and not one.cleared for one in stream.relocated)
+    family = layout.family.widen
+    act = None if family is None else configured(layout.family, config, family.gate)
+    gate = gate_of(layout, act)
+    # What leaves nothing behind it, as an invertible map or a suffix, is as good without, but for
+    # the norms before it: a gated layer computes an invertible map for these too.
+    rest = any(
+        not one.cleared and (one.carried.left or (gate and _computable(layout, one.hook)))
+        for one in stream.relocated
+    )
     stuck = len(stream.failures) + len(stream.nulled)
     if "widen" in allowed and (rest or stuck or constants):
-        found = _widened(edits, layout, gain, hooks, widen, constants=constants)
+        found = _widened(edits, layout, gain, config, hooks, widen, gate=gate, constants=constants)
         if found is not None and (rest or constants or len(found[0].stream.failures) < stuck):
             return found
     if "widen" in allowed and rest and "relocate" not in allowed:
@@ -133,30 +143,43 @@ def _context(
     return Context(layout, hooks, stream, gain), None
 
 
+def _computable(layout: Layout, hook: Hook) -> bool:
+    """Whether a gated layer that writes to its site could compute an edit."""
+    points = [p for p, sites in enumerate(layout.points) if hook.site in sites]
+    thin = thin_factors(hook.map)[0].shape[1] <= MOST
+    return thin and any(computing(layout, point) is not None for point in points)
+
+
 def _widened(
     edits: Sequence[Edit],
     layout: Layout,
     gain: Gain,
+    config: Mapping[str, Json],
     hooks: Hooks,
     asked: int | None,
     *,
+    gate: Gate | None,
     constants: bool,
 ) -> tuple[Context, Wide] | None:
     """Return a model that is widened for some edits, or None where it cannot be."""
     mean = sees_mean(edits, layout)
 
-    def folded(fresh: int, asked: int | None) -> tuple[Context, Wide] | None:
-        wide = widened(layout, fresh, asked, mean=mean)
+    def folded(fresh: int, neurons: int, asked: int | None) -> tuple[Context, Wide] | None:
+        wide = widened(layout, config, fresh, asked, mean=mean, neurons=neurons)
         if wide is None:
             return None
         own = Hooks([wide.edit(edit) for edit in edits], wide.layout)
-        ways = into(wide.units, layout.dtype, constants=constants)
+        size = size_set(layout.hidden, wide.eps)
+        ways = into(wide.units, layout.dtype, size, constants=constants, gate=gate)
         stream = fold_stream(wide.layout, own, nulling=False, relocation=ways)
+        wide = replace(wide, size=stream.size)
         return Context(wide.layout, own, stream, wide.gain(gain)), wide
 
     # First with all that edits may need, then with what they took of it.
-    found = folded(most_fresh(layout, hooks) + constants, None)
-    return None if found is None else folded(found[0].stream.taken, asked)
+    found = folded(most_fresh(layout, hooks) + 1, 0, None)
+    if found is None:
+        return None
+    return folded(found[0].stream.taken, found[0].stream.neurons, asked)
 
 
 def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, list[str]]:

@@ -53,7 +53,7 @@ def _tensor(context: Context, layer: LayerChange) -> TensorUpdate:
     linear, layout = layer.linear, context.layout
     made_of_embedding = linear.weight == layout.unembed.weight and not layout.head_is_stored
     moved = layer.input is not None and not layer.input.is_translation()
-    edits = (layer.edits | layer.stream) & context.hooks.of_weights
+    edits = (layer.edits | layer.stream) & context.hooks.of_weights | layer.added_by
     return TensorUpdate(
         linear.weight,
         layout.embed if made_of_embedding else linear.weight,
@@ -63,6 +63,7 @@ def _tensor(context: Context, layer: LayerChange) -> TensorUpdate:
         layer.updates,
         layer.input.without_bias() if moved and layer.input else None,
         edits=tuple(sorted(edits)),
+        added=layer.added,
     )
 
 

@@ -142,6 +142,8 @@ def rank_of(update: TensorUpdate) -> int:
     rank += sum(added.left.shape[1] for added in update.updates)
     if update.input is not None:
         rank += _map_rank(update.input)
+    if update.added is not None:
+        rank += update.added.left.shape[1]
     if update.is_table and _outside_constant(update) is not None:
         rank += 1
     return rank

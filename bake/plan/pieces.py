@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bake.affine import AffineMap, DiagonalMap, LowRankMap
 from bake.edits import WeightUpdate
-from bake.families import Layout, Linear, Norm
+from bake.families import Branch, Layout, Linear, Norm
 from bake.plan.hooks import Hooks
+from bake.plan.quotient import Computed, computing
 from bake.plan.stream import Failure, StreamFold
 from bake.plan.types import PartMap, TensorUpdate
 from bake.sites import STREAM_KINDS, Site, SiteKind
@@ -33,6 +34,12 @@ class Context:
         gain = norm.gain_offset + self.gain(norm.weight)
         return gain, torch.zeros_like(gain) if norm.bias is None else self.gain(norm.bias)
 
+    def computed(self, branch: Branch) -> Computed | None:
+        """Return what a branch computes besides."""
+        if branch is not computing(self.layout, branch.target):
+            return None
+        return self.stream.computed.get(branch.target)
+
     def slot_remedy(self, site: Site) -> str:
         """Return what to do about a constant from a site that no bias slot takes."""
         if self.layout.family.recasts and site.kind is not SiteKind.LN_FINAL_OUT:
@@ -54,7 +61,10 @@ class Context:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerChange:
-    """What becomes of one linear layer: y = O ((W + updates) (I x + shift) + b) + addend."""
+    """What becomes of one linear layer.
+
+    y = O ((W + updates) (I x + shift) + b) + added x + addend.
+    """
 
     linear: Linear
     sites: tuple[Site, ...]
@@ -67,6 +77,10 @@ class LayerChange:
     """Those that act at its sites, or whose constant it takes."""
     stream: frozenset[int] = frozenset()
     """Those that act on the stream: the layer takes their linear parts."""
+    added: WeightUpdate | None = None
+    """What it computes besides."""
+    added_by: frozenset[int] = frozenset()
+    """The edits that this is for."""
 
     def needs_bias(self) -> bool:
         """Whether a constant leaves the layer that its bias has to carry."""
@@ -81,7 +95,8 @@ class LayerChange:
         maps = [part.map for part in self.outputs]
         if self.input is not None:
             maps.append(self.input)
-        return bool(self.updates) or any(not map_.is_translation() for map_ in maps)
+        more = bool(self.updates) or self.added is not None
+        return more or any(not map_.is_translation() for map_ in maps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from bake.plan.pieces import (
     norm_updates,
     scaled_norm,
 )
+from bake.plan.quotient import SIGHT, Computed
 from bake.plan.stream import Fold, thin
 from bake.plan.types import PartMap
 from bake.sites import Site
@@ -40,6 +41,8 @@ class _Reading:
     """The edits that turn the stream."""
     norm: Pieces = field(default_factory=Pieces)
     """What becomes of the norm."""
+    gain: Tensor | None = None
+    """What the norm multiplies by then; None where there is none."""
 
 
 def fold_readers(context: Context) -> Pieces:
@@ -49,30 +52,35 @@ def fold_readers(context: Context) -> Pieces:
     pieces: list[Pieces] = []
     for branch in layout.branches:
         key = branch.source, None if branch.norm_in is None else branch.norm_in.weight
+        fold, computed = context.stream.folds[branch.source], context.computed(branch)
         if key not in readings:
-            readings[key] = _reading(context, branch.norm_in, context.stream.folds[branch.source])
+            readings[key] = _reading(context, branch.norm_in, fold, computed)
             pieces.append(readings[key].norm)
-        pieces += [_reader(context, linear, readings[key]) for linear in branch.reads]
+        pieces += [_reader(context, linear, readings[key], computed) for linear in branch.reads]
     last = _reading(context, layout.final_norm, context.stream.folds[-1])
     return joined([*pieces, last.norm, _reader(context, layout.unembed, last)])
 
 
-def _reading(context: Context, norm: Norm | None, fold: Fold) -> _Reading:
+def _reading(
+    context: Context, norm: Norm | None, fold: Fold, computed: Computed | None = None
+) -> _Reading:
     """Fold what stands between the stream and its readers: turn, gain, bias, norm hook."""
     frame, turned_by = fold.seen, fold.turned_by | fold.cleared_by
     if norm is None:
         return _Reading(None if frame.is_translation() else thin(frame), stream=turned_by)
     map_, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
     diagonal = as_diagonal(map_)
+    gain, bias = context.norm_values(norm)
+    if computed is not None:
+        return _computing(context, norm, fold, computed)
     if not frame.is_translation():
-        gain, bias = context.norm_values(norm)
         # A rotation keeps the plan that artifacts of earlier versions name by its digest.
-        passed = _passed(frame, gain) if context.stream.is_relocated() else None
-        if passed is not None:
+        if context.stream.is_relocated() and _is_even(frame, gain):
             # Behind the map the bias has to be what it was, where a norm has one.
             behind = gain * fold.inverse.linear(bias / gain)
             own = Pieces(tensors=norm_updates(context, norm, turned_by, gain, behind))
-            return _Reading(thin(chain([passed, map_], map_.width)), (norm.site,), turned_by, own)
+            passed = chain([_behind(frame, gain), map_], map_.width)
+            return _Reading(thin(passed), (norm.site,), turned_by, own)
         seen = chain([frame, DiagonalMap(gain, bias), map_], context.layout.hidden)
         ones, zeros = torch.ones_like(gain), torch.zeros_like(bias)
         plain = norm_updates(context, norm, turned_by, ones, zeros)
@@ -87,19 +95,41 @@ def _reading(context: Context, norm: Norm | None, fold: Fold) -> _Reading:
     return _Reading(norm=Pieces(tensors=updates, places=places))
 
 
-def _passed(frame: AffineMap, gain: Float[Tensor, " d"]) -> LowRankMap | None:
-    """Return D T D⁻¹, what a thin frame T is behind a gain D, or None where a gain is too small.
+def _computing(context: Context, norm: Norm, fold: Fold, computed: Computed) -> _Reading:
+    """Return what readers see that compute an edit besides, behind a norm without a hook."""
+    gain, bias = context.norm_values(norm)
+    by = fold.turned_by | fold.cleared_by
+    # The neurons alone see the dimension that the embedding sets.
+    sight = torch.where(computed.one != 0, SIGHT, 1.0)
+    if _is_even(fold.seen, gain):
+        own = gain * sight
+        seen: AffineMap = _behind(fold.seen, own)
+    else:
+        own = sight
+        seen = chain([DiagonalMap(1 / own, bias), fold.seen, DiagonalMap(gain, bias)], len(gain))
+    norms = norm_updates(context, norm, by | computed.edits, own, bias)
+    map_ = None if seen.is_translation() else thin(seen)
+    return _Reading(map_, stream=by, norm=Pieces(tensors=norms), gain=own)
+
+
+def _is_even(frame: AffineMap, gain: Float[Tensor, " d"]) -> bool:
+    """Whether a frame is thin, and no gain too small for readers to be divided by."""
+    rank, sizes = thin_factors(frame)[0].shape[1], gain.abs()
+    return 4 * rank <= frame.width and float(sizes.min()) >= LEAST_GAIN * float(sizes.max())
+
+
+def _behind(frame: AffineMap, gain: Float[Tensor, " d"]) -> LowRankMap:
+    """Return D T D⁻¹, what a thin frame T is behind a gain D.
 
     The norm then keeps its gain, and what its readers change by stays thin.
     """
     left, right = thin_factors(frame)
-    sizes = gain.abs()
-    if 4 * left.shape[1] > frame.width or float(sizes.min()) < LEAST_GAIN * float(sizes.max()):
-        return None
     return LowRankMap(left * gain.unsqueeze(1), right / gain, torch.zeros_like(gain))
 
 
-def _reader(context: Context, linear: Linear, reading: _Reading) -> Pieces:
+def _reader(
+    context: Context, linear: Linear, reading: _Reading, computed: Computed | None = None
+) -> Pieces:
     """Fold what a layer reads into its input, and the hooks at its outputs into its rows."""
     hooks, parts = context.hooks, []
     updates: list[WeightUpdate] = []
@@ -113,10 +143,33 @@ def _reader(context: Context, linear: Linear, reading: _Reading) -> Pieces:
         places.append((hooks.edits_at(part.site), at))
     sites = (*reading.sites, *(part.site for part in linear.parts))
     edits = hooks.edits_at(*sites)
+    added, added_by = None, frozenset[int]()
+    if computed is not None:
+        assert reading.gain is not None
+        added, added_by = _neurons(linear, computed, reading.gain), computed.edits
     layer = LayerChange(
-        linear, sites, reading.map, tuple(updates), tuple(parts), None, edits, reading.stream
+        linear,
+        sites,
+        reading.map,
+        tuple(updates),
+        tuple(parts),
+        None,
+        edits,
+        reading.stream,
+        added,
+        added_by,
     )
     return Pieces((layer,), places=tuple(places))
+
+
+def _neurons(linear: Linear, computed: Computed, gain: Float[Tensor, " d"]) -> WeightUpdate:
+    """Return what a gated layer's reader is given to compute besides."""
+    outputs = linear.shape[linear.output_axis]
+    found = [
+        computed.read(part.site.kind, outputs, gain, part.rows[-1] + 1) for part in linear.parts
+    ]
+    left, right = torch.cat([one.left for one in found], dim=1), [one.right for one in found]
+    return WeightUpdate(left, torch.cat(right))
 
 
 def _part_updates(context: Context, linear: Linear, part: Part) -> list[WeightUpdate]:

@@ -67,7 +67,7 @@ def _tensor(update: TensorUpdate, dtype: str) -> TensorChange:
     sides = [
         *(["output"] if update.outputs else []),
         *(["input"] if update.input is not None else []),
-        *(["update"] if update.updates else []),
+        *(["update"] if update.updates or update.added is not None else []),
         *(["replaced"] if update.replacement is not None else []),
     ]
     return TensorChange(

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.checkpoints.dtypes import torch_dtype
+from bake.plan.quotient import ERROR, MEANT, Gate
 from bake.plan.relocate import stretch
 from bake.plan.stream import Relocated, Relocation, StreamFold
 
@@ -28,14 +29,24 @@ def in_place(dtype: str) -> Relocation:
     return Relocation(max(LEAST, math.sqrt(roundoff)), FREE)
 
 
-def into(fresh: Float[Tensor, "m d"], dtype: str, *, constants: bool) -> Relocation:
-    """Return how edits are relocated into dimensions of their own.
+def into(
+    fresh: Float[Tensor, "m d"], dtype: str, size: float, *, constants: bool, gate: Gate | None
+) -> Relocation:
+    """Return how edits are relocated into dimensions of their own, or computed.
 
     What a writer before a norm keeps beside, ε of its size, its norm sees: ε² is the roundoff.
+
+    Args:
+        fresh: the dimensions, as unit vectors.
+        dtype: what the weights are stored in.
+        size: what the embedding sets one of them to.
+        constants: whether constants that no bias takes are read from there.
+        gate: of gated layers that may compute edits.
     """
     roundoff = torch.finfo(torch_dtype(dtype, where="the embedding")).eps / 2
     least = 2.0 ** round(math.log2(math.sqrt(roundoff)))
-    return Relocation(FREE, FREE, fresh, least, constants)
+    size = size if constants or gate is not None else 0.0
+    return Relocation(FREE, FREE, fresh, least, size, constants, gate)
 
 
 def relocated(stream: StreamFold, edit: int, places: str) -> str:
@@ -47,6 +58,12 @@ def relocated(stream: StreamFold, edit: int, places: str) -> str:
         places: where it is folded into, in words.
     """
     words = f"{places}; relocated"
+    computed = [one for one in stream.computed.values() if edit in one.edits]
+    if computed:
+        least, most = MEANT
+        words += f": {max(one.count for one in computed)} neurons of a block apply it to what they "
+        words += f"read, to {ERROR:.0e} of itself for a stream whose root mean square is between "
+        words += f"{least:.3g} and {most:.4g}"
     moved = [one for one in stream.relocated if one.hook.edit == edit]
     if moved:
         words += _before(moved)

@@ -69,6 +69,8 @@ def _parts(update: TensorUpdate | BiasUpdate) -> Iterator[tuple[float, float]]:
     if isinstance(update, TensorUpdate):
         if update.input is not None:
             yield from _map(PartMap(None, update.input))
+        if update.added is not None:
+            yield from _update(update.added)
         vectors: tuple[Tensor | None, ...] = (update.replacement,)
     else:
         vectors = (update.shift, update.addend)

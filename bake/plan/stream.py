@@ -10,8 +10,9 @@ and the last term must not depend on the token. There are two ways:
    write before left them so. The constant goes into a bias. A translation is the case A = I.
 2. A is orthogonal, and T_{p−1} = AᵀT_p: everything before p lives in a turned frame.
 
-Where neither is there, and the recipe allows it, the stream before p lives in a frame that is no
-isometry, T_{p−1} = Ã⁻¹T_p with an Ã that stands for A (``bake.plan.relocate``). Then the norms
+Where neither is there, and the recipe allows a wider model, a gated layer before p computes
+(A − I) y_{p−1} (``bake.plan.quotient``). Without one, the stream before p lives in a frame that is
+no isometry, T_{p−1} = Ã⁻¹T_p with an Ã that stands for A (``bake.plan.relocate``). Then the norms
 before p see another length, and in place a part of the edit is left behind p, which readers that
 find the edited component known to be zero leave out. Where norms stand behind the writers, the
 stream after p is read in another frame instead (``bake.plan.aside``).
@@ -20,7 +21,6 @@ A constant that no bias takes is read from one more dimension, which the embeddi
 y_p = T_p z_p + C_p, with C_p the sum of such constants up to p.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -34,6 +34,7 @@ from bake.plan.aside import Aside
 from bake.plan.hooks import Hook, Hooks
 from bake.plan.known import Known
 from bake.plan.lowrank import thin_factors
+from bake.plan.quotient import MOST, Computed, Gate, computing
 from bake.plan.relocate import Carried, carried, null_rank, stretch
 from bake.sites import Site, SiteKind
 
@@ -47,8 +48,6 @@ WITHOUT_CONSTANT = f"leave the constant out, and edit {MODULES}: another edit"
 APPROXIMATE = '; or allow = ["approximate"], which is fitted and measured (docs/approximate.md)'
 SETTLED = 1e-9
 """Of the constants before it, what a known value that is zero may be by rounding."""
-UNNOTICED = 2.0**-8
-"""Of the largest constant, what the embedding sets a dimension to: its energy counts 2⁻¹⁶ of it."""
 SMALLEST = 2.0**-12
 """The least share of its size at which a component is carried: what reads it multiplies the
 rounding of everything before by as much."""
@@ -98,14 +97,18 @@ class Relocation:
         free: α where nothing is.
         fresh: unit vectors, [m, d], along which the stream is zero everywhere.
         least: ε, at which a writer keeps something beside what its norm is to see.
-        constants: whether a constant that no bias takes is read from the embedding.
+        size: δ, what the embedding sets one more dimension to.
+        constants: whether a constant that no bias takes is read from there.
+        gate: what gated layers compute edits with, which read it as well; None where they cannot.
     """
 
     place: float
     free: float
     fresh: Float[Tensor, "m d"] | None = None
     least: float = 1.0
+    size: float = 0.0
     constants: bool = False
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +139,10 @@ class StreamFold:
     """Hooks that readers behind them apply, since writers cannot."""
     constants: list["Constant"] = field(default_factory=list)
     """What is read from a dimension of the embedding."""
+    computed: dict[int, Computed] = field(default_factory=dict)
+    """What a gated layer adds to a point."""
+    size: float = 0.0
+    """What the embedding sets that dimension to, zero where nothing reads it."""
     least: float = 1.0
     """ε of the writers before norms."""
     taken: int = 0
@@ -143,13 +150,19 @@ class StreamFold:
 
     def is_relocated(self) -> bool:
         """Whether the norms see another length than that of the hooked stream."""
-        return bool(self.relocated or self.aside or self.constants)
+        return bool(self.relocated or self.aside or self.constants or self.computed)
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons gated layers need besides their own."""
+        return max((one.count for one in self.computed.values()), default=0)
 
     def relocated_edits(self) -> frozenset[int]:
         """Return the edits that make it so."""
         hooks = (*(one.hook for one in self.relocated), *self.aside)
-        constant = (edits for one in self.constants for edits in one.edits)
-        return frozenset({*(hook.edit for hook in hooks), *constant})
+        constants = (edits for one in self.constants for edits in one.edits)
+        computed = (edits for one in self.computed.values() for edits in one.edits)
+        return frozenset({*(hook.edit for hook in hooks), *constants, *computed})
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +264,7 @@ class _Walk:
         self.cleared: list[int] = []
         self.result.least = 1.0 if relocation is None else relocation.least
         self.unused = relocation.fresh if relocation and relocation.fresh is not None else None
-        self.unit = self.take(1) if relocation is not None and relocation.constants else None
+        self.unit = self.take(1) if relocation is not None and relocation.size else None
         """Along it the embedding is the same for every token."""
         self.moved = torch.zeros(layout.hidden, dtype=torch.float64)
         """The sum of all constants that are read from there, up to the walk's point."""
@@ -354,7 +367,7 @@ class _Walk:
             constant = step.settled()
             if step.point == 0 and self.unit is not None:
                 constant = constant + self._size() * self.unit[0]
-                edits |= self.steps[-1].moved_by
+                edits |= self.steps[-1].moved_by.union(*(s.computed_by for s in self.steps))
             fold = Fold(
                 step.linear,
                 constant,
@@ -378,13 +391,37 @@ class _Walk:
         if self.unused is not None and self.relocation is not None:
             assert self.relocation.fresh is not None
             self.result.taken = len(self.relocation.fresh) - len(self.unused)
+        self.result.size = self._size()
+        self.result.computed = {s.point: self._computed(s) for s in self.steps if s.computed_by}
         self._check_stretch(inverse)
         return self.result
 
     def _size(self) -> float:
-        """Return what the embedding sets, a power of two that no norm notices."""
-        largest = max(float(step.moved.norm()) for step in self.steps)
-        return 2.0 ** round(math.log2(largest)) * UNNOTICED if largest else 0.0
+        """Return what the embedding sets one dimension to, where that is read."""
+        read = any(step.computed_by or bool(step.moved.any()) for step in self.steps)
+        return self.relocation.size if self.relocation is not None and read else 0.0
+
+    def _computed(self, step: "_Point") -> Computed:
+        """Return what a gated layer adds to a point, in the frames before and behind it."""
+        assert self.unit is not None and self.relocation is not None
+        assert self.relocation.gate is not None
+        before, behind = self.result.folds[step.point - 1], self.result.folds[step.point]
+        one = self.unit[0] / self._size()
+        left, right = step.skip.delta_factors()
+        # What adds the constant as well: [L c] [R; 1], with as few columns as they span.
+        whole = LowRankMap(
+            torch.cat([left, step.added.unsqueeze(1)], dim=1),
+            torch.cat([right, one.unsqueeze(0)]),
+            torch.zeros_like(step.added),
+        )
+        left, right = _balanced(whole)
+        return Computed(
+            behind.inverse.linear(left.T).T,
+            before.seen.adjoint(right),
+            before.seen.adjoint(one),
+            self.relocation.gate,
+            step.computed_by,
+        )
 
     def _constants(self, step: "_Point") -> AffineMap:
         """Return what adds the constants up to a point, read from the embedding."""
@@ -430,6 +467,11 @@ class _Point:
         self.scale = walk.scale
         self.applied: list[Hook] = []
         self.turning: list[Hook] = []
+        self.skip: AffineMap = identity(layout.hidden)
+        """What a gated layer makes of the skip path."""
+        self.added = torch.zeros_like(self.constant)
+        """The constant that it adds."""
+        self.computed_by = frozenset[int]()
         if point == 0:
             self._add(hooks.map_at(Site(SiteKind.EMBED)).bias)
         for branch in self.writes:
@@ -460,7 +502,7 @@ class _Point:
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
             self._add(left @ fixed)
-        elif _orthogonal(hook.map) and _obstacle(self.layout, self.point, hook.map) is None:
+        elif not self.computed_by and self._turns(hook):
             functionals = self.known.functionals
             assert functionals is not None
             self.known = self.known.turned(hook.map.linear(functionals))
@@ -469,7 +511,13 @@ class _Point:
             self.moved = hook.map.linear(self.moved)
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
-        elif (turn := self.walk.relocate(hook, self.point)) is not None:
+        elif self._may_compute(hook):
+            self.skip = hook.map.without_bias().after(self.skip)
+            self.computed_by |= {hook.edit}
+            self.known = self.known.through(hook.map.without_bias())
+            self.constant = hook.map.linear(self.constant)
+            self._add(hook.map.bias)
+        elif not self.computed_by and (turn := self.walk.relocate(hook, self.point)) is not None:
             assert turn.carried is not None
             self.known = self.known.through(hook.map.without_bias())
             self._turn(turn)
@@ -481,6 +529,22 @@ class _Point:
             return
         self.linear = hook.map.without_bias().after(self.linear)
         self.applied.append(hook)
+
+    def _turns(self, hook: Hook) -> bool:
+        """Whether the stream before may live in a turned frame that every norm passes."""
+        return _orthogonal(hook.map) and _obstacle(self.layout, self.point, hook.map) is None
+
+    def _may_compute(self, hook: Hook | None = None) -> bool:
+        """Whether a gated layer can compute an edit of what the skip path carries here."""
+        if self.walk.unit is None or self.turning:
+            return False
+        assert self.walk.relocation is not None
+        branch = computing(self.layout, self.point)
+        if self.walk.relocation.gate is None or branch is None or branch.norm_in is None:
+            return False
+        rank = thin_factors(self.skip)[0].shape[1]
+        rank += 0 if hook is None else thin_factors(hook.map)[0].shape[1]
+        return rank <= MOST and not self.hooks.edits_at(branch.norm_in.site)
 
     def _refuse(self, hook: Hook) -> None:
         reason, remedy = _refusal(self.layout, self.point, hook.map)
@@ -514,11 +578,17 @@ class _Point:
         constant = self.settled()
         if self.walk.unit is None or self.point == 0 or not bool(constant.any()):
             return
-        if holder(self.layout, self.point) is not None:
-            return
         sites = *self.layout.points[self.point], *(b.output_site for b in self.writes)
         edits = self.hooks.edits_at(*sites)
         edits = edits & self.hooks.of_constants or edits
+        assert self.walk.relocation is not None
+        slotless = holder(self.layout, self.point) is None and self.walk.relocation.constants
+        if self.computed_by or (slotless and self._may_compute()):
+            self.added, self.computed_by = constant, self.computed_by | edits
+            self.constant = torch.zeros_like(constant)
+            return
+        if not slotless:
+            return
         self.moved, self.moved_by = self.moved + constant, self.moved_by | edits
         self.result.constants.append(Constant(edits, sites[0], float(constant.norm())))
         self.constant = torch.zeros_like(constant)
@@ -628,6 +698,13 @@ def has_slot(branch: Branch) -> bool:
 def fold_at_modules(layout: Layout, map_: AffineMap) -> bool:
     """Return whether a map folds at the outputs of all modules: a constant needs bias slots."""
     return map_.is_linear() or all(map(has_slot, layout.branches))
+
+
+def _balanced(map_: LowRankMap) -> tuple[Tensor, Tensor]:
+    """Return the thin factors of a map that holds rows of different sizes, the left orthonormal."""
+    basis, sizes, _ = torch.linalg.svd(map_.left, full_matrices=False)
+    basis = basis[:, sizes > tolerance(map_.width) * float(sizes.max())]
+    return basis, basis.T @ map_.left @ map_.right
 
 
 def thin(map_: AffineMap) -> AffineMap:

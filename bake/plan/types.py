@@ -57,7 +57,7 @@ class PartMap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorUpdate:
-    """A new weight: W' = O (W + update) I along its output and input axes.
+    """A new weight: W' = O (W + update) I + added, along its output and input axes.
 
     For an embedding the output axis is 1: every row is one output, and a map's constant is part of
     the weight. For a norm's gain or bias ``replacement`` is the new value, and the maps are empty.
@@ -78,6 +78,8 @@ class TensorUpdate:
     """Indices of the plan's edits that the new value holds, in order."""
     placed: Sequence[int] | None = None
     """Where the base's outputs are in a wider tensor, in rising order; None for the first ones."""
+    added: WeightUpdate | None = None
+    """Added last, behind the maps: of a wider layer, what it computes besides."""
 
     @property
     def create(self) -> bool:
@@ -86,7 +88,8 @@ class TensorUpdate:
 
     def is_copy(self) -> bool:
         """Whether the embedding is written once more, as a head of its own, and no edit."""
-        return self.create and not (self.outputs or self.updates or self.input is not None)
+        maps = self.outputs or self.updates or self.input is not None or self.added is not None
+        return self.create and not maps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,8 +194,9 @@ def _plain(value: Any) -> Any:
         # Which edit a change comes from is no part of it: what artifacts recorded has to stay true.
         names = [name for name in value.__dataclass_fields__ if name != "edits"]
         fields = {name: _plain(getattr(value, name)) for name in names}
-        if fields.get("placed", 0) is None:  # a word that plans of earlier versions do not have
-            del fields["placed"]
+        for word in ("placed", "added"):  # which plans of earlier versions do not have
+            if fields.get(word, 0) is None:
+                del fields[word]
         return {"type": type(value).__name__, **fields}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]

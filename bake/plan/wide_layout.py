@@ -8,9 +8,16 @@ from bake.families.resolve import parts_of
 from bake.sites import SiteKind
 
 
-def wide_layout(layout: Layout, width: int) -> Layout:
-    """Return the layout of the wide model: other shapes of what reads and writes the stream."""
-    shapes, dims, widen = dict(layout.shapes), {**layout.dims, "hidden": width}, layout.family.widen
+def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
+    """Return the layout of the wide model: other shapes of what reads and writes the stream.
+
+    Args:
+        layout: the base's.
+        width: that of the stream.
+        inner: that of its gated layers.
+    """
+    shapes, widen = dict(layout.shapes), layout.family.widen
+    dims = {**layout.dims, "hidden": width, "inner": inner}
     if widen is not None and widen.heads:
         dims["heads"] = dims["kv_heads"] = width // dims["head_dim"]
 
@@ -27,7 +34,7 @@ def wide_layout(layout: Layout, width: int) -> Layout:
 
     def reader(linear: Linear) -> Linear:
         axis = linear.output_axis
-        parts = _more_heads(layout, dims, linear)
+        parts = _wider_parts(layout, dims, linear)
         if parts != linear.parts:
             size = sum(len(part.rows) for part in parts)
             linear = replace(sized(linear, axis, size), parts=parts)
@@ -37,6 +44,8 @@ def wide_layout(layout: Layout, width: int) -> Layout:
         axis, site = linear.output_axis, linear.input_site
         if site is not None and site.kind is SiteKind.Z:
             linear = sized(linear, 1 - axis, dims["heads"] * dims["head_dim"])
+        if site is not None and site.kind is SiteKind.MLP_ACT:
+            linear = sized(linear, 1 - axis, inner)
         return sized(linear, axis, width)
 
     branches = tuple(branch.mapped(reader, writer) for branch in layout.branches)
@@ -48,10 +57,12 @@ def wide_layout(layout: Layout, width: int) -> Layout:
     return replace(layout, dims=dims, shapes=shapes, branches=branches, unembed=unembed)
 
 
-def _more_heads(layout: Layout, dims: Mapping[str, int], linear: Linear) -> tuple[Part, ...]:
-    """Return the parts of a layer in a model of more heads."""
+def _wider_parts(layout: Layout, dims: Mapping[str, int], linear: Linear) -> tuple[Part, ...]:
+    """Return the parts of a layer in a model of more heads or wider gated layers."""
     kinds = {part.site.kind for part in linear.parts}
-    if dims["heads"] == layout.dims["heads"] or not kinds & {SiteKind.Q, SiteKind.K, SiteKind.V}:
+    heads = dims["heads"] != layout.dims["heads"] and kinds & {SiteKind.Q, SiteKind.K, SiteKind.V}
+    gates = dims["inner"] != layout.dims["inner"] and kinds & {SiteKind.MLP_GATE, SiteKind.MLP_UP}
+    if not heads and not gates:
         return linear.parts
     row = next(row for row in layout.family.linears if row.module == linear.module)
     return parts_of(dims, row, tuple(part.site for part in linear.parts))

@@ -48,6 +48,10 @@ class Wide:
     base: Layout
     layout: Layout
     """The same model at its new width."""
+    eps: float
+    """That of the base's norms."""
+    size: float = 0.0
+    """What the embedding sets one dimension to; the epsilon gives way to its energy."""
     keeps_mean: bool = False
     """Whether an edit sees the mean of the stream that LayerNorms leave out."""
 
@@ -89,14 +93,24 @@ class Wide:
         return LowRankMap(left.unsqueeze(1), mean.unsqueeze(0), zeros)
 
     @property
+    def _new_eps(self) -> float:
+        """The epsilon with which a mean over D values is d/D of that of the base."""
+        return (self.base.hidden * self.eps - self.size**2) / self.layout.hidden
+
+    @property
     def note(self) -> str:
         """What the plan says of it."""
-        old, new = self.base.hidden, self.layout.hidden
         before, after = (sum(map(prod, x.shapes.values())) for x in (self.base, self.layout))
-        more = after / before - 1
+        more, keys = after / before - 1, self.base.family.dims
+        sizes = {keys.hidden: "hidden"} | ({keys.inner: "inner"} if keys.inner else {})
+        grown = [
+            f"{key} {self.base.dims[dim]} becomes {self.layout.dims[dim]}"
+            for key, dim in sizes.items()
+            if self.base.dims[dim] != self.layout.dims[dim]
+        ]
         return (
-            f"widened: {self.base.family.dims.hidden} {old} becomes {new}, every tensor of the "
-            f"stream is written anew, and the model has {100 * more:.2g} % more weights"
+            f"widened: {', '.join(grown)}, every tensor of the stream is written anew, and the "
+            f"model has {100 * more:.2g} % more weights"
         )
 
     def edit(self, edit: Edit) -> Edit:
@@ -128,7 +142,8 @@ class Wide:
         inner = self.layout.dims["heads"] - self.base.dims["heads"]
         more = self.fresh
         if stream:  # at a branch's output
-            more = inner * self.layout.dims["head_dim"] if SiteKind.ATTN_OUT in kinds else 0
+            more = self.layout.dims["inner"] - self.base.dims["inner"]
+            more = inner * self.layout.dims["head_dim"] if SiteKind.ATTN_OUT in kinds else more
         return replace(edit, map=WeightUpdate(left, pad(right, (0, more))))
 
     def _of_stream(self, map_: AffineMap) -> AffineMap:
@@ -156,22 +171,13 @@ class Wide:
         return wider
 
     def config(self, config: Mapping[str, Json]) -> tuple[ConfigChange, ...]:
-        """Return what changes in config.json.
-
-        Raises:
-            FamilyError: the epsilon of the norms is missing or no number.
-        """
+        """Return what changes in config.json."""
         family, dims = self.base.family, self.layout.dims
         assert family.widen is not None
-        eps = configured(family, config, family.widen.eps)
-        if not isinstance(eps, int | float) or isinstance(eps, bool):
-            raise FamilyError(
-                f"the key {family.widen.eps!r} is missing or no number", where="config.json"
-            )
         new: dict[str, Json] = {
             family.dims.hidden: dims["hidden"],
             **dict.fromkeys(size_keys(family.dims.inner), dims["inner"]),
-            family.widen.eps: eps * self.base.hidden / self.layout.hidden,
+            family.widen.eps: self._new_eps,
         }
         own = "heads" if family.widen.heads else "head_dim"
         new |= dict.fromkeys(size_keys(getattr(family.dims, own)), dims[own])
@@ -236,7 +242,7 @@ class Wide:
             own, new = (in_storage(math.sqrt(x.hidden), x.dtype) for x in (base, layout))
             whole = PartMap(None, _times(own / new, layout.hidden))
             found[layout.embed] = "", _Around(behind=(whole,))
-        share = math.sqrt(base.hidden / layout.hidden)
+        share = math.sqrt(self._new_eps / self.eps)
         for old, linear in zip(base.linears, layout.linears, strict=True):
             rows = [p.rows for p in linear.parts if p.site.kind in base.family.widen.same_eps]
             placed = _places(old, linear)
@@ -296,17 +302,26 @@ def sees_mean(edits: Sequence[Edit], layout: Layout) -> bool:
 
 
 def widened(
-    layout: Layout, fresh: int, asked: int | None = None, *, mean: bool = False
+    layout: Layout,
+    config: Mapping[str, Json],
+    fresh: int,
+    asked: int | None = None,
+    *,
+    mean: bool = False,
+    neurons: int = 0,
 ) -> Wide | None:
     """Return a wider model, or None where it cannot be widened.
 
     Args:
         layout: the model.
+        config: the parsed config.json.
         fresh: how many dimensions are needed at least, besides that of the mean.
         asked: how many it is to get; None for as few as runtimes take.
         mean: whether edits see the mean of the stream.
+        neurons: how many its gated layers need besides their own.
 
     Raises:
+        FamilyError: the epsilon of the norms is missing or no number.
         UsageError: it cannot get as many as are asked for.
     """
     family = layout.family
@@ -314,7 +329,31 @@ def widened(
         return None
     keeps = mean and family.norm.kind == "layer"
     more = 2 * (fresh + keeps) if family.norm.kind == "layer" else fresh
-    return Wide(layout, wide_layout(layout, _width(layout, more, asked)), keeps)
+    inner = layout.dims["inner"]
+    if neurons:
+        step = _step(inner, (256, *STEPS))
+        inner = math.ceil((inner + neurons) / step) * step
+    wide = wide_layout(layout, _width(layout, more, asked), inner)
+    return Wide(layout, wide, epsilon(layout, config), keeps_mean=keeps)
+
+
+def epsilon(layout: Layout, config: Mapping[str, Json]) -> float:
+    """Return the epsilon of a model's norms.
+
+    Raises:
+        FamilyError: it is missing or no number.
+    """
+    assert layout.family.widen is not None
+    key = layout.family.widen.eps
+    eps = configured(layout.family, config, key)
+    if not isinstance(eps, int | float) or isinstance(eps, bool):
+        raise FamilyError(f"the key {key!r} is missing or no number", where="config.json")
+    return float(eps)
+
+
+def _step(size: int, steps: Sequence[int]) -> int:
+    """Return the first step by which a size grows no more than by a thirty-second, or by 64."""
+    return next((step for step in steps if step <= max(64, size // 32)), steps[-1])
 
 
 def _width(layout: Layout, fresh: int, asked: int | None) -> int:
@@ -323,8 +362,7 @@ def _width(layout: Layout, fresh: int, asked: int | None) -> int:
     unit = layout.dims["head_dim" if widen is not None and widen.heads else "heads"]
     if asked is not None:
         return _asked_width(hidden, fresh, asked, unit)
-    multiples = [math.lcm(unit, step) for step in STEPS]
-    step = next((m for m in multiples if m <= max(64, hidden // 32)), multiples[-1])
+    step = _step(hidden, [math.lcm(unit, step) for step in STEPS])
     return (hidden + fresh + step - 1) // step * step
 
 

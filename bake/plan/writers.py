@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bake.affine import AffineMap, chain
-from bake.families import Branch, Layout, Norm
+from bake.families import Branch, Layout, Linear, Norm
 from bake.plan.pieces import (
     Context,
     LayerChange,
@@ -79,7 +79,7 @@ def _branch(context: Context, branch: Branch) -> Pieces:
     if bool(constant.any()) and holder(layout, point) is branch:
         addend = constant / branch.gain
         adding = hooks.edits_at(*_sites(layout, point)) & hooks.of_constants
-    layers = []
+    computed, layers = context.computed(branch), []
     for linear in branch.writes:
         inner = linear.input_site
         sites = (output,) if inner is None else (inner, output)
@@ -93,14 +93,22 @@ def _branch(context: Context, branch: Branch) -> Pieces:
                 addend,
                 hooks.edits_at(*sites) | adding,
                 stream,
+                None if computed is None else computed.write(branch.gain, _inputs(linear)),
+                frozenset() if computed is None else computed.edits,
             )
         )
     own = hooks.edits_at(*(site for layer in layers for site in layer.sites))
     places = [(own, f"writers of {branch.live}")]
     if not context.stream.folds[point].linear.is_translation():
         places.append((hooks.edits_at(*layout.points[point]), "writers of the stream"))
+    if computed is not None:
+        places.append((computed.edits, f"neurons of {branch.live}"))
     behind = [] if branch.norm_out is None else [_behind_norm(context, branch, branch.norm_out)]
     return joined([*behind, Pieces(tuple(layers), places=tuple(places))])
+
+
+def _inputs(linear: Linear) -> int:
+    return linear.shape[1 - linear.output_axis]
 
 
 def _outer(context: Context, branch: Branch) -> tuple[AffineMap, frozenset[int]]:
