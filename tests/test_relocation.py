@@ -474,7 +474,8 @@ def unedited(base: Base) -> Plan:
     def read(name: str) -> Tensor:
         return base.checkpoint.read(name).to(torch.float64)
 
-    wide, config = widened(base.layout, 1), base.checkpoint.config
+    config = base.checkpoint.config
+    wide = widened(base.layout, config, 1)
     assert wide is not None
     hooks, gain = Hooks([], wide.layout), wide.gain(read)
     stream = fold_stream(wide.layout, hooks, nulling=False)

@@ -170,9 +170,10 @@ def _widened(
             return None
         own = Hooks([wide.edit(edit) for edit in edits], wide.layout)
         size = size_set(layout.hidden, wide.eps)
-        ways = into(wide.units, layout.dtype, size, constants=constants, gate=gate)
+        ways = into(wide.units, layout.dtype, constants=constants, gate=gate, size=size)
         stream = fold_stream(wide.layout, own, nulling=False, relocation=ways)
-        wide = replace(wide, size=stream.size)
+        if gate is not None:
+            wide = replace(wide, size=stream.size)
         return Context(wide.layout, own, stream, wide.gain(gain)), wide
 
     # First with all that edits may need, then with what they took of it.

@@ -151,9 +151,11 @@ def computing(layout: Layout, point: int) -> Branch | None:
 def gate_of(layout: Layout, act: object) -> Gate | None:
     """Return the gate of a model's layers by the name of its activation, None where there is none.
 
-    float16 has too small a range for what the gates see of small streams.
+    float16 has too small a range for what the gates see of small streams. And the epsilon makes
+    room for what the embedding sets at every norm alike, which norms behind writers do not see.
     """
-    return None if layout.dtype == "F16" else GATES.get(str(act))
+    behind = any(branch.norm_out is not None for branch in layout.branches)
+    return None if behind or layout.dtype == "F16" else GATES.get(str(act))
 
 
 def size_set(hidden: int, eps: float) -> float:

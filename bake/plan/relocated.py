@@ -30,7 +30,7 @@ def in_place(dtype: str) -> Relocation:
 
 
 def into(
-    fresh: Float[Tensor, "m d"], dtype: str, size: float, *, constants: bool, gate: Gate | None
+    fresh: Float[Tensor, "m d"], dtype: str, *, constants: bool, gate: Gate | None, size: float
 ) -> Relocation:
     """Return how edits are relocated into dimensions of their own, or computed.
 
@@ -39,14 +39,13 @@ def into(
     Args:
         fresh: the dimensions, as unit vectors.
         dtype: what the weights are stored in.
-        size: what the embedding sets one of them to.
-        constants: whether constants that no bias takes are read from there.
+        constants: whether constants that no bias takes are read from the embedding.
         gate: of gated layers that may compute edits.
+        size: what the embedding sets one dimension to for these.
     """
     roundoff = torch.finfo(torch_dtype(dtype, where="the embedding")).eps / 2
     least = 2.0 ** round(math.log2(math.sqrt(roundoff)))
-    size = size if constants or gate is not None else 0.0
-    return Relocation(FREE, FREE, fresh, least, size, constants, gate)
+    return Relocation(FREE, FREE, fresh, least, constants, gate, size)
 
 
 def relocated(stream: StreamFold, edit: int, places: str) -> str:

@@ -21,6 +21,7 @@ A constant that no bias takes is read from one more dimension, which the embeddi
 y_p = T_p z_p + C_p, with C_p the sum of such constants up to p.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -46,6 +47,8 @@ RELOCATE = (
 MODULES = 'module outputs (at = ["attn_out.*", "mlp_out.*"])'
 WITHOUT_CONSTANT = f"leave the constant out, and edit {MODULES}: another edit"
 APPROXIMATE = '; or allow = ["approximate"], which is fitted and measured (docs/approximate.md)'
+UNNOTICED = 2.0**-8
+"""Of the largest constant, what the embedding sets a dimension to: its energy counts 2⁻¹⁶ of it."""
 SETTLED = 1e-9
 """Of the constants before it, what a known value that is zero may be by rounding."""
 SMALLEST = 2.0**-12
@@ -97,18 +100,18 @@ class Relocation:
         free: α where nothing is.
         fresh: unit vectors, [m, d], along which the stream is zero everywhere.
         least: ε, at which a writer keeps something beside what its norm is to see.
-        size: δ, what the embedding sets one more dimension to.
-        constants: whether a constant that no bias takes is read from there.
-        gate: what gated layers compute edits with, which read it as well; None where they cannot.
+        constants: whether a constant that no bias takes is read from the embedding.
+        gate: what gated layers compute edits with; None where they cannot.
+        size: δ, what the embedding sets one more dimension to where gated layers read it.
     """
 
     place: float
     free: float
     fresh: Float[Tensor, "m d"] | None = None
     least: float = 1.0
-    size: float = 0.0
     constants: bool = False
     gate: Gate | None = None
+    size: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -264,7 +267,8 @@ class _Walk:
         self.cleared: list[int] = []
         self.result.least = 1.0 if relocation is None else relocation.least
         self.unused = relocation.fresh if relocation and relocation.fresh is not None else None
-        self.unit = self.take(1) if relocation is not None and relocation.size else None
+        reads = relocation is not None and (relocation.constants or relocation.gate is not None)
+        self.unit = self.take(1) if reads else None
         """Along it the embedding is the same for every token."""
         self.moved = torch.zeros(layout.hidden, dtype=torch.float64)
         """The sum of all constants that are read from there, up to the walk's point."""
@@ -391,15 +395,20 @@ class _Walk:
         if self.unused is not None and self.relocation is not None:
             assert self.relocation.fresh is not None
             self.result.taken = len(self.relocation.fresh) - len(self.unused)
-        self.result.size = self._size()
+        self.result.size = 0.0 if self.unit is None else self._size()
         self.result.computed = {s.point: self._computed(s) for s in self.steps if s.computed_by}
         self._check_stretch(inverse)
         return self.result
 
     def _size(self) -> float:
         """Return what the embedding sets one dimension to, where that is read."""
-        read = any(step.computed_by or bool(step.moved.any()) for step in self.steps)
-        return self.relocation.size if self.relocation is not None and read else 0.0
+        assert self.relocation is not None
+        largest = max(float(step.moved.norm()) for step in self.steps)
+        if self.relocation.gate is not None:
+            read = largest or any(step.computed_by for step in self.steps)
+            return self.relocation.size if read else 0.0
+        # A power of two, whose energy is 2⁻¹⁶ of that of the largest constant.
+        return 2.0 ** round(math.log2(largest)) * UNNOTICED if largest else 0.0
 
     def _computed(self, step: "_Point") -> Computed:
         """Return what a gated layer adds to a point, in the frames before and behind it."""

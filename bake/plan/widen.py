@@ -51,7 +51,7 @@ class Wide:
     eps: float
     """That of the base's norms."""
     size: float = 0.0
-    """What the embedding sets one dimension to; the epsilon gives way to its energy."""
+    """What the embedding sets one dimension to, for whose energy the epsilon makes room."""
     keeps_mean: bool = False
     """Whether an edit sees the mean of the stream that LayerNorms leave out."""
 
