@@ -371,10 +371,10 @@ class Widened(Double):
 
 
 WIDE_CASES = [
-    *((family, "ablation", "resid_post.1") for family in FAMILIES),
-    *(("llama", name, "resid_post.1") for name in SINGULAR[1:]),
-    ("llama", "affine", "resid_mid.1"),
-    ("qwen2", "affine", "resid_post.0"),
+    # Where a gated layer writes, it computes the edit (tests/test_quotient.py).
+    *((family, "ablation", "resid_mid.1") for family in FAMILIES),
+    *(("llama", name, "resid_mid.1") for name in SINGULAR[1:]),
+    ("mixtral", "ablation", "resid_post.1"),
 ]
 
 
@@ -457,7 +457,9 @@ def test_a_model_is_widened_only_where_something_would_be_left(
     base = base_at(tiny_checkpoint("llama"))
     width = base.layout.hidden
     for name, at, grows in (
-        ("half", "resid_post.1", False),
+        ("half", "resid_post.1", True),  # a gated layer computes it, without a norm's share
+        ("half", "resid_mid.1", False),
+        ("learned", "resid_post.1", False),
         ("ablation", "resid", False),
         ("ablation", ("resid_post.1", "resid_mid.2", "resid_post.2"), False),
         ("ablation", "resid_post.1", True),

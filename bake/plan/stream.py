@@ -267,13 +267,19 @@ class _Walk:
         self.cleared: list[int] = []
         self.result.least = 1.0 if relocation is None else relocation.least
         self.unused = relocation.fresh if relocation and relocation.fresh is not None else None
-        reads = relocation is not None and (relocation.constants or relocation.gate is not None)
-        self.unit = self.take(1) if reads else None
+        self.unit = self.take(1) if relocation is not None and relocation.constants else None
         """Along it the embedding is the same for every token."""
         self.moved = torch.zeros(layout.hidden, dtype=torch.float64)
         """The sum of all constants that are read from there, up to the walk's point."""
         self.moved_by = frozenset[int]()
         self.aside, self.aside_by = Aside.nothing(layout.hidden), frozenset[int]()
+
+    def may_compute(self) -> bool:
+        """Whether there are gated layers, and a dimension for what they read."""
+        if self.relocation is None or self.relocation.gate is None:
+            return False
+        self.unit = self.take(1) if self.unit is None else self.unit
+        return self.unit is not None
 
     def take(self, count: int) -> Tensor | None:
         """Return some fresh dimensions, or None where there are no such many left."""
@@ -545,15 +551,13 @@ class _Point:
 
     def _may_compute(self, hook: Hook | None = None) -> bool:
         """Whether a gated layer can compute an edit of what the skip path carries here."""
-        if self.walk.unit is None or self.turning:
-            return False
-        assert self.walk.relocation is not None
         branch = computing(self.layout, self.point)
-        if self.walk.relocation.gate is None or branch is None or branch.norm_in is None:
+        if self.turning or branch is None or branch.norm_in is None:
             return False
         rank = thin_factors(self.skip)[0].shape[1]
         rank += 0 if hook is None else thin_factors(hook.map)[0].shape[1]
-        return rank <= MOST and not self.hooks.edits_at(branch.norm_in.site)
+        thin = rank <= MOST and not self.hooks.edits_at(branch.norm_in.site)
+        return thin and self.walk.may_compute()
 
     def _refuse(self, hook: Hook) -> None:
         reason, remedy = _refusal(self.layout, self.point, hook.map)
@@ -585,18 +589,17 @@ class _Point:
     def _move_constant(self) -> None:
         """Leave the constant of this point to its readers, where no bias takes it."""
         constant = self.settled()
-        if self.walk.unit is None or self.point == 0 or not bool(constant.any()):
+        if self.point == 0 or self.walk.relocation is None or not bool(constant.any()):
             return
         sites = *self.layout.points[self.point], *(b.output_site for b in self.writes)
         edits = self.hooks.edits_at(*sites)
         edits = edits & self.hooks.of_constants or edits
-        assert self.walk.relocation is not None
         slotless = holder(self.layout, self.point) is None and self.walk.relocation.constants
         if self.computed_by or (slotless and self._may_compute()):
             self.added, self.computed_by = constant, self.computed_by | edits
             self.constant = torch.zeros_like(constant)
             return
-        if not slotless:
+        if not slotless or self.walk.unit is None:
             return
         self.moved, self.moved_by = self.moved + constant, self.moved_by | edits
         self.result.constants.append(Constant(edits, sites[0], float(constant.norm())))

@@ -1,0 +1,176 @@
+"""Edits that a gated layer computes from what a norm has divided: the hook itself, in float64."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from harness import RELATIVE, Base, bake, base_at, edit, logits, plain_logits, plan_of, vector
+from test_relocation import distance, edit_of, without_lengths
+
+from bake import edits
+from bake.edits import Edit
+from bake.plan import Exactness, Plan
+from bake.plan.quotient import ERROR, GATES, MEANT, MOST, Gate
+from bake.verify.precision import double_precision
+
+ALLOW = frozenset({"widen"})
+FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "phi3", "gemma", "qwen3")
+
+
+def off(base: Base, asked: list[Edit], plan: Plan, out: Path) -> float:
+    """Return how far a baked model is from the hooks, of their effect."""
+    hooked = logits(base.model, base, asked)
+    with torch.no_grad(), double_precision():
+        baked = tiny.load(bake(base, plan, out, allow=ALLOW))(tiny.tokens(), use_cache=False).logits
+    return distance(baked, hooked) / distance(hooked, plain_logits(base))
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_neurons_give_back_what_a_norm_divided_by(name: str) -> None:
+    gate = GATES[name]
+
+    def error(gate: Gate, root: torch.Tensor, shares: torch.Tensor) -> float:
+        seen = (shares * -gate.act(-gate.scales / root.unsqueeze(1))).sum(1)
+        return float((seen / root - 1).abs().max())
+
+    root = torch.logspace(-10, 10, 2000, 2.0, dtype=torch.float64)
+    assert (float(root[0]), float(root[-1])) == MEANT
+    shares = gate.shares
+    assert error(gate, root, shares) <= ERROR
+    inside = root[(root > 2.0**-7) & (root < 2.0**9)]
+    assert error(gate, inside, shares) <= RELATIVE
+    # Fewer neurons an octave ripple; the last one stands for all below it; all of them end.
+    sparse = replace(gate, density=gate.density // 2)
+    assert error(sparse, inside, sparse.shares) > 1e3 * RELATIVE
+    assert error(gate, root, gate.scales * float(shares[0] / gate.scales[0])) > 10 * ERROR
+    assert error(gate, 2.0**4 * root, shares) > 0.1
+
+
+CASES = [
+    *((family, "affine", "resid_post.1") for family in FAMILIES),
+    *(("llama", name, "resid_post.1") for name in ("subspace", "eraser", "half")),
+    ("mistral", "affine", "resid_pre.1"),
+    ("qwen2", "affine", "resid_post.2"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "site"), CASES)
+def test_a_computed_edit_is_the_hook(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str, name: str, site: str
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    asked = [edit(base, "linear", edit_of(name, base.layout.hidden), site)]
+    plan = plan_of(base, asked, allow=ALLOW)
+    assert plan.exactness is Exactness.RELOCATED and plan.widened
+    assert "neurons" in plan.findings[0].reason
+    assert off(base, asked, plan, tmp_path / "out") <= RELATIVE
+    # No bias slot is opened for a constant.
+    assert not plan.biases or base.layout.flags.get("mlp_bias", True)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_every_part_of_a_computed_edit_is_needed(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    asked = [edit(base, "linear", edit_of("affine", base.layout.hidden), "resid_post.1")]
+    plan = plan_of(base, asked, allow=ALLOW)
+    assert base.layout.family.widen is not None
+    eps = base.layout.family.widen.eps
+    old = base.checkpoint.config[eps]
+    assert isinstance(old, float)
+    plainly = old * base.layout.hidden / plan.layout.hidden
+    broken = {
+        "eps": replace(
+            plan,
+            config=tuple(replace(c, new=plainly) if c.key == eps else c for c in plan.config),
+        )
+    }
+    for update in plan.tensors:
+        own = update.name == base.layout.embed or "layers.1.mlp" in update.name
+        if update.outputs and own:
+            broken[f"maps of {update.name}"] = _with(plan, update.name, outputs=())
+        if update.added is not None:
+            broken[f"neurons of {update.name}"] = _with(plan, update.name, added=None)
+    assert len(broken) == (6 if family == "llama" else 5), list(broken)
+    for index, (name, one) in enumerate(broken.items()):
+        found = off(base, asked, one, tmp_path / str(index))
+        assert found > 10 * RELATIVE, (name, found)
+
+
+def _with(plan: Plan, name: str, **changes: object) -> Plan:
+    tensors = [replace(u, **changes) if u.name == name else u for u in plan.tensors]  # type: ignore[arg-type]
+    return replace(plan, tensors=tuple(tensors))
+
+
+def test_edits_at_many_sites_share_neurons_and_the_dimension(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Another affine edit behind every block, two of them behind one, and one at a resid_mid."""
+    base = base_at(tiny_checkpoint("mistral"))
+    width = base.layout.hidden
+    asked = [
+        edit(base, "affine", edits.affine(vector(width, i), alpha=0.5), f"resid_post.{i % 3}")
+        for i in range(4)
+    ]
+    plan = plan_of(base, asked, allow=ALLOW)
+    assert plan.layout.dims["inner"] == base.layout.dims["inner"] // 64 * 64 + 128 + 64
+    assert off(base, asked, plan, tmp_path / "out") <= RELATIVE
+    assert off(base, asked, plan_of(base, asked[:3], allow=ALLOW), tmp_path / "fewer") > 1e-3
+    # Beside an edit that lives in another frame, which lengths see and this one does not.
+    asked = [edit(base, "ablate", edits.ablate(vector(width, 7)), "resid_mid.1"), asked[2]]
+    plan = plan_of(base, asked, allow=ALLOW)
+    wide = tiny.load(bake(base, plan, tmp_path / "both", allow=ALLOW))
+    with torch.no_grad(), double_precision(), without_lengths(wide, width):
+        baked = wide(tiny.tokens(), use_cache=False).logits
+    with without_lengths(base.model, width):
+        hooked, plain = logits(base.model, base, asked), logits(base.model, base)
+        one = logits(base.model, base, asked[:1])
+    assert distance(baked, hooked) <= RELATIVE * distance(hooked, plain)
+    assert distance(one, hooked) > 1e-3 * distance(hooked, plain)
+
+
+@pytest.mark.parametrize(("power", "good"), [(-7, True), (7, True), (13, False)])
+def test_the_size_of_the_stream_does_not_matter_within_what_is_meant(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, power: int, good: bool
+) -> None:
+    model = tiny.make_model("llama", seed=3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 2.0**power / model.model.embed_tokens.weight.std()
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight *= 2.0**power
+            block.mlp.down_proj.weight *= 2.0**power
+    tiny.write_checkpoint(model, tmp_path / "base")
+    base = base_at(tmp_path / "base")
+    map_ = edits.affine(vector(base.layout.hidden), alpha=2.0**power)
+    asked = [edit(base, "affine", map_, "resid_post.1")]
+    found = off(base, asked, plan_of(base, asked, allow=ALLOW), tmp_path / "out")
+    assert (found <= 10 * ERROR) == good, found
+
+
+def test_what_no_gated_layer_computes_is_relocated_otherwise(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    width, direction = base.layout.hidden, vector(base.layout.hidden)
+    many = torch.stack([vector(width, seed) for seed in range(MOST + 1)])
+    scaled = edit(base, "scale", edits.scale(1 + 0.1 * direction.abs()), "ln2_out.1")
+    whole = edit(base, "ablate", edits.ablate(direction), "resid_post.1")
+    cases = {
+        "rank": [edit(base, "ablate", edits.ablate(many), "resid_post.1")],
+        "site": [edit(base, "ablate", edits.ablate(direction), "resid_mid.1")],
+        "norm": [scaled, whole],
+    }
+    for name, asked in cases.items():
+        plan = plan_of(base, asked, allow=ALLOW)
+        assert plan.exactness is Exactness.RELOCATED and plan.widened, name
+        assert not any(update.added is not None for update in plan.tensors), name
+        assert "the norms see" in plan.findings[-1].reason, name
+    half = base_at(tiny_checkpoint("llama", dtype=torch.float16))
+    plan = plan_of(
+        half, [edit(half, "ablate", edits.ablate(direction), "resid_post.1")], allow=ALLOW
+    )
+    assert not any(update.added is not None for update in plan.tensors)
