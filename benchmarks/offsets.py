@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from relocation import divergence, first, hooked, logprobs
+from relocation import divergence, first, logprobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +28,7 @@ from bake.jobs.model import Model, open_model
 from bake.outputs.checkpoint import planned_model
 from bake.plan import Plan
 from bake.recipe import ExportTable
+from bake.steer import steered
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "quickstart"))
 from stories import write_stories
@@ -113,19 +114,18 @@ def main() -> None:
                 "affine": edits.affine(vector, mean=mean, alpha=1.0),
             }
             for kind in asked.kinds.split(","):
-                map_ = made[kind]
-                with hooked(live, map_, layer):
+                verb = {"ablation": "ablate"}.get(kind, kind.split()[0])
+                edit = model.edit(EditKind(verb), "mood", made[kind], (f"resid_post.{layer}",))
+                with steered(live, model.layout, [edit]):
                     reference = logprobs(live, texts)
                 effect, _ = divergence(reference, base)
-                verb = {"ablation": "ablate"}.get(kind, kind.split()[0])
-                edit = model.edit(EditKind(verb), "mood", map_, (f"resid_post.{layer}",))
                 plan = model.plan([edit], ExportTable(allow=("widen",)))
                 wide = baked(plan, model, scratch / f"{layer}{kind}")
                 lost, _ = divergence(reference, logprobs(wide, texts))
                 size = float(vector.norm() / mean.norm())
                 print(
                     f"{layer:5d}  {kind:8s}  {effect:.4f}        {size:.3f}               "
-                    f"{wide.config.hidden_size:5d}  {100 * lost / effect:.3f}",
+                    f"{wide.config.hidden_size:5d}  {100 * lost / effect:.1e}",
                     flush=True,
                 )
 

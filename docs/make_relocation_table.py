@@ -26,7 +26,8 @@ def wider(family: Family) -> str:
     """Return how the family is widened."""
     if family.widen is None:
         return "no: its table does not say how"
-    how = ["read in another frame" if any(b.norm_out for b in family.branches) else ""]
+    how = ["computed behind a block" if family.widen.gate else ""]
+    how += ["read in another frame" if any(b.norm_out for b in family.branches) else ""]
     how += ["the mean kept aside" if family.norm.kind == "layer" else ""]
     how += ["heads added" if family.widen.heads else ""]
     how += ["norms of the same epsilon" if family.widen.same_eps else ""]
@@ -43,6 +44,8 @@ def constant(family: Family) -> str:
         if rows[0].bias != "never":
             return "a bias, exactly"
     own = "" if family.widen is None else "a dimension (`widen`)"
+    if family.widen is not None and family.widen.gate:
+        own = "neurons (`widen`)"
     if family.recasts:
         return "a bias, exactly (`recast`)" + (f", or {own}" if own else "")
     return own or "no"
