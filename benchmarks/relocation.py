@@ -140,7 +140,7 @@ class Fitted:
         centred = (sad - mean) @ rows.T
         solution = torch.linalg.lstsq(centred, happy - happy.mean(0)).solution.T  # [4, 4]
         shift = rows.T @ (happy.mean(0) - solution @ rows @ mean)
-        map_ = edits.linear(rows.T, (solution - torch.eye(RANK)) @ rows, shift=shift)
+        map_ = edits.linear_factors(rows.T, (solution - torch.eye(RANK)) @ rows, shift=shift)
         return self.model.edit(EditKind.LINEAR, "mood", map_, (f"resid_post.{layer}",))
 
     def asked(self, kind: str, layer: int) -> list[Edit]:

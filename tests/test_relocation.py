@@ -461,7 +461,8 @@ def test_a_model_is_widened_only_where_something_would_be_left(
         ("half", "resid_mid.1", False),
         ("learned", "resid_post.1", False),
         ("ablation", "resid", False),
-        ("ablation", ("resid_post.1", "resid_mid.2", "resid_post.2"), False),
+        ("ablation", ("resid_mid.2", "resid_post.2"), False),
+        ("ablation", ("resid_post.1", "resid_mid.2", "resid_post.2"), True),
         ("ablation", "resid_post.1", True),
         ("ablation", ("resid_post.0", "resid_post.1", "resid_post.2"), True),
     ):

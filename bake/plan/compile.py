@@ -128,9 +128,9 @@ def _context(
     act = None if family is None else configured(layout.family, config, family.gate)
     gate = gate_of(layout, act)
     # What leaves nothing behind it, as an invertible map or a suffix, is as good without, but for
-    # the norms before it: a gated layer computes an invertible map for these too.
+    # the norms before it, which a gated layer does not disturb.
     rest = any(
-        not one.cleared and (one.carried.left or (gate and _computable(layout, one.hook)))
+        (one.carried.left and not one.cleared) or (gate and _computable(layout, one.hook))
         for one in stream.relocated
     )
     stuck = len(stream.failures) + len(stream.nulled)
