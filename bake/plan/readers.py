@@ -24,9 +24,11 @@ from bake.plan.stream import Fold, thin
 from bake.plan.types import PartMap
 from bake.sites import Site
 
-LEAST_GAIN = 2.0**-10
+LEAST_GAIN = 2.0**-16
 """Of the largest gain of a norm, the least that a reader may be divided by: float16 has no room for
-more."""
+more. Trained models have single channels of 2⁻¹⁵."""
+LEAST_COMPUTED = 2.0**-10
+"""The same where neurons read through the norm, whose largest scale is 2¹⁴."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,7 +103,7 @@ def _computing(context: Context, norm: Norm, fold: Fold, computed: Computed) -> 
     by = fold.turned_by | fold.cleared_by
     # The neurons alone see the dimension that the embedding sets.
     sight = torch.where(computed.one != 0, SIGHT, 1.0)
-    if _is_even(fold.seen, gain):
+    if _is_even(fold.seen, gain, LEAST_COMPUTED):
         own = gain * sight
         seen: AffineMap = _behind(fold.seen, own)
     else:
@@ -112,10 +114,10 @@ def _computing(context: Context, norm: Norm, fold: Fold, computed: Computed) -> 
     return _Reading(map_, stream=by, norm=Pieces(tensors=norms), gain=own)
 
 
-def _is_even(frame: AffineMap, gain: Float[Tensor, " d"]) -> bool:
+def _is_even(frame: AffineMap, gain: Float[Tensor, " d"], least: float = LEAST_GAIN) -> bool:
     """Whether a frame is thin, and no gain too small for readers to be divided by."""
     rank, sizes = thin_factors(frame)[0].shape[1], gain.abs()
-    return 4 * rank <= frame.width and float(sizes.min()) >= LEAST_GAIN * float(sizes.max())
+    return 4 * rank <= frame.width and float(sizes.min()) >= least * float(sizes.max())
 
 
 def _behind(frame: AffineMap, gain: Float[Tensor, " d"]) -> LowRankMap:
