@@ -48,6 +48,8 @@ TOPICS = (
 )  # fmt: skip
 FORM = "Tell me about {}."
 RANK = 4
+FLOOR = 5e-5
+"""In percent: what the table shows as nothing is drawn here."""
 Shares = tuple[float, float]
 """Of all tokens but the first, and of the first."""
 
@@ -234,11 +236,11 @@ def draw(rows: list[Row], path: Path) -> None:
         lines.setdefault((row.kind, row.way, row.dtype), []).append(row)
     marks: Mapping[str, str] = {"float32": "-", "bfloat16": "--"}
     for (kind, way, dtype), line in lines.items():
-        blocks, lost = [row.block for row in line], [max(row.lost[0], 1e-6) for row in line]
+        blocks, lost = [row.block for row in line], [max(row.lost[0], FLOOR) for row in line]
         axes.plot(blocks, lost, marks.get(dtype, ":"), marker=".", label=f"{kind}, {way}, {dtype}")
     axes.set_yscale("log")
     axes.set_xlabel("block behind which the edit stands")
-    axes.set_ylabel("KL lost, % of the effect's")
+    axes.set_ylabel(f"KL lost, % of the effect's (or below {FLOOR:.0e})")
     axes.legend(fontsize="small")
     figure.savefig(path)
 
