@@ -72,10 +72,10 @@ def _reading(
         return _Reading(None if frame.is_translation() else thin(frame), stream=turned_by)
     map_, edits = context.hooks.map_at(norm.site), context.hooks.edits_at(norm.site)
     diagonal = as_diagonal(map_)
-    gain, bias = context.norm_values(norm)
     if computed is not None:
         return _computing(context, norm, fold, computed)
     if not frame.is_translation():
+        gain, bias = context.norm_values(norm)
         # A rotation keeps the plan that artifacts of earlier versions name by its digest.
         if context.stream.is_relocated() and _is_even(frame, gain):
             # Behind the map the bias has to be what it was, where a norm has one.
