@@ -36,9 +36,9 @@ class Context:
 
     def computed(self, branch: Branch) -> Computed | None:
         """Return what a branch computes besides."""
-        if branch is not computing(self.layout, branch.target):
-            return None
-        return self.stream.computed.get(branch.target)
+        found = self.stream.computed.get(branch.target)
+        own = found is not None and branch is computing(self.layout, branch.target)
+        return found if own else None
 
     def slot_remedy(self, site: Site) -> str:
         """Return what to do about a constant from a site that no bias slot takes."""
