@@ -1,6 +1,8 @@
 """What the README shows is what works: its Python, its commands, its numbers of families."""
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from bake.cli import COMMANDS, main
+from bake.families import load_families
 from bake.plan import Exactness
 
 ROOT = Path(__file__).parents[1]
@@ -39,3 +42,17 @@ def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert len(links) > 10
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_picture_is_that_of_the_report() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_picture.py"))
+    text = made["REPORT"].read_text(encoding="utf-8")
+    drawn = made["picture"](json.loads(text))
+    assert made["PICTURE"].read_text(encoding="utf-8") == drawn, "run python docs/make_picture.py"
+    # The control: another report is another picture.
+    assert made["picture"](json.loads(text.replace("grinned", "frowned"))) != drawn
+
+
+def test_the_number_of_families_is_that_of_the_tables() -> None:
+    (stated,) = re.findall(r"\*\*Architectures:\*\* (\d+) families", README)
+    assert int(stated) == len(load_families())
