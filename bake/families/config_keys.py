@@ -85,7 +85,7 @@ def check_config(
             a key is not known.
     """
     inner = family.section(config)
-    if config.get("quantization_config", inner.get("quantization_config")) is not None:
+    if any(part.get("quantization_config") is not None for part in (config, inner)):
         raise FamilyError(
             "the checkpoint is quantised",
             where="config.json quantization_config",
