@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -64,6 +65,36 @@ def test_a_model_in_a_wrapper(name: str, tiny_checkpoint: Checkpoints, tmp_path:
     an_offset_in_the_middle(base, of, tmp_path)
     a_row_forgotten(parts)
     the_towers_are_as_they_were(parts)
+
+
+# Values that change what the class builds, other than those of ``core.py``: several at once, since
+# each has tensors of its own.
+OTHERWISE: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("bamba", {"attn_layer_indices": None, "mamba_conv_bias": False, "mamba_proj_bias": False}),
+    ("cohere", {"use_qk_norm": False, "logit_scale": 0.5, "tied": False}),
+    ("deepseek_v3", {"q_lora_rank": None, "first_k_dense_replace": 2, "n_shared_experts": 2}),
+    ("falcon", {"alibi": True, "bias": False, "num_kv_heads": 2}),
+    ("glm_moe_dsa", {"indexer_types": ["full", "shared", "shared"], "tied": True}),
+    ("glm4_moe", {"use_qk_norm": False, "first_k_dense_replace": 0, "attention_bias": False}),
+    ("jamba", {"num_experts": 1}),
+    ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 0, "expert_layer_period": 3}),
+    ("mamba2", {"norm_before_gate": True, "n_groups": 2, "use_conv_bias": False}),
+    ("nemotron_h", {"layers_block_type": ["moe", "attention", "mlp", "mamba"], "use_bias": False}),
+    ("opt", {"enable_bias": False, "tied": False}),
+    ("qwen2_moe", {"qkv_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [1]}),
+    ("stablelm", {"qk_layernorm": False, "use_qkv_bias": False, "tied": True}),
+)
+
+
+@pytest.mark.parametrize(("name", "values"), OTHERWISE, ids=lambda x: x if type(x) is str else "")
+def test_a_table_with_other_values(
+    name: str, values: dict[str, Any], tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    base = base_at(tiny_checkpoint(name, **values))
+    hidden = base.layout.hidden
+    map_ = make.affine(vector(hidden, 5), mean=vector(hidden, 6), alpha=0.7)
+    edits = [*at_the_parts(base), edit(base, "affine", map_, "resid")]
+    a_gain_forgotten(Baked(base, edits, tmp_path / "out"))
 
 
 def the_towers_are_as_they_were(baked: "Baked") -> None:

@@ -168,6 +168,32 @@ def test_layers_for_further_tokens_travel_as_they_are(header: Callable[[str], He
         found.layout()
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "what"),
+    [
+        ("apertus", {"post_norm": True}, "post_norm = True"),
+        ("cohere2", {"use_parallel_block": False}, "use_parallel_block = False"),
+        ("cwm", {"attention_bias": True}, "attention_bias = True"),
+        ("falcon", {"multi_query": False}, "no table fits this FalconForCausalLM"),
+        ("falcon", {"new_decoder_architecture": True}, "no table fits this FalconForCausalLM"),
+        ("hunyuan_v1_moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe = False"),
+        ("mpt", {"no_bias": False}, "no_bias = False"),
+        ("nemotron_h", {"moe_latent_size": 8}, "moe_latent_size = 8"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before = False"),
+    ],
+)
+def test_another_block_is_refused_by_its_key(
+    name: str, values: dict[str, Any], what: str, header: Callable[[str], Header]
+) -> None:
+    """Values with which the class, or the models of that name, compute another block."""
+    found = header(name)
+    assert found.layout()
+    found.config |= values
+    with pytest.raises(FamilyError) as caught:
+        found.layout()
+    assert what in caught.value.what and caught.value.exit_code == 4
+
+
 # Wrappers
 
 
@@ -197,8 +223,10 @@ def test_a_key_of_a_wrapper_that_nobody_knows(where: str, header: Callable[[str]
     assert assumed.assumed == ("residual_multiplier",)
     found.config.pop("residual_multiplier", None)
     found.config["text_config"] = {"model_type": "gemma3_text", "quantization_config": {}}
-    with pytest.raises(FamilyError, match="is quantised"):
-        found.layout()
+    for _ in range(2):
+        with pytest.raises(FamilyError, match="is quantised"):
+            found.layout()
+        found.config["quantization_config"] = None  # of the whole, which says nothing of the part
 
 
 def test_the_names_that_a_wrapper_s_checkpoint_has(header: Callable[[str], Header]) -> None:

@@ -37,6 +37,8 @@ class Only(Table, frozen=True, kw_only=True):
     """A key that holds the numbers of the blocks; a file without it names none."""
     given: str = msgspec.field(name="set", default="")
     """A key that is there and not null: it holds for every block or for none."""
+    several: str = ""
+    """A key with a number above 1, of experts: it holds for every block or for none."""
     never: tuple["Only", ...] = msgspec.field(name="not", default=())
     """Conditions that do not all hold."""
 
@@ -65,6 +67,8 @@ class Only(Table, frozen=True, kw_only=True):
             return layer in _numbers(self.among, said)
         if self.given:
             return said.get(self.given) is not None
+        if self.several:
+            return _number(self.several, said) > 1
         return not all(other.holds(layer, said) for other in self.never)
 
     def _each(self, layer: int, said: Mapping[str, Json]) -> bool:
@@ -83,7 +87,8 @@ class Only(Table, frozen=True, kw_only=True):
     @property
     def keys_said(self) -> frozenset[str]:
         """The config keys that it reads."""
-        own = (self.first, self.below, self.every, self.rest, self.among, self.given)
+        numbers = (self.first, self.below, self.every, self.rest)
+        own = (*numbers, self.among, self.given, self.several)
         found = {*self.each, *(key for key in own if isinstance(key, str) and key)}
         return frozenset(found).union(*(o.keys_said for o in (*self.unsaid, *self.never)))
 
@@ -94,7 +99,13 @@ class Only(Table, frozen=True, kw_only=True):
             FamilyError: none does, or two do.
         """
         numbers = {"from": self.first, "below": self.below, "every": self.every}
-        others = {"each": self.each, "in": self.among, "set": self.given, "not": self.never}
+        others = {
+            "each": self.each,
+            "in": self.among,
+            "set": self.given,
+            "several": self.several,
+            "not": self.never,
+        }
         kinds = [key for key, value in numbers.items() if value is not None]
         kinds += [key for key, value in others.items() if value]
         if len(kinds) != 1:
