@@ -467,6 +467,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
             except OSError:  # whoever asked has gone
                 return
+        if self.command != "HEAD":
             self.entry.sent = len(data)
 
     def ranged(self, data: bytes, head: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:

@@ -539,9 +539,10 @@ def test_a_filesystem_with_clones_writes_the_edited_bytes_only(
     assert sum(written) == checkpoint.tensors["a.weight"].nbytes
 
 
-def test_the_hash_of_a_clone_is_that_of_the_output(
+def test_a_base_that_changes_behind_its_clone_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The file is whole and its hash is its own; but other shards could be of the other base."""
     base = make_checkpoint(tmp_path / "base", files={})
 
     def clone_then_change(origin: Any, target: Any) -> bool:
@@ -554,11 +555,14 @@ def test_the_hash_of_a_clone_is_that_of_the_output(
     checkpoint = open_checkpoint(base)
     monkeypatch.setattr(stream, "clone", clone_then_change)
     monkeypatch.setattr(writer, "can_clone", lambda *_: True)
-    written = write(checkpoint, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="changed while it was in use"):
+        write(checkpoint, tmp_path / "out")
     monkeypatch.undo()
-    copy = sha256_of(tmp_path / "out" / "model.safetensors")
-    assert written.files["model.safetensors"] == copy
-    assert copy != sha256_of(checkpoint.file("model.safetensors"))
+    assert not (tmp_path / "out").exists()
+    copied = write(open_checkpoint(base), tmp_path / "out").files[
+        "model.safetensors"
+    ]  # the control
+    assert copied == sha256_of(base / "model.safetensors")
 
 
 def test_progress_counts_bytes_up_to_the_total(tmp_path: Path) -> None:

@@ -527,7 +527,6 @@ def test_rows_of_a_stack_are_read_where_they_lie(tmp_path: Path) -> None:
         (lambda p: p / "absent", CheckpointError, "is neither a folder here nor a Hub id"),
         (lambda p: p / "absent.gguf", CheckpointError, "does not exist; a GGUF model is a file"),
         (lambda p: "hf://justaname", UsageError, "names no repository"),
-        (lambda p: "hf://a/b/c", UsageError, "names no repository"),
     ],
 )
 def test_what_is_no_model_is_refused(

@@ -277,7 +277,7 @@ def test_a_recipe_that_says_something_else_is_told(folder_of: Folders) -> None:
     assert "most_kl = 0.5, the record None" in tell(text + "[verify]\nmost_kl = 0.5\n")
     assert "nests too deeply" in tell("x = " + "[" * 5000)
     strange = tell(text.replace("mood]", '"\\u001b[2J"]').replace('"mood"', '"\\u001b[2J"'))
-    assert "edit 1 of the recipe" in strange and "\x1b" not in strange
+    assert "holds U+001B" in strange and "\x1b" not in strange
     tell_again = text + "[export]\n"
 
     def change(record: dict[str, Any]) -> None:

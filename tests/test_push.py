@@ -255,7 +255,8 @@ def test_a_branch_and_a_pull_request(xet: Worker, hub: HubServer, out: Path) -> 
     assert proposed.data["url"].endswith("/other/theirs/discussions/1")
     theirs = hub.repos["other/theirs"]
     assert theirs.branches["main"] == before and theirs.tags == {}
-    assert theirs.files("refs/pr/1") == files_of(out)
+    # Whoever owns the repository decides; what a pull request does not replace, it leaves there.
+    assert theirs.files("refs/pr/1") == {**files_of(out), "x.txt": b"x"}
     again = xet.push(out, "other/theirs", "--create-pr")
     assert again.data["url"] == proposed.data["url"] and len(theirs.pulls) == 1
 

@@ -75,7 +75,7 @@ class _NoNarrowing(TorchFunctionMode):
         keywords = {} if kwargs is None else kwargs
         # Hundreds of calls a forward pass name no type: they are handed on at once.
         named = torch.dtype in map(type, (*args, *keywords.values()))
-        if not named and func not in _CASTS:
+        if not named and func not in _CASTS and func not in _OF_ONE_DTYPE:
             return func(*args, **keywords)
         tensor = args[0] if args else keywords.get("input")
         if not isinstance(tensor, Tensor) or tensor.dtype is not torch.float64:
