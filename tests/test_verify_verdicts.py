@@ -23,13 +23,14 @@ from bake.checkpoints.planned import base_rows
 from bake.errors import Inconclusive, InputError, UsageError, VerificationFailed
 from bake.jobs.planned import judged
 from bake.outputs.checkpoint import planned_model
-from bake.verify import runner, store
+from bake.verify import evidence, moved, runner, store, verdict
 from bake.verify.artifact import changed_files, open_baked
 from bake.verify.controls import Control, Spoiling, groups_of, values
 from bake.verify.judgement import raise_unless_passed
 from bake.verify.metrics import compare_logits, largest_difference
 from bake.verify.report import Report
 from bake.verify.rows import Row
+from bake.verify.runs import Trace
 from bake.verify.store import QUESTION, Store
 from bake.verify.verification import Verification
 
@@ -191,6 +192,30 @@ def test_one_wrong_value_is_found(tiny_checkpoint: Callable[..., Path], tmp_path
 
 
 # --- files -------------------------------------------------------------------------------------
+
+
+def test_the_floor_is_drawn_further_where_it_decides(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three draws for files that lose no more than they do, twelve for others; both are judged."""
+    base = base_at(tiny_checkpoint("mixtral", dtype=torch.bfloat16))
+    out = baked(base, tmp_path / "out")
+    drawn: list[int] = []
+
+    def counted(run: runner.Runner, number: int) -> Trace:
+        drawn.append(number)
+        return moved.moved(run, number)
+
+    monkeypatch.setattr(evidence, "moved", counted)
+    sound = judged(Verification(out, base=str(base.path)))
+    assert sound.passed and drawn == [0, 1, 2]
+    drawn.clear()
+    tensors = load_file(out / "model.safetensors")
+    spoilt = {n: 1.05 * t if "q_proj" in n else t for n, t in tensors.items()}
+    save_file(spoilt, out / "model.safetensors", metadata={"format": "pt"})
+    report = judged(Verification(out, base=str(base.path)))
+    (lost,) = [row for row in report.rows if row.name == verdict.LOST]
+    assert drawn == list(range(12)) and lost.passed is False
 
 
 def test_files_are_held_to_their_digests(
@@ -420,7 +445,7 @@ def test_a_run_of_a_moment_is_made_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bake.verify import runner, store
+from bake.verify import evidence, moved, runner, store, verdict
 from bake.jobs.planned import judged
 from bake.verify.verification import Verification
 real, runs = runner.run, []

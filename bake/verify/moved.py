@@ -17,6 +17,8 @@ from bake.verify.runs import Trace
 
 DRAWS = 3
 """How many times the weights are moved."""
+MOST_DRAWS = 12
+"""How many times where the files lose more than the first draws allow."""
 _BITS = 16
 """Of a random number: 65,536 places between −½ and ½ of a step."""
 _STRETCH = 1 << 16
