@@ -5,7 +5,7 @@ The double is derived from the definition alone: it shares nothing with the plan
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bake import edits
 from bake.affine import AffineMap
+from bake.edits import Edit
 from bake.errors import UsageError
 from bake.jobs.planned import judged
 from bake.plan import ConfigChange, Exactness, Plan
@@ -43,6 +44,7 @@ from bake.plan.pieces import Context
 from bake.plan.relocate import carried, null_rank, stretch
 from bake.plan.stream import fold_stream
 from bake.plan.widen import widened
+from bake.sites import HEAD_KINDS, INNER_KINDS, Site, SiteKind
 from bake.verify.precision import double_precision
 from bake.verify.verification import Verification
 
@@ -471,18 +473,20 @@ def test_a_model_is_widened_only_where_something_would_be_left(
         assert plan.exactness is not Exactness.IMPOSSIBLE
 
 
-def unedited(base: Base) -> Plan:
-    """Return a plan that widens a model and does nothing else."""
+def only_widened(base: Base, asked: Sequence[Edit] = (), neurons: int = 0) -> Plan:
+    """Return a plan that widens a model for no edit's sake, and folds edits that are exact."""
 
     def read(name: str) -> Tensor:
         return base.checkpoint.read(name).to(torch.float64)
 
     config = base.checkpoint.config
-    wide = widened(base.layout, config, 1)
+    wide = widened(base.layout, config, 1, neurons=neurons)
     assert wide is not None
-    hooks, gain = Hooks([], wide.layout), wide.gain(read)
+    hooks, gain = Hooks([wide.edit(one) for one in asked], wide.layout), wide.gain(read)
     stream = fold_stream(wide.layout, hooks, nulling=False)
-    made = wide.completed(assemble(Context(wide.layout, hooks, stream, gain)), gain, ())
+    made = assemble(Context(wide.layout, hooks, stream, gain))
+    assert not made.found.failures and not made.flags - set(base.layout.flags)
+    made = wide.completed(made, gain, ())
     changes = wide.config(config)
     if made.untied:
         changes += (ConfigChange("tie_word_embeddings", True, False),)
@@ -494,7 +498,7 @@ def test_a_widened_model_without_an_edit_is_the_same_model(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str
 ) -> None:
     base = base_at(tiny_checkpoint(family))
-    plan, plain = unedited(base), plain_logits(base)
+    plan, plain = only_widened(base), plain_logits(base)
 
     def off(broken: Plan, folder: str) -> float:
         with torch.no_grad(), double_precision():
@@ -519,6 +523,46 @@ def test_a_widened_model_without_an_edit_is_the_same_model(
     named = {name.split(".")[-2] if "." in name else name: one for name, one in forgotten.items()}
     for name, broken in named.items():
         assert off(broken, name) > 1e-10, name
+
+
+def inside(base: Base, layer: int) -> list[Edit]:
+    """Return edits of all that is of no stream's width in a block, and updates of its writers."""
+    layout, found = base.layout, list[Edit]()
+    for site in sorted(layout.sites, key=lambda site: site.order):
+        if site.layer == layer and site.kind in (*HEAD_KINDS, *INNER_KINDS):
+            parts = {x.weight: {p.site for p in x.parts} | {x.input_site} for x in layout.linears}
+            owners = [x for x in layout.linears if site in parts[x.weight]]
+            width, biased = layout.width(site), all(x.bias.state == "present" for x in owners)
+            shift = vector(width, 3) if biased else None
+            found.append(edit(base, "scale", edits.scale(vector(width), shift=shift), str(site)))
+    head = layout.width(Site(SiteKind.Z, layer, 1))
+    found.append(edit(base, "ablate", edits.ablate(vector(head)), f"z.{layer}.h1"))
+    for branch in layout.branches:
+        if branch.layer == layer and len(branch.writes) == 1:
+            outputs, inputs = branch.writes[0].shape[:: 1 - 2 * branch.writes[0].output_axis]
+            change = edits.update(vector(outputs, 5), vector(inputs, 6) / inputs)
+            found.append(edit(base, "update", change, str(branch.output_site)))
+    return found
+
+
+@pytest.mark.parametrize("family", WIDENED)
+def test_edits_inside_a_block_are_the_same_in_a_widened_model(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """Heads and neurons keep their places beside new ones, and are no stream without a mean."""
+    base = base_at(tiny_checkpoint(family))
+    asked = inside(base, 1)
+    neurons = 0 if family in (*tiny.UNGATED, *tiny.MIXTURES) else 64
+    plan = only_widened(base, asked, neurons)
+    assert plan.layout.dims["inner"] >= base.layout.dims["inner"] + neurons
+    with torch.no_grad(), double_precision():
+        baked = tiny.load(bake(base, plan, tmp_path / "out"))(tiny.tokens(), use_cache=False).logits
+    hooked = logits(base.model, base, asked)
+    effect = distance(hooked, plain_logits(base))
+    assert distance(baked, hooked) <= RELATIVE * effect
+    for index in range(len(asked)):
+        fewer = logits(base.model, base, asked[:index] + asked[index + 1 :])
+        assert distance(fewer, hooked) > 1e-3 * effect, asked[index].sites
 
 
 def test_a_width_that_is_asked_for_is_taken_or_the_nearest_is_named(

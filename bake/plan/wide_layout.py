@@ -17,9 +17,10 @@ def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
         inner: that of its gated layers.
     """
     shapes, widen = dict(layout.shapes), layout.family.widen
-    dims = {**layout.dims, "hidden": width, "inner": inner}
+    grown = {"hidden": width, "inner": inner}
     if widen is not None and widen.heads:
-        dims["heads"] = dims["kv_heads"] = width // dims["head_dim"]
+        grown["heads"] = grown["kv_heads"] = width // layout.dims["head_dim"]
+    dims = {**layout.dims, **grown}
 
     def sized(linear: Linear, axis: int, size: int) -> Linear:
         shape = tuple(size if i == axis else old for i, old in enumerate(linear.shape))
@@ -48,7 +49,10 @@ def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
             linear = sized(linear, 1 - axis, inner)
         return sized(linear, axis, width)
 
-    branches = tuple(branch.mapped(reader, writer) for branch in layout.branches)
+    branches = tuple(
+        replace(branch.mapped(reader, writer), dims={**branch.dims, **grown})
+        for branch in layout.branches
+    )
     unembed = reader(layout.unembed)
     for name in (layout.embed, *layout.positions):
         shapes[name] = (shapes[name][0], width)

@@ -132,7 +132,7 @@ class Wide:
         wide = self.layout.width(edit.sites[0])
         if isinstance(edit.map, AffineMap):
             found = edit.map.scatter(torch.arange(size), wide)
-            if self._centred and not kinds & _NORMED:
+            if self._centred and stream and not kinds & _NORMED:
                 found = self._of_stream(found)
             return replace(edit, map=found)
         pad = torch.nn.functional.pad
