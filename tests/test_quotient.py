@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from harness import RELATIVE, Base, bake, base_at, edit, logits, plain_logits, plan_of, vector
+from harness import (
+    RELATIVE,
+    Base,
+    bake,
+    base_at,
+    edit,
+    logits,
+    orthogonal,
+    plain_logits,
+    plan_of,
+    vector,
+)
 from test_relocation import distance, edit_of, without_lengths
 
 from bake import edits
@@ -131,6 +142,70 @@ def test_edits_at_many_sites_share_neurons_and_the_dimension(
         one = logits(base.model, base, asked[:1])
     assert distance(baked, hooked) <= RELATIVE * distance(hooked, plain)
     assert distance(one, hooked) > 1e-3 * distance(hooked, plain)
+
+
+def rotation(base: Base, seed: int, *, whole: bool = False, at: str = "resid_post.1") -> Edit:
+    """Return a rotation in a plane, or of the whole stream."""
+    width = base.layout.hidden
+    plane = torch.stack([vector(width, seed), vector(width, seed + 1)])
+    map_ = edits.rotate_plane(plane, degrees=40)
+    return edit(base, "rotate", edits.rotate(orthogonal(width, seed)) if whole else map_, at)
+
+
+def test_hooks_at_one_site_are_carried_and_computed_side_by_side(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Rotations turn the frame, before and behind what neurons compute, and stay exact."""
+    base = base_at(tiny_checkpoint("mistral"))
+    one, other = (
+        edit(base, "affine", edits.affine(vector(base.layout.hidden, i), alpha=0.5), "resid_post.1")
+        for i in range(2)
+    )
+    asked = [rotation(base, 3, whole=True), one, rotation(base, 5), other, rotation(base, 7)]
+    plan = plan_of(base, asked, allow=ALLOW)
+    exact, made = Exactness.EXACT, Exactness.RELOCATED
+    assert [found.exactness for found in plan.findings] == [exact, made, exact, made, exact]
+    assert off(base, asked, plan, tmp_path / "out") <= RELATIVE
+    for index in range(len(asked)):
+        assert loss(base, asked, asked[:index] + asked[index + 1 :]) > 1e-3, index
+
+
+def loss(base: Base, asked: list[Edit], others: list[Edit]) -> float:
+    """Return how far some hooks are from others, of their effect."""
+    hooked = logits(base.model, base, asked)
+    return distance(logits(base.model, base, others), hooked) / distance(hooked, plain_logits(base))
+
+
+@pytest.mark.parametrize("first", ["one by one", "at once", "behind"])
+def test_what_is_more_than_neurons_are_added_for_is_relocated_besides(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, first: str
+) -> None:
+    base = base_at(tiny_checkpoint("mistral"))
+    width = base.layout.hidden
+    single = [
+        edit(base, "affine", edits.affine(vector(width, i), alpha=0.5), "resid_post.1")
+        for i in range(MOST + 1)
+    ]
+    many = torch.stack([vector(width, 20 + seed) for seed in range(MOST + 1)])
+    whole = edit(base, "ablate", edits.ablate(many), "resid_post.1")
+    asked = {
+        "one by one": single,
+        "at once": [whole, single[0]],
+        "behind": [single[0], rotation(base, 5), whole],
+    }[first]
+    plan = plan_of(base, asked, allow=ALLOW)
+    assert plan.exactness is Exactness.RELOCATED and plan.widened
+    reasons = [found.reason for found in plan.findings]
+    assert any("neurons" in reason for reason in reasons)
+    assert any("the norms see" in reason for reason in reasons)
+    wide = tiny.load(bake(base, plan, tmp_path / "out", allow=ALLOW))
+    with torch.no_grad(), double_precision(), without_lengths(wide, width):
+        baked = wide(tiny.tokens(), use_cache=False).logits
+    with without_lengths(base.model, width):
+        hooked, plain = logits(base.model, base, asked), logits(base.model, base)
+        fewer = logits(base.model, base, asked[1:]), logits(base.model, base, asked[:-1])
+    assert distance(baked, hooked) <= RELATIVE * distance(hooked, plain)
+    assert min(distance(one, hooked) for one in fewer) > 1e-3 * distance(hooked, plain)
 
 
 @pytest.mark.parametrize(("power", "good"), [(-7, True), (7, True), (13, False)])

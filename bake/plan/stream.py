@@ -11,7 +11,8 @@ and the last term must not depend on the token. There are two ways:
 2. A is orthogonal, and T_{p−1} = AᵀT_p: everything before p lives in a turned frame.
 
 Where neither is there, and the recipe allows a wider model, a gated layer before p computes
-(A − I) y_{p−1} (``bake.plan.quotient``). Without one, the stream before p lives in a frame that is
+(A − I) y_{p−1} (``bake.plan.quotient``). Of several hooks at p frames may carry C and such a layer
+compute the rest, A − C. Without one, the stream before p lives in a frame that is
 no isometry, T_{p−1} = Ã⁻¹T_p with an Ã that stands for A (``bake.plan.relocate``). Then the norms
 before p see another length, and in place a part of the edit is left behind p, which readers that
 find the edited component known to be zero leave out. Where norms stand behind the writers, the
@@ -422,7 +423,7 @@ class _Walk:
         assert self.relocation.gate is not None
         before, behind = self.result.folds[step.point - 1], self.result.folds[step.point]
         one = self.unit[0] / self._size()
-        left, right = step.skip.delta_factors()
+        left, right = step.beside.left, step.beside.right
         # What adds the constant as well: [L c] [R; 1], with as few columns as they span.
         whole = LowRankMap(
             torch.cat([left, step.added.unsqueeze(1)], dim=1),
@@ -482,8 +483,11 @@ class _Point:
         self.scale = walk.scale
         self.applied: list[Hook] = []
         self.turning: list[Hook] = []
-        self.skip: AffineMap = identity(layout.hidden)
-        """What a gated layer makes of the skip path."""
+        self.carried: AffineMap = identity(layout.hidden)
+        """What frames make of the skip path."""
+        nothing = self.constant.new_zeros(layout.hidden, 0)
+        self.beside = LowRankMap(nothing, nothing.T, torch.zeros_like(self.constant))
+        """1 + L R, of which a gated layer adds L R of the stream before to what frames carry."""
         self.added = torch.zeros_like(self.constant)
         """The constant that it adds."""
         self.computed_by = frozenset[int]()
@@ -517,26 +521,23 @@ class _Point:
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
             self._add(left @ fixed)
-        elif not self.computed_by and self._turns(hook):
+        elif self._turns(hook):
             functionals = self.known.functionals
             assert functionals is not None
             self.known = self.known.turned(hook.map.linear(functionals))
             forward = hook.map.without_bias()
             self._turn(_Turn(hook, self.point, forward, forward.transpose(), None, -1, 0))
-            self.moved = hook.map.linear(self.moved)
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
         elif self._may_compute(hook):
-            self.skip = hook.map.without_bias().after(self.skip)
-            self.computed_by |= {hook.edit}
+            self._compute(hook)
             self.known = self.known.through(hook.map.without_bias())
             self.constant = hook.map.linear(self.constant)
             self._add(hook.map.bias)
-        elif not self.computed_by and (turn := self.walk.relocate(hook, self.point)) is not None:
+        elif (turn := self.walk.relocate(hook, self.point)) is not None:
             assert turn.carried is not None
             self.known = self.known.through(hook.map.without_bias())
             self._turn(turn)
-            self.moved = hook.map.linear(self.moved)
             self.constant = hook.map.linear(self.constant)
             self._add(turn.carried.constant)
         else:
@@ -552,9 +553,9 @@ class _Point:
     def _may_compute(self, hook: Hook | None = None) -> bool:
         """Whether a gated layer can compute an edit of what the skip path carries here."""
         branch = computing(self.layout, self.point)
-        if self.turning or branch is None or branch.norm_in is None:
+        if branch is None or branch.norm_in is None:
             return False
-        rank = thin_factors(self.skip)[0].shape[1]
+        rank = self.beside.left.shape[1]
         rank += 0 if hook is None else thin_factors(hook.map)[0].shape[1]
         thin = rank <= MOST and not self.hooks.edits_at(branch.norm_in.site)
         return thin and self.walk.may_compute()
@@ -565,8 +566,21 @@ class _Point:
         self.result.failures.append(Failure(hook.edit, hook.site, reason, remedy))
 
     def _turn(self, turn: _Turn) -> None:
+        """Leave a hook to the frame before this point."""
+        map_, beside = turn.hook.map.without_bias(), self.beside
         self.walk.turns.append(turn)
         self.turning.append(turn.hook)
+        self.carried, self.moved = map_.after(self.carried), map_.linear(self.moved)
+        self.beside = replace(beside, left=map_.linear(beside.left.T).T)
+
+    def _compute(self, hook: Hook) -> None:
+        """Leave a hook to a gated layer: L r of what the hooks before it make of the skip path."""
+        (left, right), beside = thin_factors(hook.map), self.beside
+        seen = self.carried.adjoint(right) + right @ beside.left @ beside.right
+        whole = torch.cat([beside.left, left], dim=1), torch.cat([beside.right, seen])
+        left, right = _balanced(replace(beside, left=whole[0], right=whole[1]))
+        self.beside = replace(beside, left=left, right=right)
+        self.computed_by |= {hook.edit}
 
     def close(self, *, nulling: bool) -> None:
         """Settle the writes behind a post-norm, and note what is known after this point."""
