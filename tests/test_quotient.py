@@ -244,8 +244,9 @@ def test_what_no_gated_layer_computes_is_relocated_otherwise(
         assert plan.exactness is Exactness.RELOCATED and plan.widened, name
         assert not any(update.added is not None for update in plan.tensors), name
         assert "the norms see" in plan.findings[-1].reason, name
-    half = base_at(tiny_checkpoint("llama", dtype=torch.float16))
-    plan = plan_of(
-        half, [edit(half, "ablate", edits.ablate(direction), "resid_post.1")], allow=ALLOW
-    )
-    assert not any(update.added is not None for update in plan.tensors)
+    for options in ({"dtype": torch.float16}, {"rms_norm_eps": 0.0}):
+        other = base_at(tiny_checkpoint("llama", **options))
+        asked = [edit(other, "ablate", edits.ablate(direction), "resid_post.1")]
+        plan = plan_of(other, asked, allow=ALLOW)
+        assert plan.exactness is Exactness.RELOCATED and plan.widened
+        assert not any(update.added is not None for update in plan.tensors)

@@ -606,9 +606,14 @@ def test_a_widened_plan_is_a_checkpoint_and_nothing_else(
     tiny_checkpoint: Callable[..., Path],
 ) -> None:
     base = base_at(tiny_checkpoint("llama", **tiny.unbiased("llama")))
-    asked = [edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), "resid_post.1")]
+    asked = [
+        edit(base, "ablate", edits.ablate(vector(base.layout.hidden)), site)
+        for site in ("resid_post.1", "attn_out.0")
+    ]
+    assert carrier_findings(plan_of(base, asked[1:]), "lora")[0].exactness is Exactness.EXACT
     plan = plan_of(base, asked, allow=("widen",))
-    assert {f.exactness for f in carrier_findings(plan, "lora")} == {Exactness.IMPOSSIBLE}
+    for finding in carrier_findings(plan, "lora"):
+        assert finding.exactness is Exactness.IMPOSSIBLE and "hidden_size" in finding.reason
     statuses = {verdict.runtime: verdict.status for verdict in plan.runtimes}
     for runtime in ("transformers", "vllm", "llama.cpp"):
         assert statuses[runtime] == "approximate", runtime

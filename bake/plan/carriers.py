@@ -225,6 +225,10 @@ def _redeclared(plan: Plan) -> str | None:
 
 def _obstacles(plan: Plan, kind: Carrier) -> Iterator[_Obstacle]:
     """Yield what of a plan a carrier cannot hold, or the one program that loads it."""
+    if plan.widened and Part.CONFIG not in kind.holds and (reason := _redeclared(plan)):
+        # Of another width is every tensor, whichever edit it is for.
+        yield _Obstacle(range(len(plan.edits)), reason)
+        return
     if Part.BIASES not in kind.holds:
         for bias in plan.biases:
             if not bias.is_zero():

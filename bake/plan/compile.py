@@ -19,7 +19,7 @@ from bake.plan.relocated import in_place, into, relocated
 from bake.plan.stream import StreamFold, fold_stream, most_fresh
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
-from bake.plan.widen import Wide, sees_mean, widened
+from bake.plan.widen import Wide, epsilon, sees_mean, widened
 from bake.sites import Site
 
 IMPOSSIBLE = Exactness.IMPOSSIBLE
@@ -124,9 +124,7 @@ def _context(
     hooks, nulling = Hooks(edits, layout), "nulling" in allowed
     ways = in_place(layout.dtype) if allowed & {"relocate", "widen"} else None
     stream = fold_stream(layout, hooks, nulling=nulling, relocation=ways)
-    family = layout.family.widen
-    act = None if family is None else configured(layout.family, config, family.gate)
-    gate = gate_of(layout, act)
+    gate = _gate(layout, config) if "widen" in allowed else None
     # What leaves nothing behind it, as an invertible map or a suffix, is as good without, but for
     # the norms before it, which a gated layer does not disturb.
     rest = any(
@@ -141,6 +139,15 @@ def _context(
     if "widen" in allowed and rest and "relocate" not in allowed:
         stream = fold_stream(layout, hooks, nulling=nulling)
     return Context(layout, hooks, stream, gain), None
+
+
+def _gate(layout: Layout, config: Mapping[str, Json]) -> Gate | None:
+    """Return the gate that the layers of a wider model would compute edits with, if any."""
+    family = layout.family
+    if family.widen is None:
+        return None
+    act = configured(family, config, family.widen.gate)
+    return gate_of(layout, act, epsilon(layout, config))
 
 
 def _computable(layout: Layout, hook: Hook) -> bool:
@@ -169,7 +176,7 @@ def _widened(
         if wide is None:
             return None
         own = Hooks([wide.edit(edit) for edit in edits], wide.layout)
-        size = size_set(layout.hidden, wide.eps)
+        size = 0.0 if gate is None else size_set(layout.hidden, wide.eps)
         ways = into(wide.units, layout.dtype, constants=constants, gate=gate, size=size)
         stream = fold_stream(wide.layout, own, nulling=False, relocation=ways)
         if gate is not None:

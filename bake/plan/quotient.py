@@ -148,14 +148,16 @@ def computing(layout: Layout, point: int) -> Branch | None:
     return None
 
 
-def gate_of(layout: Layout, act: object) -> Gate | None:
+def gate_of(layout: Layout, act: object, eps: float) -> Gate | None:
     """Return the gate of a model's layers by the name of its activation, None where there is none.
 
-    float16 has too small a range for what the gates see of small streams. And the epsilon makes
-    room for what the embedding sets at every norm alike, which norms behind writers do not see.
+    float16 has too small a range for what the gates see of small streams. And the epsilon, where
+    there is one, makes room for what the embedding sets at every norm alike, which norms behind
+    writers do not see.
     """
     behind = any(branch.norm_out is not None for branch in layout.branches)
-    return None if behind or layout.dtype == "F16" else GATES.get(str(act))
+    fits = eps > 0 and not behind and layout.dtype != "F16"
+    return GATES.get(str(act)) if fits else None
 
 
 def size_set(hidden: int, eps: float) -> float:

@@ -403,7 +403,8 @@ class _Walk:
             assert self.relocation.fresh is not None
             self.result.taken = len(self.relocation.fresh) - len(self.unused)
         self.result.size = 0.0 if self.unit is None else self._size()
-        self.result.computed = {s.point: self._computed(s) for s in self.steps if s.computed_by}
+        made = {step.point: self._computed(step) for step in self.steps if step.computed_by}
+        self.result.computed = {point: one for point, one in made.items() if one.count}
         self._check_stretch(inverse)
         return self.result
 

@@ -242,7 +242,7 @@ class Wide:
             own, new = (in_storage(math.sqrt(x.hidden), x.dtype) for x in (base, layout))
             whole = PartMap(None, _times(own / new, layout.hidden))
             found[layout.embed] = "", _Around(behind=(whole,))
-        share = math.sqrt(self._new_eps / self.eps)
+        share = math.sqrt(self._new_eps / self.eps) if self.eps else 1.0  # no norm sees a size
         for old, linear in zip(base.linears, layout.linears, strict=True):
             rows = [p.rows for p in linear.parts if p.site.kind in base.family.widen.same_eps]
             placed = _places(old, linear)
