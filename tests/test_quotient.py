@@ -22,9 +22,12 @@ from harness import (
 from test_relocation import distance, edit_of, without_lengths
 
 from bake import edits
+from bake.checkpoints.gguf.codec import decode, encode
+from bake.checkpoints.gguf.types import type_named
 from bake.edits import Edit
 from bake.plan import Exactness, Plan
-from bake.plan.quotient import ERROR, GATES, MEANT, MOST, Gate
+from bake.plan.quotient import ERROR, GATES, MEANT, MOST, Computed, Gate
+from bake.sites import SiteKind
 from bake.verify.precision import double_precision
 
 ALLOW = frozenset({"widen"})
@@ -58,6 +61,33 @@ def test_neurons_give_back_what_a_norm_divided_by(name: str) -> None:
     assert error(sparse, inside, sparse.shares) > 1e3 * RELATIVE
     assert error(gate, root, gate.scales * float(shares[0] / gate.scales[0])) > 10 * ERROR
     assert error(gate, 2.0**4 * root, shares) > 0.1
+
+
+@pytest.mark.parametrize(("stored", "most"), [("F16", 2.0**-11), ("Q8_0", 2.0**-7)])
+def test_neurons_of_small_streams_outlive_the_types_of_gguf(stored: str, most: float) -> None:
+    """Types whose scales are float16 keep the edit of all its size, for a small stream as well."""
+    width, gate, kind = 256, GATES["silu"], type_named(stored)
+    rows, nothing = vector(width).unsqueeze(0), torch.zeros(width, dtype=torch.float64)
+    rows = rows / rows.norm()
+    made = Computed(-rows.T, rows, nothing, gate, frozenset({0}))
+    up = made.read(SiteKind.MLP_UP, gate.count, nothing + 1, gate.count)
+    down = made.write(1.0, gate.count)
+    stream = vector(width, 1) + 2 * rows[0]
+    stream = stream / stream.pow(2).mean().sqrt()
+
+    def error(scale: float) -> float:
+        first, last = (
+            decode(encode(factor * w.left @ w.right, kind, "w"), kind, "w").to(torch.float64)
+            for factor, w in ((scale, up), (1 / scale, down))
+        )
+        root = torch.logspace(-6, 8, 8, 2.0, dtype=torch.float64).unsqueeze(1)
+        added = ((first @ stream) * gate.act(-gate.scales / root)) @ last.T
+        wanted = root * (rows @ stream) * -rows
+        return float(((added - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+    assert error(1.0) <= most
+    # Sixteen times smaller, what the last ones read is rounded away.
+    assert stored == "F16" or error(2.0**-4) > 0.1
 
 
 CASES = [

@@ -15,7 +15,7 @@ import tiny
 import torch
 from harness import RELATIVE, Base, bake, base_at, edit, logits, plain_logits, plan_of, vector
 from lengths import recorded, seeing
-from test_relocation import distance, edit_of, unedited
+from test_relocation import distance, edit_of, only_widened
 
 from bake import edits
 from bake.affine import AffineMap
@@ -142,7 +142,7 @@ def without(plan: Plan, name: str, **changes: object) -> Plan:
 
 def plain_norm(base: Base, plan: Plan, name: str) -> Plan:
     """Return a plan in which a norm is only widened."""
-    (gain,) = [u.replacement for u in unedited(base).tensors if u.name == name]
+    (gain,) = [u.replacement for u in only_widened(base).tensors if u.name == name]
     wide = plan.layout.shapes[name]
     assert gain is not None and gain.shape == wide
     return without(plan, name, replacement=gain)

@@ -35,8 +35,9 @@ MEANT = 2.0**-10, 2.0**10
 """Between which roots of the mean square the edit is what it is meant to be."""
 ERROR = 1e-7
 """How far off it is there at most, of itself."""
-COLUMN = 2.0**8
-"""What a writer multiplies by, so that float16 has room for what stands before it."""
+COLUMN = 2.0**4
+"""What a writer multiplies by. Above it float16, as values and as the scales of GGUF's types,
+rounds to zero what the neurons of small streams read; below it the largest does not fit."""
 SIGHT = 2.0**6
 """What the norm multiplies the dimension of the embedding by, so that float16 has room."""
 MOST = 8
