@@ -453,6 +453,26 @@ def test_a_merge_is_held_to_its_record(tmp_path: Path, tiny_checkpoint: Any) -> 
     assert line.startswith(f"{name} differs") and "the plan does not edit it" in line
 
 
+def test_a_widened_model_has_the_shapes_of_its_record(tmp_path: Path, tiny_checkpoint: Any) -> None:
+    base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16))
+    asked = [edit(base, "ablate", make.ablate(vector(24)), "resid_post.1")]
+    out = bake(
+        base, plan_of(base, asked, allow={"widen"}), tmp_path / "out", allow=frozenset({"widen"})
+    )
+    assert diff(str(out), str(base.path)).violations == ()
+    name = "model.norm.weight"
+    for change, word in (
+        (lambda tensor: tensor[:24].clone(), "the plan has [64]"),
+        (lambda tensor: tensor.to(torch.float16), "it should be BF16 [64]"),
+    ):
+        shard = next(out.glob("*.safetensors"))
+        kept = load_file(shard)
+        rewrite(shard, lambda tensors, to=change: tensors.update({name: to(tensors[name])}))
+        (line,) = diff(str(out), str(base.path)).violations or ()
+        assert line.startswith(name) and word in line
+        rewrite(shard, lambda tensors, old=kept: tensors.update(old))
+
+
 def test_tensors_of_a_tiny_model_are_all_accounted_for(half: tuple[Path, Path]) -> None:
     found = diff(str(half[1]), str(half[0]))
     names = {*found.by_bytes, *found.by_hash, *(change.tensor for change in found.changes)}
