@@ -505,47 +505,47 @@ class _Point:
     def apply(self, hook: Hook) -> None:
         """Pass one hook: the skip path by one of the two ways, the writes and constants through."""
         left, right = thin_factors(hook.map)
-        fixed = self.known.constant(right)
+        fixed, forward = self.known.constant(right), hook.map.without_bias()
         if left.shape[1] and self.walk.ends_in_norms(self.point):
-            aside = self.walk.put_aside(hook, self.point, self.aside)
-            if aside is None:
-                self._refuse(hook)
-                return
-            self.aside, self.aside_by = aside, self.aside_by | {hook.edit}
-            self.result.aside.append(hook)
-            self.known = self.known.through(hook.map.without_bias())
-            self.constant = hook.map.linear(self.constant)
-            self._add(hook.map.bias)
-            self.moved = hook.map.linear(self.moved)
+            self._put_aside(hook)
             return
+        added = [hook.map.bias]
         if fixed is not None:
-            self.constant = hook.map.linear(self.constant)
-            self._add(hook.map.bias)
-            self._add(left @ fixed)
+            added.append(left @ fixed)
         elif self._turns(hook):
             functionals = self.known.functionals
             assert functionals is not None
             self.known = self.known.turned(hook.map.linear(functionals))
-            forward = hook.map.without_bias()
             self._turn(_Turn(hook, self.point, forward, forward.transpose(), None, -1, 0))
-            self.constant = hook.map.linear(self.constant)
-            self._add(hook.map.bias)
         elif self._may_compute(hook):
+            self.known = self.known.through(forward)
             self._compute(hook)
-            self.known = self.known.through(hook.map.without_bias())
-            self.constant = hook.map.linear(self.constant)
-            self._add(hook.map.bias)
         elif (turn := self.walk.relocate(hook, self.point)) is not None:
             assert turn.carried is not None
-            self.known = self.known.through(hook.map.without_bias())
+            self.known = self.known.through(forward)
             self._turn(turn)
-            self.constant = hook.map.linear(self.constant)
-            self._add(turn.carried.constant)
+            added = [turn.carried.constant]
         else:
             self._refuse(hook)
             return
-        self.linear = hook.map.without_bias().after(self.linear)
+        self.constant = hook.map.linear(self.constant)
+        for term in added:
+            self._add(term)
+        self.linear = forward.after(self.linear)
         self.applied.append(hook)
+
+    def _put_aside(self, hook: Hook) -> None:
+        """Leave a hook to readers behind it, since writers end in norms."""
+        aside = self.walk.put_aside(hook, self.point, self.aside)
+        if aside is None:
+            self._refuse(hook)
+            return
+        self.aside, self.aside_by = aside, self.aside_by | {hook.edit}
+        self.result.aside.append(hook)
+        self.known = self.known.through(hook.map.without_bias())
+        self.constant = hook.map.linear(self.constant)
+        self._add(hook.map.bias)
+        self.moved = hook.map.linear(self.moved)
 
     def _turns(self, hook: Hook) -> bool:
         """Whether the stream before may live in a turned frame that every norm passes."""
