@@ -214,11 +214,27 @@ def test_a_turn_keeps_the_norm_by_itself_and_is_exact(base: Base, tmp_path: Path
     assert plan.digest == plain.digest and plan.tensors
 
 
+def test_a_component_that_is_set_to_one_number_is_affine(base: Base, tmp_path: Path) -> None:
+    """A clamp between equal limits folds; an encoder's ReLU and unequal limits do not."""
+    at = 'direction = "v"\nat = "mlp_out.1"'
+    clamp = f'kind = "clamp"\nlow = 0.02\nhigh = {{}}\n{at}'
+    (edit,) = edits = built(base, tmp_path, clamp.format(0.02))
+    plan = plan_of(base, edits)
+    assert plan.exactness is Exactness.EXACT and plan.tensors
+    x = rand(5, D, seed=41)
+    wanted = clamped(0.02, 0.02)(x)
+    torch.testing.assert_close(edit.map(x), wanted, rtol=0, atol=1e-12)  # type: ignore[operator]
+    assert not torch.equal(wanted, x)
+    for other in (clamp.format(0.03), clamp.format(0.02) + "\nrectified = true"):
+        assert plan_of(base, built(base, tmp_path, other)).exactness is Exactness.IMPOSSIBLE
+
+
 def test_they_are_kept_with_an_artifact(base: Base, tmp_path: Path) -> None:
     texts = [f'{text}\nat = "resid_post.1"' for text, _ in KINDS.values()]
-    said = 'positions = "first:3"\nnormalize = true\n'
-    texts.append('kind = "offset"\ndirection = "v"\nat = "resid_post.1"')
+    said = 'positions = "first:3"\n'
     edits = tuple(e for text in texts for e in built(base, tmp_path, text, said=said))
+    offset = 'kind = "offset"\ndirection = "v"\nat = "resid_post.1"'
+    edits += built(base, tmp_path, offset, said=f"{said}normalize = true\n")
     path = tmp_path / "edits.safetensors"
     path.write_bytes(dump_edits(edits))
     again = load_edits(path)
@@ -414,6 +430,20 @@ def test_systems_that_do_not_act_alike_do_not_act_together(base: Base, tmp_path:
     with pytest.raises(UsageError, match="their systems do not act alike"):
         built(base, tmp_path, text, said='positions = "last"')
     assert built(base, tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "said", ["normalize = true", 'gate = { direction = "cond", above = 0.01 }']
+)
+def test_what_a_system_does_is_not_said_of_an_edit_that_does_it(
+    base: Base, tmp_path: Path, said: str
+) -> None:
+    """It would not be hooked, and the plan would say that weights leave it out."""
+    text = KINDS["gate"][0] + '\nat = "mlp_out.1"'
+    with pytest.raises(UsageError, match="the edit is no affine map") as error:
+        built(base, tmp_path, text, said=said)
+    assert error.value.fix is not None and "leave both out of [directions.v]" in error.value.fix
+    assert built(base, tmp_path, text) and built(base, tmp_path, OFFSET, said=said)
 
 
 def test_a_verification_hooks_the_system_beside_bake(

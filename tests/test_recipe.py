@@ -16,7 +16,7 @@ from bake.affine import AffineMap
 from bake.artifact import CARRIERS
 from bake.checkpoints.gguf.storage import PARTS, storage_words
 from bake.directions import Direction, Directions, Role, Shape, read_directions
-from bake.edits import EditKind, WeightUpdate
+from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import BakeError, DirectionError, HubError, InputError, UsageError
 from bake.families import READS, RUNTIMES, Layout
 from bake.recipe import (
@@ -501,6 +501,32 @@ def test_an_item_at_the_site_itself_comes_before_one_of_its_layer(
     assert "there are 2 directions at layer 0" in message(error)
 
 
+def test_site_pins_one_of_several_items_of_a_layer(tmp_path: Path, layout: Layout) -> None:
+    """What messages say of a layer with several items works, for heads as well."""
+    sites = ("attn_out.0", "mlp_out.0")
+    found = {"mood": artifact(*(vector(seed=n, layer=0, site=s) for n, s in enumerate(sites)))}
+
+    def read(pin: str) -> tuple[Edit, ...]:
+        head = HEAD.replace('"mood.npy"', f'"mood.npy"\n{pin}')
+        return build_edits(recipe_of(tmp_path, EDIT, head), layout, found)
+
+    for pin in ("", "layer = 0"):
+        with pytest.raises(BakeError) as error:
+            read(pin)
+        assert 'site = "attn_out.0"' in message(error)
+    for item, site in zip(found["mood"].items, sites, strict=True):
+        (edit,) = read(f'site = "{site}"')
+        assert same(edit.map, edits.ablate(item.tensors[Role.VECTOR]))
+        assert len(edit.sites) == 2 * LAYERS + 1
+    with pytest.raises(DirectionError, match="has no item at ln1_out") as error:
+        read('site = "ln1_out.0"')
+    assert error.value.fix == "it holds attn_out.0, mlp_out.0"
+    with pytest.raises(UsageError, match="layer and site both pick"):
+        read('site = "mlp_out.0"\nlayer = 0')
+    with pytest.raises(UsageError, match="mlp_ou"):
+        read('site = "mlp_ou.0"')
+
+
 def test_sites_that_no_item_covers(tmp_path: Path, layout: Layout) -> None:
     items = [vector(seed=layer, layer=layer) for layer in (1, 2)]
     with pytest.raises(DirectionError) as error:
@@ -937,6 +963,45 @@ def test_the_mean_may_be_a_direction_of_its_own(tmp_path: Path, layout: Layout) 
     assert not same(edit.map, edits.affine(VECTOR, mean=OFFSET))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('kind = "affine"\nmean = "other"', ""),
+        ('kind = "clamp"\nlow = 0.5\nmean = "other"', ""),
+        ('kind = "gate"\nmap = "ablate"\ngate = { direction = "other", above = 0.1 }', ""),
+        ('kind = "ablate"', 'gate = { direction = "other", above = 0.1 }'),
+    ],
+)
+def test_what_an_edit_reads_beside_its_direction_is_read_site_by_site(
+    tmp_path: Path, layout: Layout, text: str, said: str
+) -> None:
+    """One vector everywhere, and a mean or a condition that each block has its own of."""
+    own = [vector(seed=10 + layer, layer=layer) for layer in range(LAYERS)]
+    found = {"mood": artifact(vector()), "other": artifact(*own)}
+    head = HEAD.replace('"mood.npy"', f'"mood.npy"\n{said}')
+
+    def read(named: Mapping[str, Directions], at: str) -> tuple[Edit, ...]:
+        edit = f'[[edits]]\n{text}\ndirection = "mood"\nat = "{at}"\n'
+        return build_edits(recipe_of(tmp_path, edit, head), layout, named)
+
+    def act(edit: Edit, x: torch.Tensor) -> torch.Tensor:
+        map_ = edit.map if edit.own is None or edit.own.map is None else edit.own.map
+        return map_(x)  # type: ignore[operator, no-any-return]
+
+    x = random(64, HIDDEN, seed=3)
+    made = read(found, "mlp_out.*")
+    assert [edit.sites for edit in made] == [(parse_site(f"mlp_out.{n}"),) for n in range(LAYERS)]
+    outputs = [act(edit, x) for edit in made]
+    for layer, item in enumerate(own):
+        (alone,) = read(found | {"other": artifact(item)}, f"mlp_out.{layer}")
+        assert torch.equal(outputs[layer], act(alone, x))
+    assert not torch.equal(outputs[0], outputs[1])
+    # A mean, or a condition, of a stack for another model is refused as a direction is.
+    stack = Directions("other", "npy", "o", "sha256:0", tuple(own), {"bake.rows": str(LAYERS + 1)})
+    with pytest.raises(DirectionError, match=f"has rows for {LAYERS + 1} blocks"):
+        read(found | {"other": stack}, "mlp_out.*")
+
+
 def test_means_that_are_not_there_or_disagree(tmp_path: Path, layout: Layout) -> None:
     text = EDIT.replace("ablate", "affine") + "mean = true\n"
     with pytest.raises(DirectionError, match="mean = true, but 'mood' holds no mean"):
@@ -988,7 +1053,7 @@ def test_artifacts_that_a_kind_cannot_use(
 @pytest.mark.parametrize(
     ("keys", "names", "fragment"),
     [
-        ("degrees = 9", '"mood"', "turns in the plane of two vectors, not one"),
+        ("degrees = 9", '"mood"', "turns in the plane of two vectors, not 1"),
         ("", '["mood", "other"]', "needs degrees"),
     ],
 )
@@ -1131,6 +1196,14 @@ def test_a_module_is_held_against_the_model(
     assert error.value.fix == 'name the sites: at = "ln1_post_out.1"'
     (edit,) = build(tmp_path, gemma, ERASE + 'at = "ln1_post_out.1"\n', found)
     assert edit.sites == (parse_site("ln1_post_out.1"),)
+    # A recipe that picks the item says which it is, and not where it acts.
+    for pin in ("layer = 1", 'site = "ln2_out.1"'):
+        head = HEAD.replace('"mood.npy"', f'"mood.npy"\n{pin}')
+        with pytest.raises(DirectionError, match=r"and in this model is ln1_post_out\.1"):
+            build_edits(recipe_of(tmp_path, ERASE, head), gemma, found)
+        text = ERASE + 'at = "ln2_out.1"\n'
+        (edit,) = build_edits(recipe_of(tmp_path, text, head), gemma, found)
+        assert edit.sites == (parse_site("ln2_out.1"),)
 
 
 # --- the documentation -------------------------------------------------------------------------

@@ -185,12 +185,11 @@ def direction_rows(facts: Facts) -> tuple[DirectionRow, ...]:
     rows = []
     for name, found in facts.record.directions.items():
         spec = specs.get(name)
-        layer = None if spec is None else spec.layer
         used = () if spec is None else tuple(_used(spec))
         # What its system does and weights cannot: always on, and at every position.
         said = said_of(spec, found.metadata)
         used += () if said is None else (escape(said),)
-        rows.append(DirectionRow(name, found, _link(found.file), used, _tensors(found, layer)))
+        rows.append(DirectionRow(name, found, _link(found.file), used, _tensors(found, spec)))
     return tuple(rows)
 
 
@@ -210,6 +209,8 @@ def _link(file: str) -> str | None:
 def _used(spec: DirectionSpec) -> Iterable[Markdown]:
     if spec.layer is not None:
         yield Markdown(f"the item of block {spec.layer} at every site")
+    if spec.site is not None:
+        yield Markdown(f"the item of {code(spec.site)} at every site")
     if spec.sign == -1:
         yield Markdown("with the opposite sign")
     if spec.key:
@@ -219,11 +220,12 @@ def _used(spec: DirectionSpec) -> Iterable[Markdown]:
             yield Markdown(f"{key} {code(str(value))}")
 
 
-def _tensors(found: DirectionRecord, layer: int | None) -> tuple[Markdown, ...]:
+def _tensors(found: DirectionRecord, spec: DirectionSpec | None) -> tuple[Markdown, ...]:
     """Return shape, dtype and norm of the fitted tensors that are used, or their range."""
+    layer, site = (None, None) if spec is None else (spec.layer, spec.site)
     norms: dict[tuple[str, str, str], list[float]] = {}
     for row in found.tensors:
-        if layer in (None, row.layer) and math.isfinite(row.norm):
+        if layer in (None, row.layer) and site in (None, row.site) and math.isfinite(row.norm):
             size = "×".join(map(str, row.shape))
             norms.setdefault((row.role, size, row.dtype), []).append(row.norm)
     texts = []

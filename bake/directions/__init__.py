@@ -15,6 +15,7 @@ from bake.directions.direction import (
     Direction,
     Directions,
     Role,
+    shortened,
 )
 from bake.directions.modules import MODULE
 from bake.directions.reader import Options, Shape
@@ -38,5 +39,6 @@ __all__ = [
     "Shape",
     "describe",
     "read_directions",
+    "shortened",
     "write_directions",
 ]

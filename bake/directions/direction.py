@@ -193,10 +193,11 @@ class Directions:
         if len(found) == 1:
             return found[0]
         if found:
+            sites = [item.site for item in found if item.site is not None]
             raise self._error(
                 f"there are {len(found)} directions at layer {layer}: "
                 + ", ".join(item.place for item in found),
-                fix="name the site",
+                fix=f'pick one with site = "{sites[0]}" instead of the layer',
             )
         zero = str(layer) in self.metadata.get(ZERO, "").split(",")
         raise self._error(

@@ -54,10 +54,12 @@ def fitted(
     from bake.approximate import Settings, approximate
     from bake.artifact.schema import PromptsRecord
     from bake.verify.models import load
-    from bake.verify.prompts import read_prompts
+    from bake.verify.prompts import parse_prompts, read_lines
+    from bake.verify.tokenizer import load_tokenizer
 
     checkpoint = model.complete()
-    prompts = read_prompts(spec.path, checkpoint.path, spec.tokens)
+    tokenizer = load_tokenizer(checkpoint.path)
+    prompts = parse_prompts(read_lines(spec.path), spec.path, tokenizer, spec.tokens)
     live = load(checkpoint, torch.float32, family=model.family)
     settings = Settings(spec.rank, spec.corrections, spec.constant)
     with bars("fitting stand-ins", unit="writers") as move:

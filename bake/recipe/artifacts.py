@@ -27,12 +27,7 @@ def read_artifacts(recipe: Recipe) -> dict[str, Directions]:
     """
     used: dict[str, None] = {}
     for edit in recipe.edits:
-        used.update(dict.fromkeys(edit.directions))
-        specs = (recipe.directions[name] for name in edit.directions)
-        gates = (edit.gate, *(spec.gate for spec in specs))
-        used.update({gate.direction: None for gate in gates if gate is not None})
-        if isinstance(edit.mean, str):
-            used[edit.mean] = None
+        used.update(dict.fromkeys((*edit.directions, *recipe.beside(edit))))
     found = {}
     for name in used:
         spec = recipe.directions[name]

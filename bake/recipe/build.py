@@ -58,7 +58,7 @@ def build_edits(
             for together, items in groups:
                 for one in dict.fromkeys(amounts[site] for site in together):
                     sites = tuple(site for site in together if amounts[site] == one)
-                    mean = _mean(spec, recipe, directions, items, sites[0], layout)
+                    mean = _mean(spec, recipe, directions, items, sites[0])
                     vector_of = partial(_condition, recipe, directions, sites[0])
                     condition = None if spec.gate is None else vector_of(spec.gate)
                     edit_map = map_of(spec, items, mean, one, condition)
@@ -84,19 +84,22 @@ def _selections(
 ) -> list[tuple[tuple[Site, ...], tuple[Named, ...]]]:
     """Return the items that act together, each group with all of its sites."""
     specs = [recipe.directions[name] for name in spec.directions]
-    for one in specs:
+    # A mean, or what a condition asks of, may differ where the direction itself does not.
+    read = [*specs, *(recipe.directions[name] for name in recipe.beside(spec))]
+    for one in read:
         check_layers(one, directions[one.name], layout)
     if spec.at:
         sites = sites_at(spec.at, layout, known)
-        for one in specs:
-            check_modules(one, directions[one.name], sites, known)
     else:
         sites = own_sites(spec.inner, specs[0], directions[specs[0].name], layout, known)
+    for one in read:
+        if not one.pinned:  # else the recipe alone says where it acts
+            check_modules(one, directions[one.name], sites, known)
     groups: dict[tuple[int, ...], tuple[list[Site], tuple[Named, ...]]] = {}
     for site in sites:
         layout.width(site)  # raises where the model has no such site
         items = tuple(Named(s.name, item_at(s, directions[s.name], site), s.sign) for s in specs)
-        key = tuple(id(named.item) for named in items)
+        key = tuple(id(item_at(one, directions[one.name], site)) for one in read)
         groups.setdefault(key, ([], items))[0].append(site)
     return [(tuple(group), items) for group, items in groups.values()]
 
@@ -124,7 +127,6 @@ def _mean(
     directions: Mapping[str, Directions],
     items: tuple[Named, ...],
     site: Site,
-    layout: Layout,
 ) -> Tensor | None:
     """Return the mean that an affine or erase edit takes its constant from, or None for zero."""
     kinds = (EditKind.AFFINE, EditKind.ERASE, EditKind.CLAMP)
@@ -132,7 +134,6 @@ def _mean(
         return None
     if isinstance(spec.mean, str):
         other = recipe.directions[spec.mean]
-        check_layers(other, directions[other.name], layout)
         named = Named(other.name, item_at(other, directions[other.name], site), other.sign)
         return named.tensor(spec.inner, Role.MEAN, Role.VECTOR)
     means = {named.name: mean for named in items if (mean := named.get(Role.MEAN)) is not None}

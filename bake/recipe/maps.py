@@ -180,7 +180,7 @@ def _map_inside(
             raise AssertionError("what stands inside a map is a map")
 
 
-def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> Clamp:
+def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> AffineMap | Clamp:
     """Return what keeps a component within limits: along a unit vector, or of an encoder."""
     if named.get(Role.LEFT) is not None:
         left, right = named.tensor(spec.kind, Role.LEFT), named.tensor(spec.kind, Role.RIGHT)
@@ -193,18 +193,19 @@ def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> Clamp:
         limit if said is None else said
         for said, limit in ((spec.low, -math.inf), (spec.high, math.inf))
     )
-    return Clamp(left, right, centre, low, high, spec.rectified)
+    clamp = Clamp(left, right, centre, low, high, spec.rectified)
+    # Between limits that are one number a component is set to it, which is affine.
+    fixed = None if spec.rectified else clamp.always
+    return clamp if fixed is None else fixed
 
 
 def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap | Aimed:
     if spec.degrees is not None or spec.angle is not None:
         plane = _rows(spec.inner, items)
-        if plane.dim() != 2 or plane.shape[0] != 2:
+        if (count := plane.reshape(-1, plane.shape[-1]).shape[0]) != 2:
             raise DirectionError(
-                f"degrees turns in the plane of two vectors, not {max(1, plane.shape[0])}"
-                if plane.dim() == 2
-                else "degrees turns in the plane of two vectors, not one",
-                fix='give direction = ["first", "second"], or reflect = true',
+                f"a rotation turns in the plane of two vectors, not {count}",
+                fix='give direction = ["first", "second"], or reflect = true in place of the angle',
             )
         if spec.degrees is not None:
             return edits.rotate_plane(plane, degrees=spec.degrees)
@@ -213,8 +214,8 @@ def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap | Aimed:
         return Aimed(basis, math.cos(turn) * basis[0] + math.sin(turn) * basis[1])
     if len(items) > 1:
         raise UsageError(
-            "a rotation in the plane of two directions needs degrees",
-            fix="add degrees = 30, for example",
+            "a rotation in the plane of two directions needs degrees or angle",
+            fix="add degrees = 30 to turn by, or angle = 180 to turn to, for example",
         )
     if spec.reflect:
         return edits.reflect(items[0].tensor(spec.inner, Role.VECTOR))

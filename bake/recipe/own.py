@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from bake.affine import AffineMap
-from bake.directions import POSITIONS, SAYS
+from bake.directions import POSITIONS, SAYS, Direction
 from bake.edits import Own, WeightUpdate
 from bake.errors import UsageError
 from bake.nonlinear import Masked, Nonlinear, NormPreserving
@@ -40,7 +40,8 @@ def said_of(spec: DirectionSpec | None, metadata: Mapping[str, str]) -> str | No
     if not does:
         return metadata.get(SAYS)
     kept = ", and leave the norm as it becomes" if spec is not None and spec.normalize else ""
-    return f"its system {' and '.join(does)}; the weights act at every token, always{kept}"
+    said = f"its system {' and '.join(does)}; the weights act at every token, always{kept}"
+    return f"{said}; {metadata[SAYS]}" if SAYS in metadata else said
 
 
 def own_of(
@@ -83,17 +84,45 @@ def own_of(
                 fix="leave positions, normalize and gate out",
             )
         return None
-    own: Nonlinear | None = None
     if isinstance(map_, AffineMap):
-        own = masked(items[0].item, map_)
-        if first.normalize:
-            own = NormPreserving(map_)
-        if first.gate is not None:
-            inside = own if isinstance(own, NormPreserving | Masked) else map_
-            own = gated(inside, first.gate, vector_of(first.gate))
+        own = _around(first, items[0].item, map_, vector_of)
+    elif first.normalize or first.gate is not None:
+        raise UsageError(
+            f"direction {first.name!r} says normalize or gate, and the edit is no affine map",
+            why="they say what a system does and weights do not; such an edit is the system's map",
+            fix=f"leave both out of [directions.{first.name}]; an edit says its own with kind, map "
+            "and gate",
+        )
+    else:
+        own = None
     if own is None and positions.text == Word.ALL:
         return None
     return Own(positions, own)
+
+
+def _around(
+    spec: DirectionSpec,
+    item: Direction,
+    map_: AffineMap,
+    vector_of: Callable[[ConditionTable], Tensor],
+) -> Nonlinear | None:
+    """Return what a system makes of an affine map: between limits, with its norm, on a condition.
+
+    Raises:
+        UsageError: it has limits and keeps the norm, of which there is no map.
+    """
+    own: Masked | NormPreserving | None = masked(item, map_)
+    if spec.normalize and own is not None:
+        raise UsageError(
+            f"direction {spec.name!r} acts between limits, and says normalize",
+            why="bake has no map that does both",
+            fix="leave normalize out",
+        )
+    if spec.normalize:
+        own = NormPreserving(map_)
+    if spec.gate is not None:
+        return gated(map_ if own is None else own, spec.gate, vector_of(spec.gate))
+    return own
 
 
 def _positions(spec: DirectionSpec | None, metadata: Mapping[str, str]) -> Positions | None:

@@ -29,6 +29,7 @@ from bake.recipe.spec import (
     RecipeFile,
 )
 from bake.section import Toml, parse_toml
+from bake.sites import parse_site
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -117,6 +118,10 @@ def _direction(name: str, row: Toml, path: Path, names: Collection[str]) -> Dire
     with located(where):
         if table.positions is not None:
             Positions(table.positions)
+        if table.site is not None:
+            parse_site(table.site)
+        if table.site is not None and table.layer is not None:
+            raise UsageError("layer and site both pick one item", fix="give one of them")
         if table.gate is not None:
             check_condition(table.gate, names)
     return DirectionSpec(**structs.asdict(table), name=name, path=own, minus_path=other)

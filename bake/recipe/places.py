@@ -3,7 +3,16 @@
 from collections.abc import Mapping, Sequence
 
 from bake.affine import AffineMap
-from bake.directions import MODULE, ROWS, ZERO, ZERO_SITES, Direction, Directions, Shape
+from bake.directions import (
+    MODULE,
+    ROWS,
+    ZERO,
+    ZERO_SITES,
+    Direction,
+    Directions,
+    Shape,
+    shortened,
+)
 from bake.edits import EditKind, WeightUpdate
 from bake.errors import DirectionError, UsageError
 from bake.families import Layout
@@ -26,7 +35,7 @@ def own_sites(
         UsageError: it names none.
         DirectionError: it names a module that is another site in this model.
     """
-    items = found.items if spec.layer is None else (found.at_layer(spec.layer),)
+    items = (_pinned(spec, found),) if spec.pinned else found.items
     if any(item.site is None for item in items):
         sites, what = example(kind, items, layout)
         raise UsageError(
@@ -47,14 +56,13 @@ def check_modules(
     """Refuse sites that were read from modules' names, where a module is another site here.
 
     Llama calls the norm before the MLP ``post_attention_layernorm``, Gemma 2 that behind attention.
-    With ``layer`` in the table of the direction, the recipe alone says where it acts.
 
     Raises:
         DirectionError: a module is another site in this model.
     """
     meant = {site: _meant(found, site, known) for site in sites}
     wrong = next((site for site, own in meant.items() if own != site), None)
-    if wrong is None or spec.layer is not None:
+    if wrong is None:
         return
     raise DirectionError(
         f"direction {spec.name!r} was fitted at {found.metadata[f'{MODULE}{wrong}']}, which was "
@@ -80,8 +88,8 @@ def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
         UsageError: the site is in no layer, and the artifact has an item for each.
         DirectionError: there is none for the site, or it is zero.
     """
-    if spec.layer is not None:
-        return found.at_layer(spec.layer)
+    if spec.pinned:
+        return _pinned(spec, found)
     # A stack whose other layers are zero is still one item per layer.
     if len(found.items) == 1 and not {ZERO, ZERO_SITES} & found.metadata.keys():
         return found.items[0]
@@ -98,7 +106,7 @@ def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
         raise UsageError(
             f"direction {spec.name!r} has {len(found.items)} items, one per layer, "
             f"and {site} is in no layer",
-            fix=f"give layer = N in [directions.{spec.name}] to use one of them everywhere",
+            fix=f"give {_pin(found)} in [directions.{spec.name}] to use one of them everywhere",
         )
     try:
         return found.at_layer(site.layer)
@@ -106,8 +114,33 @@ def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
         raise DirectionError(
             f"direction {spec.name!r} has no item for {site}: {error.what}",
             why=error.fix,
-            fix=f"narrow `at` to what it holds, or give layer = N in [directions.{spec.name}]",
+            fix=f"narrow `at` to what it holds, or give {_pin(found)} in [directions.{spec.name}]",
         ) from error
+
+
+def _pinned(spec: DirectionSpec, found: Directions) -> Direction:
+    """Return the item that the recipe picks for every site.
+
+    Raises:
+        DirectionError: the artifact has none there, or several of the layer.
+    """
+    if spec.layer is not None:
+        return found.at_layer(spec.layer)
+    assert spec.site is not None, "a pin is a layer or a site"
+    own = found.at_site(str(parse_site(spec.site)))
+    if own is None:
+        raise DirectionError(
+            f"direction {spec.name!r} has no item at {spec.site}",
+            fix=f"it holds {shortened([item.place for item in found.items])}",
+        )
+    return own
+
+
+def _pin(found: Directions) -> str:
+    """Return the key that picks one item of an artifact, as a recipe spells it."""
+    layers = [item.layer for item in found.items]
+    sites = [item.site for item in found.items if item.site is not None]
+    return "layer = N" if len({*layers}) == len(layers) else f'site = "{sites[0]}"'
 
 
 def check_layers(spec: DirectionSpec, found: Directions, layout: Layout) -> None:

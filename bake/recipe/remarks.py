@@ -27,7 +27,7 @@ def remarks(recipe: Recipe, directions: Mapping[str, Directions]) -> tuple[str, 
                 found[f"direction {name!r}: {said}"] = None
         means = (Role.MEAN in item.tensors for n in edit.directions for item in directions[n].items)
         absent = edit.mean is False or (edit.mean is None and not any(means))
-        if edit.kind is EditKind.AFFINE and absent:
+        if edit.inner is EditKind.AFFINE and absent:
             found[
                 f"affine {' + '.join(edit.directions)}: there is no mean, so that the component is "
                 f"set to {edit.alpha:g} times the direction's"

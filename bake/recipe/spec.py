@@ -127,6 +127,10 @@ class DirectionTable(Table, frozen=True, kw_only=True):
         Meta(description="use this block's item everywhere"),
     ] = None
     """None leaves one item per layer."""
+    site: Annotated[
+        Text | None, Meta(description="use everywhere the item that the artifact places here")
+    ] = None
+    """As ``layer``, of an artifact with several sites of one block."""
     sign: Annotated[Literal[1, -1], Meta(extra=_NO_SIGN)] = 1
     """−1 for the opposite direction."""
     positions: Annotated[
@@ -154,6 +158,11 @@ class DirectionSpec(DirectionTable, frozen=True, kw_only=True):
     """The file or folder, from the recipe's own; None for one on the Hub."""
     minus_path: Path | None = None
     """That of ``minus``, likewise."""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the recipe picks one item of the artifact for every site."""
+        return self.layer is not None or self.site is not None
 
 
 def _by_site(description: str) -> Meta:
@@ -367,3 +376,9 @@ class Recipe:
     card: CardTable = field(default_factory=CardTable)
     verify: VerifyTable = field(default_factory=VerifyTable)
     calibrate: CalibrateSpec | None = None
+
+    def beside(self, edit: EditTable) -> tuple[str, ...]:
+        """Return the directions that an edit takes its mean and its conditions from, by name."""
+        gates = (edit.gate, *(self.directions[name].gate for name in edit.directions))
+        named = [gate.direction for gate in gates if gate is not None]
+        return (*named, edit.mean) if isinstance(edit.mean, str) else tuple(named)

@@ -19,7 +19,7 @@ def has_tokenizer(out: Path) -> bool:
 
 
 def load_tokenizer(
-    out: Path, *, otherwise: str = "leave --prompts out to measure on random tokens"
+    out: Path, *, otherwise: str = "put its files beside the model, tokenizer.json among them"
 ) -> Any:
     """Return the tokenizer of an artifact or a model.
 
