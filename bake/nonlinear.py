@@ -100,7 +100,7 @@ class Clamp(Nonlinear):
     @property
     @override
     def always(self) -> AffineMap | None:
-        if self.low != self.high:
+        if self.rectified or self.low != self.high:
             return None
         level = self.left.sum(dim=1) * self.low
         return LowRankMap(-self.left, self.right, self.left @ (self.right @ self.mean) + level)

@@ -1030,6 +1030,32 @@ def test_means_that_are_not_there_or_disagree(tmp_path: Path, layout: Layout) ->
         ("linear", {R.SCALE: SCALE}, ["needs matrix", "is for scale"]),
         ("rotate", {R.MATRIX: MATRIX}, ["not orthogonal", 'kind = "linear"']),
         ("offset", {R.SUBSPACE: SUBSPACE}, ["needs vector or offset"]),
+        # A part of a map is another map.
+        (
+            "offset",
+            {R.SCALE: SCALE, R.OFFSET: OFFSET},
+            ["would leave out the scale of direction 'mood'", "write kind = 'scale'"],
+        ),
+        (
+            "linear",
+            {R.LEFT: LEFT, R.RIGHT: RIGHT, R.MEAN: MEAN},
+            ["would leave out the mean", "write kind = 'erase' or 'clamp'"],
+        ),
+        (
+            "erase",
+            {R.LEFT: LEFT, R.RIGHT: RIGHT, R.BIAS: OFFSET},
+            ["would leave out the bias", "write kind = 'linear'"],
+        ),
+        (
+            "rotate",
+            {R.MATRIX: MATRIX, R.OFFSET: OFFSET},
+            ["would leave out the offset", "write kind = 'linear'"],
+        ),
+        (
+            "scale",
+            {R.SCALE: SCALE, R.OFFSET: OFFSET, R.BIAS: OFFSET},
+            ["holds an offset and a bias", "save their sum"],
+        ),
     ],
 )
 def test_artifacts_that_a_kind_cannot_use(
@@ -1054,7 +1080,10 @@ def test_artifacts_that_a_kind_cannot_use(
     ("keys", "names", "fragment"),
     [
         ("degrees = 9", '"mood"', "turns in the plane of two vectors, not 1"),
-        ("", '["mood", "other"]', "needs degrees"),
+        ("", '["mood", "other"]', "needs degrees or angle"),
+        ("", '"plane"', "needs degrees or angle"),
+        ("angle = 9", '"mood"', "turns in the plane of two vectors, not 1"),
+        ("reflect = true", '["mood", "other"]', "reflect mirrors along one vector, not 2"),
     ],
 )
 def test_rotations_that_are_not_determined(
@@ -1062,6 +1091,9 @@ def test_rotations_that_are_not_determined(
 ) -> None:
     text = f'[[edits]]\nkind = "rotate"\ndirection = {names}\nat = "attn_out.1"\n{keys}\n'
     found = {"mood": artifact(vector()), "other": artifact(vector(seed=2))}
+    if names == '"plane"':
+        text = text.replace("plane", "mood")
+        found = {"mood": artifact(Direction({R.SUBSPACE: random(2, HIDDEN)}))}
     with pytest.raises(BakeError, match=fragment):
         build(tmp_path, layout, text, found)
 

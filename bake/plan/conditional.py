@@ -55,11 +55,13 @@ def refused(
     # Nothing of it is written: what the affine maps would change is not what was asked.
     return replace(
         plan,
+        layout=layout,
         edits=tuple(edits),
         tensors=(),
         biases=(),
         config=(),
         findings=findings,
+        notes=(),
         created_bytes=0,
     )
 

@@ -271,8 +271,8 @@ def _unknown(word: str, key: str, known: Sequence[str] | type[SiteKind]) -> Usag
         fix = nearest(word, known)
     else:
         fix = (
-            'name blocks, as in { "8-20" = 0.9, 21 = 0.4 }, kinds of sites, '
-            "or peak, max, min and width"
+            'name blocks, as in { "8-20" = 0.9, 21 = 0.4 }, or peak, max, min and width; kinds of '
+            "sites, as in { attn_out = …, mlp_out = … }, stand outermost"
         )
     return UsageError(f"{key} has the unknown key {word!r}", fix=fix)
 

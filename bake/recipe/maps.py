@@ -25,6 +25,16 @@ KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
     Role.MATRIX: (EditKind.LINEAR, EditKind.ROTATE),
     Role.OFFSET: (EditKind.OFFSET,),
 }
+# What else belongs to the map that a kind makes of a tensor of such a role.
+_REST: Mapping[EditKind, tuple[Role, ...]] = {
+    EditKind.ERASE: (Role.MEAN,),
+    EditKind.CLAMP: (Role.MEAN,),
+    EditKind.SCALE: (Role.OFFSET, Role.BIAS),
+    EditKind.MASKED_SCALE: (Role.SCALE, Role.OFFSET, Role.BIAS),
+    EditKind.LINEAR: (Role.OFFSET, Role.BIAS),
+}
+# The tensors that are one map where no vector is: a factor, and a constant.
+_PARTS = (Role.SCALE, Role.MATRIX, Role.LEFT, Role.OFFSET, Role.BIAS, Role.MEAN)
 SIGNED_ROLES = (Role.VECTOR, Role.SUBSPACE, Role.OFFSET)
 
 
@@ -130,11 +140,49 @@ def masked(item: Direction, map_: AffineMap) -> Masked | None:
     return Masked(map_.scale, map_.bias, low.to(torch.float64), high.to(torch.float64))
 
 
+def _left_out(kind: EditKind, held: Mapping[Role, Tensor]) -> list[Role]:
+    """Return which parts of the map that an item holds a kind would leave out."""
+    whole = [role for role in _PARTS if role in held]
+    return [
+        r for r in whole if kind not in KINDS_OF_ROLE.get(r, ()) and r not in _REST.get(kind, ())
+    ]
+
+
+def _check_whole(kind: EditKind, named: Named) -> None:
+    """Refuse a part of a map: an eraser without its mean, the shift of a scale alone.
+
+    Raises:
+        DirectionError: naming the parts, and the kinds that take all of them.
+    """
+    held = named.item.tensors
+    of_vector = Role.VECTOR in held or Role.SUBSPACE in held  # beside which a mean may stand
+    kinds = [one for one in EditKind if any(one in KINDS_OF_ROLE.get(role, ()) for role in held)]
+    if of_vector or kind not in kinds:
+        return
+    if lost := _left_out(kind, held):
+        fitting = [one for one in kinds if not _left_out(one, held)]
+        raise DirectionError(
+            f"kind = {str(kind)!r} would leave out the {' and the '.join(lost)} of direction "
+            f"{named.name!r}",
+            why="what it holds is one map together",
+            fix=f"write kind = {' or '.join(repr(str(one)) for one in fitting)}"
+            if fitting
+            else "save what is meant alone in a file",
+        )
+    if {Role.OFFSET, Role.BIAS} <= held.keys():
+        raise DirectionError(
+            f"direction {named.name!r} holds an offset and a bias, which are both the constant",
+            fix="save their sum as one of them",
+        )
+
+
 def _map_inside(
     spec: EditTable, items: tuple[Named, ...], mean: Tensor | None, amounts: Amounts
 ) -> AffineMap | WeightUpdate | Nonlinear:
     """Return the map of an edit without what is around it."""
     kind, first, strength = spec.inner, items[0], amounts.strength
+    for named in items:
+        _check_whole(kind, named)
     match kind:
         case EditKind.ABLATE:
             return edits.ablate(_rows(kind, items), strength=strength)
@@ -194,8 +242,7 @@ def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> AffineMap | Cl
         for said, limit in ((spec.low, -math.inf), (spec.high, math.inf))
     )
     clamp = Clamp(left, right, centre, low, high, spec.rectified)
-    # Between limits that are one number a component is set to it, which is affine.
-    fixed = None if spec.rectified else clamp.always
+    fixed = clamp.always  # between limits that are one number, a component is set to it
     return clamp if fixed is None else fixed
 
 
@@ -212,7 +259,13 @@ def _rotation(spec: EditTable, items: tuple[Named, ...]) -> AffineMap | Aimed:
         assert spec.angle is not None
         basis, turn = edits.orthonormal(plane), math.radians(spec.angle)
         return Aimed(basis, math.cos(turn) * basis[0] + math.sin(turn) * basis[1])
-    if len(items) > 1:
+    held = items[0].item.tensors
+    if len(items) > 1 and spec.reflect:
+        raise UsageError(
+            f"reflect mirrors along one vector, not {len(items)}",
+            fix="name one direction, or turn in their plane with degrees or angle",
+        )
+    if len(items) > 1 or (Role.SUBSPACE in held and not {Role.MATRIX, Role.VECTOR} & held.keys()):
         raise UsageError(
             "a rotation in the plane of two directions needs degrees or angle",
             fix="add degrees = 30 to turn by, or angle = 180 to turn to, for example",

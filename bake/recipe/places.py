@@ -104,9 +104,9 @@ def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
         )
     if site.layer is None:
         raise UsageError(
-            f"direction {spec.name!r} has {len(found.items)} items, one per layer, "
-            f"and {site} is in no layer",
-            fix=f"give {_pin(found)} in [directions.{spec.name}] to use one of them everywhere",
+            f"direction {spec.name!r} has {len(found.items)} items, one per "
+            f"{'site' if found.items[0].site else 'layer'}, and {site} is in no layer",
+            fix=f"give {_pin(found, 0)} in [directions.{spec.name}] to use one of them everywhere",
         )
     try:
         return found.at_layer(site.layer)
@@ -114,7 +114,8 @@ def item_at(spec: DirectionSpec, found: Directions, site: Site) -> Direction:
         raise DirectionError(
             f"direction {spec.name!r} has no item for {site}: {error.what}",
             why=error.fix,
-            fix=f"narrow `at` to what it holds, or give {_pin(found)} in [directions.{spec.name}]",
+            fix="narrow `at` to what it holds, or give "
+            f"{_pin(found, site.layer)} in [directions.{spec.name}]",
         ) from error
 
 
@@ -136,11 +137,13 @@ def _pinned(spec: DirectionSpec, found: Directions) -> Direction:
     return own
 
 
-def _pin(found: Directions) -> str:
-    """Return the key that picks one item of an artifact, as a recipe spells it."""
+def _pin(found: Directions, layer: int) -> str:
+    """Return the key that picks one item of an artifact, with one of a layer where it has any."""
     layers = [item.layer for item in found.items]
-    sites = [item.site for item in found.items if item.site is not None]
-    return "layer = N" if len({*layers}) == len(layers) else f'site = "{sites[0]}"'
+    sites = {item.site: item.layer for item in found.items if item.site is not None}
+    if len({*layers}) == len(layers):
+        return "layer = N"
+    return f'site = "{next((s for s, own in sites.items() if own == layer), next(iter(sites)))}"'
 
 
 def check_layers(spec: DirectionSpec, found: Directions, layout: Layout) -> None:
