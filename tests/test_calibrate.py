@@ -188,7 +188,7 @@ def story() -> tuple[Base, Edit, tuple[tuple[int, ...], ...]]:
 @cache
 def fitted() -> Calibration:
     model, edit, texts = story()
-    return calibrate(model.model, model.layout, hard=[edit], kept=[], prompts=texts)
+    return calibrate(model.model, model.layout, asked=[edit], kept=[], prompts=texts)
 
 
 def test_an_affine_edit_at_one_site_is_stood_in_for() -> None:
@@ -226,7 +226,7 @@ def test_corrections_at_later_writers_help() -> None:
     model, edit, texts = story()
     settings = Settings(corrections=0)
     first = calibrate(
-        model.model, model.layout, hard=[edit], kept=[], prompts=texts, settings=settings
+        model.model, model.layout, asked=[edit], kept=[], prompts=texts, settings=settings
     )
     assert [str(fit.site) for fit in first.fits] == ["mlp_out.2"]
     assert fitted().share < 0.5 * first.share < 0.5
@@ -237,7 +237,7 @@ def test_the_same_texts_give_the_same_stand_ins() -> None:
     model, edit, texts = story()
     settings = Settings(corrections=1)
     again = calibrate(
-        model.model, model.layout, hard=[edit], kept=[], prompts=texts, settings=settings
+        model.model, model.layout, asked=[edit], kept=[], prompts=texts, settings=settings
     )
     assert again.fits and again.fits == fitted().fits[: len(again.fits)]
     for one, other in zip(again.edits, fitted().edits, strict=False):
@@ -255,7 +255,7 @@ def test_exact_edits_stay_in_force_beside_the_stand_ins() -> None:
         (Site(SiteKind.RESID_POST, 4),),
         offset(vector(model.layout.hidden), coefficient=0.05),
     )
-    found = calibrate(model.model, model.layout, hard=[edit], kept=[kept], prompts=texts)
+    found = calibrate(model.model, model.layout, asked=[kept, edit], kept=[kept], prompts=texts)
     assert all(fit.site != Site(SiteKind.MLP_OUT, 4) for fit in found.fits)
     both, held_out = (kept, *found.edits), batches_of(texts[::5])
     lost = divergence(model.model, model.layout, [kept, edit], both, held_out)
@@ -263,17 +263,40 @@ def test_exact_edits_stay_in_force_beside_the_stand_ins() -> None:
     assert lost < 0.2 * divergence(model.model, model.layout, [kept, edit], [kept], held_out)
 
 
+def test_stand_ins_are_for_the_edits_in_their_order() -> None:
+    """A push behind an edit that sets its component stays; before it, it would be undone."""
+    model, edit, texts = story()
+    assert isinstance(edit.map, LowRankMap)
+    push = offset(edit.map.left[:, 0], coefficient=3.0)
+    kept = Edit(EditKind.OFFSET, "push", edit.sites, push)
+    found = calibrate(
+        model.model,
+        model.layout,
+        asked=[edit, kept],
+        kept=[kept],
+        prompts=texts,
+        settings=Settings(corrections=2),
+    )
+    both, held_out = (kept, *found.edits), batches_of(texts[::5])
+    lost, other = (
+        divergence(model.model, model.layout, asked, both, held_out)
+        for asked in ([edit, kept], [kept, edit])
+    )
+    assert lost == pytest.approx(found.kl, rel=1e-6)
+    assert other > 10 * lost
+
+
 def test_too_few_texts() -> None:
     model, edit, texts = story()
     with pytest.raises(InputError, match="4 calibration texts are too few"):
-        calibrate(model.model, model.layout, hard=[edit], kept=[], prompts=texts[:4])
+        calibrate(model.model, model.layout, asked=[edit], kept=[], prompts=texts[:4])
 
 
 def test_an_edit_without_effect() -> None:
     model, edit, texts = story()
     idle = replace(edit, map=ablate(vector(model.layout.hidden), strength=0.0))
     with pytest.raises(InputError, match="no effect on the calibration texts"):
-        calibrate(model.model, model.layout, hard=[idle], kept=[], prompts=texts)
+        calibrate(model.model, model.layout, asked=[idle], kept=[], prompts=texts)
 
 
 def test_a_family_without_a_writer_for_it(tiny_checkpoint: Checkpoints) -> None:
@@ -281,7 +304,7 @@ def test_a_family_without_a_writer_for_it(tiny_checkpoint: Checkpoints) -> None:
     edit = ablation("resid_post.0", model.layout.hidden)
     prompts = [[1, 2, 3, n] for n in range(4, 10)]
     with pytest.raises(UsageError, match="no writer that could take a fitted update"):
-        calibrate(model.model, model.layout, hard=[edit], kept=[], prompts=prompts)
+        calibrate(model.model, model.layout, asked=[edit], kept=[], prompts=prompts)
 
 
 @pytest.mark.parametrize(

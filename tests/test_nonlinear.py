@@ -493,7 +493,7 @@ def test_a_fit_stands_in_for_a_gate(tmp_path: Path) -> None:
     found = calibrate(
         model.model,
         model.layout,
-        hard=[edit],
+        asked=[edit],
         kept=[],
         prompts=texts,
         settings=Settings(corrections=0),

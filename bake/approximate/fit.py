@@ -88,7 +88,7 @@ def calibrate(
     model: "PreTrainedModel",
     layout: Layout,
     *,
-    hard: Sequence[Edit],
+    asked: Sequence[Edit],
     kept: Sequence[Edit],
     prompts: Sequence[Sequence[int]],
     settings: Settings | None = None,
@@ -99,8 +99,8 @@ def calibrate(
     Args:
         model: the base, in eval mode, in float32 or better.
         layout: its layout.
-        hard: the edits to be stood in for.
-        kept: the others; they act in both models.
+        asked: all edits, in the order in which they act where several meet at one site.
+        kept: those of them that act in both models; the others are stood in for.
         prompts: token ids of the calibration texts, at least five.
         settings: ranks and corrections.
         progress: called with the writers that are done, and how many there are.
@@ -112,7 +112,7 @@ def calibrate(
     """
     chosen = Settings() if settings is None else settings
     split = _split(prompts)
-    asked = (*kept, *hard)
+    hard = tuple(edit for edit in asked if edit not in kept)
     places = places_for(layout, hard, kept)
     if not places:
         raise UsageError(
@@ -127,7 +127,8 @@ def calibrate(
             fix="give texts on which the hooks change something",
         )
     places = places[: None if chosen.corrections is None else 1 + chosen.corrections]
-    fitting = _Fitting(model, layout, tuple(hard), tuple(kept), split, chosen)
+    concept = "+".join(dict.fromkeys(edit.concept for edit in hard))
+    fitting = _Fitting(model, layout, tuple(asked), tuple(kept), concept, split, chosen)
     stand_ins, fits = fitting.stand_ins(places, progress)
     if not fits:
         raise UsageError(
@@ -169,8 +170,9 @@ class _Fitting:
 
     model: "PreTrainedModel"
     layout: Layout
-    hard: tuple[Edit, ...]
+    asked: tuple[Edit, ...]
     kept: tuple[Edit, ...]
+    concept: str
     split: _Split
     settings: Settings
 
@@ -195,8 +197,8 @@ class _Fitting:
 
     def _reached(self, stand_ins: Sequence[Edit]) -> float:
         """Return the divergence of some stand-ins on the text that chooses."""
-        asked, now = (*self.kept, *self.hard), (*self.kept, *stand_ins)
-        return divergence(self.model, self.layout, asked, now, self.split.choose)
+        now = (*self.kept, *stand_ins)
+        return divergence(self.model, self.layout, self.asked, now, self.split.choose)
 
     def _solution(self, place: Place, now: Sequence[Edit]) -> Solution | None:
         """Return what a writer can make up for of the difference behind it."""
@@ -208,8 +210,7 @@ class _Fitting:
         for batches in (self.split.fit, self.split.choose):
             summed = Moments(width, self.layout.hidden, constant=constant)
             for tokens in batches:
-                asked = (*self.kept, *self.hard)
-                hooked = observe(self.model, self.layout, asked, tokens, (place.watch,))
+                hooked = observe(self.model, self.layout, self.asked, tokens, (place.watch,))
                 edited = observe(self.model, self.layout, now, tokens, (live, place.watch))
                 missing = hooked[place.watch].double() - edited[place.watch].double()
                 summed.add(edited[live], missing / place.branch.gain)
@@ -217,9 +218,8 @@ class _Fitting:
         return regress(*moments, rank=self.settings.rank)
 
     def _edits(self, place: Place, found: Solution) -> tuple[Edit, ...]:
-        concept = "+".join(dict.fromkeys(edit.concept for edit in self.hard))
         sites = (place.site,)
-        update = Edit(EditKind.UPDATE, concept, sites, WeightUpdate(found.left, found.right))
+        update = Edit(EditKind.UPDATE, self.concept, sites, WeightUpdate(found.left, found.right))
         if found.constant is None or not bool(found.constant.any()):
             return (update,)
-        return update, Edit(EditKind.OFFSET, concept, sites, translation(found.constant))
+        return update, Edit(EditKind.OFFSET, self.concept, sites, translation(found.constant))

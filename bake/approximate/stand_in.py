@@ -66,7 +66,7 @@ def approximate(
         found = calibrate(
             model,
             layout,
-            hard=hard,
+            asked=plan.edits,
             kept=kept,
             prompts=prompts,
             settings=tried,
