@@ -199,7 +199,7 @@ def test_names_of_sites_keep_their_site(tmp_path: Path) -> None:
         DirectionError, match=r"2 directions at layer 3: attn_out\.3, mlp_out\.3"
     ) as caught:
         found.at_layer(3)
-    assert 'site = "attn_out.3" picks one' in str(caught.value)
+    assert 'site = "attn_out.3" in place of a layer picks one' in str(caught.value)
     assert found.at_site("resid_post.3") is None
 
 

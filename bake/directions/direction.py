@@ -197,7 +197,7 @@ class Directions:
             raise self._error(
                 f"there are {len(found)} directions at layer {layer}: "
                 + ", ".join(item.place for item in found),
-                fix=f'site = "{sites[0]}" picks one',
+                fix=f'site = "{sites[0]}" in place of a layer picks one',
             )
         zero = str(layer) in self.metadata.get(ZERO, "").split(",")
         raise self._error(
