@@ -935,6 +935,19 @@ def test_a_sign_turns_the_direction_but_not_its_mean(tmp_path: Path, layout: Lay
     assert not same(edit.map, edits.affine(VECTOR, mean=MEAN, alpha=2.0))
 
 
+def test_a_map_has_no_opposite(tmp_path: Path, layout: Layout) -> None:
+    """The shift of a scale has a sign that would not be turned; an offset alone is."""
+    head = HEAD.replace('"mood.npy"', '"mood.npy"\nsign = -1')
+    text = EDIT.replace('"resid"', '"mlp_out.0"')
+    tensors = {R.SCALE: SCALE, R.OFFSET: OFFSET}
+    recipe = recipe_of(tmp_path, text.replace("ablate", "scale"), head)
+    with pytest.raises(UsageError, match="has no meaning for kind = 'scale'"):
+        build_edits(recipe, layout, {"mood": artifact(Direction(tensors))})
+    recipe = recipe_of(tmp_path, text.replace("ablate", "offset"), head)
+    (edit,) = build_edits(recipe, layout, {"mood": artifact(Direction({R.OFFSET: OFFSET}))})
+    assert same(edit.map, edits.offset(-OFFSET))
+
+
 def test_several_directions_are_one_subspace(tmp_path: Path, layout: Layout) -> None:
     text = EDIT.replace('"mood"', '["mood", "other"]')
     one, two = vector(seed=1), vector(seed=2)

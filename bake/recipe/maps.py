@@ -153,12 +153,19 @@ def _check_whole(kind: EditKind, named: Named) -> None:
 
     Raises:
         DirectionError: naming the parts, and the kinds that take all of them.
+        UsageError: the opposite of a map is asked for.
     """
     held = named.item.tensors
     of_vector = Role.VECTOR in held or Role.SUBSPACE in held  # beside which a mean may stand
     kinds = [one for one in EditKind if any(one in KINDS_OF_ROLE.get(role, ()) for role in held)]
     if of_vector or kind not in kinds:
         return
+    if named.sign == -1 and kind is not EditKind.OFFSET:
+        raise UsageError(
+            f"sign = -1 of direction {named.name!r} has no meaning for kind = {str(kind)!r}",
+            why="it turns a vector, a subspace or an offset that is added, and no map",
+            fix="leave sign out",
+        )
     if lost := _left_out(kind, held):
         fitting = [one for one in kinds if not _left_out(one, held)]
         raise DirectionError(
