@@ -20,8 +20,8 @@ _LADDER: tuple[tuple[str, ...], ...] = ((), ("recast",), ("relocate",), ("widen"
 declared as the Llama that it is, to what is almost exact."""
 _ALLOWED = {
     "recast": "biases need it: the model is declared as the Llama that it is",
-    "relocate": "the edit at one site is almost exact so; `widen` leaves nothing of it",
-    "widen": "the constant finds no bias: the stream gets new dimensions",
+    "relocate": "what acts at one site is almost exact so; `widen` leaves nothing of it",
+    "widen": "what finds no place in the weights gets new dimensions of the stream",
 }
 
 
