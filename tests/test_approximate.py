@@ -191,6 +191,27 @@ def test_texts_that_are_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    """What is advised is done, and the fit goes on to its texts."""
+    base = tmp_path / "model"
+    shutil.copytree(RECIPES / "quickstart" / "model", base)
+    kept = {file.name: file.read_bytes() for file in base.glob("tokenizer*")}
+    path = recipe_without(tmp_path)
+    text = path.read_text().replace(f"{RECIPES}/quickstart/model", str(base))
+    (tmp_path / "few.txt").write_text("One text.\n")
+    path.write_text(text.replace(f"{RECIPES}/quickstart/eval.txt", "few.txt"))
+    for name in kept:
+        (base / name).unlink()
+    result = run("plan", path)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 4, said
+    assert "put its files beside the model, tokenizer.json among them" in said
+    assert "--prompts" not in said
+    for name, data in kept.items():
+        (base / name).write_bytes(data)
+    assert "1 calibration texts are too few" in " ".join(run("plan", path).output.split())
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -62,7 +62,7 @@ def ids(text: str) -> tuple[int, ...]:
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     made = Tokenizer("a template")
-    monkeypatch.setattr(module, "load_tokenizer", lambda out: made)
+    monkeypatch.setattr(module, "load_tokenizer", lambda out, **_: made)
     return made
 
 

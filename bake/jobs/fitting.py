@@ -58,8 +58,8 @@ def fitted(
     from bake.verify.tokenizer import load_tokenizer
 
     checkpoint = model.complete()
-    tokenizer = load_tokenizer(checkpoint.path)
-    prompts = parse_prompts(read_lines(spec.path), spec.path, tokenizer, spec.tokens)
+    lines = read_lines(spec.path)
+    prompts = parse_prompts(lines, spec.path, load_tokenizer(checkpoint.path), spec.tokens)
     live = load(checkpoint, torch.float32, family=model.family)
     settings = Settings(spec.rank, spec.corrections, spec.constant)
     with bars("fitting stand-ins", unit="writers") as move:

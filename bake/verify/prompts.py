@@ -110,8 +110,9 @@ def read_prompts(path: Path, out: Path, longest: int | None = None) -> PromptSet
         InputError: the file cannot be read or holds no prompt, the artifact has no tokenizer, or
             its chat template does not take the messages.
     """
+    lines = read_lines(path)
     tokenizer = load_tokenizer(out, otherwise="leave --prompts out to measure on random tokens")
-    return parse_prompts(read_lines(path), path, tokenizer, longest)
+    return parse_prompts(lines, path, tokenizer, longest)
 
 
 def read_lines(path: Path, what: str = "prompts") -> list[str]:
