@@ -161,7 +161,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("kind", ["checkpoint", "merge"])
 def test_streaming_holds_a_few_blocks(kind: str, tmp_path: Path) -> None:
-    """24 blocks verify within the memory of six of them in float64, traces and all."""
+    """24 blocks verify within the memory of seven in float64, the stream by layer and all traces."""
     model = tiny.make_model(
         "llama",
         dtype=torch.bfloat16,
@@ -190,4 +190,4 @@ def test_streaming_holds_a_few_blocks(kind: str, tmp_path: Path) -> None:
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1])
-    assert grown < 6 * block * 8 < total * 8 / 3
+    assert grown < 7 * block * 8 < total * 8 / 3
