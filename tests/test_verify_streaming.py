@@ -161,7 +161,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("kind", ["checkpoint", "merge"])
 def test_streaming_holds_a_few_blocks(kind: str, tmp_path: Path) -> None:
-    """24 blocks verify within the memory of seven in float64, the stream by layer and all traces."""
+    """24 blocks verify within the memory of seven in float64, stream and traces and all."""
     model = tiny.make_model(
         "llama",
         dtype=torch.bfloat16,
