@@ -1,5 +1,6 @@
 """Verification with one block in memory at a time: the same numbers, in the memory of a block."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,7 +162,7 @@ print(peak() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("kind", ["checkpoint", "merge"])
 def test_streaming_holds_a_few_blocks(kind: str, tmp_path: Path) -> None:
-    """24 blocks verify within the memory of seven in float64, stream and traces and all."""
+    """24 blocks verify within the memory of six of them in float64, traces and all."""
     model = tiny.make_model(
         "llama",
         dtype=torch.bfloat16,
@@ -187,7 +188,9 @@ def test_streaming_holds_a_few_blocks(kind: str, tmp_path: Path) -> None:
         out = merge_adapter(adapter, checkpoint, tmp_path / "out").path
     assert layout_of(checkpoint).layers == 24
     arguments = [sys.executable, "-c", MEMORY, str(out), str(tmp_path / "base")]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    # What is freed goes back at once: else glibc keeps up to half as much again, as chance has it.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout.split()[-1])
-    assert grown < 7 * block * 8 < total * 8 / 3
+    assert grown < 6 * block * 8 < total * 8 / 3
