@@ -9,11 +9,12 @@ from pathlib import Path
 from bake.artifact.destination import Destination
 from bake.artifact.frontmatter import read_card
 from bake.artifact.names import CARD, Problem
+from bake.artifact.record import RECORD
+from bake.atomic import write_atomically
 from bake.cards import lint, stamp, templates
 from bake.cards.facts import read_facts
 from bake.cards.view import view
 from bake.errors import InputError, UsageError
-from bake.seal.manifest import write_text
 from bake.seal.seal import raise_problems
 
 
@@ -71,7 +72,10 @@ def save_card(text: str, path: Path, *, force: bool = False) -> Path:
         )
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}", fix="make it, or name another file")
-    write_text(path.parent.resolve(), path.name, text)
+    place = path.parent.resolve()
+    # Nothing is left in an artifact; and the parent of a folder of notes may not be the user's.
+    beside = place.parent if (place / RECORD).is_file() else None
+    write_atomically(place / path.name, text.encode(), beside=beside)
     return path
 
 

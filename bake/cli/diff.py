@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bake.atomic import write_atomically
 from bake.cli.options import FAMILY, PATH, PLOT, check_plot
 from bake.cli.output import Output, bake_command
 from bake.errors import UsageError
@@ -79,7 +80,7 @@ def command(
     if plot is not None:
         from bake.diff.plot import draw
 
-        plot.write_bytes(draw(found, plot.suffix.lower().removeprefix(".")))
+        write_atomically(plot, draw(found, plot.suffix.lower().removeprefix(".")))
     output.present(
         data=lambda: {**found.to_json(), "plot": None if plot is None else str(plot)},
         view=lambda: comparison(found, plot, verbose=output.verbose),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bake.atomic import write_atomically
 from bake.cli.options import FORCE, PATH, PLOT, check_plot, table_options
 from bake.cli.output import Output, bake_command
 from bake.errors import UsageError
@@ -170,12 +171,7 @@ def _write(
     if plot is not None:
         files[plot] = draw(found.sweep, plot.suffix.lower().removeprefix("."))
     for path, data in files.items():
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, data)
 
 
 def _json(

@@ -8,12 +8,12 @@ Tensors: ``<role>`` for a direction of no layer, ``<role>.<layer>`` for one of a
 ``<role>.<site>`` where one layer has several sites (``left.ln1_out.3``).
 """
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bake.atomic import write_atomically
 from bake.checkpoints.header import build_header
 from bake.directions.arrays import Place
 from bake.directions.direction import DTYPES, Direction, Directions, Role
@@ -51,13 +51,7 @@ def write_directions(directions: Directions, path: Path) -> None:
     forms = {name: (DTYPES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
     header, places = build_header(forms, shard=path.name, metadata=metadata)
     values = (tensors[place.name].reshape(-1).view(torch.uint8) for place in places)
-    data = b"".join((header, *(value.numpy().tobytes() for value in values)))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, b"".join((header, *(value.numpy().tobytes() for value in values))))
 
 
 def _common_site(directions: Directions) -> str | None:

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from bake import __version__
 from bake.artifact.destination import UNVERIFIED, VERIFIED, Destination, Pushed
 from bake.artifact.frontmatter import card_metadata, read_card
+from bake.atomic import write_atomically
 from bake.cards import licences
 from bake.errors import HubError
 from bake.progress import Progress
@@ -43,7 +44,6 @@ from bake.publish.preflight import Terms, check_terms
 from bake.publish.prepare import Prepared, prepare_push
 from bake.publish.remote import differences
 from bake.publish.session import card_errors, listening, refuse_offline
-from bake.seal.manifest import write_text
 from bake.seal.seal import raise_problems
 
 Remark = Callable[[str], None]
@@ -269,7 +269,7 @@ def _with_receipt(ready: Prepared, pushed: Pushed) -> Pushed:
     content = {**pushed.to_json(), "versions": versions}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
-        write_text(ready.receipt.parent, ready.receipt.name, text)
+        write_atomically(ready.receipt, text.encode())
     except OSError as error:
         note = f"the receipt could not be written: {error.strerror}"
     else:

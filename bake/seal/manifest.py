@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from itertools import repeat
 from pathlib import Path
 
 from bake.artifact.names import HUBS_OWN, OUTSIDE, SUMS, printable, walk
+from bake.atomic import write_atomically
 from bake.checkpoints import strictjson
 from bake.checkpoints.folder import regular_file
 from bake.checkpoints.hashes import git_hash
@@ -193,14 +193,5 @@ def write_text(folder: Path, name: str, text: str) -> FileEntry:
     target = folder / name
     target.parent.mkdir(exist_ok=True)
     # Beside the folder: a run that is killed leaves nothing inside that would be published.
-    descriptor, temporary = tempfile.mkstemp(dir=folder.parent, prefix=f".{folder.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_atomically(target, text.encode(), beside=folder.parent)
     return entry_of(target, name)
