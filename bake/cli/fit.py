@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bake.atomic import write_atomically
-from bake.cli.options import FORCE, PATH, PLOT, check_plot, table_options
+from bake.cli.options import FORCE, PATH, PLOT, check_plot, run_options, table_options
 from bake.cli.output import Output, bake_command
 from bake.errors import UsageError
 from bake.jobs.fit_directions import (
@@ -88,19 +88,7 @@ _FILE = ".safetensors"
     show_default=True,
     help="What the model runs in; fits are in float64.",
 )
-@click.option(
-    "--stream/--no-stream",
-    "streamed",
-    default=None,
-    help="Hold one block in memory at a time; by itself where the model is too large.",
-)
-@click.option(
-    "--device",
-    "--device-map",
-    "device_map",
-    metavar="MAP",
-    help="cpu, or a device map of transformers; by itself a GPU that has room.",
-)
+@run_options(gpu="that has room")
 @table_options
 @FORCE
 def command(

@@ -34,6 +34,24 @@ def table_options(function: F) -> F:
     return FAMILY(_ASSUME_HARMLESS(function))
 
 
+def run_options(*, gpu: str) -> Callable[[F], F]:
+    """Return what adds where a model runs; ``gpu`` says which GPU it takes by itself."""
+    device = click.option(
+        "--device",
+        "--device-map",
+        "device_map",
+        metavar="MAP",
+        help=f"cpu, or a device map of transformers; by itself a GPU {gpu}.",
+    )
+    stream = click.option(
+        "--stream/--no-stream",
+        "streamed",
+        default=None,
+        help="Hold one block in memory at a time; by itself where the model is too large.",
+    )
+    return lambda function: stream(device(function))
+
+
 def check_plot(plot: Path) -> None:
     """Raise before long work when its picture could not be drawn."""
     if plot.suffix.lower() not in _FORMS:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bake.cli.options import PATH, table_options
+from bake.cli.options import PATH, run_options, table_options
 from bake.cli.output import KEPT, NOTHING_KEPT, Output, bake_command
 from bake.errors import UsageError
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
@@ -65,19 +65,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Your own tasks of lm-evaluation-harness, which the gate names.",
 )
-@click.option(
-    "--stream/--no-stream",
-    "streamed",
-    default=None,
-    help="Hold one block in memory at a time; by itself where the model is too large.",
-)
-@click.option(
-    "--device",
-    "--device-map",
-    "device_map",
-    metavar="MAP",
-    help="cpu, or a device map of transformers; by itself a GPU for what is in float32.",
-)
+@run_options(gpu="for what is in float32")
 @click.option(
     "--as-system",
     is_flag=True,
