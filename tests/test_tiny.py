@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from moulds import Filling
 from tiny import (
     BIASES,
     CONFIGS,
@@ -19,8 +20,10 @@ from tiny import (
     make_model,
     read,
     tokens,
+    tolerance,
     write_checkpoint,
 )
+from transformers import PreTrainedModel
 
 from bake.families import load_families
 
@@ -45,7 +48,8 @@ def test_a_checkpoint_keeps_float64_bit_by_bit(family: str, tiny_checkpoint: Che
     assert not any(torch.equal(tensor, other[name]) for name, tensor in made.items())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One more whose experts become stacks, and whose file fills a buffer too.
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4_moe"])
 def test_a_copy_is_what_transformers_loads(
     family: str, tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
@@ -65,8 +69,34 @@ def test_a_copy_is_what_transformers_loads(
         assert len(list(copied.parameters())) == len(list(found.parameters()))  # what is tied
         with torch.no_grad():
             answers = [model(tokens()).logits for model in (copied, found, first)]
-        assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+        # Where a tensor lies in memory decides on some machines in which order products add up.
+        apart, other_values = ((answers[0] - a).abs().max() for a in answers[1:])
+        assert apart <= tolerance(found) * answers[0].abs().max() < 1e-3 * other_values
     assert all(torch.equal(tensor, kept[name]) for name, tensor in first.state_dict().items())
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_values_that_are_computed_are_read_each_time(
+    family: str, factor: float, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """The control of the copies: what a class computes on loading is not put where it is not."""
+
+    def computing(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+        model = read(path, dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("mlp.down_proj.weight", "experts.down_proj")):
+                    parameter.mul_(factor)
+        return model
+
+    path = tiny_checkpoint(family)
+    filling = Filling.seen(computing(path, torch.float64), path, computing)
+    assert (filling is None) is (factor != 1.0)
+    write_checkpoint(make_model(family, seed=1), tmp_path)
+    for each in (path, tmp_path):
+        one, other = load(each, read=computing), computing(each, torch.float64)
+        assert all(torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

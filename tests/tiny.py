@@ -5,19 +5,15 @@ vocab), so that a wrong axis fails by its shape; gains differ from 1 and have bo
 differ from 0, and every branch moves the residual stream by about as much as it holds.
 """
 
-import copy
-import io
 import json
-import pickle
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
 from core import CORE, WRAPPED
+from moulds import Filling, Mould, Read, tensors_of
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -200,7 +196,6 @@ def write_checkpoint(
 
 
 CONFIGURING = ("config.json", "generation_config.json", "model.safetensors.index.json")
-Read = Callable[[Path, torch.dtype], PreTrainedModel]
 
 
 def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -215,83 +210,40 @@ def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def load(path: Path, dtype: torch.dtype = torch.float64, read: Read = read) -> PreTrainedModel:
-    """Return the model that ``read`` makes of a checkpoint.
+def load(
+    path: Path,
+    dtype: torch.dtype = torch.float64,
+    read: Read = read,
+    changed: Mapping[str, Tensor] | None = None,
+) -> PreTrainedModel:
+    """Return the model that ``read`` makes of a checkpoint, with other values in some tensors.
 
     It reads the first one of each configuration, index and header. What it makes of them does not
-    depend on values, so those of any other are put into a copy, where tensors are parameters one by
-    one.
+    depend on values, so those of any other are put into a copy.
     """
     header = tuple(tuple(found.items()) for found in header_of(path))
     shards = tuple(shard.name for shard in sorted(path.glob("*.safetensors")))
     texts = tuple((side.name, side.read_bytes()) for side in sorted(path.glob("*.json")))
     key = (read, dtype, header, shards, tuple(text for text in texts if text[0] in CONFIGURING))
-    if _READ.get(key) is None:
+    if key not in _READ:
         model = read(path, dtype)
-        if key not in _READ:
-            _READ[key] = Mould(model) if _holds(model, tensors_of(path)) else None
-        return model
-    model = _READ[key].cast()
+        filling = Filling.seen(model, path, read)
+        _READ[key] = None if filling is None else (Mould(model), filling)
+        if changed is None:
+            return model
+    found = _READ[key]
+    if found is None:
+        assert changed is None, "transformers computes with the values of this file"
+        return read(path, dtype)
+    mould, filling = found
+    model = mould.cast()
     model.config.name_or_path = model.name_or_path = str(path)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, tensor in tensors_of(path).items():
-            parameters[name].copy_(tensor)
+    filling.fill(model, {**tensors_of(path), **(changed or {})})
     return model
 
 
-class Mould:
-    """Makes copies of a model, in a quarter of the time that ``copy.deepcopy`` takes for each."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        file = io.BytesIO()
-        pickler = _ByNumber(file, protocol=pickle.HIGHEST_PROTOCOL)
-        pickler.dump(model)
-        self._pickled, self._parts = file.getvalue(), copy.deepcopy(pickler.parts)
-
-    def cast(self) -> PreTrainedModel:
-        """Return a copy, which shares nothing with another that it could change."""
-        unpickler = _ByNumber.Reader(io.BytesIO(self._pickled))
-        unpickler.parts = copy.deepcopy(self._parts)
-        model: PreTrainedModel = unpickler.load()
-        return model
-
-
-class _ByNumber(pickle.Pickler):
-    """Leaves out tensors, which are slow to pickle, and functions, some of which have no name."""
-
-    class Reader(pickle.Unpickler):
-        parts: list[Any]
-
-        def persistent_load(self, number: int) -> Any:
-            return self.parts[number]
-
-    def __init__(self, file: io.BytesIO, *, protocol: int) -> None:
-        super().__init__(file, protocol=protocol)
-        self.parts: list[Any] = []
-        self._numbers: dict[int, int] = {}
-
-    def persistent_id(self, part: Any) -> int | None:
-        if not isinstance(part, Tensor | FunctionType):
-            return None
-        number = self._numbers.setdefault(id(part), len(self.parts))
-        if number == len(self.parts):
-            self.parts.append(part)
-        return number
-
-
-_READ: dict[Any, Mould | None] = {}
-"""What transformers made of a configuration and a header; None where it converts tensors."""
-
-
-def _holds(model: PreTrainedModel, tensors: dict[str, Tensor]) -> bool:
-    """Whether the tensors of a file are the model's parameters, under their names, and all."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled = {id(parameters[name]) for name in tensors if name in parameters}
-    return filled == set(map(id, parameters.values())) and all(
-        name in parameters and torch.equal(parameters[name], tensor.to(parameters[name].dtype))
-        for name, tensor in tensors.items()
-    )
+_READ: dict[Any, tuple[Mould, Filling] | None] = {}
+"""What transformers made of a configuration and a header; None where it computes with values."""
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -311,14 +263,6 @@ def header_of(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
                 tensor = file.get_slice(name)
                 shapes[name], dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
     return shapes, dtypes
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Return every tensor of a checkpoint."""
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(path.glob("*.safetensors")):
-        tensors |= load_file(shard)
-    return tensors
 
 
 def layout_of(path: Path) -> Layout:
