@@ -156,7 +156,9 @@ def test_a_merge_of_any_class_in_memory_and_streamed(case: str, tmp_path: Path) 
         assert (moved[0] > 0) == (case == "both of a tied pair")
     one, two = ({row.name: row.value for row in report.rows} for report in reports)
     assert one.keys() - two.keys() == {"same greedy tokens"} or one.keys() == two.keys()
-    assert all(one[name] == two[name] for name in two if name.startswith(("effect", "control")))
+    # Where a tensor lies in memory decides on some machines in which order products add up.
+    same = {n: pytest.approx(one[n], rel=1e-9) for n in two if n.startswith(("effect", "control"))}
+    assert same and {name: two[name] for name in same} == same
 
 
 @pytest.mark.parametrize("tied", [False, True])

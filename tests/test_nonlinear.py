@@ -241,13 +241,13 @@ def test_they_are_kept_with_an_artifact(base: Base, tmp_path: Path) -> None:
     x = rand(7, D, seed=50)
     for one, two in zip(edits, again, strict=True):
         assert (one.kind, one.concept, one.sites) == (two.kind, two.concept, two.sites)
-        assert torch.equal(one.map(x), two.map(x))  # type: ignore[operator]
+        torch.testing.assert_close(one.map(x), two.map(x), rtol=0, atol=1e-12)  # type: ignore[operator]
         assert (one.own is None) == (two.own is None)
         if one.own is not None and two.own is not None:
             assert one.own.positions == two.own.positions
             assert (one.own.map is None) == (two.own.map is None)
             if one.own.map is not None and two.own.map is not None:
-                assert torch.equal(one.own.map(x), two.own.map(x))
+                torch.testing.assert_close(one.own.map(x), two.own.map(x), rtol=0, atol=1e-12)
     assert again[-1].own is not None
     assert dump_edits(again) == path.read_bytes()
 
