@@ -74,6 +74,7 @@ SCRIPTS = {
     ("-I", "vllm_adapters.py"): VLLM,
 }
 MOST = 1 << 17  # bytes of an order
+DOORS = "BAKE_TEST_FORKS"
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 RESOURCES = "error::ResourceWarning"
 STREAMS = ("stdin", "stdout", "stderr")
@@ -182,7 +183,8 @@ def wait(real: Callable[..., int | None]) -> Callable[..., int | None]:
     ) -> int | None:
         python, *rest = map(str, command)
         kind = SCRIPTS.get((rest[0], Path(rest[1]).name)) if len(rest) > 1 else None
-        if kind is None or python != _python(kind):
+        given = Path(os.environ.get(DOORS, kind or "")).name
+        if kind is None or kind != given or python != _python(kind):
             return real(command, log, folder, timeout, variables)
         flag, *rest = rest
         env, path = process.environment(variables), rest[0]
@@ -244,43 +246,83 @@ def _environment(kind: str) -> dict[str, str]:
     return {**here, **(OFFLINE if kind == MODEL else {})}
 
 
-@cache
 def _server(kind: str) -> socket.socket:
-    """Start what forks, until this process ends."""
+    """Return what this process asks for forks of a kind: its own, or that which it was given."""
+    given = os.environ.get(DOORS)
+    return _started(kind)[0] if given is None else _joined(given)
+
+
+def door(kind: str) -> str:
+    """Return the socket at which a program asks for forks of a kind, as its variable ``DOORS``."""
+    return _started(kind)[1]
+
+
+@cache
+def _joined(path: str) -> socket.socket:
+    """Join what another process has started."""
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.connect(path)
+    return ours
+
+
+@cache
+def _started(kind: str) -> tuple[socket.socket, str]:
+    """Start what forks, until this process ends, and return where others may join it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    folder = tempfile.TemporaryDirectory(prefix="bake-forks-")  # which is this user's alone
+    path = str(Path(folder.name) / kind)
+    with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(path)
+        listening.listen()
         process = subprocess.Popen(
-            [_python(kind), str(HERE), kind],
+            [_python(kind), str(HERE), kind, str(listening.fileno())],
             stdin=theirs,
             env=_environment(kind),
             start_new_session=True,
+            pass_fds=[listening.fileno()],
         )
 
     def end() -> None:
         ours.close()
         process.wait(60)
+        folder.cleanup()
 
     atexit.register(end)
-    return ours
+    return ours, path
 
 
 # --- in the process that forks -------------------------------------------------------------------
 
 
-def serve(orders: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Fork for every order, and tell how each ended. Only a fork returns, with what it is to do."""
+def serve(starter: socket.socket, listening: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork for every order, and tell how each ended. Only a fork returns, with what it is to do.
+
+    It ends with the process that started it.
+    """
     waiting: dict[int, tuple[int, int]] = {}
+    asking = {starter.fileno(): starter}
     poller = select.poll()
-    poller.register(orders, select.POLLIN)
+    poller.register(starter, select.POLLIN)
+    poller.register(listening, select.POLLIN)
     while True:
         for ready, _ in poller.poll():
             if ready in waiting:
                 poller.unregister(ready)
                 _tell(ready, *waiting.pop(ready))
                 continue
+            if ready == listening.fileno():
+                joined, _ = listening.accept()
+                asking[joined.fileno()] = joined
+                poller.register(joined, select.POLLIN)
+                continue
+            orders = asking[ready]
             text, files, *_ = socket.recv_fds(orders, MOST, 4)
             if not text:
-                sys.exit()
+                if orders is starter:
+                    sys.exit()
+                poller.unregister(ready)
+                asking.pop(ready).close()
+                continue
             pid = os.fork()
             if not pid:
                 return json.loads(text), files
@@ -342,7 +384,7 @@ def end(program: Callable[[], object]) -> NoReturn:
     os._exit((status or 0) & 0xFF)
 
 
-def main(kind: str) -> None:
+def main(kind: str, listening: int) -> None:
     """Import what programs of a kind need, and fork until nobody asks any more."""
     for name in PRELOADED[kind]:
         importlib.import_module(name)
@@ -351,7 +393,7 @@ def main(kind: str) -> None:
     if len(list(Path("/proc/self/task").iterdir())) > 1:
         sys.exit("a process with several threads cannot be forked")
     gc.freeze()  # a collection would copy every page
-    order, files = serve(socket.socket(fileno=os.dup(0)))
+    order, files = serve(socket.socket(fileno=os.dup(0)), socket.socket(fileno=listening))
     become(order, files)
     if "path" in order:
         own = (
@@ -368,4 +410,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

@@ -150,7 +150,11 @@ from click.testing import CliRunner
 from bake.checkpoints import open_checkpoint
 from bake.cli import main
 import bake.publish.push, huggingface_hub
+from bake import process
 
+sys.path.append(sys.argv[1])
+import programs
+own = process.wait
 home = os.getcwd()
 real = time.sleep
 time.sleep = lambda seconds: real(min(seconds, 0.02))
@@ -165,6 +169,7 @@ def command(args):
 for line in sys.stdin:
     order = json.loads(line)
     os.environ.update(order["env"])
+    process.wait = programs.wait(own) if programs.DOORS in os.environ else own
     os.chdir(order.get("cwd", home))
     huggingface_hub.constants.HF_HUB_OFFLINE = order.get("offline", False)
     if "download" in order:
@@ -246,6 +251,7 @@ class Worker:
         with self.log.open("w") as log:
             self.process = programs.start(
                 WORKER,
+                str(programs.HERE.parent),
                 env=environment(self.hub, self.home, **self.extra),
                 kind=None if "PYTHONPATH" in self.extra else programs.COMMAND,  # another client
                 stdin=subprocess.PIPE,
@@ -278,6 +284,8 @@ class Worker:
     ) -> Outcome:
         """Run a command of bake, with ``--json``."""
         env = {"HF_TOKEN": TOKEN, **env}
+        if "--runtime" in args:
+            env[programs.DOORS] = programs.door(programs.MODEL)
         place = {} if cwd is None else {"cwd": str(cwd)}
         done = self.order(args=[*map(str, args), "--json"], env=env, offline=offline, **place)
         assert done.code >= 0, done.err

@@ -78,6 +78,23 @@ def test_a_fork_is_asked_and_killed() -> None:
         os.kill(program.pid, 0)
 
 
+def test_a_program_asks_for_forks_at_the_door(tmp_path: Path) -> None:
+    """Of the process that its starter asks too: what both fork has one parent."""
+    parent = "import os; print(os.getppid())"
+    asked = f"""
+import sys
+sys.path.append({str(programs.HERE.parent)!r})
+import programs
+print(programs.run({parent!r}, kind=programs.COMMAND).stdout, end="")
+"""
+    env = {**os.environ, programs.DOORS: programs.door(programs.COMMAND)}
+    own = programs.run(parent, kind=programs.COMMAND).stdout
+    for _ in range(2):  # one that joined has left by then
+        joined = programs.run(asked, env=env, kind=None)
+        assert (joined.returncode, joined.stdout, joined.stderr) == (0, own, "")
+    assert own != programs.run(parent, kind=None).stdout == f"{os.getpid()}\n"  # the control
+
+
 @pytest.mark.runtimes
 @pytest.mark.parametrize("make", [tiny_checkpoints.plain_llama, tiny_checkpoints.tiny_gpt2])
 def test_a_forked_converter_writes_the_same_bytes(
