@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from click.testing import CliRunner
 from exporting import written
@@ -30,7 +31,10 @@ from bake.verify.agreement import agreement
 from bake.verify.judgement import raise_unless_passed
 from bake.verify.report import Report
 from bake.verify.rows import Row
+from bake.verify.runtimes.exchange import ask
+from bake.verify.runtimes.hf import TRANSFORMERS
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
+from bake.verify.runtimes.request import RuntimeRequest
 from bake.verify.served_rows import ServedRun
 from bake.verify.target import Target
 from bake.verify.verification import Verification
@@ -43,8 +47,22 @@ def base(tiny_checkpoint: Callable[..., Path]) -> Base:
     return base_at(tiny_checkpoint("llama", dtype=torch.float32))
 
 
+def test_an_interpreter_of_its_own_answers_as_the_model_does(base: Base, own_process: None) -> None:
+    """What the forks of the other tests leave out: how bake starts it, and what it has then."""
+    prompts = ((3, 9, 4), (5, 6, 7, 8))
+    asked = RuntimeRequest(base.path, prompts, 2, tiny.CONFIGS["llama"]["vocab_size"], "float32")
+    answered = ask(TRANSFORMERS, asked, Path(sys.executable))
+    assert all(len(text) == 2 for text in answered.greedy)
+    for prompt, served in zip(prompts, answered.prompt_logprobs, strict=True):
+        with torch.no_grad():
+            table = base.model(torch.tensor([prompt]), use_cache=False).logits[0].log_softmax(-1)
+        wrong = (torch.from_numpy(served) - table).abs()
+        assert float(wrong.max()) < 1e-5
+        assert float((torch.from_numpy(served[1:]) - table[:-1]).abs().max()) > 0.1  # the control
+
+
 def test_transformers_in_its_own_process_serves_the_hooked_function(
-    base: Base, own_process: None, tmp_path: Path
+    base: Base, tmp_path: Path
 ) -> None:
     out = baked(base, tmp_path / "out")
     report = judged(Verification(out, base=str(base.path), runtimes=HERE, generate=0))
