@@ -52,15 +52,13 @@ def run_tests(*, quick: bool) -> int:
     # repeng pins numpy<2, which nothing of it that the tests use needs.
     python = str(environment("tests", extra="[test]", alone=("repeng",)))
     pytest = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-q"]
-    jobs = [
+    # All in one session: the short tests fill the time of the worker that a long one leaves idle.
+    return steps(
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],
         [python, "-m", "mypy"],
-        pytest,
-    ]
-    if not quick:
-        jobs.append([*pytest, "-m", "runtimes or slow or real"])
-    return steps(*jobs)
+        pytest if quick else [*pytest, "-m", "not network and not gpu"],
+    )
 
 
 def steps(*commands: list[str]) -> int:

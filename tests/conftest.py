@@ -32,8 +32,9 @@ settings.load_profile("bake")
 # A tiny model is read sooner than a thread starts; transformers asks for this at every load.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 # Threads wait for each other by spinning, which takes minutes where two share a core: llama.cpp has
-# one, and all else, where several workers run the tests, a worker's share of the cores.
+# one, all else, where several workers run the tests, a worker's share of the cores, and those sleep.
 os.environ["LLAMA_ARG_THREADS"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or it takes one for every core
