@@ -44,13 +44,18 @@ def baked(base: Base, out: Path) -> Path:
     return bake(base, plan_of(base, edits_of(base)), out)
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+# Of each kind of tensor one; what is stored in bfloat16 loses most, and is measured for all.
+EVERY_DTYPE = ("llama", "gemma2", "gpt2", "mixtral")
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_plan_is_exact_whatever_it_is_stored_in(
     family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Unrounded within 1e-9 of the effect in every dtype; what storage costs shrinks with it."""
     lost = {}
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+    for dtype in DTYPES if family in EVERY_DTYPE else DTYPES[2:]:
         base_path = tiny_checkpoint(family, dtype=dtype)
         base = Base(base_path, _open(base_path), None, tiny.layout_of(base_path))  # type: ignore[arg-type]
         out = baked(base, tmp_path / str(dtype))
@@ -65,11 +70,14 @@ def test_the_plan_is_exact_whatever_it_is_stored_in(
         assert row(report, EXACT) <= 1e-9 * effect
         assert row(report, "files: values off the plan") == 0
         lost[dtype] = row(report, LOST)
+    assert lost[torch.bfloat16] < 0.05
+    if len(lost) == 1:
+        return
     # KL is of second order: it falls by the square of the ratio of machine epsilons, 2^32, and in
     # float64 to what a sum of probabilities rounds.
     assert lost[torch.float64] < 1e-14
     assert lost[torch.float64] * 2**8 < lost[torch.float32]
-    assert lost[torch.float32] * 2**16 < lost[torch.bfloat16] < 0.05
+    assert lost[torch.float32] * 2**16 < lost[torch.bfloat16]
 
 
 @pytest.mark.parametrize(
