@@ -3,6 +3,7 @@
 Nothing heavy is imported here at the top: the process that hands the tests out runs none.
 """
 
+import gc
 import os
 import random
 import signal
@@ -26,6 +27,19 @@ for number, usual in (
 ):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
+
+# Half a million objects of torch, transformers and the tests stay to the end, and to look through
+# them for garbage takes 0.2 s each time.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Let the collector see only what the tests themselves make, and not for every few hundred."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
+
 
 settings.register_profile("bake", derandomize=True, deadline=None, database=None)
 settings.load_profile("bake")
