@@ -46,7 +46,7 @@ settings.load_profile("bake")
 # A tiny model is read sooner than a thread starts; transformers asks for this at every load.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 # Threads wait for each other by spinning, which takes minutes where two share a core: llama.cpp has
-# one, all else, where several workers run the tests, a worker's share of the cores, and those sleep.
+# one. All else has, where several workers run the tests, a worker's share of the cores, and sleeps.
 os.environ["LLAMA_ARG_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
