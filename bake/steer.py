@@ -298,15 +298,15 @@ class _Hooks:
         if site.kind not in (SiteKind.ATTN_OUT, SiteKind.MLP_OUT):
             return self._place(site), self.layout.hidden
         (branch,) = (b for b in self.layout.branches if b.output_site == site)
-        writer = branch.writes[0]
-        if len(branch.writes) != 1 or writer.live is None:
+        writer = branch.writer
+        if writer is None or writer.live is None:
             raise UsageError(
                 f"a weight update cannot stand at {site}: no single module writes it",
                 where=name,
                 why="the experts of a block have one weight each",
                 fix="give the edit as a map of the site",
             )
-        return _Place(writer.live, "output"), writer.shape[1 - writer.output_axis]
+        return _Place(writer.live, "output"), writer.inputs
 
     def _place(self, site: Site) -> _Place:
         place = self.places.get(Site(site.kind, site.layer))

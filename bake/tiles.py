@@ -1,8 +1,18 @@
-"""The rows of a matrix in tiles, so that no large one is in memory whole."""
+"""The rows of a matrix in tiles, so that no large one is in memory whole.
+
+Rows count through all axes but the last: those of a stack of matrices are the rows of the first,
+then of the second. A vector is one column of them.
+"""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 TILE_VALUES = 1 << 20  # 8 MB in float64: products with a few factors are quickest in a cache
+
+
+def row_count(shape: Sequence[int]) -> int:
+    """Return how many rows a tensor has; a number is one."""
+    return shape[0] if len(shape) == 1 else prod(shape[:-1])
 
 
 def spans(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -175,6 +175,9 @@ CORE: dict[str, Core] = {
         tied=True,
     ),
     "gptj": Core({**_OLD, "model_type": "gptj", "n_inner": 40, "rotary_dim": 4}, slot=True),
+    "gpt_oss": Core(
+        {**_FREE, **_LOCAL, **_TWO, "model_type": "gpt_oss", "num_local_experts": 4}, slot=True
+    ),
     "granite": Core(
         {
             **_FREE,

@@ -205,7 +205,7 @@ class _Fitting:
         writer, live = place.writer, place.writer.live
         assert live is not None
         constant = self.settings.constant and writer.bias.state != "never"
-        width = writer.shape[1 - writer.output_axis]
+        width = writer.inputs
         moments = []
         for batches in (self.split.fit, self.split.choose):
             summed = Moments(width, self.layout.hidden, constant=constant)

@@ -68,10 +68,8 @@ def _point(layout: Layout, site: Site) -> int:
 
 
 def _place(layout: Layout, branch: Branch, mapped: Set[Site]) -> Place | None:
-    if branch.norm_out is not None or len(branch.writes) != 1:
-        return None
-    writer = branch.writes[0]
-    if writer.live is None:
+    writer = branch.writer
+    if branch.norm_out is not None or writer is None or writer.live is None:
         return None
     if mapped & {branch.output_site, *layout.points[branch.target]}:
         return None

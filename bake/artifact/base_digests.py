@@ -13,6 +13,7 @@ from torch import Tensor
 from bake.checkpoints import Checkpoint
 from bake.errors import InputError
 from bake.progress import Progress
+from bake.tiles import row_count
 
 _PREFIX = "sha256:"
 
@@ -29,18 +30,18 @@ class BaseDigests:
 
     def watched(self, name: str, read: ReadRows) -> ReadRows:
         """Return a reader of the same rows that hashes them when they pass from first to last."""
-        rows = self._checkpoint.tensors[name].shape[0]
-        digest, seen = hashlib.sha256(), 0
+        rows = row_count(self._checkpoint.tensors[name].shape)
+        digest, position, seen = hashlib.sha256(), 0, 0
 
         def watching(start: int, stop: int) -> Tensor:
-            nonlocal digest, seen
+            nonlocal digest, position, seen
             tile = read(start, stop)
-            if name in self._found or start not in (0, seen):
+            if name in self._found or start not in (0, position):
                 return tile
             if start == 0:
                 digest, seen = hashlib.sha256(), 0
             digest.update(tile.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            seen = stop
+            position, seen = stop, seen + row_count(tile.shape)
             if seen == rows:
                 self._found[name] = _PREFIX + digest.hexdigest()
             return tile

@@ -316,9 +316,16 @@ class BiasChange(RecordPart, frozen=True, kw_only=True):
 
     name: str
     size: Count
+    experts: Count | None = None
+    """How many experts' biases of this size the tensor has; not said of one bias."""
     created: bool
     zero: bool
     """Whether it is new and holds zeros."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return (self.size,) if self.experts is None else (self.experts, self.size)
 
 
 class KeyChange(RecordPart, frozen=True, kw_only=True):

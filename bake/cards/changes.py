@@ -58,7 +58,7 @@ def changes(facts: Facts) -> Changes:
         groups.setdefault((shape, f"new: {how}" if row.is_new else how), []).append(row.name)
     for bias in plan.biases:
         how = f"new bias{', zeros' if bias.zero else ''}" if bias.created else "edited bias"
-        groups.setdefault((str(bias.size), how), []).append(bias.name)
+        groups.setdefault(("×".join(map(str, bias.shape)), how), []).append(bias.name)
     fresh = [row.is_new for row in tensors] + [bias.created for bias in plan.biases]
     edited, total = len(fresh) - sum(fresh), facts.record.base.tensors
     rows = [

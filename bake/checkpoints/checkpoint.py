@@ -15,6 +15,7 @@ from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
 from bake.checkpoints.source import ByteSource, LocalFiles, Stamps, chunks
 from bake.errors import CheckpointError, UsageError
+from bake.tiles import row_count
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -85,7 +86,9 @@ class Checkpoint:
         return self._read_span(info, info.start, info.stop, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> 'Shaped[Tensor, "..."]':
-        """Return rows ``start`` to ``stop`` along axis 0; no other bytes are read.
+        """Return rows ``start`` to ``stop``, which count through all axes but the last of a stack.
+
+        No other bytes are read.
 
         Raises:
             CheckpointError: there is no such tensor, or torch has no such type.
@@ -93,11 +96,12 @@ class Checkpoint:
             HubError: the bytes are on the Hub and it does not answer.
         """
         info = self._find(name)
-        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+        rows = row_count(info.shape)
+        if not info.shape or not 0 <= start <= stop <= rows:
             raise UsageError(f"{name} of shape {list(info.shape)} has no rows {start} to {stop}")
-        row = info.nbytes // info.shape[0] if info.shape[0] else 0
+        row = info.nbytes // rows if rows else 0
         begin, end = info.start + start * row, info.start + stop * row
-        return self._read_span(info, begin, end, (stop - start, *info.shape[1:]))
+        return self._read_span(info, begin, end, (stop - start, *info.shape[1:][-1:]))
 
     def file(self, name: str) -> Path:
         """Return the checked path of a shard or side file of a local checkpoint.

@@ -6,10 +6,10 @@ whoever judges them (``verify``), which share nothing else.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 from bake.checkpoints.stream import Producer
+from bake.tiles import row_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +46,12 @@ class PlannedTensor:
         return whole
 
     def spans(self) -> "Iterator[tuple[int, int, Tensor]]":
-        """Yield the tiles, each with its first row and the one past its last."""
+        """Yield the tiles as [rows, columns], each with its first row and the one past its last."""
         start = 0
         for tile in self.tiles():
-            yield start, start + tile.shape[0], tile
-            start += tile.shape[0]
+            stop = start + row_count(tile.shape)
+            yield start, stop, tile.reshape(stop - start, -1)
+            start = stop
 
 
 def base_rows(
@@ -66,8 +67,8 @@ def base_rows(
         return None
     own = base.tensors[name].shape
     wide = planned[name].shape if name in planned else own
-    last = min(stop, own[0])
-    rows = torch.zeros(stop - start, prod(wide[1:]), dtype=torch.float64)
+    last = min(stop, row_count(own))
+    rows = torch.zeros(stop - start, wide[-1] if len(wide) > 1 else 1, dtype=torch.float64)
     if last > start:
         found = base.read_rows(name, start, last).to(torch.float64).reshape(last - start, -1)
         rows[: last - start, : found.shape[1]] = found

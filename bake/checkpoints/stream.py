@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 from bake.checkpoints.header import TensorInfo
 from bake.checkpoints.source import read_at
 from bake.errors import CheckpointError
+from bake.tiles import row_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Producer = Callable[[], "Iterator[Tensor]"]
-"""Yields consecutive tiles of a tensor: any split of axis 0, in the storage type.
+"""Yields consecutive tiles of a tensor, in the storage type: any split of axis 0, or of the rows
+that count through all axes but the last.
 
 A tile may live in a buffer that the producer fills again for the next one.
 """
@@ -138,7 +140,7 @@ def tiles(info: TensorInfo, produce: Producer) -> Iterator[memoryview]:
     import torch
 
     where = f"{info.shard}: {info.name}"
-    expected, rows = (info.shape[0] if info.shape else 1), 0
+    expected, rows = row_count(info.shape), 0
     for tile in produce():
         if tile.dtype != info.torch_dtype:
             raise CheckpointError(
@@ -146,12 +148,12 @@ def tiles(info: TensorInfo, produce: Producer) -> Iterator[memoryview]:
                 where=where,
             )
         inner = tuple(tile.shape[1:]) if info.shape else tuple(tile.shape)
-        if inner != info.shape[1:] or (info.shape and not tile.dim()):
+        if inner not in (info.shape[1:], info.shape[1:][-1:]) or (info.shape and not tile.dim()):
             raise CheckpointError(
                 f"a tile of shape {list(tile.shape)} is no part of shape {list(info.shape)}",
                 where=where,
             )
-        rows += tile.shape[0] if info.shape else 1
+        rows += row_count(tile.shape)
         if rows > expected:
             break
         yield tile.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

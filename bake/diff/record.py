@@ -92,7 +92,7 @@ def _of_checkpoint(record: Record, edits: tuple[Edit, ...]) -> list[Claim]:
     claims = [_tensor(row, edits) for row in record.plan.tensors]
     for row in record.plan.biases:
         source = None if row.created else row.name
-        claims.append(Claim(row.name, source, row.created, zero=row.zero, shape=(row.size,)))
+        claims.append(Claim(row.name, source, row.created, zero=row.zero, shape=row.shape))
     return claims
 
 

@@ -25,6 +25,8 @@ class BiasSlot:
     state: Literal["present", "closed", "never"]
     """``present`` in the checkpoint, ``closed`` behind a config flag, or ``never`` possible."""
     flag: str | None
+    experts: int | None = None
+    """How many experts' biases of this size the tensor has; None where it is one bias."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,9 @@ class Linear:
     """The table's name for it, the key of ``Runtime.biases``."""
     weight: str
     shape: Shape
+    """[experts, …] where one tensor has the layers of all experts."""
     output_axis: int
-    """The axis of the weight that its output is on: 0 for [out, in], 1 for Conv1D's [in, out]."""
+    """The axis that its output is on, of the last two: 0 for [out, in], 1 for Conv1D's [in, out]."""
     bias: BiasSlot
     parts: tuple[Part, ...]
     """Outputs at sites, for a reader; empty for a writer, a router or an expert."""
@@ -52,9 +55,28 @@ class Linear:
     live: str | None
     """Path of the module in a loaded model; None where it is no module of its own."""
 
+    @property
+    def outputs(self) -> int:
+        """How many values it computes, of one expert where it has all of them."""
+        return self.shape[-2:][self.output_axis]
+
+    @property
+    def inputs(self) -> int:
+        """How many values it reads, of one expert where it has all of them."""
+        return self.shape[-2:][1 - self.output_axis]
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts' layers the tensor has; None where it is one layer."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
+    def is_expert(self) -> bool:
+        """Whether it is an expert's layer, or has those of all experts."""
+        return self.experts is not None or "{expert}" in self.module
+
     def is_one_site(self) -> bool:
         """Whether its output is one site and nothing else."""
-        return [len(part.rows) for part in self.parts] == [self.shape[self.output_axis]]
+        return [len(part.rows) for part in self.parts] == [self.outputs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +111,21 @@ class Branch:
     output_site: Site
     dims: Mapping[str, int]
     """The sizes of its sites, which differ between the kinds of block of one model."""
+    sums_to_one: bool
+    """Whether the weights of a token's experts sum to 1."""
+
+    @property
+    def writer(self) -> Linear | None:
+        """Its one writer; None where several layers, or experts, write together."""
+        alone = len(self.writes) == 1 and not self.writes[0].is_expert()
+        return self.writes[0] if alone else None
+
+    @property
+    def has_slot(self) -> bool:
+        """Whether biases can hold a constant at its output, before any post-norm."""
+        weighed = self.sums_to_one and all(linear.is_expert() for linear in self.writes)
+        slots = all(linear.bias.state != "never" for linear in self.writes)
+        return slots and (weighed or self.writer is not None)
 
     @property
     def norms(self) -> tuple[Norm, ...]:

@@ -1,13 +1,14 @@
 """``resolve``: a table, a config and the headers of the tensors → ``Layout``, step by step."""
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bake.errors import FamilyError
 from bake.families.claims import Claims
 from bake.families.layout import BiasSlot, Branch, Layout, Linear, Norm, Part, Shape
 from bake.families.section import Json
+from bake.families.select import Only
 from bake.families.settings import Settings, inner_width, missing, read_settings
 from bake.families.table import BranchRow, Family, LinearRow
 from bake.sites import STREAM_KINDS, Site, SiteKind
@@ -48,7 +49,7 @@ def resolve(
         claims.claim(f"{name}.weight", (None, hidden), "the positions")
         for name in family.embed.positions
     )
-    rows = tuple(_rows(settings, layer) for layer in range(settings.dims["layers"]))
+    rows = tuple(_rows(settings, claims, layer) for layer in range(settings.dims["layers"]))
     points = _points(rows)
     index = {site: i for i, point in enumerate(points) for site in point}
     branches = tuple(
@@ -80,14 +81,15 @@ def resolve(
     )
 
 
-def _rows(settings: Settings, layer: int) -> tuple[BranchRow, ...]:
+def _rows(settings: Settings, claims: Claims, layer: int) -> tuple[BranchRow, ...]:
     """Return the branches of one block, of which there is at most one of a name.
 
     Raises:
         FamilyError: the conditions of the table give the block none, two of one name, or one that
             reads a point which nothing in the block writes.
     """
-    rows = tuple(row for row in settings.family.branches if settings.has(row.only, layer))
+    has = _Block(settings, claims, layer, ()).has
+    rows = tuple(row for row in settings.family.branches if has(row.only))
     names, reached = [row.name for row in rows], {"resid_pre", *(row.target for row in rows)}
     unread = any(row.source not in reached for row in rows)
     if unread or not names or len(names) != len(set(names)):
@@ -125,6 +127,13 @@ class _Block:
     def path(self) -> str:
         return self.settings.family.block.path.replace("{layer}", str(self.layer))
 
+    def has(self, only: tuple[Only, ...]) -> bool:
+        """Return whether conditions of the table hold for the block."""
+        return self.settings.has(only, self.layer, self._stores)
+
+    def _stores(self, name: str) -> bool:
+        return self.claims.on_disk(f"{self.path}.{name}") in self.claims.shapes
+
     def branches(self, index: Mapping[Site, int]) -> Iterator[Branch]:
         for row in self.rows:
             output, dims = _SITES[row.name][2], self.settings.sizes(row)
@@ -141,6 +150,7 @@ class _Block:
                 writes=tuple(x for r in row.writes for x in self.linears(r, dims, reads=False)),
                 output_site=Site(output, self.layer),
                 dims=dims,
+                sums_to_one=row.sums_to_one,
             )
 
     @cached_property
@@ -156,14 +166,12 @@ class _Block:
 
     def linears(self, row: LinearRow, dims: Mapping[str, int], *, reads: bool) -> Iterator[Linear]:
         """Yield the layer of a row, or those of all experts; none where this block has none."""
-        if not self.settings.has(row.only, self.layer):
+        if not self.has(row.only):
             return
         if "{expert}" not in row.module:
             yield self.linear(row, row.module, dims, reads=reads)
             return
-        if not dims["experts"]:
-            raise missing(self.settings.family.dims.experts)
-        for expert in range(dims["experts"]):
+        for expert in range(self.stack(dims)):
             module = row.module.replace("{expert}", str(expert))
             yield self.linear(row, module, dims, reads=reads)
 
@@ -176,21 +184,58 @@ class _Block:
         width = sum(inner_width(dims, kind) for kind in row.sites) or None
         width = 2 * width if width is not None and row.fuse == "gated" else width
         outer, inner = (width, hidden) if reads else (hidden, width)
-        output_axis = 0 if row.layout == "linear" else 1
-        expected = (outer, inner) if output_axis == 0 else (inner, outer)
         name, what = f"{self.path}.{module}", f"the {row.layout} layer"
-        weight = self.claims.claim(f"{name}.weight", expected, what)
+        weight, bias = (name, f"{name}_bias") if row.parameter else (f"{name}.weight", f"{name}.bias")
+        output_axis = self.output_axis(row, weight, 0 if reads else 1)
+        expected = (outer, inner) if output_axis == 0 else (inner, outer)
+        stack = (self.stack(dims),) if row.stacked else ()
+        weight = self.claims.claim(weight, (*stack, *expected), what)
         shape = self.claims.shapes[weight]
+        outputs = (*stack, shape[-2:][output_axis])
         return Linear(
             module=row.module,
             weight=weight,
             shape=shape,
             output_axis=output_axis,
-            bias=_bias(self.settings, self.claims, f"{name}.bias", row.bias, shape[output_axis]),
+            bias=_bias(self.settings, self.claims, bias, row.bias, outputs),
             parts=parts_of(dims, row, sites) if reads else (),
             input_site=sites[0] if sites and not reads else None,
             live=self.live(row, name),
         )
+
+    def stack(self, dims: Mapping[str, int]) -> int:
+        """Return how many experts one tensor has.
+
+        Raises:
+            FamilyError: config.json does not say.
+        """
+        if not dims["experts"]:
+            raise missing(self.settings.family.dims.experts)
+        return dims["experts"]
+
+    def output_axis(self, row: LinearRow, name: str, inner: int) -> int:
+        """Return the axis of a weight that its output is on, of the last two.
+
+        Args:
+            row: the layer in the table.
+            name: the weight, as the table names it.
+            inner: the axis that the stream is not on where the layer is stored as [out, in].
+
+        Raises:
+            FamilyError: the class takes the axis from the shape, and the shape has both alike.
+        """
+        if row.layout != "either":
+            return 0 if row.layout == "linear" else 1
+        disk, hidden = self.claims.on_disk(name), self.settings.dims["hidden"]
+        axes = [size == hidden for size in self.claims.shapes.get(disk, ())[-2:]]
+        if axes == [True, True]:
+            raise FamilyError(
+                f"{disk} is square, and may be stored as [out, in] or as [in, out]",
+                where="config.json",
+                why="the class tells the two apart by the shape, and so would have to guess here",
+                fix="state the layout in a table of your own, with --family FILE",
+            )
+        return 0 if axes[1 - inner : 2 - inner] == [True] else 1
 
     def live(self, row: LinearRow, name: str) -> str | None:
         """Return where a layer is in a loaded model, if it is a module of its own there."""
@@ -222,14 +267,15 @@ def parts_of(dims: Mapping[str, int], row: LinearRow, sites: tuple[Site, ...]) -
     )
 
 
-def _bias(settings: Settings, claims: Claims, name: str, rule: str, size: int) -> BiasSlot:
-    disk = claims.on_disk(name)
+def _bias(settings: Settings, claims: Claims, name: str, rule: str, shape: Shape) -> BiasSlot:
+    disk, (*stack, size) = claims.on_disk(name), shape
+    slot = BiasSlot(disk, size, "never", None, *stack)
     if rule == "never":
-        return BiasSlot(disk, size, "never", None)
+        return slot
     if rule == "always" or settings.flags[rule]:
-        claims.claim(name, (size,), "the bias")
-        return BiasSlot(disk, size, "present", None if rule == "always" else rule)
-    return BiasSlot(disk, size, "closed", rule)
+        claims.claim(name, shape, "the bias")
+        return replace(slot, state="present", flag=None if rule == "always" else rule)
+    return replace(slot, state="closed", flag=rule)
 
 
 def _norm(claims: Claims, hidden: int, path: str, site: Site) -> Norm:
@@ -247,7 +293,7 @@ def _unembed(settings: Settings, claims: Claims, embed: str) -> Linear:
         size = (settings.dims["vocab"], settings.dims["hidden"])
         claims.claim(f"{row.module}.weight", size, "the output head")
     shape = claims.shapes[embed if settings.tied else name]
-    bias = _bias(settings, claims, f"{row.module}.bias", row.bias, shape[0])
+    bias = _bias(settings, claims, f"{row.module}.bias", row.bias, shape[:1])
     live = claims.live(row.live or row.module)
     return Linear(row.module, name, shape, 0, bias, (), None, live)
 

@@ -4,7 +4,7 @@ The blocks of hybrids and of mixtures differ by their number; which is which sta
 as a list with a word for each, as an interval, or as the number of the first of a kind.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -39,21 +39,24 @@ class Only(Table, frozen=True, kw_only=True):
     """A key that is there and not null: it holds for every block or for none."""
     several: str = ""
     """A key with a number above 1, of experts: it holds for every block or for none."""
+    stored: str = ""
+    """A tensor below the block that the checkpoint has: one of several ways to store a layer."""
     never: tuple["Only", ...] = msgspec.field(name="not", default=())
     """Conditions that do not all hold."""
 
-    def holds(self, layer: int, said: Mapping[str, Json]) -> bool:
+    def holds(self, layer: int, said: Mapping[str, Json], has: Callable[[str], bool]) -> bool:
         """Return whether it is for a block.
 
         Args:
             layer: the number of the block, counted from 0.
             said: config.json, with the defaults of the class.
+            has: whether the checkpoint has a tensor below the block.
 
         Raises:
             FamilyError: a key is missing, of another type, or says nothing of this block.
         """
         if self.each:
-            return self._each(layer, said)
+            return self._each(layer, said, has)
         if self.first is not None:
             return layer >= _number(self.first, said)
         if self.below is not None:
@@ -69,12 +72,14 @@ class Only(Table, frozen=True, kw_only=True):
             return said.get(self.given) is not None
         if self.several:
             return _number(self.several, said) > 1
-        return not all(other.holds(layer, said) for other in self.never)
+        if self.stored:
+            return has(self.stored)
+        return not all(other.holds(layer, said, has) for other in self.never)
 
-    def _each(self, layer: int, said: Mapping[str, Json]) -> bool:
+    def _each(self, layer: int, said: Mapping[str, Json], has: Callable[[str], bool]) -> bool:
         listed = next((said[key] for key in self.each if said.get(key) is not None), None)
         if listed is None and self.unsaid:
-            return all(other.holds(layer, said) for other in self.unsaid)
+            return all(other.holds(layer, said, has) for other in self.unsaid)
         if not isinstance(listed, list | str) or len(listed) <= layer:
             named = " or ".join(map(repr, self.each))
             raise FamilyError(
@@ -104,6 +109,7 @@ class Only(Table, frozen=True, kw_only=True):
             "in": self.among,
             "set": self.given,
             "several": self.several,
+            "stored": self.stored,
             "not": self.never,
         }
         kinds = [key for key, value in numbers.items() if value is not None]
@@ -116,11 +122,6 @@ class Only(Table, frozen=True, kw_only=True):
             )
         for other in (*self.unsaid, *self.never):
             other.check(where)
-
-
-def chosen(only: tuple[Only, ...], layer: int, said: Mapping[str, Json]) -> bool:
-    """Return whether all conditions hold for a block."""
-    return all(one.holds(layer, said) for one in only)
 
 
 def _number(of: NumberOrKey, said: Mapping[str, Json]) -> int:

@@ -1,7 +1,7 @@
 """``Settings``: what config.json says of one model, in the words of its table."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from msgspec import structs
@@ -9,7 +9,7 @@ from msgspec import structs
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
 from bake.families.section import Json, length_of, size_keys
-from bake.families.select import Only, chosen
+from bake.families.select import Only
 from bake.families.table import MISSING, SQRT_HIDDEN, BranchRow, Family, configured
 from bake.sites import SiteKind
 
@@ -26,9 +26,16 @@ class Settings:
     assumed: tuple[str, ...]
     """Keys that the table does not know and the user takes to change nothing."""
 
-    def has(self, only: tuple[Only, ...], layer: int) -> bool:
-        """Return whether a block has what some conditions of the table are on."""
-        return not only or chosen(only, layer, {**self.family.defaults, **self.config})
+    def has(self, only: tuple[Only, ...], layer: int, stored: Callable[[str], bool]) -> bool:
+        """Return whether a block has what some conditions of the table are on.
+
+        Args:
+            only: the conditions.
+            layer: the number of the block.
+            stored: whether the checkpoint has a tensor below the block.
+        """
+        said = {**self.family.defaults, **self.config} if only else {}
+        return all(one.holds(layer, said, stored) for one in only)
 
     def sizes(self, row: BranchRow) -> Mapping[str, int]:
         """Return the sizes of a branch: the model's, but for those that are its own.

@@ -31,8 +31,13 @@ class LinearRow(Table, frozen=True, kw_only=True):
     """For a reader the site of each fused output, for a writer the one site of its input."""
     bias: str
     """``always``, ``never``, or the config flag that gives the layer its bias."""
-    layout: Literal["linear", "conv1d"] = "linear"
-    """``linear`` stores [out, in], ``conv1d`` stores [in, out]."""
+    layout: Literal["linear", "conv1d", "either"] = "linear"
+    """``linear`` stores [out, in], ``conv1d`` stores [in, out]; ``either`` of the two, where the
+    class itself turns on load what has the other shape."""
+    stacked: bool = False
+    """Whether one tensor has the layers of all experts, [experts, …] in this layout."""
+    parameter: bool = False
+    """Whether the class holds it without a module: its tensors are NAME and NAME_bias then."""
     fuse: Literal["concat", "heads", "gated"] = "concat"
     """How several outputs share the rows: one after another, or interleaved head by head.
     ``gated``: behind every head of the one output there are as many rows of its gate."""
@@ -73,6 +78,9 @@ class BranchRow(Table, frozen=True, kw_only=True):
     """The blocks that have it; all where nothing is said."""
     dims: Mapping[str, Size] = {}
     """Sizes of its own sites that are not those of the table."""
+    sums_to_one: bool = False
+    """Whether the weights of a token's experts sum to 1: every expert's bias may take a constant.
+    """
 
 
 class Recast(Table, frozen=True, kw_only=True):

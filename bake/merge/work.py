@@ -19,6 +19,7 @@ from bake.errors import InputError
 from bake.merge.change import Change, ReadRows
 from bake.merge.pieces import pieces_of
 from bake.merge.skeleton import Skeleton, skeleton_of
+from bake.tiles import row_count
 
 DTYPES = ("F64", "F32", "BF16", "F16")
 TIED = "tie_word_embeddings"
@@ -228,4 +229,6 @@ def _quantised(what: str, beside: Sequence[str], where: str) -> InputError:
 def _rows(base: Checkpoint, name: str, start: int, stop: int) -> Tensor:
     if not base.tensors[name].shape:
         return base.read(name).reshape(1)
-    return base.read_rows(name, start, stop)
+    height, *inner = base.tensors[name].shape
+    rows = row_count((height, *inner)) // max(1, height)
+    return base.read_rows(name, start * rows, stop * rows).reshape(stop - start, *inner)

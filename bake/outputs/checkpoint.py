@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from types import MappingProxyType
 
 import torch
@@ -24,13 +25,14 @@ from bake.checkpoints.dtypes import torch_dtype
 from bake.checkpoints.planned import PlannedModel, PlannedTensor
 from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
-from bake.fold import WeightFold, fold_bias, fold_weight, padded
+from bake.fold import ReadRows, WeightFold, fold_bias, fold_weight, padded
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.functionals import feedback_of
 from bake.outputs.shared import SharedFactors
 from bake.plan import BiasUpdate, Plan, TensorUpdate
 from bake.plan.record import plan_record
 from bake.rounding import Feedback, Rounding, to_storage
+from bake.tiles import row_count
 
 
 def prepare_checkpoint(export: Export) -> CarrierWriter:
@@ -90,7 +92,7 @@ def planned_model(
     for bias in plan.biases:
         dtype = plan.layout.dtype if bias.create else checkpoint.tensors[bias.name].dtype
         tiles = _bias_tiles(bias, plan.layout.shapes, checkpoint, digests)
-        tensors[bias.name] = PlannedTensor(bias.name, dtype, (bias.size,), tiles)
+        tensors[bias.name] = PlannedTensor(bias.name, dtype, bias.shape, tiles)
     changes = {c.key: DELETE if c.new is None else c.new for c in plan.config}
     return PlannedModel(plan.digest, tensors, patch_config(checkpoint.config_text, changes))
 
@@ -131,14 +133,18 @@ def _rounded(
 ) -> Iterator[Tensor]:
     """Yield the tiles of a tensor in its storage type."""
     dtype = torch_dtype(tensor.dtype, where=tensor.name)
-    feedback = None if begin is None else begin()
-    rounded = to_storage if feedback is None else feedback.to_storage
+    rounded, start = to_storage, 0
     for tile in tensor.tiles():
+        if begin is not None and start % tensor.shape[-2] == 0:
+            # Each matrix of a stack is rounded for itself.
+            feedback = begin()
+            rounded = to_storage if feedback is None else feedback.to_storage
+        start += row_count(tile.shape)
         yield rounded(tile, dtype, tensor.name)
 
 
 def _fold_of(update: TensorUpdate) -> WeightFold:
-    rows, columns = update.shape
+    rows, columns = update.shape[-2:]
     return WeightFold(
         shape=(rows, columns),
         output_axis=update.output_axis,
@@ -167,11 +173,22 @@ def _weight_tiles(
             return
         reader = read if digests is None else digests.watched(update.source, read)
         reader = reader if shared is None else shared.watched(update, reader)
-        shape = checkpoint.tensors[update.source].shape
+        own, fold = checkpoint.tensors[update.source].shape[-2:], _fold_of(update)
         places = _places(update.placed, update.output_axis)
-        yield from fold_weight(padded(reader, shape, update.shape, places), _fold_of(update))
+        for rows in _each_matrix(reader, update.shape):
+            yield from fold_weight(padded(rows, own, fold.shape, places), fold)
 
     return produce
+
+
+def _each_matrix(read: ReadRows, shape: Sequence[int]) -> Iterator[ReadRows]:
+    """Yield a reader of every matrix that a tensor stacks; of the tensor itself if it is one."""
+
+    def rows(first: int, start: int, stop: int) -> Tensor:
+        return read(first + start, first + stop)
+
+    for index in range(prod(shape[:-2])):
+        yield partial(rows, index * shape[-2])
 
 
 def _places(placed: Sequence[int] | None, axis: int) -> tuple[Sequence[int] | None, ...]:
@@ -186,17 +203,16 @@ def _bias_tiles(
     digests: BaseDigests | None,
 ) -> Producer:
     def produce() -> Iterator[Tensor]:
-        zeros = torch.zeros(update.size, dtype=torch.float64)
-        bias = zeros
+        biases = torch.zeros(update.experts or 1, update.size, dtype=torch.float64)
         if not update.create:
             own = checkpoint.read(update.name)
-            places = range(own.shape[0]) if update.placed is None else update.placed
-            bias[torch.tensor(places)] = own.to(torch.float64)
+            places = range(own.shape[-1]) if update.placed is None else update.placed
+            biases[:, torch.tensor(places)] = own.to(torch.float64)
         if digests is not None and not update.create:
             digests.add(update.name)
-        shape = (1, 1) if update.weight is None else shapes[update.weight]
+        shape = (len(biases), 1, 1) if update.weight is None else shapes[update.weight]
         fold = WeightFold(
-            shape=(shape[0], shape[1]),
+            shape=(shape[-2], shape[-1]),
             output_axis=update.output_axis,
             outputs=tuple((part.rows, part.map) for part in update.outputs),
             updates=update.updates,
@@ -206,8 +222,11 @@ def _bias_tiles(
             assert update.weight is not None
             return checkpoint.read_rows(update.weight, start, stop)
 
-        of = shape if update.weight is None else checkpoint.tensors[update.weight].shape
-        rows = padded(read, of, shape, _places(update.placed, update.output_axis))
-        yield fold_bias(bias, fold, read=rows, shift=update.shift, addend=update.addend)
+        of = (shape if update.weight is None else checkpoint.tensors[update.weight].shape)[-2:]
+        places = _places(update.placed, update.output_axis)
+        for bias, own_rows in zip(biases, _each_matrix(read, shape), strict=True):
+            rows = padded(own_rows, of, fold.shape, places)
+            made = fold_bias(bias, fold, read=rows, shift=update.shift, addend=update.addend)
+            yield made if update.experts is None else made.unsqueeze(0)
 
     return produce

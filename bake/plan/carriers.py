@@ -240,6 +240,9 @@ def _obstacles(plan: Plan, kind: Carrier) -> Iterator[_Obstacle]:
             if Part.NORMS not in kind.holds:
                 reason = f"an adapter holds no norm, and the edit changes {update.name}"
                 yield _Obstacle(update.edits, reason)
+        elif Part.WEIGHTS not in kind.holds and len(update.shape) > 2:
+            reason = f"an adapter has factors of matrices, and {update.name} is one tensor of all "
+            yield _Obstacle(update.edits, f"{reason}experts")
         elif Part.WEIGHTS not in kind.holds and (rank := rank_of(update)) > min(update.shape) // 2:
             reason = f"the change of {update.name} has rank {rank}: factors would be as large as "
             yield _Obstacle(update.edits, f"{reason}the weight")

@@ -239,7 +239,7 @@ def _companions(
     names = {bias.name for bias in biases}
     for slot in (linear.bias for linear in layout.linears):
         if slot.state == "closed" and slot.flag in flags and slot.name not in names:
-            yield BiasUpdate(slot.name, slot.size, create=True)
+            yield BiasUpdate(slot.name, slot.size, create=True, experts=slot.experts)
 
 
 def _own_changes(
@@ -320,5 +320,5 @@ def _created(
     if wide is not None:
         before, after = wide.base.shapes, wide.layout.shapes
         items += sum(prod(after[name]) - prod(shape) for name, shape in before.items())
-    items += sum(bias.size for bias in biases if bias.create)
+    items += sum(prod(bias.shape) for bias in biases if bias.create)
     return items * ITEM_BYTES[layout.dtype]

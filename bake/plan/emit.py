@@ -93,6 +93,7 @@ def _bias(context: Context, layer: LayerChange) -> BiasUpdate:
         outputs=layer.outputs,
         addend=layer.addend,
         edits=tuple(sorted(edits)),
+        experts=linear.bias.experts,
     )
 
 

@@ -111,13 +111,10 @@ def _check_update(update: WeightUpdate, site: Site, layout: Layout) -> None:
     width, place = layout.width(site), Site(site.kind, site.layer)
     for branch in layout.branches:
         if site == branch.output_site:
-            if len(branch.writes) != 1:
-                raise UsageError(
-                    f"an update at {site} names no single weight: it has {len(branch.writes)}"
-                )
-            writer = branch.writes[0]
-            inner = writer.shape[1 - writer.output_axis]
-            _check_shape(update, site, width, inner)
+            if branch.writer is None:
+                count = sum(linear.experts or 1 for linear in branch.writes)
+                raise UsageError(f"an update at {site} names no single weight: it has {count}")
+            _check_shape(update, site, width, branch.writer.inputs)
             return
         for linear in branch.reads:
             if any(part.site == place for part in linear.parts):

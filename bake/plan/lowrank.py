@@ -80,7 +80,7 @@ def targets_of(plan: Plan) -> tuple[Target, ...]:
     numbers: dict[tuple[int, str], int] = {}
     for linear, branch in layers:
         expert = None
-        if _is_expert(linear):
+        if linear.is_expert():
             key = branch.layer, linear.module
             expert = numbers[key] = numbers.get(key, -1) + 1
         update, kind = updates.get(linear.weight), _kind(linear, branch)
@@ -94,9 +94,9 @@ def targets_of(plan: Plan) -> tuple[Target, ...]:
 
 
 def _kind(linear: Linear, branch: Branch) -> Literal["linear", "expert", "router"]:
-    if _is_expert(linear):
+    if linear.is_expert():
         return "expert"
-    mixture = any(_is_expert(other) for other in branch.writes)
+    mixture = any(other.is_expert() for other in branch.writes)
     return "router" if mixture else "linear"
 
 
@@ -111,10 +111,6 @@ def _tables(layout: Layout, updates: dict[str, TensorUpdate]) -> Sequence[Target
         for name, live, table, role in names
         if name in updates
     ]
-
-
-def _is_expert(linear: Linear) -> bool:
-    return "{expert}" in linear.module
 
 
 def _layer_target(

@@ -143,7 +143,7 @@ def computing(layout: Layout, point: int) -> Branch | None:
         shared = sum(other.norm_in == norm for other in layout.branches) > 1
         kinds = {part.site.kind for linear in branch.reads for part in linear.parts}
         plain = branch.norm_out is None and norm is not None and norm.kind == "rms" and not shared
-        own = branch.target == point and branch.source == point - 1 and len(branch.writes) == 1
+        own = branch.target == point and branch.source == point - 1 and branch.writer is not None
         if own and plain and kinds == wanted:
             return branch
     return None

@@ -166,7 +166,7 @@ def _reader(
 
 def _neurons(linear: Linear, computed: Computed, gain: Float[Tensor, " d"]) -> WeightUpdate:
     """Return what a gated layer's reader is given to compute besides."""
-    outputs = linear.shape[linear.output_axis]
+    outputs = linear.outputs
     found = [
         computed.read(part.site.kind, outputs, gain, part.rows[-1] + 1) for part in linear.parts
     ]
@@ -176,7 +176,7 @@ def _neurons(linear: Linear, computed: Computed, gain: Float[Tensor, " d"]) -> W
 
 def _part_updates(context: Context, linear: Linear, part: Part) -> list[WeightUpdate]:
     """Return the weight updates at one part of a layer's output, as ones of the whole output."""
-    index, width = torch.tensor(part.rows), linear.shape[linear.output_axis]
+    index, width = torch.tensor(part.rows), linear.outputs
     return [
         WeightUpdate(
             update.left.new_zeros(width, update.left.shape[1]).index_copy(0, index, update.left),

@@ -82,5 +82,9 @@ def _tensor(update: TensorUpdate, dtype: str) -> TensorChange:
 
 def _bias(update: BiasUpdate) -> BiasChange:
     return BiasChange(
-        name=update.name, size=update.size, created=update.create, zero=update.is_zero()
+        name=update.name,
+        size=update.size,
+        experts=update.experts,
+        created=update.create,
+        zero=update.is_zero(),
     )

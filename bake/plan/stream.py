@@ -292,7 +292,7 @@ class _Walk:
     def offers(self, hook: Hook, point: int) -> str:
         """Return what the plan would accept in place of a fold, if that were allowed."""
         ways = self._relocations(hook, point)
-        if any(b.norm_out is None and len(b.writes) == 1 for b in self.layout.branches):
+        if any(b.norm_out is None and b.writer is not None for b in self.layout.branches):
             ways += APPROXIMATE  # a stand-in needs a writer that takes an update
         return ways
 
@@ -663,7 +663,7 @@ def holder(layout: Layout, point: int) -> Branch | None:
     """Return the branch whose writer's bias takes the constant of a stream point."""
     # The last writer before the site comes first: an MLP's bias rather than an attention's.
     for branch in reversed(layout.branches):
-        if branch.target == point and branch.norm_out is None and has_slot(branch):
+        if branch.target == point and branch.norm_out is None and branch.has_slot:
             return branch
     return None
 
@@ -717,14 +717,9 @@ def _refusal(layout: Layout, point: int, map_: AffineMap) -> tuple[str, str]:
     return reason, remedy
 
 
-def has_slot(branch: Branch) -> bool:
-    """Return whether a bias can hold a constant at a branch's output, before any post-norm."""
-    return len(branch.writes) == 1 and branch.writes[0].bias.state != "never"
-
-
 def fold_at_modules(layout: Layout, map_: AffineMap) -> bool:
     """Return whether a map folds at the outputs of all modules: a constant needs bias slots."""
-    return map_.is_linear() or all(map(has_slot, layout.branches))
+    return map_.is_linear() or all(branch.has_slot for branch in layout.branches)
 
 
 def _balanced(map_: LowRankMap) -> tuple[Tensor, Tensor]:

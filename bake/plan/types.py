@@ -67,7 +67,9 @@ class TensorUpdate:
     source: str
     """The base tensor that it is made from; another name when a tied head gets its own tensor."""
     shape: tuple[int, ...]
+    """[experts, …] where the tensor has the layers of all experts, each of which is folded."""
     output_axis: int
+    """Of the last two axes."""
     outputs: tuple[PartMap, ...] = ()
     updates: tuple[WeightUpdate, ...] = ()
     input: AffineMap | None = None
@@ -110,6 +112,13 @@ class BiasUpdate:
     """Indices of the plan's edits that change it; of a created bias, those with its constant."""
     placed: Sequence[int] | None = None
     """As of a tensor."""
+    experts: int | None = None
+    """How many experts' biases of this size the tensor has, which all change so."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor."""
+        return (self.size,) if self.experts is None else (self.experts, self.size)
 
     def is_zero(self) -> bool:
         """Whether the bias is created and stays zero: a companion that a config flag demands."""
@@ -194,7 +203,7 @@ def _plain(value: Any) -> Any:
         # Which edit a change comes from is no part of it: what artifacts recorded has to stay true.
         names = [name for name in value.__dataclass_fields__ if name != "edits"]
         fields = {name: _plain(getattr(value, name)) for name in names}
-        for word in ("placed", "added"):  # which plans of earlier versions do not have
+        for word in ("placed", "added", "experts"):  # which plans of earlier versions do not have
             if fields.get(word, 0) is None:
                 del fields[word]
         return {"type": type(value).__name__, **fields}

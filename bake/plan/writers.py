@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bake.affine import AffineMap, chain
-from bake.families import Branch, Layout, Linear, Norm
+from bake.families import Branch, Layout, Norm
 from bake.plan.pieces import (
     Context,
     LayerChange,
@@ -14,7 +14,7 @@ from bake.plan.pieces import (
     norm_updates,
     scaled_norm,
 )
-from bake.plan.stream import Failure, has_slot, holder, oblique, thin
+from bake.plan.stream import Failure, holder, oblique, thin
 from bake.plan.types import PartMap, TensorUpdate
 from bake.sites import Site, SiteKind
 
@@ -93,7 +93,7 @@ def _branch(context: Context, branch: Branch) -> Pieces:
                 addend,
                 hooks.edits_at(*sites) | adding,
                 stream,
-                None if computed is None else computed.write(branch.gain, _inputs(linear)),
+                None if computed is None else computed.write(branch.gain, linear.inputs),
                 frozenset() if computed is None else computed.edits,
             )
         )
@@ -105,10 +105,6 @@ def _branch(context: Context, branch: Branch) -> Pieces:
         places.append((computed.edits, f"neurons of {branch.live}"))
     behind = [] if branch.norm_out is None else [_behind_norm(context, branch, branch.norm_out)]
     return joined([*behind, Pieces(tuple(layers), places=tuple(places))])
-
-
-def _inputs(linear: Linear) -> int:
-    return linear.shape[1 - linear.output_axis]
 
 
 def _outer(context: Context, branch: Branch) -> tuple[AffineMap, frozenset[int]]:
@@ -154,7 +150,7 @@ def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
     what = "is not diagonal" if diagonal is None else "adds a constant"
     reason = f"the map {what}, and behind {norm.live} there is only a gain"
     remedy = f"edit {branch.output_site}, before the norm, where any affine map is exact"
-    if not (behind.is_linear() or has_slot(branch)):
+    if not (behind.is_linear() or branch.has_slot):
         remedy = "leave the constant out: no bias slot before the norm takes it either"
         if diagonal is None:
             remedy += f"; and edit {branch.output_site}, before the norm"
@@ -205,6 +201,7 @@ def _writers(layout: Layout, point: int) -> list[Branch]:
 def _why_no_slot(branch: Branch) -> str:
     if branch.norm_out is not None:
         return "a norm follows it"
-    if len(branch.writes) > 1:
-        return f"{len(branch.writes)} experts write together"
+    if branch.writer is None:
+        count = sum(linear.experts or 1 for linear in branch.writes)
+        return f"{count} experts write together"
     return f"{branch.writes[0].weight.removesuffix('.weight')} is built without bias"

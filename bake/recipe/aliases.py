@@ -46,7 +46,7 @@ def _add_branch(branch: Branch, outputs: dict[str, Site], inputs: dict[str, Site
         if linear.live is not None and linear.input_site is not None:
             inputs[linear.live] = linear.input_site
         # The last layer of a branch is its output, unless experts share it.
-        if linear.live is not None and len(branch.writes) == 1:
+        if linear.live is not None and linear is branch.writer:
             outputs[linear.live] = branch.output_site
 
 

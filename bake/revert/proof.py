@@ -25,6 +25,7 @@ from bake.outputs.checkpoint import planned_model, stored_tensors
 from bake.plan import Plan, compile_plan
 from bake.plan.record import other_parts
 from bake.progress import Progress, Tally
+from bake.tiles import row_count
 
 _FACTOR = 8  # two sums and their roundings, and a margin of two
 
@@ -120,8 +121,8 @@ def _compare(name: str, produce: Producer, base: Checkpoint, artifact: Checkpoin
     info = artifact.tensors[name]
     start, differing, neighbours = 0, 0, True
     for tile in produce():
-        stop = start + tile.shape[0]
-        found = artifact.read_rows(name, start, stop)
+        stop = start + row_count(tile.shape)
+        found = artifact.read_rows(name, start, stop).reshape(tile.shape)
         unequal = (tile != found) & ~(tile.isnan() & found.isnan())
         differing += int(unequal.sum())
         here, there = tile[unequal], found[unequal]

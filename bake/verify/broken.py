@@ -11,6 +11,7 @@ from bake.checkpoints import Checkpoint
 from bake.checkpoints.planned import PlannedTensor, base_rows
 from bake.families import Layout
 from bake.sites import Site
+from bake.tiles import row_count
 from bake.verify import controls
 from bake.verify.controls import Control, Spoiling
 from bake.verify.metrics import largest_difference, mean_kl
@@ -177,6 +178,6 @@ def _planned_rows(
         if name not in planned:
             return base.read_rows(name, start, stop).to(torch.float64)
         value = planned[name].value()
-        return value.reshape(value.shape[0], -1)[start:stop]
+        return value.reshape(row_count(value.shape), -1)[start:stop]
 
     return read

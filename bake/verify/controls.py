@@ -9,13 +9,13 @@ without the fold.
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from bake.checkpoints.planned import PlannedTensor
+from bake.tiles import row_count
 
 TENSOR, SIGN, AXIS = "forgotten tensor", "flipped sign", "wrong axis"
 BIAS, TIED, BLOCK = "forgotten bias", "tied head", "wrong block"
@@ -110,8 +110,7 @@ def groups_of(
 def values(spoiling: Spoiling, control: Control) -> Callable[[], Tensor]:
     """Return what computes all of a spoiled tensor, in the shape that it has."""
     shape = spoiling.planned[control.tensor].shape
-    rows = prod(shape[:-1]) if len(shape) > 1 else shape[0]
-    return lambda: spoiling.rows(control, 0, rows).reshape(shape)
+    return lambda: spoiling.rows(control, 0, row_count(shape)).reshape(shape)
 
 
 def sample(

@@ -74,7 +74,7 @@ def changed_tensors(planned: "Plan", checkpoint: "Checkpoint") -> list[Named]:
         rows.append(Named(update.name, update.shape, tensors[update.source].nbytes, note))
     for bias in planned.biases:
         known = tensors.get(bias.name)
-        size = bias.size * per_item if known is None else known.nbytes
+        size = prod(bias.shape) * per_item if known is None else known.nbytes
         note = ("new, zeros" if bias.is_zero() else "new") if bias.create else "edited"
-        rows.append(Named(bias.name, (bias.size,), size, note))
+        rows.append(Named(bias.name, bias.shape, size, note))
     return rows

@@ -66,8 +66,7 @@ def deviation(files: StoredFiles, name: str, spoil: Spoil | None = None) -> Devi
     found = files.directions(name) if files.unbiased else None
     total = _Sums(found)
     reach = files.reach(name)
-    for start, stop, tile in files.planned[name].spans():
-        exact = tile.reshape(tile.shape[0], -1) if tile.ndim > 1 else tile.unsqueeze(1)
+    for start, stop, exact in files.planned[name].spans():
         # The same sum in another order, on another processor, rounds otherwise in float64.
         slack = fold_tolerance(max(exact.shape), _largest(exact))
         broken = None if spoil is None else spoil(start, stop, files.rows(name, start, stop))
@@ -123,7 +122,9 @@ class _Sums:
             self.within += float((error @ basis.T).square().sum())
             self.along_expected += float((square @ basis.square().T).sum())
             return
-        part = basis[:, start : start + error.shape[0]]
+        # Of a stack of matrices the tiles are of one each, and the directions those of every one.
+        first = start % basis.shape[1]
+        part = basis[:, first : first + error.shape[0]]
         self.columns = error.shape[1]
         found = part @ error
         self.across = found if self.across is None else self.across.add_(found)

@@ -195,7 +195,7 @@ def _modules(layout: Layout) -> dict[str, tuple[str, tuple[str, str], bool]]:
     for linear in (*layout.linears, layout.unembed):
         path = linear.weight.removesuffix(".weight")
         # Loaders of adapters know the experts of a mixture by their names in the checkpoint.
-        live = path if linear.live is None or "{expert}" in linear.module else linear.live
+        live = path if linear.live is None or linear.is_expert() else linear.live
         found[linear.weight] = (live, layer, linear.output_axis == 1)
     return found
 

@@ -93,7 +93,7 @@ class StoredTensors:
         if found is None:
             return None
         # Of a widened tensor the edits read what the base has of it.
-        more = self.planned[name].shape[found.axis] - found.basis.shape[1]
+        more = self.planned[name].shape[-2:][found.axis] - found.basis.shape[1]
         return replace(found, basis=torch.nn.functional.pad(found.basis, (0, more)))
 
 
