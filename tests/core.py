@@ -116,6 +116,18 @@ CORE: dict[str, Core] = {
         {**_FREE, **_DENSE_FIRST, "model_type": "dots1", "n_group": 1, "attention_bias": True}
     ),
     "ernie4_5": Core({**_FREE, "model_type": "ernie4_5", "use_bias": True}, slot=True, tied=True),
+    "ernie4_5_moe": Core(
+        {
+            **_FREE,
+            "model_type": "ernie4_5_moe",
+            "use_bias": True,
+            "moe_intermediate_size": 20,
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+        },
+        tied=True,
+    ),
     "exaone4": Core({**_FREE, **_LOCAL, "model_type": "exaone4"}, post_norm=True),
     "falcon": Core({**_FALCON, "multi_query": True, "parallel_attn": True}, slot=True, tied=True),
     "falcon_rw": Core(
@@ -192,6 +204,20 @@ CORE: dict[str, Core] = {
         slot=True,
         tied=True,
     ),
+    "granitemoe": Core(
+        {
+            **_SQUARE,
+            **_TWO,
+            "model_type": "granitemoe",
+            "num_local_experts": 4,
+            "attention_bias": True,
+            "embedding_multiplier": 2.5,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+        tied=True,
+    ),
     "helium": Core(
         {
             **_SQUARE,
@@ -228,6 +254,39 @@ CORE: dict[str, Core] = {
             "use_mamba_kernels": False,
         }
     ),
+    "lfm2": Core(
+        {
+            **_SQUARE,
+            "model_type": "lfm2",
+            "conv_bias": True,
+            "block_multiple_of": 4,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+        tied=True,
+    ),
+    "lfm2_moe": Core(
+        {
+            **_SQUARE,
+            **_MIXED,
+            "model_type": "lfm2_moe",
+            "conv_bias": True,
+            "num_dense_layers": 1,
+            "num_experts": 4,
+            "layer_types": ["conv", "full_attention", "conv"],
+        },
+        tied=True,
+    ),
+    "llama4": Core(
+        {
+            **_FREE,
+            "model_type": "llama4_text",
+            "intermediate_size_mlp": 36,
+            "num_local_experts": 4,
+            "interleave_moe_layer_step": 2,
+            "attention_bias": True,
+            "attention_chunk_size": 4,
+        }
+    ),
     "mamba": Core({**_STATES, "model_type": "mamba", "time_step_rank": 4}, slot=True, tied=True),
     "mamba2": Core(
         {
@@ -239,6 +298,19 @@ CORE: dict[str, Core] = {
             "chunk_size": 8,
         },
         slot=True,
+    ),
+    "minicpm3": Core(
+        {
+            **_LATENT,
+            "model_type": "minicpm3",
+            "q_lora_rank": 14,
+            "mlp_bias": True,
+            "scale_emb": 3,
+            "scale_depth": 1.4,
+            "dim_model_base": 16,
+        },
+        slot=True,
+        tied=True,
     ),
     "minimax_m2": Core({**_FREE, **_TWO, "model_type": "minimax_m2", "num_local_experts": 3}),
     "ministral": Core({**_FREE, **_LOCAL, "model_type": "ministral"}),
@@ -277,6 +349,9 @@ CORE: dict[str, Core] = {
             "use_bias": True,
         },
         slot=True,
+    ),
+    "olmo": Core(
+        {**_SQUARE, "model_type": "olmo", "attention_bias": True, "clip_qkv": 1.0},
     ),
     "olmo3": Core(
         {**_SQUARE, **_LOCAL, "model_type": "olmo3", "attention_bias": True}, post_norm=True
@@ -327,6 +402,16 @@ CORE: dict[str, Core] = {
         }
     ),
     "qwen3_5": Core({**_DELTA, "model_type": "qwen3_5_text"}, gain_offset=1.0),
+    "qwen3_5_moe": Core(
+        {
+            **_DELTA,
+            **_MIXED,
+            "model_type": "qwen3_5_moe_text",
+            "num_experts": 3,
+            "shared_expert_intermediate_size": 28,
+        },
+        gain_offset=1.0,
+    ),
     "qwen3_moe": Core(
         {
             **_FREE,
@@ -455,6 +540,85 @@ WRAPPED: dict[str, Core] = {
         },
         gain_offset=1.0,
     ),
+    "qwen3_5_moe in its wrapper": Core(
+        {
+            "model_type": "qwen3_5_moe",
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "text_config": {
+                **_DELTA,
+                **_MIXED,
+                "model_type": "qwen3_5_moe_text",
+                "num_experts": 3,
+                "shared_expert_intermediate_size": 28,
+            },
+            "vision_config": _VISUAL,
+        },
+        gain_offset=1.0,
+    ),
+    "qwen3_moe in Qwen3-VL": Core(
+        {
+            "model_type": "qwen3_vl_moe",
+            "architectures": ["Qwen3VLMoeForConditionalGeneration"],
+            "text_config": {
+                **_FREE,
+                **_MIXED,
+                "model_type": "qwen3_vl_moe_text",
+                "num_experts": 3,
+                "mlp_only_layers": [0],
+                "attention_bias": True,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+            },
+            "vision_config": {**_VISUAL, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "llama4 in its wrapper": Core(
+        {
+            "model_type": "llama4",
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "text_config": {
+                **_FREE,
+                "model_type": "llama4_text",
+                "intermediate_size_mlp": 36,
+                "num_local_experts": 4,
+                "interleave_moe_layer_step": 2,
+                "attention_bias": True,
+            },
+            "vision_config": {
+                **_TOWER,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+        },
+    ),
+    "llama in Llava": Core(
+        {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "text_config": {**_FREE, "model_type": "llama", "mlp_bias": True},
+            "vision_config": {**_TOWER, "model_type": "clip_vision_model"},
+            "image_token_index": 50,
+        },
+        slot=True,
+    ),
+    **{
+        f"qwen2 in {title}": Core(
+            {
+                "model_type": kind,
+                "architectures": [f"{title}ForConditionalGeneration"],
+                "text_config": {
+                    **_SQUARE,
+                    "model_type": f"{kind}_text",
+                    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+                },
+                "vision_config": vision,
+            },
+        )
+        for kind, title, vision in (
+            ("qwen2_vl", "Qwen2VL", {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}),
+            ("qwen2_5_vl", "Qwen2_5_VL", {**_VISUAL, "out_hidden_size": 32}),
+        )
+    },
     "qwen3 in Qwen3-VL": Core(
         {
             "model_type": "qwen3_vl",

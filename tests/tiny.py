@@ -165,9 +165,9 @@ def make_model(
                     drawn.add(id(parameter))
                     gain_offset = GAIN_OFFSET.get(family, 0.0)
                     parameter.copy_(_draw(module, name, parameter, gain_offset, generator))
-            if "e_score_correction_bias" in dict(module.named_buffers(recurse=False)):
-                chosen = module.get_buffer("e_score_correction_bias")  # of which experts are asked
-                chosen.copy_(0.1 * torch.randn(chosen.shape, generator=generator))
+            for name, buffer in module.named_buffers(recurse=False):
+                if name in ("e_score_correction_bias", "expert_bias"):  # of which experts are asked
+                    buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 
@@ -206,7 +206,7 @@ def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     assert not any(info.values()), info
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtype:  # a router that its class keeps in float32
-            parameter.data = tensors_of(path)[name].to(dtype)
+            parameter.data = tensors_of(path).get(name, parameter.data).to(dtype)
     return model.eval()
 
 

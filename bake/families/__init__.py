@@ -8,6 +8,7 @@ from bake.families.runtime import DESCRIBED, READS, RUNTIMES, Runtime
 from bake.families.section import Json, size_keys
 from bake.families.table import (
     SQRT_HIDDEN,
+    TIED,
     Family,
     GgufNames,
     Recast,
@@ -20,6 +21,7 @@ __all__ = [
     "READS",
     "RUNTIMES",
     "SQRT_HIDDEN",
+    "TIED",
     "BiasSlot",
     "Branch",
     "Family",

@@ -105,7 +105,8 @@ def check_config(
     unknown = {key: inner[key] for key in set(inner) - known_keys(family)}
     if family.within is not None:
         around = HARMLESS | _READ | MUST.keys() | {family.within.config, *family.within.harmless}
-        unknown |= {key: config[key] for key in set(config) - around}
+        if family.within.config in config:  # else every key on top is one of the text model
+            unknown |= {key: config[key] for key in set(config) - around}
     refused = sorted(key for key in unknown if key not in assumed)
     if refused:
         raise _unknown(family, unknown, refused)
@@ -115,12 +116,13 @@ def check_config(
 def known_keys(family: Family) -> frozenset[str]:
     """Return the keys that the table handles, and those that change nothing."""
     recasts = family.recasts.values()
-    multipliers = (family.embed.multiplier, *(branch.gain for branch in family.branches))
+    factors = (family.embed.multiplier, *(branch.gain for branch in family.branches))
+    multipliers = {key for one in factors for key in (one if isinstance(one, tuple) else (one,))}
     return (
         HARMLESS
         | _READ
         | MUST.keys()
-        | {*family.when, *family.must, *family.flags, *family.defaults, *family.config.harmless}
+        | {*family.tied_by, *family.when, *family.must, *family.flags, *family.defaults, *family.config.harmless}
         | family.dims.said_by
         | {key for row in family.branches for of in row.dims.values() for key in size_keys(of)}
         | {key for one in family.conditions for key in one.keys_said}

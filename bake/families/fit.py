@@ -8,7 +8,7 @@ from bake.families.find import find_family
 from bake.families.layout import Layout
 from bake.families.load import read_family
 from bake.families.resolve import resolve
-from bake.families.table import Family
+from bake.families.table import TIED, Family
 
 
 def layout_of(
@@ -32,28 +32,40 @@ def layout_of(
     shapes = {name: info.shape for name, info in model.tensors.items()}
     dtypes = {name: info.dtype for name, info in model.tensors.items()}
     try:
-        chosen = _chosen(model, table, declared=declared)
-        layout = resolve(chosen, model.config, shapes, dtypes, model.harmless)
-        _check_copy(model, layout)
+        chosen, config = _chosen(model, table, declared=declared), model.config
+        layout = resolve(chosen, config, shapes, dtypes, model.harmless)
+        if not _is_copy(model, layout):
+            if chosen.states_tie(config):
+                raise _two_heads(layout)
+            layout = resolve(chosen, {**config, TIED: False}, shapes, dtypes, model.harmless)
     except BakeError as error:
         where = model.source if error.where is None else f"{model.source}: {error.where}"
         raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
     return layout
 
 
-def _check_copy(model: Checkpoint, layout: Layout) -> None:
-    """Refuse a tied head that is stored as well, with other values than the embedding has."""
+def _is_copy(model: Checkpoint, layout: Layout) -> bool:
+    """Return whether a tied head that is stored as well has the values of the embedding.
+
+    Where config.json does not say that the head is tied, and only the class would have it so,
+    transformers loads one of other values as a head of its own: mirrors ``modeling_utils.py:
+    PreTrainedModel.tie_weights``.
+    """
     head, embed = layout.unembed.weight, layout.embed
     if not (layout.tied and layout.head_is_stored):
-        return
+        return True
     same = model.tensors[head].dtype == model.tensors[embed].dtype
-    if not same or model.tensor_digest(head) != model.tensor_digest(embed):
-        raise FamilyError(
-            f"tie_word_embeddings is true, but the checkpoint stores {head} as well, and it is "
-            "another matrix than the embedding",
-            why="runtimes disagree on which of the two they load",
-            fix="set tie_word_embeddings to false in config.json, or remove the tensor",
-        )
+    return same and model.tensor_digest(head) == model.tensor_digest(embed)
+
+
+def _two_heads(layout: Layout) -> FamilyError:
+    """Return the error for a head that is said to be the embedding, and is another matrix."""
+    return FamilyError(
+        f"tie_word_embeddings is true, but the checkpoint stores {layout.unembed.weight} as well, "
+        "and it is another matrix than the embedding",
+        why="runtimes disagree on which of the two they load",
+        fix="set tie_word_embeddings to false in config.json, or remove the tensor",
+    )
 
 
 def _chosen(model: Checkpoint, given: Family | Path | None, *, declared: bool) -> Family:

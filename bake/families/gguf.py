@@ -93,7 +93,9 @@ def rotary_rows(rows: int, head_dim: int) -> tuple[int, ...]:
 
 
 def _norm(norm: Norm, name: str) -> dict[str, GgufPlace]:
-    places = {norm.weight: GgufPlace(f"{name}.weight", addend=norm.gain_offset)}
+    places = dict[str, GgufPlace]()
+    if norm.weight is not None:
+        places[norm.weight] = GgufPlace(f"{name}.weight", addend=norm.gain_offset)
     if norm.bias is not None:
         places[norm.bias] = GgufPlace(f"{name}.bias")
     return places

@@ -83,7 +83,8 @@ class Linear:
 class Norm:
     """One normalisation layer; its gain is ``gain_offset`` + the tensor ``weight``."""
 
-    weight: str
+    weight: str | None
+    """None where the gain is 1 for good."""
     bias: str | None
     kind: Literal["rms", "layer"]
     gain_offset: float

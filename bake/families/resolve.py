@@ -134,9 +134,13 @@ class _Block:
     def _stores(self, name: str) -> bool:
         return self.claims.on_disk(f"{self.path}.{name}") in self.claims.shapes
 
+    def _rows(self, name: str) -> int | None:
+        shape = self.claims.shapes.get(self.claims.on_disk(f"{self.path}.{name}"), ())
+        return shape[0] if shape else None
+
     def branches(self, index: Mapping[Site, int]) -> Iterator[Branch]:
         for row in self.rows:
-            output, dims = _SITES[row.name][2], self.settings.sizes(row)
+            output, dims = _SITES[row.name][2], self.settings.sizes(row, self._rows)
             yield Branch(
                 name=row.name,
                 layer=self.layer,
@@ -280,7 +284,7 @@ def _bias(settings: Settings, claims: Claims, name: str, rule: str, shape: Shape
 
 def _norm(claims: Claims, hidden: int, path: str, site: Site) -> Norm:
     rule = claims.family.norm
-    weight = claims.claim(f"{path}.weight", (hidden,), "the norm")
+    weight = claims.claim(f"{path}.weight", (hidden,), "the norm") if rule.gain else None
     bias = claims.claim(f"{path}.bias", (hidden,), "the norm") if rule.bias else None
     return Norm(weight, bias, rule.kind, float(rule.gain_offset), claims.live(path), site)
 

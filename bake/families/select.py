@@ -24,7 +24,7 @@ class Only(Table, frozen=True, kw_only=True):
     words: Texts = msgspec.field(name="is", default=())
     """The words that this is for."""
     unsaid: tuple["Only", ...] = ()
-    """What holds where config.json has no such list."""
+    """What holds where config.json has no such list, of words or of numbers."""
     first: NumberOrKey | None = msgspec.field(name="from", default=None)
     """The number of the first block that it is for."""
     below: NumberOrKey | None = None
@@ -37,8 +37,10 @@ class Only(Table, frozen=True, kw_only=True):
     """A key that holds the numbers of the blocks; a file without it names none."""
     given: str = msgspec.field(name="set", default="")
     """A key that is there and not null: it holds for every block or for none."""
-    several: str = ""
-    """A key with a number above 1, of experts: it holds for every block or for none."""
+    last: NumberOrKey | None = None
+    """The number of the last block that it is for; -1 stands for the model's last."""
+    above: Mapping[str, int] = {}
+    """Keys with numbers that theirs are above: it holds for every block or for none."""
     stored: str = ""
     """A tensor below the block that the checkpoint has: one of several ways to store a layer."""
     never: tuple["Only", ...] = msgspec.field(name="not", default=())
@@ -61,17 +63,22 @@ class Only(Table, frozen=True, kw_only=True):
             return layer >= _number(self.first, said)
         if self.below is not None:
             return layer < _number(self.below, said)
+        if self.last is not None:
+            last = _number(self.last, said)
+            return last == -1 or layer <= last
         if self.every is not None:
             interval = _number(self.every, said)
             if interval < 1:
                 raise FamilyError(f"{self.every} = {interval} is no interval", where="config.json")
             return (layer - _number(self.rest, said)) % interval == 0
         if self.among:
+            if said.get(self.among) is None and self.unsaid:
+                return all(other.holds(layer, said, has) for other in self.unsaid)
             return layer in _numbers(self.among, said)
         if self.given:
             return said.get(self.given) is not None
-        if self.several:
-            return _number(self.several, said) > 1
+        if self.above:
+            return all(_number(key, said) > least for key, least in self.above.items())
         if self.stored:
             return has(self.stored)
         return not all(other.holds(layer, said, has) for other in self.never)
@@ -92,8 +99,8 @@ class Only(Table, frozen=True, kw_only=True):
     @property
     def keys_said(self) -> frozenset[str]:
         """The config keys that it reads."""
-        numbers = (self.first, self.below, self.every, self.rest)
-        own = (*numbers, self.among, self.given, self.several)
+        numbers = (self.first, self.below, self.last, self.every, self.rest)
+        own = (*numbers, self.among, self.given, *self.above)
         found = {*self.each, *(key for key in own if isinstance(key, str) and key)}
         return frozenset(found).union(*(o.keys_said for o in (*self.unsaid, *self.never)))
 
@@ -103,12 +110,17 @@ class Only(Table, frozen=True, kw_only=True):
         Raises:
             FamilyError: none does, or two do.
         """
-        numbers = {"from": self.first, "below": self.below, "every": self.every}
+        numbers = {
+            "from": self.first,
+            "below": self.below,
+            "last": self.last,
+            "every": self.every,
+        }
         others = {
             "each": self.each,
             "in": self.among,
             "set": self.given,
-            "several": self.several,
+            "above": self.above,
             "stored": self.stored,
             "not": self.never,
         }

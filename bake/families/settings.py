@@ -8,9 +8,17 @@ from msgspec import structs
 
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
-from bake.families.section import Json, length_of, size_keys
+from bake.families.section import Json, length_of, rows_of, size_keys
 from bake.families.select import Only
-from bake.families.table import MISSING, SQRT_HIDDEN, BranchRow, Family, configured
+from bake.families.table import (
+    MISSING,
+    PER_SQRT_LAYERS,
+    SQRT_HIDDEN,
+    TIED,
+    BranchRow,
+    Family,
+    configured,
+)
 from bake.sites import SiteKind
 
 
@@ -37,28 +45,39 @@ class Settings:
         said = {**self.family.defaults, **self.config} if only else {}
         return all(one.holds(layer, said, stored) for one in only)
 
-    def sizes(self, row: BranchRow) -> Mapping[str, int]:
+    def sizes(self, row: BranchRow, rows: Callable[[str], int | None]) -> Mapping[str, int]:
         """Return the sizes of a branch: the model's, but for those that are its own.
+
+        Args:
+            row: the branch.
+            rows: how many rows a tensor below the block has, None where there is no such tensor.
 
         Raises:
             FamilyError: a key that the branch names is missing or holds no size.
         """
-        own = {name: _size(self.family, self.config, of) for name, of in row.dims.items()}
+        own = {
+            name: rows(rows_of(of)) if rows_of(of) else _size(self.family, self.config, of)
+            for name, of in row.dims.items()
+        }
         for name, size in own.items():
             if size is None:
                 raise missing(row.dims[name])
         return {**self.dims, **{name: size for name, size in own.items() if size is not None}}
 
-    def number(self, value: float | str) -> float:
-        """Return a factor that the table says itself, or by the key that holds it.
+    def number(self, value: float | str | tuple[str, ...]) -> float:
+        """Return a factor that the table says itself, or by the keys whose product it is.
 
         Raises:
             FamilyError: the key is missing or holds no number.
         """
         if isinstance(value, float):
             return value
+        if isinstance(value, tuple):
+            return math.prod(map(self.number, value))
         if value == SQRT_HIDDEN:
             return math.sqrt(self.dims["hidden"])
+        if value == PER_SQRT_LAYERS:
+            return 1 / math.sqrt(self.dims["layers"])
         number = configured(self.family, self.config, value)
         real = isinstance(number, int | float) and not isinstance(number, bool)
         if not real or not math.isfinite(number):
@@ -90,13 +109,13 @@ def read_settings(
     """
     passed = check_config(family, config, assumed)
     config = family.section(config)
-    tied = family.defaults.get("tie_word_embeddings", MISSING)
+    tied = next((key for key in family.tied_by if key in config), TIED)
     return Settings(
         family,
         config,
         _dims(family, config),
         {key: _flag(config, key, default) for key, default in family.flags.items()},
-        _flag(config, "tie_word_embeddings", tied),
+        _flag(config, tied, family.defaults.get(TIED, MISSING)),
         passed,
     )
 
@@ -127,6 +146,8 @@ def _dims(family: Family, config: Mapping[str, Json]) -> dict[str, int]:
 
 def missing(size: str | int | tuple[str, ...]) -> FamilyError:
     """Return the error for a size that config.json does not say."""
+    if tensor := rows_of(size):
+        return FamilyError(f"a block has no tensor {tensor}, whose rows are a size of the model")
     named = " or ".join(map(repr, size_keys(size)))
     return FamilyError(f"the key {named} is missing", where="config.json")
 

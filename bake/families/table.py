@@ -14,7 +14,7 @@ from msgspec import Meta, structs
 
 from bake.errors import FamilyError
 from bake.families.runtime import DESCRIBED, RUNTIMES, Carriers, Runtime
-from bake.families.section import Allowed, Json, NumberOrKey, Size, Table, Texts, size_keys
+from bake.families.section import Allowed, Factors, Json, NumberOrKey, Size, Table, Texts, size_keys
 from bake.families.select import Only
 from bake.section import Toml, nearest, parse_toml
 from bake.sites import SiteKind
@@ -72,8 +72,8 @@ class BranchRow(Table, frozen=True, kw_only=True):
     norm_out: str | None = None
     reads: tuple[LinearRow, ...]
     writes: tuple[LinearRow, ...]
-    gain: NumberOrKey = 1.0
-    """A number, or the config key that holds it."""
+    gain: Factors = 1.0
+    """A number, the config key that holds it, or keys whose product it is."""
     only: tuple[Only, ...] = ()
     """The blocks that have it; all where nothing is said."""
     dims: Mapping[str, Size] = {}
@@ -173,6 +173,8 @@ class NormRow(Table, frozen=True, kw_only=True):
     """What kind every norm of the family is."""
 
     kind: Literal["rms", "layer"]
+    gain: bool = True
+    """Whether every norm has a gain."""
     gain_offset: int = 0
     bias: bool = False
 
@@ -195,6 +197,8 @@ class UnembedRow(Table, frozen=True, kw_only=True):
     live: str = ""
     """Its path in a loaded model, where that is not ``module``."""
     bias: str = "never"
+    tied_by: str = ""
+    """A config key that the class reads before ``tie_word_embeddings``."""
 
 
 class Wrapper(Table, frozen=True, kw_only=True):
@@ -204,10 +208,16 @@ class Wrapper(Table, frozen=True, kw_only=True):
     model_types: Texts
     config: str
     """The key of config.json that holds the text model's configuration."""
+    flat: bool = False
+    """Whether older files have the text model's keys at the top level instead."""
+    defaults: Mapping[str, Json] = {}
+    """Defaults of the text model's class, for keys that its files leave unsaid."""
     tied: bool
     """Whether the class ties the head where the top level of config.json does not say."""
+    tied_by_text: bool = False
+    """Whether the class ties it as well where the text model's configuration says so."""
     text_types: Texts
-    """The values of ``model_type`` in there that are this family."""
+    """The values of ``model_type`` in there that are this family; of a flat file those on top."""
     names: tuple[Mapping[str, str], ...]
     live: Mapping[str, str]
     """What the table's prefixes are in the loaded model."""
@@ -269,6 +279,7 @@ class Family(Table, frozen=True, kw_only=True):
             architectures=wrapper.architectures,
             model_types=wrapper.model_types,
             when={},
+            defaults={**self.defaults, **wrapper.defaults},
             names=wrapper.names,
             within=wrapper,
             wrappers=(),
@@ -286,13 +297,31 @@ class Family(Table, frozen=True, kw_only=True):
         """
         if self.within is None:
             return config
-        tied, inner = config.get("tie_word_embeddings", self.within.tied), self.text(config)
-        return {**inner, "tie_word_embeddings": tied}
+        tied, inner = config.get(TIED, self.within.tied), self.text(config)
+        if self.within.tied_by_text and not tied:
+            tied = inner.get(TIED, tied)
+        return {**inner, TIED: tied}
+
+    def states_tie(self, config: Mapping[str, Json]) -> bool:
+        """Return whether config.json itself says that the head is tied, or is not."""
+        text = self.text(config) if self.within is not None and self.within.tied_by_text else {}
+        return any(key in part for part in (config, text) for key in self.tied_by)
 
     def text(self, config: Mapping[str, Json]) -> Mapping[str, Json]:
         """Return what a wrapper's config.json says of its text model."""
-        found = None if self.within is None else config.get(self.within.config)
+        within = self.within
+        if within is None:
+            return {}
+        if within.flat and within.config not in config:
+            return {key: value for key, value in config.items() if key not in within.harmless}
+        found = config.get(within.config)
         return found if isinstance(found, dict) else {}
+
+    @property
+    def tied_by(self) -> tuple[str, ...]:
+        """The config keys that say whether the head is tied, the one that is read first first."""
+        own = self.unembed.tied_by
+        return (own, TIED) if own else (TIED,)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -311,7 +340,9 @@ class Family(Table, frozen=True, kw_only=True):
         return "served" if self.runtimes or self.gguf is not None else "core"
 
 
+TIED = "tie_word_embeddings"
 SQRT_HIDDEN = "sqrt_hidden"  # for a multiplier: the root of the stream's width
+PER_SQRT_LAYERS = "per_sqrt_layers"  # the same: one over the root of the number of blocks
 MISSING = object()  # no value and no default: never equal to what a condition allows
 
 

@@ -216,7 +216,8 @@ def _refused(plan: Plan, kind: Carrier, index: int, reasons: list[str]) -> Findi
 
 def _redeclared(plan: Plan) -> str | None:
     """Return why a plan that changes config.json is no adapter; untying a head does not count."""
-    keys = [change.key for change in plan.config if change.key != "tie_word_embeddings"]
+    tied = plan.layout.family.tied_by
+    keys = [change.key for change in plan.config if change.key not in tied]
     if not keys:
         return None
     reason = "an adapter is for the model as it is declared, and the plan changes "

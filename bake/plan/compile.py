@@ -7,7 +7,7 @@ from math import prod
 
 from bake.affine import AffineMap
 from bake.edits import Edit
-from bake.families import Json, Layout, Recast, configured
+from bake.families import TIED, Json, Layout, Recast, configured
 from bake.plan.conditional import refused
 from bake.plan.emit import Assembly, assemble
 from bake.plan.hooks import Hook, Hooks
@@ -101,7 +101,7 @@ def _compiled(
         edits=tuple(edits),
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
-        config=_placed(layout, (*changes, *_own_changes(flags, assembly.untied, config)), whole),
+        config=_placed(layout, (*changes, *_own_changes(layout, flags, assembly.untied, config)), whole),
         findings=tuple(_findings(edits, context.stream, assembly)),
         runtimes=(),
         notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),
@@ -243,14 +243,15 @@ def _companions(
 
 
 def _own_changes(
-    flags: Set[str], untied: bool, config: Mapping[str, Json]
+    layout: Layout, flags: Set[str], untied: bool, config: Mapping[str, Json]
 ) -> Iterator[ConfigChange]:
     """Yield what the edits themselves change in config.json: bias flags, and an untied head."""
     for flag in sorted(flags):
         if config.get(flag) is not True:
             yield ConfigChange(flag, config.get(flag), True)
-    if untied:
-        yield ConfigChange("tie_word_embeddings", config.get("tie_word_embeddings"), False)
+    for key in layout.family.tied_by if untied else ():
+        if key == TIED or key in config:
+            yield ConfigChange(key, config.get(key), False)
 
 
 def _merged(changes: tuple[ConfigChange, ...]) -> tuple[ConfigChange, ...]:
@@ -269,11 +270,11 @@ def _placed(
     Whether the head is tied is said in both places, since programs read the one or the other.
     """
     changes, wrapper = _merged(changes), layout.family.within
-    if wrapper is None or not changes:
+    if wrapper is None or wrapper.config not in config or not changes:
         return changes
     old = layout.family.text(config)
     new = {**old, **{change.key: change.new for change in changes}}
-    top = (change for change in changes if change.key == "tie_word_embeddings")
+    top = (change for change in changes if change.key == TIED)
     tied = (ConfigChange(c.key, config.get(c.key), c.new) for c in top)
     return (ConfigChange(wrapper.config, dict(old), new), *tied)
 

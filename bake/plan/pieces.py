@@ -31,7 +31,10 @@ class Context:
 
     def norm_values(self, norm: Norm) -> tuple[Float[Tensor, " d"], Float[Tensor, " d"]]:
         """Return the gain that a norm applies and its bias, zero where it has none."""
-        gain = norm.gain_offset + self.gain(norm.weight)
+        if norm.weight is None:
+            gain = torch.ones(self.layout.hidden, dtype=torch.float64)
+        else:
+            gain = norm.gain_offset + self.gain(norm.weight)
         return gain, torch.zeros_like(gain) if norm.bias is None else self.gain(norm.bias)
 
     def computed(self, branch: Branch) -> Computed | None:
@@ -137,6 +140,7 @@ def norm_updates(
     old_gain, old_bias = context.norm_values(norm)
     pairs = [(norm.weight, gain, old_gain, norm.gain_offset), (norm.bias, bias, old_bias, 0.0)]
     for name, new, old, stored in pairs:
+        assert name is not None or name is norm.bias or torch.equal(new, old), norm.live
         if name is not None and not torch.equal(new, old):
             shape, own = tuple(new.shape), tuple(sorted(edits))
             updates.append(TensorUpdate(name, name, shape, 0, replacement=new - stored, edits=own))

@@ -53,7 +53,7 @@ def fold_readers(context: Context) -> Pieces:
     readings: dict[tuple[int, str | None], _Reading] = {}
     pieces: list[Pieces] = []
     for branch in layout.branches:
-        key = branch.source, None if branch.norm_in is None else branch.norm_in.weight
+        key = branch.source, None if branch.norm_in is None else branch.norm_in.live
         fold, computed = context.stream.folds[branch.source], context.computed(branch)
         if key not in readings:
             readings[key] = _reading(context, branch.norm_in, fold, computed)
@@ -87,11 +87,12 @@ def _reading(
         ones, zeros = torch.ones_like(gain), torch.zeros_like(bias)
         plain = norm_updates(context, norm, turned_by, ones, zeros)
         return _Reading(thin(seen), (norm.site,), turned_by, Pieces(tensors=plain))
-    if diagonal is None or not (map_.is_linear() or norm.bias is not None):
-        places = ((edits, f"readers of {norm.live}"),)
-        return _Reading(thin(map_), (norm.site,), norm=Pieces(places=places))
+    into = norm.weight is not None and (map_.is_linear() or norm.bias is not None)
     if map_.is_identity():
         return _Reading()
+    if diagonal is None or not into:
+        places = ((edits, f"readers of {norm.live}"),)
+        return _Reading(thin(map_), (norm.site,), norm=Pieces(places=places))
     updates = scaled_norm(context, norm, edits, diagonal, map_.bias)
     places = ((edits, f"gain and bias of {norm.live}"),)
     return _Reading(norm=Pieces(tensors=updates, places=places))

@@ -13,7 +13,7 @@ from torch import Tensor
 from bake.affine import AffineMap
 from bake.artifact.schema import RuntimeVerdict
 from bake.edits import Edit, WeightUpdate
-from bake.families import Layout
+from bake.families import TIED, Layout
 from bake.sites import Site
 
 
@@ -167,7 +167,7 @@ class Plan:
     def unties(self) -> bool:
         """Whether a head that was tied to the embedding becomes a tensor of its own."""
         keys = {change.key for change in self.config if change.new is False}
-        return self.layout.tied and "tie_word_embeddings" in keys
+        return self.layout.tied and TIED in keys
 
     @property
     def widened(self) -> bool:

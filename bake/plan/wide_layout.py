@@ -74,5 +74,5 @@ def _wider_parts(layout: Layout, dims: Mapping[str, int], linear: Linear) -> tup
 
 def norms(layout: Layout) -> list[Norm]:
     """Return every norm of the stream once."""
-    found = {norm.weight: norm for branch in layout.branches for norm in branch.norms}
+    found = {norm.live: norm for branch in layout.branches for norm in branch.norms}
     return [*found.values(), layout.final_norm]

@@ -144,7 +144,8 @@ def _behind_norm(context: Context, branch: Branch, norm: Norm) -> Pieces:
         return Pieces(tensors=updates, places=((by, f"gain of {norm.live}"),))
     if behind.is_identity():
         return Pieces()
-    if diagonal is not None and (behind.is_linear() or norm.bias is not None):
+    into = norm.weight is not None and (behind.is_linear() or norm.bias is not None)
+    if diagonal is not None and into:
         updates = scaled_norm(context, norm, edits, diagonal, behind.bias)
         return Pieces(tensors=updates, places=((edits, f"gain of {norm.live}"),))
     what = "is not diagonal" if diagonal is None else "adds a constant"

@@ -165,7 +165,7 @@ class BrokenPlans:
 def _roles(layout: Layout) -> dict[str, str]:
     """Return which tensors read the stream, which write it, and which are its norms' gains."""
     norms = [layout.final_norm, *(norm for branch in layout.branches for norm in branch.norms)]
-    gains = {norm.weight: "norms" for norm in norms}
+    gains = {norm.weight: "norms" for norm in norms if norm.weight is not None}
     reads = {x.weight: "readers" for branch in layout.branches for x in branch.reads}
     writes = {x.weight: "writers" for branch in layout.branches for x in branch.writes}
     return gains | reads | writes

@@ -124,6 +124,8 @@ def check_norms(
     ends = (b for b in layout.branches if b.layer in (0, layout.layers - 1))
     norms = [norm for branch in ends for norm in branch.norms]
     for norm in (*norms, layout.final_norm):
+        if norm.weight is None:
+            continue
         place = places[norm.weight]
         found = _values(gguf, place)
         meant = checkpoint.read(norm.weight).to(torch.float64) + place.addend
