@@ -15,7 +15,8 @@ activations where the plan acts on weights. A site is reached as follows.
 
 No module computes ``resid_mid`` = x + g w, the sum of the block's input x and the branch's write w
 with the residual gain g. The hook therefore replaces w by w + (h(y) − y) / g for y = x + g w, which
-makes the sum h(y).
+makes the sum h(y). Where several modules write to it, x has what the others wrote; where several
+make up a branch's output, y is the sum of theirs, and w the last one's.
 
 Where sites meet, the order is that of the forward pass: weight updates of a layer before maps of
 its output, ``resid_post.l`` before ``resid_pre.l+1`` (one point of the stream, two names), and at
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from bake.affine import AffineMap
 from bake.edits import Edit, WeightUpdate
 from bake.errors import DirectionError, FamilyError, UsageError
-from bake.families import Branch, Layout
+from bake.families import Layout
 from bake.nonlinear import Nonlinear
 from bake.positions import Positions, Spoken
 from bake.sites import Site, SiteKind
@@ -176,8 +177,20 @@ class _Place:
     side: Literal["input", "output"]
     rows: Sequence[int] | None = None
     """The part of the vector that the site stands for; None for all of it."""
-    write_of: Branch | None = None
-    """For ``resid_mid`` the branch whose write completes it."""
+    sum: "_Sum | None" = None
+    """What is added to the module's output where the site is a sum that no module computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A site that modules add up to, and of which the last of them completes it."""
+
+    block: str | None
+    """The block whose input is a part of it."""
+    others: tuple[tuple[str, float], ...]
+    """The modules that run before, and what their outputs are multiplied by."""
+    gain: float = 1.0
+    """What the last one's is."""
 
 
 def _places(layout: Layout) -> Mapping[Site, _Place]:
@@ -194,7 +207,8 @@ def _places(layout: Layout) -> Mapping[Site, _Place]:
         places[Site(SiteKind.RESID_PRE, layer)] = _Place(_block(layout, layer), "input")
         places[Site(SiteKind.RESID_POST, layer)] = _Place(_block(layout, layer), "output")
     for branch in layout.branches:
-        places[branch.output_site] = _Place(branch.live, "output")
+        added = _Sum(None, tuple((path, 1.0) for path in branch.beside)) if branch.beside else None
+        places[branch.output_site] = _Place(branch.live, "output", sum=added)
         for norm in branch.norms:
             places[norm.site] = _Place(norm.live, "output")
         for reader in branch.reads:
@@ -206,8 +220,11 @@ def _places(layout: Layout) -> Mapping[Site, _Place]:
                 places[writer.input_site] = _Place(writer.live, "input")
         mid = Site(SiteKind.RESID_MID, branch.layer)
         if mid in layout.points[branch.target]:
-            last = branch.live if branch.norm_out is None else branch.norm_out.live
-            places[mid] = _Place(last, "output", write_of=branch)
+            writing = [b for b in layout.branches if b.target == branch.target]
+            terms = [(path, b.gain) for b in writing for path in b.terms]
+            last, gain = terms.pop()
+            block = _block(layout, branch.layer)
+            places[mid] = _Place(last, "output", sum=_Sum(block, tuple(terms), gain))
     return places
 
 
@@ -247,12 +264,8 @@ class _Hooks:
             )
         place = self._place(site)
         module = self._module(place.module)
-        if place.write_of is not None:
-            # The hooks at resid_pre come earlier in the order: the capture sees their result.
-            capture = _Capture()
-            block = self._module(_block(self.layout, place.write_of.layer))
-            self.planned.append(_Planned(block, "input", capture))
-            hook: _Hook = _map_sum(evaluate, capture, place.write_of.gain)
+        if place.sum is not None:
+            hook: _Hook = _map_sum(evaluate, self._captured(place.sum), place.sum.gain)
         elif place.side == "input":
             hook = _map_input(evaluate, self._rows(site, place))
         else:
@@ -262,14 +275,23 @@ class _Hooks:
     def add_sight(self, site: Site, see: See) -> None:
         """Plan the hooks that look at a site."""
         place = self._place(site)
-        if place.write_of is None:
+        if place.sum is None:
             hook = _look(partial(see, site), place.side, self._rows(site, place))
         else:
-            capture = _Capture()
-            block = self._module(_block(self.layout, place.write_of.layer))
-            self.planned.append(_Planned(block, "input", capture))
-            hook = _look_at_sum(partial(see, site), capture, place.write_of.gain)
+            hook = _look_at_sum(partial(see, site), self._captured(place.sum), place.sum.gain)
         self.planned.append(_Planned(self._module(place.module), place.side, hook))
+
+    def _captured(self, added: _Sum) -> "_Capture":
+        """Plan the hooks that keep the parts of a sum but the last.
+
+        The hooks at the parts' own sites come earlier in the order: the capture sees their result.
+        """
+        capture = _Capture()
+        if added.block is not None:
+            self.planned.append(_Planned(self._module(added.block), "input", capture))
+        for path, gain in added.others:
+            self.planned.append(_Planned(self._module(path), "output", capture.adding(gain)))
+        return capture
 
     def add_update(self, site: Site, update: WeightUpdate, name: str) -> None:
         """Plan the hook of a weight update at the output of the weight."""
@@ -403,19 +425,27 @@ class _Evaluator:
 
 
 class _Capture:
-    """A pre-hook that keeps a block's input until the branch takes it."""
+    """A pre-hook that keeps a block's input, and what is added to it, until a branch takes it."""
 
     def __init__(self) -> None:
-        self._value: Tensor | None = None
+        self._parts: list[Tensor] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._value = _input(module, args, kwargs)
+        self._parts = [_input(module, args, kwargs)]
+
+    def adding(self, gain: float) -> _Hook:
+        """Return a hook that adds a module's output, times a gain."""
+
+        def hook(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            self._parts.append(gain * _output(module, output))
+
+        return hook
 
     def take(self) -> Tensor:
-        """Return the input and let go of it."""
-        assert self._value is not None, "a branch ran outside its block"
-        value, self._value = self._value, None
-        return value
+        """Return the sum and let go of it."""
+        assert self._parts, "a branch ran outside its block"
+        (first, *others), self._parts = self._parts, []
+        return sum(others, first)
 
 
 def _map_input(evaluate: _Evaluator, rows: Int[Tensor, " d"] | None) -> _Hook:

@@ -71,6 +71,16 @@ _SSM = {
     "mamba_chunk_size": 8,
     "mamba_proj_bias": True,
 }
+_GRANITE = {
+    **_SQUARE,
+    **_TWO,
+    "num_local_experts": 4,
+    "attention_bias": True,
+    "embedding_multiplier": 2.5,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
 _FALCON = {
     **_TOKENS,
     "model_type": "falcon",
@@ -204,17 +214,18 @@ CORE: dict[str, Core] = {
         slot=True,
         tied=True,
     ),
-    "granitemoe": Core(
+    "granitemoe": Core({**_GRANITE, "model_type": "granitemoe"}, tied=True),
+    "granitemoeshared": Core(
+        {**_GRANITE, "model_type": "granitemoeshared", "shared_intermediate_size": 28},
+        tied=True,
+    ),
+    "granitemoehybrid": Core(
         {
-            **_SQUARE,
-            **_TWO,
-            "model_type": "granitemoe",
-            "num_local_experts": 4,
-            "attention_bias": True,
-            "embedding_multiplier": 2.5,
-            "residual_multiplier": 0.6,
-            "attention_multiplier": 0.4,
-            "logits_scaling": 3.0,
+            **_GRANITE,
+            **_SSM,
+            "model_type": "granitemoehybrid",
+            "shared_intermediate_size": 28,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         },
         tied=True,
     ),
@@ -615,7 +626,11 @@ WRAPPED: dict[str, Core] = {
             },
         )
         for kind, title, vision in (
-            ("qwen2_vl", "Qwen2VL", {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}),
+            (
+                "qwen2_vl",
+                "Qwen2VL",
+                {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
+            ),
             ("qwen2_5_vl", "Qwen2_5_VL", {**_VISUAL, "out_hidden_size": 32}),
         )
     },

@@ -223,7 +223,7 @@ def a_row_forgotten(baked: Baked) -> None:
 
 
 def a_gain_forgotten(baked: Baked) -> None:
-    """The final norm's gain, which its scale goes into, as it was; else the head, which takes it."""
+    """The final norm's gain, or where it has none the head, which takes its scale, as it was."""
     layout = baked.base.layout
     name = layout.final_norm.weight or layout.unembed.weight
     baked.fails_with({name: tiny.tensors_of(baked.base.path)[name]}, "a gain is forgotten")

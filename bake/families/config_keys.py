@@ -122,7 +122,14 @@ def known_keys(family: Family) -> frozenset[str]:
         HARMLESS
         | _READ
         | MUST.keys()
-        | {*family.tied_by, *family.when, *family.must, *family.flags, *family.defaults, *family.config.harmless}
+        | {
+            *family.tied_by,
+            *family.when,
+            *family.must,
+            *family.flags,
+            *family.defaults,
+            *family.config.harmless,
+        }
         | family.dims.said_by
         | {key for row in family.branches for of in row.dims.values() for key in size_keys(of)}
         | {key for one in family.conditions for key in one.keys_said}

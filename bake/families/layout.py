@@ -47,7 +47,7 @@ class Linear:
     shape: Shape
     """[experts, …] where one tensor has the layers of all experts."""
     output_axis: int
-    """The axis that its output is on, of the last two: 0 for [out, in], 1 for Conv1D's [in, out]."""
+    """The axis that its output is on, of the last two: 0 of [out, in], 1 of Conv1D's [in, out]."""
     bias: BiasSlot
     parts: tuple[Part, ...]
     """Outputs at sites, for a reader; empty for a writer, a router or an expert."""
@@ -104,6 +104,9 @@ class Branch:
     target: int
     """Index of the stream point that it writes to."""
     live: str
+    """The module whose output is the branch's; of several that add up to it the last to run."""
+    beside: tuple[str, ...]
+    """The others, in the order in which they run."""
     norm_in: Norm | None
     norm_out: Norm | None
     gain: float
@@ -127,6 +130,11 @@ class Branch:
         weighed = self.sums_to_one and all(linear.is_expert() for linear in self.writes)
         slots = all(linear.bias.state != "never" for linear in self.writes)
         return slots and (weighed or self.writer is not None)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The live modules whose outputs add up to what it writes, in the order of the forward."""
+        return (*self.beside, self.live) if self.norm_out is None else (self.norm_out.live,)
 
     @property
     def norms(self) -> tuple[Norm, ...]:

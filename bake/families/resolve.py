@@ -140,13 +140,15 @@ class _Block:
 
     def branches(self, index: Mapping[Site, int]) -> Iterator[Branch]:
         for row in self.rows:
+            *beside, last = (self.claims.live(f"{self.path}.{name}") for name in row.module)
             output, dims = _SITES[row.name][2], self.settings.sizes(row, self._rows)
             yield Branch(
                 name=row.name,
                 layer=self.layer,
                 source=index[Site(SiteKind(row.source), self.layer)],
                 target=index[Site(SiteKind(row.target), self.layer)],
-                live=self.claims.live(f"{self.path}.{row.module}"),
+                live=last,
+                beside=tuple(beside),
                 norm_in=self.norms[row.norm_in] if row.norm_in else None,
                 norm_out=self.norms[row.norm_out] if row.norm_out else None,
                 gain=self.settings.number(row.gain),
@@ -189,7 +191,9 @@ class _Block:
         width = 2 * width if width is not None and row.fuse == "gated" else width
         outer, inner = (width, hidden) if reads else (hidden, width)
         name, what = f"{self.path}.{module}", f"the {row.layout} layer"
-        weight, bias = (name, f"{name}_bias") if row.parameter else (f"{name}.weight", f"{name}.bias")
+        weight, bias = (
+            (name, f"{name}_bias") if row.parameter else (f"{name}.weight", f"{name}.bias")
+        )
         output_axis = self.output_axis(row, weight, 0 if reads else 1)
         expected = (outer, inner) if output_axis == 0 else (inner, outer)
         stack = (self.stack(dims),) if row.stacked else ()

@@ -9,6 +9,8 @@ from bake.errors import FamilyError
 
 Json = Any  # a value of config.json: the one place where the type is the file's, not ours
 Texts = Annotated[tuple[str, ...], Meta(extra={"meant": "no list of texts"})]
+Modules = Annotated[tuple[str, ...], Meta(extra={"several": True, "meant": "no list of texts"})]
+"""A path, or several."""
 NumberOrKey = Annotated[float | str, Meta(extra={"meant": "neither a number nor a config key"})]
 """A number, or the config key that holds it."""
 Factors = Annotated[

@@ -14,7 +14,17 @@ from msgspec import Meta, structs
 
 from bake.errors import FamilyError
 from bake.families.runtime import DESCRIBED, RUNTIMES, Carriers, Runtime
-from bake.families.section import Allowed, Factors, Json, NumberOrKey, Size, Table, Texts, size_keys
+from bake.families.section import (
+    Allowed,
+    Factors,
+    Json,
+    Modules,
+    NumberOrKey,
+    Size,
+    Table,
+    Texts,
+    size_keys,
+)
 from bake.families.select import Only
 from bake.section import Toml, nearest, parse_toml
 from bake.sites import SiteKind
@@ -66,8 +76,9 @@ class BranchRow(Table, frozen=True, kw_only=True):
     name: Literal["attn", "mlp"]
     source: Literal["resid_pre", "resid_mid"] = msgspec.field(name="from")
     target: Literal["resid_mid", "resid_post"] = msgspec.field(name="to")
-    module: str
-    """Path of the branch's module in a loaded model, below the block."""
+    module: Modules
+    """Path of the branch's module in a loaded model, below the block; or those of several whose
+    outputs add up to the branch's, in the order in which they run."""
     norm_in: str | None = None
     norm_out: str | None = None
     reads: tuple[LinearRow, ...]

@@ -206,8 +206,8 @@ def _bias_tiles(
         biases = torch.zeros(update.experts or 1, update.size, dtype=torch.float64)
         if not update.create:
             own = checkpoint.read(update.name)
-            places = range(own.shape[-1]) if update.placed is None else update.placed
-            biases[:, torch.tensor(places)] = own.to(torch.float64)
+            kept = range(own.shape[-1]) if update.placed is None else update.placed
+            biases[:, torch.tensor(kept)] = own.to(torch.float64)
         if digests is not None and not update.create:
             digests.add(update.name)
         shape = (len(biases), 1, 1) if update.weight is None else shapes[update.weight]

@@ -101,7 +101,9 @@ def _compiled(
         edits=tuple(edits),
         tensors=tuple(_ordered(layout, assembly.tensors)),
         biases=biases,
-        config=_placed(layout, (*changes, *_own_changes(layout, flags, assembly.untied, config)), whole),
+        config=_placed(
+            layout, (*changes, *_own_changes(layout, flags, assembly.untied, config)), whole
+        ),
         findings=tuple(_findings(edits, context.stream, assembly)),
         runtimes=(),
         notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),

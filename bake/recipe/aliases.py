@@ -37,7 +37,8 @@ def aliases(layout: Layout) -> dict[str, Site]:
 
 
 def _add_branch(branch: Branch, outputs: dict[str, Site], inputs: dict[str, Site]) -> None:
-    outputs[branch.live] = branch.output_site
+    if not branch.beside:
+        outputs[branch.live] = branch.output_site
     outputs.update((norm.live, norm.site) for norm in branch.norms)
     for linear in branch.reads:
         if linear.live is not None and linear.is_one_site():

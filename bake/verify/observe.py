@@ -6,12 +6,13 @@ The hooks of an observation are set after those of the edits, so that they see w
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bake.families import Branch, Layout
+from bake.families import Layout
 from bake.sites import Site, SiteKind
 
 if TYPE_CHECKING:
@@ -127,13 +128,11 @@ class _Recorder:
         """The sum of the block's input and the write of the branch that completes it."""
         layout = self.layout
         assert layout is not None, "only what a table describes is observed inside a block"
-        branch = next(b for b in layout.branches if site in layout.points[b.target])
         held: list[Tensor] = []
         self._before(block, lambda x: held.append(self._rows(x)))
-        self._after(
-            self._module(_last(branch)),
-            lambda write: into.append(held.pop() + branch.gain * self._rows(write)),
-        )
+        writing = [b for b in layout.branches if site in layout.points[b.target]]
+        terms = [(path, branch.gain) for branch in writing for path in branch.terms]
+        self._sum(terms, held, into)
 
     def add_writes(self) -> None:
         assert self.layout is not None, "only what a table describes has writers"
@@ -143,7 +142,23 @@ class _Recorder:
         lists = self.record.writes
         self._before(self.blocks[0], lambda x: lists[0].append(self._rows(x)))
         for branch, into in zip(self.layout.branches, lists[1:], strict=True):
-            self._after(self._module(_last(branch)), _scaled(self._rows, branch.gain, into))
+            self._sum([(path, branch.gain) for path in branch.terms], [], into)
+
+    def _sum(
+        self, terms: Sequence[tuple[str, float]], held: list[Tensor], into: list[Tensor]
+    ) -> None:
+        """Record what is held and what modules write, each times its gain, once all have run."""
+
+        def keep(gain: float, write: Tensor) -> None:
+            held.append(gain * self._rows(write))
+
+        def close(_: Tensor) -> None:
+            into.append(sum(held[1:], held[0]))
+            held.clear()
+
+        for path, gain in terms:
+            self._after(self._module(path), partial(keep, gain))
+        self._after(self._module(terms[-1][0]), close)
 
     def _rows(self, x: Tensor) -> Tensor:
         return x[self.keep.to(x.device)].detach().to("cpu")
@@ -163,14 +178,3 @@ class _Recorder:
             see(output[0] if isinstance(output, tuple) else output)
 
         self.handles.append(module.register_forward_hook(hook))
-
-
-def _last(branch: Branch) -> str:
-    return branch.live if branch.norm_out is None else branch.norm_out.live
-
-
-def _scaled(rows: Any, gain: float, into: list[Tensor]) -> Any:
-    def see(write: Tensor) -> None:
-        into.append(gain * rows(write))
-
-    return see
