@@ -1,8 +1,9 @@
 """How a runtime is told to load a carrier: the commands that cards print and the docs show.
 
 The words in braces are filled in for one artifact: ``here`` is its id on the Hub or its folder,
-``folder`` and ``file`` where its weights are once it is downloaded, which ``download`` does, and
-``base`` the model that an adapter goes over. ``bake.cards.commands`` quotes each for its language.
+``folder`` and ``file`` where its weights are once it is downloaded, which ``download`` does,
+``base`` the model that an adapter goes over, and ``loader`` the class of transformers that loads
+it. ``bake.cards.commands`` quotes each for its language.
 """
 
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ CHECKPOINT = (
         "transformers",
         "transformers",
         "python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained({here_text})\n"
+        "from transformers import {loader}, AutoTokenizer\n\n"
+        "model = {loader}.from_pretrained({here_text})\n"
         "tokenizer = AutoTokenizer.from_pretrained({here_text})\n",
     ),
     Loading("vllm", "vLLM", "sh", "vllm serve {here}\n"),
@@ -61,8 +62,8 @@ LORA = (
         "peft",
         "PEFT",
         "python",
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        "base = AutoModelForCausalLM.from_pretrained({base_text})\n"
+        "from peft import PeftModel\nfrom transformers import {loader}\n\n"
+        "base = {loader}.from_pretrained({base_text})\n"
         "model = PeftModel.from_pretrained(base, {here_text})\n",
     ),
     Loading(

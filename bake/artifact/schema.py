@@ -362,6 +362,8 @@ class PlanRecord(RecordPart, frozen=True, kw_only=True):
     exactness: Level
     family: str | None
     """None for a merge that needed no table."""
+    loader: str | None = None
+    """The class of transformers that loads the model, where AutoModelForCausalLM does not."""
     findings: tuple[FindingRecord, ...]
     tensors: tuple[TensorChange, ...]
     biases: tuple[BiasChange, ...]

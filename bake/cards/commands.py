@@ -36,6 +36,7 @@ def _words(facts: Facts, repo: str | None) -> Mapping[str, str]:
     own = facts.carrier.beside
     model = f"{place}/{own}" if own is not None and own in facts.names else "base.gguf"
     return {
+        "loader": facts.record.plan.loader or "AutoModelForCausalLM",
         "here": here,
         "here_text": json.dumps(here),
         "folder": place,

@@ -78,7 +78,8 @@ def roles_of(layout: Layout) -> Roles:
     for branch in layout.branches:
         for linear in branch.writes:
             roles[linear.weight] = Role("written", linear.output_axis)
-            roles[linear.bias.name] = Role("written", 0)
+            each = linear.bias.experts is not None  # a row for each expert, as a table has them
+            roles[linear.bias.name] = Role("written", 1 if each else 0, table=each)
         for linear in branch.reads:
             roles[linear.weight] = _reader(linear)
     roles[layout.unembed.weight] = _reader(layout.unembed)

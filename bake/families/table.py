@@ -329,6 +329,11 @@ class Family(Table, frozen=True, kw_only=True):
         return found if isinstance(found, dict) else {}
 
     @property
+    def loader(self) -> str | None:
+        """The class of transformers that loads a wrapped model, towers included; else None."""
+        return None if self.within is None else self.within.architectures[0]
+
+    @property
     def tied_by(self) -> tuple[str, ...]:
         """The config keys that say whether the head is tied, the one that is read first first."""
         own = self.unembed.tied_by

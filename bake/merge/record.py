@@ -21,7 +21,7 @@ from bake.artifact.schema import (
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.adapter import FoundAdapter, adapter_digest
 from bake.errors import FamilyError
-from bake.families import find_family
+from bake.families import Family, find_family
 from bake.merge.runtimes import merged_runtimes
 from bake.merge.work import Item, Work
 
@@ -84,10 +84,12 @@ def merge_plan(
     )
     facts = [adapter_digest(adapter), list(work.items), [key.to_json() for key in keys]]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    family = _family(work.base)
     return PlanRecord(
         digest=f"sha256:{digest}",
         exactness="exact",
-        family=_family(work.base),
+        family=None if family is None else family.name,
+        loader=None if family is None else family.loader,
         findings=(),
         tensors=changed,
         biases=(),
@@ -98,10 +100,10 @@ def merge_plan(
     )
 
 
-def _family(base: Checkpoint) -> str | None:
+def _family(base: Checkpoint) -> Family | None:
     """Return the table of the base's class, or None: a merge needs none."""
     try:
-        return find_family(base.config).name
+        return find_family(base.config)
     except FamilyError:
         return None
 

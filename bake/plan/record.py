@@ -31,6 +31,7 @@ def plan_record(plan: Plan, carrier: str | None = None, *, codes: bool = False) 
         digest=plan.digest,
         exactness=exactness.value,
         family=plan.layout.family.name,
+        loader=plan.layout.family.loader,
         findings=tuple(_finding(finding) for finding in findings),
         tensors=tuple(_tensor(update, plan.layout.dtype) for update in plan.tensors),
         biases=tuple(_bias(update) for update in plan.biases),

@@ -61,16 +61,21 @@ class Spoiling:
             return self.result(self.tied[1], start, stop)
         if kind == BLOCK:
             return _shifted(have) if start == 0 else have
+        if kind == AXIS:
+            return self._turned(name, start, stop)
         before = self.base(name, start, stop)
         was = torch.zeros_like(have) if before is None else before
-        if kind == SIGN:
-            return 2 * was - have
-        if kind == AXIS:
-            size = self.planned[name].shape[0]
-            whole = self.base(name, 0, size)
-            assert whole is not None
-            return was + (self.result(name, 0, size) - whole).T[start:stop]
-        return was
+        return 2 * was - have if kind == SIGN else was
+
+    def _turned(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of a square matrix, or of several in a stack, changed on the wrong axis."""
+        size, parts = self.planned[name].shape[-1], []
+        first = start - start % size
+        for matrix in range(first, stop, size):
+            was = self.base(name, matrix, matrix + size)
+            assert was is not None
+            parts.append(was + (self.result(name, matrix, matrix + size) - was).T)
+        return torch.cat(parts)[start - first : stop - first]
 
 
 def _shifted(rows: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ def groups_of(
     """
     chance = random.Random(digest)
     changed = [t for name, t in planned.items() if in_base(name) and len(t.shape) > 1]
-    square = [t for t in changed if len(t.shape) == 2 and t.shape[0] == t.shape[1]]
+    square = [t for t in changed if t.shape[-2] == t.shape[-1]]
     vectors = [t for t in planned.values() if len(t.shape) == 1]
     groups = (
         [Control(TENSOR, t.name) for t in changed],

@@ -20,7 +20,11 @@ def main(request_path: Path, out: Path) -> None:
 
     request = json.loads(request_path.read_text(encoding="utf-8"))
     dtype = getattr(torch, request["dtype"])
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype)
+    config = transformers.AutoConfig.from_pretrained(request["model"])
+    # The class that the files name: of some wrappers AutoModelForCausalLM leaves out the towers.
+    named = getattr(transformers, (config.architectures or ("",))[0], None)
+    loader: Any = named or transformers.AutoModelForCausalLM
+    model: Any = loader.from_pretrained(request["model"], dtype=dtype)
     served = transformers
     if request.get("adapter"):
         import peft
