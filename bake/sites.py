@@ -4,7 +4,9 @@ The words are TransformerLens's. ``resid_pre.l``, ``resid_mid.l`` and ``resid_po
 residual stream at the input of block l, between its two branches and at its output; ``attn_out``
 and ``mlp_out`` are the outputs of the modules, before any post-norm; ``z`` is the input of the
 attention's output projection and ``mlp_act`` the input of the MLP's; a norm's output is taken after
-gain and bias. Layers count blocks from 0.
+gain and bias. ``extra_out`` is the output of what a block has beside attention and MLP, between the
+norms ``ln3_out`` and ``ln3_post_out``: a state-space mixer, experts, per-layer inputs. Layers count
+blocks from 0.
 """
 
 import difflib
@@ -29,6 +31,9 @@ class SiteKind(StrEnum):
     Z = "z"
     ATTN_OUT = "attn_out"
     LN1_POST_OUT = "ln1_post_out"
+    LN3_OUT = "ln3_out"
+    EXTRA_OUT = "extra_out"
+    LN3_POST_OUT = "ln3_post_out"
     RESID_MID = "resid_mid"
     LN2_OUT = "ln2_out"
     MLP_GATE = "mlp_gate"

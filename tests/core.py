@@ -34,6 +34,8 @@ class Core:
     post_norm: bool = False
     """Whether a norm follows the writers, so that nothing folds at the stream's own sites."""
     tied: bool = False
+    closed: bool = False
+    """Whether no edit of the stream folds, whatever it is."""
     gain_offset: float = 0.0
     """What the norms add to their gain."""
 
@@ -151,6 +153,25 @@ CORE: dict[str, Core] = {
     "flex_olmo": Core(
         {**_SQUARE, **_TWO, "model_type": "flex_olmo", "num_experts": 3, "attention_bias": True},
         post_norm=True,
+    ),
+    "gemma4": Core(
+        {
+            **_FREE,
+            **_LOCAL,
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 4,
+            "layer_types": [*_WINDOWS[:2]] * 2,
+            "global_head_dim": 12,
+            "attention_bias": True,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 56,
+        },
+        closed=True,
+        tied=True,
     ),
     "glm": Core({**_FREE, "model_type": "glm", "attention_bias": True}),
     "glm4": Core({**_FREE, "model_type": "glm4", "attention_bias": True}, post_norm=True),
@@ -522,6 +543,28 @@ WRAPPED: dict[str, Core] = {
         post_norm=True,
         tied=True,
         gain_offset=1.0,
+    ),
+    "gemma4 in its wrapper": Core(
+        {
+            "model_type": "gemma4",
+            "architectures": ["Gemma4ForConditionalGeneration"],
+            "text_config": {
+                **_FREE,
+                **_LOCAL,
+                "model_type": "gemma4_text",
+                "layer_types": [*_WINDOWS[:2], "full_attention"],
+                "global_head_dim": 12,
+                "attention_bias": True,
+                "hidden_size_per_layer_input": 0,
+                "enable_moe_block": True,
+                "num_experts": 4,
+                "top_k_experts": 2,
+                "moe_intermediate_size": 20,
+            },
+            "vision_config": {**_TOWER, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
+        },
+        closed=True,
+        tied=True,
     ),
     "mistral in Mistral 3": Core(
         {

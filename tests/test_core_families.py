@@ -24,13 +24,18 @@ from transformers import PreTrainedModel
 from bake import edits as make
 from bake.edits import Edit
 from bake.errors import CheckpointError
-from bake.families import parse_family, resolve
+from bake.families import Branch, parse_family, resolve
+from bake.families.select import Only
 from bake.plan import Exactness, Plan
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
 NOTICED = 1e-4
 """Of an edit's effect, what a control has to miss by: five orders above what is allowed."""
-MODULES = (SiteKind.ATTN_OUT, SiteKind.MLP_OUT)
+MODULES = (SiteKind.ATTN_OUT, SiteKind.MLP_OUT, SiteKind.EXTRA_OUT)
+POST_NORMS = (
+    *(SiteKind.LN1_POST_OUT, SiteKind.LN2_POST_OUT, SiteKind.LN3_POST_OUT),
+    SiteKind.LN_FINAL_OUT,
+)
 Checkpoints = Callable[..., Path]
 
 
@@ -151,7 +156,9 @@ def at_every_site(base: Base, of: Core, out: Path) -> Baked | None:
     baked = None
     for kind, map_ in forms.items():
         edits = [edit(base, kind, map_, "resid")]
-        if of.post_norm:
+        if of.closed:
+            refused(plan_of(base, edits), base.layout.family.stream.closed)
+        elif of.post_norm:
             refused(plan_of(base, edits), "a projection does not pass through a norm with a gain")
         else:
             baked = Baked(base, edits, out / kind)
@@ -162,7 +169,8 @@ def an_offset_in_the_middle(base: Base, of: Core, out: Path) -> None:
     """An offset behind block 1, in a bias of its last writer or refused for want of one."""
     edits = [edit(base, "offset", make.offset(vector(base.layout.hidden)), "resid_post.1")]
     if not of.slot:
-        refused(plan_of(base, edits), "has no bias slot there")
+        reason = base.layout.family.stream.closed or "has no bias slot there"
+        refused(plan_of(base, edits), reason)
         return
     baked = Baked(base, edits, out / "offset")
     (update,) = baked.plan.biases
@@ -189,7 +197,7 @@ def at_the_parts(base: Base) -> list[Edit]:
         width = base.layout.width(site)
         if site.kind in MODULES:
             map_, kind = make.ablate(vector(width, seed), strength=0.3 + 0.1 * (seed % 5)), "ablate"
-        elif site.kind in (SiteKind.LN1_POST_OUT, SiteKind.LN2_POST_OUT, SiteKind.LN_FINAL_OUT):
+        elif site.kind in POST_NORMS:
             map_, kind = make.scale(1 + 0.3 * vector(width, seed)), "scale"
         elif site.kind is SiteKind.EMBED or site.kind in STREAM_KINDS:
             continue
@@ -199,15 +207,26 @@ def at_the_parts(base: Base) -> list[Edit]:
     return edits
 
 
+def is_a_switch(one: Only) -> bool:
+    """Whether a condition is one of the whole model, of which every model has one side."""
+    own = one.given or one.true or one.above or one.stored
+    return bool(own) or any(map(is_a_switch, one.never))
+
+
 def rows_of(base: Base) -> Iterator[tuple[str, list[str]]]:
     """Yield every row of the table with its tensors, those of all blocks and experts together."""
     found: dict[str, list[str]] = {}
     for linear in base.layout.linears:
         found.setdefault(linear.module, []).append(linear.weight)
     # The pattern of layers is complete; of DeepSeek's two ways to queries a model has one.
-    always = {row.module for row in base.layout.family.linears if not row.only}
-    assert always <= found.keys()
+    branches = [b for b in base.layout.family.branches if not any(map(is_a_switch, b.only))]
+    rows = [row for branch in branches for row in (*branch.reads, *branch.writes)]
+    assert {r.module for r in rows if not any(map(is_a_switch, r.only))} <= found.keys()
     yield from found.items()
+
+
+def modules_of(branch: Branch) -> set[str]:
+    return {linear.module for linear in (*branch.reads, *branch.writes)}
 
 
 def a_row_forgotten(baked: Baked) -> None:
@@ -217,7 +236,9 @@ def a_row_forgotten(baked: Baked) -> None:
     for module, names in rows_of(baked.base):
         if all(torch.equal(now[name], was[name]) for name in names):
             # Without a norm before the readers there is no site that a router or an expert reads.
-            assert not baked.base.layout.branches[0].norm_in, f"no edit changes {module}"
+            branches = baked.base.layout.branches
+            (norm_in,) = {b.norm_in is None for b in branches if module in modules_of(b)}
+            assert norm_in, f"no edit changes {module}"
             continue
         baked.fails_with({name: was[name] for name in names}, f"{module} is forgotten")
 

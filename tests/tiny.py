@@ -168,6 +168,8 @@ def make_model(
             for name, buffer in module.named_buffers(recurse=False):
                 if name in ("e_score_correction_bias", "expert_bias"):  # of which experts are asked
                     buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+                elif name == "layer_scalar":
+                    buffer.copy_(0.5 + 0.4 * torch.rand(buffer.shape, generator=generator))
     return model.eval()
 
 

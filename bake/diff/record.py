@@ -23,7 +23,7 @@ from bake.sites import STREAM_KINDS, SiteKind
 # Kinds of edit whose maps change a weight by no more than their own rank, and the sites at which
 # each of them acts on the whole width of the stream: elsewhere one map may act on several parts.
 _LOW_RANK = (EditKind.ABLATE, EditKind.AFFINE, EditKind.ERASE, EditKind.OFFSET)
-_WHOLE = (*STREAM_KINDS, SiteKind.EMBED, SiteKind.ATTN_OUT, SiteKind.MLP_OUT)
+_WHOLE = (*STREAM_KINDS, SiteKind.EMBED, SiteKind.ATTN_OUT, SiteKind.MLP_OUT, SiteKind.EXTRA_OUT)
 
 
 @dataclass(frozen=True, slots=True)

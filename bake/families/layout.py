@@ -97,7 +97,7 @@ class Norm:
 class Branch:
     """One branch of one block, between two points of the residual stream."""
 
-    name: Literal["attn", "mlp"]
+    name: Literal["attn", "mlp", "extra"]
     layer: int
     source: int
     """Index of the stream point that it reads."""

@@ -17,6 +17,7 @@ from bake.sites import STREAM_KINDS, Site, SiteKind
 _SITES = {
     "attn": (SiteKind.LN1_OUT, SiteKind.LN1_POST_OUT, SiteKind.ATTN_OUT),
     "mlp": (SiteKind.LN2_OUT, SiteKind.LN2_POST_OUT, SiteKind.MLP_OUT),
+    "extra": (SiteKind.LN3_OUT, SiteKind.LN3_POST_OUT, SiteKind.EXTRA_OUT),
 }
 
 

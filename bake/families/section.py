@@ -20,7 +20,7 @@ Factors = Annotated[
 Size = Annotated[str | int | tuple[str, ...], Meta(extra={"meant": "neither a key nor a size"})]
 """A config key, several that versions of the class call the same, or the size itself; ``len:KEY``
 is how many the list of a key has, and ``rows:TENSOR`` of a branch's own sizes how many rows a
-tensor of the block has, where the class computes it."""
+tensor of the block has, where the class computes it: ``/head_dim`` behind it divides by that."""
 Allowed = Annotated[tuple[Json, ...], Meta(extra={"meant": "no list of allowed values"})]
 """The values that a config key may have."""
 

@@ -5,6 +5,7 @@ as a list with a word for each, as an interval, or as the number of the first of
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import msgspec
 
@@ -13,6 +14,23 @@ from bake.families.section import Json, Table, Texts
 
 NumberOrKey = int | str
 """A number, or the config key that holds it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What conditions are held against.
+
+    Attributes:
+        layer: its number, counted from 0.
+        layers: how many blocks there are.
+        said: config.json, with the defaults of the class.
+        has: whether the checkpoint has a tensor below the block.
+    """
+
+    layer: int
+    layers: int
+    said: Mapping[str, Json]
+    has: Callable[[str], bool]
 
 
 class Only(Table, frozen=True, kw_only=True):
@@ -37,8 +55,12 @@ class Only(Table, frozen=True, kw_only=True):
     """A key that holds the numbers of the blocks; a file without it names none."""
     given: str = msgspec.field(name="set", default="")
     """A key that is there and not null: it holds for every block or for none."""
+    true: str = ""
+    """A key that is true: it holds for every block or for none."""
     last: NumberOrKey | None = None
     """The number of the last block that it is for; -1 stands for the model's last."""
+    end: NumberOrKey | None = None
+    """How many of the last blocks it is for."""
     above: Mapping[str, int] = {}
     """Keys with numbers that theirs are above: it holds for every block or for none."""
     stored: str = ""
@@ -46,47 +68,52 @@ class Only(Table, frozen=True, kw_only=True):
     never: tuple["Only", ...] = msgspec.field(name="not", default=())
     """Conditions that do not all hold."""
 
-    def holds(self, layer: int, said: Mapping[str, Json], has: Callable[[str], bool]) -> bool:
+    def holds(self, block: Block) -> bool:
         """Return whether it is for a block.
-
-        Args:
-            layer: the number of the block, counted from 0.
-            said: config.json, with the defaults of the class.
-            has: whether the checkpoint has a tensor below the block.
 
         Raises:
             FamilyError: a key is missing, of another type, or says nothing of this block.
         """
+        layer, said = block.layer, block.said
         if self.each:
-            return self._each(layer, said, has)
+            return self._each(block)
         if self.first is not None:
             return layer >= _number(self.first, said)
         if self.below is not None:
             return layer < _number(self.below, said)
         if self.last is not None:
             last = _number(self.last, said)
-            return last == -1 or layer <= last
+            return layer <= (last if last >= 0 else block.layers + last)
+        if self.end is not None:
+            return layer >= block.layers - _number(self.end, said)
         if self.every is not None:
             interval = _number(self.every, said)
             if interval < 1:
                 raise FamilyError(f"{self.every} = {interval} is no interval", where="config.json")
             return (layer - _number(self.rest, said)) % interval == 0
-        if self.among:
-            if said.get(self.among) is None and self.unsaid:
-                return all(other.holds(layer, said, has) for other in self.unsaid)
+        if self.among and (said.get(self.among) is not None or not self.unsaid):
             return layer in _numbers(self.among, said)
-        if self.given:
-            return said.get(self.given) is not None
-        if self.above:
-            return all(_number(key, said) > least for key, least in self.above.items())
-        if self.stored:
-            return has(self.stored)
-        return not all(other.holds(layer, said, has) for other in self.never)
+        return self._everywhere(block)
 
-    def _each(self, layer: int, said: Mapping[str, Json], has: Callable[[str], bool]) -> bool:
+    def _everywhere(self, block: Block) -> bool:
+        """Return whether it holds where it is no matter of the number of the block."""
+        if self.among:
+            return all(other.holds(block) for other in self.unsaid)
+        if self.given:
+            return block.said.get(self.given) is not None
+        if self.true:
+            return block.said.get(self.true) is True
+        if self.above:
+            return all(_number(key, block.said) > least for key, least in self.above.items())
+        if self.stored:
+            return block.has(self.stored)
+        return not all(other.holds(block) for other in self.never)
+
+    def _each(self, block: Block) -> bool:
+        layer, said = block.layer, block.said
         listed = next((said[key] for key in self.each if said.get(key) is not None), None)
         if listed is None and self.unsaid:
-            return all(other.holds(layer, said, has) for other in self.unsaid)
+            return all(other.holds(block) for other in self.unsaid)
         if not isinstance(listed, list | str) or len(listed) <= layer:
             named = " or ".join(map(repr, self.each))
             raise FamilyError(
@@ -99,8 +126,8 @@ class Only(Table, frozen=True, kw_only=True):
     @property
     def keys_said(self) -> frozenset[str]:
         """The config keys that it reads."""
-        numbers = (self.first, self.below, self.last, self.every, self.rest)
-        own = (*numbers, self.among, self.given, *self.above)
+        numbers = (self.first, self.below, self.last, self.end, self.every, self.rest)
+        own = (*numbers, self.among, self.given, self.true, *self.above)
         found = {*self.each, *(key for key in own if isinstance(key, str) and key)}
         return frozenset(found).union(*(o.keys_said for o in (*self.unsaid, *self.never)))
 
@@ -114,12 +141,14 @@ class Only(Table, frozen=True, kw_only=True):
             "from": self.first,
             "below": self.below,
             "last": self.last,
+            "end": self.end,
             "every": self.every,
         }
         others = {
             "each": self.each,
             "in": self.among,
             "set": self.given,
+            "true": self.true,
             "above": self.above,
             "stored": self.stored,
             "not": self.never,

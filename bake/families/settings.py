@@ -9,7 +9,7 @@ from msgspec import structs
 from bake.errors import FamilyError
 from bake.families.config_keys import check_config
 from bake.families.section import Json, length_of, rows_of, size_keys
-from bake.families.select import Only
+from bake.families.select import Block, Only
 from bake.families.table import (
     MISSING,
     PER_SQRT_LAYERS,
@@ -42,8 +42,11 @@ class Settings:
             layer: the number of the block.
             stored: whether the checkpoint has a tensor below the block.
         """
-        said = {**self.family.defaults, **self.config} if only else {}
-        return all(one.holds(layer, said, stored) for one in only)
+        if not only:
+            return True
+        said = {**self.family.defaults, **self.config}
+        block = Block(layer, self.dims["layers"], said, stored)
+        return all(one.holds(block) for one in only)
 
     def sizes(self, row: BranchRow, rows: Callable[[str], int | None]) -> Mapping[str, int]:
         """Return the sizes of a branch: the model's, but for those that are its own.
@@ -55,10 +58,11 @@ class Settings:
         Raises:
             FamilyError: a key that the branch names is missing or holds no size.
         """
-        own = {
-            name: rows(rows_of(of)) if rows_of(of) else _size(self.family, self.config, of)
-            for name, of in row.dims.items()
-        }
+        own: dict[str, int | None] = {}
+        for name, of in row.dims.items():
+            tensor, _, part = rows_of(of).partition("/")
+            size = rows(tensor) if tensor else _size(self.family, self.config, of)
+            own[name] = size // (own[part] or 1) if size is not None and part else size
         for name, size in own.items():
             if size is None:
                 raise missing(row.dims[name])

@@ -73,7 +73,8 @@ class LinearRow(Table, frozen=True, kw_only=True):
 class BranchRow(Table, frozen=True, kw_only=True):
     """One branch of a block: from a stream site through readers and writers to a stream site."""
 
-    name: Literal["attn", "mlp"]
+    name: Literal["attn", "mlp", "extra"]
+    """``extra`` is what a block has beside the two."""
     source: Literal["resid_pre", "resid_mid"] = msgspec.field(name="from")
     target: Literal["resid_mid", "resid_post"] = msgspec.field(name="to")
     module: Modules
@@ -180,6 +181,13 @@ class BlockRow(Table, frozen=True, kw_only=True):
     untouched: Texts = ()
 
 
+class StreamRow(Table, frozen=True, kw_only=True):
+    """What the sum that runs through the blocks is."""
+
+    closed: str = ""
+    """Why no edit of it is an edit of weights; edits of the parts of a block may be."""
+
+
 class NormRow(Table, frozen=True, kw_only=True):
     """What kind every norm of the family is."""
 
@@ -257,6 +265,7 @@ class Family(Table, frozen=True, kw_only=True):
     """Defaults of the config class, for keys that config.json may leave unsaid."""
     config: ConfigRow = ConfigRow()
     block: BlockRow
+    stream: StreamRow = StreamRow()
     norm: NormRow
     embed: EmbedRow
     unembed: UnembedRow

@@ -16,7 +16,7 @@ from bake.plan.pieces import Context, Gain
 from bake.plan.quotient import MOST, Gate, computing, gate_of, size_set
 from bake.plan.recast import obstacle, recast_changes, recast_layout
 from bake.plan.relocated import in_place, into, relocated
-from bake.plan.stream import StreamFold, fold_stream, most_fresh
+from bake.plan.stream import MODULES, Failure, fold_stream, most_fresh
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
 from bake.plan.widen import Wide, epsilon, sees_mean, widened
@@ -104,7 +104,7 @@ def _compiled(
         config=_placed(
             layout, (*changes, *_own_changes(layout, flags, assembly.untied, config)), whole
         ),
-        findings=tuple(_findings(edits, context.stream, assembly)),
+        findings=tuple(_findings(edits, context, assembly)),
         runtimes=(),
         notes=(*notes, *_notes(layout, assembly.untied, flags, biases)),
         created_bytes=_created(layout, assembly.tensors, biases, wide),
@@ -204,11 +204,19 @@ def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, 
     return recast, [note]
 
 
-def _findings(edits: Sequence[Edit], stream: StreamFold, assembly: Assembly) -> Iterator[Finding]:
+def _closed(context: Context) -> Iterator[Failure]:
+    """Yield why edits of a stream do not fold that no weights of one layer write."""
+    reason = context.layout.family.stream.closed
+    for edit, site in context.hooks.closed:
+        yield Failure(edit, site, reason, f"edit {MODULES}: another edit")
+
+
+def _findings(edits: Sequence[Edit], context: Context, assembly: Assembly) -> Iterator[Finding]:
     """Yield, edit by edit, one finding that it folds, or one for every reason that it does not."""
+    stream, closed = context.stream, tuple(_closed(context))
     for index, edit in enumerate(edits):
         hard: dict[tuple[str, str], dict[Site, None]] = {}
-        for failure in (*stream.failures, *assembly.found.failures):
+        for failure in (*closed, *stream.failures, *assembly.found.failures):
             if failure.edit == index:
                 hard.setdefault((failure.reason, failure.remedy), {})[failure.site] = None
         for said, sites in hard.items():

@@ -35,6 +35,8 @@ class Hooks:
         """The edits that do more than add a constant."""
         self.of_constants: frozenset[int] = frozenset()
         """The edits that add a constant."""
+        self.closed: list[tuple[int, Site]] = []
+        """Edits of the stream where no weights compute one, with their sites."""
         for index, edit in enumerate(edits):
             if not edit.sites:
                 raise UsageError(f"the {edit.kind} edit {edit.concept!r} names no site")
@@ -50,6 +52,9 @@ class Hooks:
                 else:
                     assert isinstance(edit.map, AffineMap), "conditional edits are refused before"
                     _check_width(edit, site, layout)
+                    if layout.family.stream.closed and site.kind in STREAM_KINDS:
+                        self.closed.append((index, site))
+                        continue
                     self._maps[place].append(Hook(index, site, edit.map))
 
     def at(self, *sites: Site) -> list[Hook]:
