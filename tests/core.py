@@ -141,6 +141,16 @@ CORE: dict[str, Core] = {
         tied=True,
     ),
     "exaone4": Core({**_FREE, **_LOCAL, "model_type": "exaone4"}, post_norm=True),
+    "exaone_moe": Core(
+        {
+            **_FREE,
+            **_LOCAL,
+            **_MIXED,
+            "model_type": "exaone_moe",
+            "num_experts": 4,
+            "num_shared_experts": 1,
+        }
+    ),
     "falcon": Core({**_FALCON, "multi_query": True, "parallel_attn": True}, slot=True, tied=True),
     "falcon_h1": Core(
         {
@@ -255,9 +265,31 @@ CORE: dict[str, Core] = {
         slot=True,
         tied=True,
     ),
+    "granite_swa": Core(
+        {
+            **_SQUARE,
+            **_LOCAL,
+            "model_type": "granite_swa",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 2.5,
+            "residual_multiplier": 0.6,
+        },
+        slot=True,
+        tied=True,
+    ),
     "granitemoe": Core({**_GRANITE, "model_type": "granitemoe"}, tied=True),
     "granitemoeshared": Core(
         {**_GRANITE, "model_type": "granitemoeshared", "shared_intermediate_size": 28},
+        tied=True,
+    ),
+    "granitemoe_swa": Core(
+        {
+            **_GRANITE,
+            **_LOCAL,
+            "model_type": "granitemoe_swa",
+            "shared_intermediate_size": 28,
+        },
         tied=True,
     ),
     "granitemoehybrid": Core(
@@ -290,6 +322,21 @@ CORE: dict[str, Core] = {
             "moe_topk": 2,
         }
     ),
+    "hy_v3": Core(
+        {
+            **_FREE,
+            **_MIXED,
+            "model_type": "hy_v3",
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "enable_moe_fp32_combine": False,
+        }
+    ),
+    "jais2": Core(
+        {**_SQUARE, "model_type": "jais2", "attention_bias": True, "mlp_bias": True}, slot=True
+    ),
     "jamba": Core(
         {
             **_SQUARE,
@@ -304,6 +351,18 @@ CORE: dict[str, Core] = {
             "mamba_dt_rank": 4,
             "mamba_proj_bias": True,
             "use_mamba_kernels": False,
+        }
+    ),
+    "kimi_linear": Core(
+        {
+            **_LATENT,
+            **_MIXED,
+            "model_type": "kimi_linear",
+            "n_shared_experts": 1,
+            "num_local_experts": 4,
+            "linear_head_dim": 6,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         }
     ),
     "lfm2": Core(
@@ -350,6 +409,18 @@ CORE: dict[str, Core] = {
             "chunk_size": 8,
         },
         slot=True,
+    ),
+    "mimo_v2_flash": Core(
+        {
+            **_FREE,
+            **_MIXED,
+            "model_type": "mimo_v2_flash",
+            "n_routed_experts": 4,
+            "v_head_dim": 6,
+            "attention_bias": True,
+            "sliding_window": 4,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        }
     ),
     "minicpm3": Core(
         {
