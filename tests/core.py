@@ -108,6 +108,11 @@ CORE: dict[str, Core] = {
         },
         slot=True,
     ),
+    "bloom": Core(
+        {**_TOKENS, "model_type": "bloom", "hidden_size": 32, "n_layer": 3, "n_head": 4},
+        closed=True,
+        tied=True,
+    ),
     "cohere": Core(
         {**_SQUARE, "model_type": "cohere", "attention_bias": True, "use_qk_norm": True},
         slot=True,  # the attention's, which writes to the same place
@@ -183,6 +188,24 @@ CORE: dict[str, Core] = {
     "flex_olmo": Core(
         {**_SQUARE, **_TWO, "model_type": "flex_olmo", "num_experts": 3, "attention_bias": True},
         post_norm=True,
+    ),
+    "gemma3n": Core(
+        {
+            **_FREE,
+            **_LOCAL,
+            "model_type": "gemma3n_text",
+            "num_hidden_layers": 4,
+            "layer_types": [*_WINDOWS[:2]] * 2,
+            "attention_bias": True,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 6,
+            "vocab_size_per_layer_input": 56,
+            "altup_num_inputs": 2,
+            "laurel_rank": 4,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        },
+        closed=True,
+        tied=True,
     ),
     "gemma4": Core(
         {

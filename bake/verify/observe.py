@@ -140,7 +140,11 @@ class _Recorder:
         if not self.record.writes:
             self.record.writes.extend([] for _ in writers)
         lists = self.record.writes
-        self._before(self.blocks[0], lambda x: lists[0].append(self._rows(x)))
+        if self.layout.family.stream.closed:  # blocks may take several streams at once
+            embed = self._module(self.layout.embed_live)
+            self._after(embed, lambda x: lists[0].append(self._rows(x)))
+        else:
+            self._before(self.blocks[0], lambda x: lists[0].append(self._rows(x)))
         for branch, into in zip(self.layout.branches, lists[1:], strict=True):
             self._sum([(path, branch.gain) for path in branch.terms], [], into)
 
