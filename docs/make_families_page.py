@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # these tables, whatever bake is installed
 
 from bake.families import Family, load_families, load_refused  # noqa: E402
+from bake.families.resolve import BRANCH_SITES  # noqa: E402
 from bake.sites import SiteKind  # noqa: E402
 
 PAGE = HERE / "family-list.md"
@@ -17,7 +18,9 @@ Written from the tables by `docs/make_families_page.py`; what a tier is and how 
 in [families.md](families.md). Every family has the sites `embed`, `resid_pre`, `resid_post`,
 `attn_out` and `ln_final_out`; the column *sites* names the others. *Runtimes* are those that the
 table describes, *run* the carriers that tests have run, of a wrapper (the second class of a row and
-those after it) checkpoints in transformers only.
+those after it) checkpoints in transformers only. Where *the stream is closed* no edit at
+`resid_pre`, `resid_mid` or `resid_post` is one of stock weights: the table says why, and the parts
+of a block fold.
 
 | table | models | classes | tier | sites | runtimes | run |
 |---|---|---|---|---|---|---|
@@ -38,14 +41,13 @@ def sites(family: Family) -> str:
     found |= {SiteKind(branch.target) for branch in family.branches}
     norms: dict[str | None, SiteKind] = {}  # one that two branches share has the first one's site
     for branch in family.branches:
-        here = (SiteKind.LN1_OUT, SiteKind.LN1_POST_OUT)
-        if branch.name == "mlp":
-            here = (SiteKind.LN2_OUT, SiteKind.LN2_POST_OUT)
-            found.add(SiteKind.MLP_OUT)
-        norms = {**dict(zip((branch.norm_in, branch.norm_out), here, strict=True)), **norms}
+        before, behind, output = BRANCH_SITES[branch.name]
+        norms = {branch.norm_in: before, branch.norm_out: behind, **norms}
+        found.add(output)
     found |= {site for norm, site in norms.items() if norm is not None}
-    found.discard(SiteKind.RESID_POST)
-    return coded(kind for kind in SiteKind if kind in found)
+    found -= {SiteKind.RESID_POST, SiteKind.ATTN_OUT}
+    listed = coded(kind for kind in SiteKind if kind in found)
+    return f"{listed}; the stream is closed" if family.stream.closed else listed
 
 
 def coded(words: Iterable[str]) -> str:

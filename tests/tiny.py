@@ -202,7 +202,7 @@ CONFIGURING = ("config.json", "generation_config.json", "model.safetensors.index
 
 def read(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Return the model of a checkpoint, which has exactly the tensors that its class expects."""
-    wrapped = "text_config" in config_of(path)
+    wrapped = "vision_config" in config_of(path)
     auto = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
     model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True, **EAGER)
     assert not any(info.values()), info

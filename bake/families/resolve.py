@@ -14,7 +14,7 @@ from bake.families.table import BranchRow, Family, LinearRow
 from bake.sites import STREAM_KINDS, Site, SiteKind
 
 # The norm before the readers, the norm behind the writers, and the output of a branch.
-_SITES = {
+BRANCH_SITES = {
     "attn": (SiteKind.LN1_OUT, SiteKind.LN1_POST_OUT, SiteKind.ATTN_OUT),
     "mlp": (SiteKind.LN2_OUT, SiteKind.LN2_POST_OUT, SiteKind.MLP_OUT),
     "extra": (SiteKind.LN3_OUT, SiteKind.LN3_POST_OUT, SiteKind.EXTRA_OUT),
@@ -142,7 +142,7 @@ class _Block:
     def branches(self, index: Mapping[Site, int]) -> Iterator[Branch]:
         for row in self.rows:
             *beside, last = (self.claims.live(f"{self.path}.{name}") for name in row.module)
-            output, dims = _SITES[row.name][2], self.settings.sizes(row, self._rows)
+            output, dims = BRANCH_SITES[row.name][2], self.settings.sizes(row, self._rows)
             yield Branch(
                 name=row.name,
                 layer=self.layer,
@@ -165,7 +165,9 @@ class _Block:
         """The norms of the block, by the table's name; parallel branches may read one together."""
         hidden, found = self.settings.dims["hidden"], dict[str, Norm]()
         for row in self.rows:
-            for name, kind in zip((row.norm_in, row.norm_out), _SITES[row.name], strict=False):
+            for name, kind in zip(
+                (row.norm_in, row.norm_out), BRANCH_SITES[row.name], strict=False
+            ):
                 if name and name not in found:
                     site = Site(kind, self.layer)
                     found[name] = _norm(self.claims, hidden, f"{self.path}.{name}", site)

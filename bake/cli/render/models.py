@@ -38,6 +38,7 @@ def model_check(
                 ("read from", family.source),
                 ("tensors", f"{claimed} claimed, {len(layout.untouched)} left as they are"),
                 ("head", head(layout)),
+                *([("stream", f"closed: {closed}")] if (closed := family.stream.closed) else []),
             ]
         ),
         section("Sites", Text(site_list(layout.sites))),
