@@ -379,6 +379,14 @@ def test_a_name_that_no_table_has() -> None:
             None,
         ),
         ("reads = [", 'reads = ["mlp.up",', "a table is meant, not 'mlp.up'", "[[branch]]", None),
+        ('module = "mlp"', "module = []", "module names no module", "[[branch]] mlp", None),
+        (
+            'sites = ["mlp_act"], bias',
+            'sites = ["mlp_act"], stacked = true, bias',
+            "mlp.down_proj is stacked, and has sites, which one layer has",
+            "[[branch]]",
+            None,
+        ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )

@@ -67,7 +67,8 @@ def test_names_by_hand(text: str, site: Site) -> None:
 def test_every_kind_is_in_the_order_of_a_forward_pass() -> None:
     one_block = [
         "resid_pre.0", "ln1_out.0", "q.0", "k.0", "v.0", "z.0", "attn_out.0", "ln1_post_out.0",
-        "ln3_out.0", "extra_out.0", "ln3_post_out.0", "resid_mid.0", "ln2_out.0", "mlp_gate.0", "mlp_up.0", "mlp_act.0", "mlp_out.0",
+        "ln3_out.0", "extra_out.0", "ln3_post_out.0", "resid_mid.0",
+        "ln2_out.0", "mlp_gate.0", "mlp_up.0", "mlp_act.0", "mlp_out.0",
         "ln2_post_out.0", "resid_post.0",
     ]  # fmt: skip
     second = [name.replace(".0", ".1") for name in one_block]

@@ -405,6 +405,17 @@ def _check_branches(family: Family, where: str) -> None:
     """Require conditions that say one thing each, and names of sizes that a branch's sites have."""
     for one in family.conditions:
         one.check(f"{where} [[branch]]")
+    for branch in family.branches:
+        if not branch.module:
+            raise FamilyError("module names no module", where=f"{where} [[branch]] {branch.name}")
+    for row in family.linears:
+        if row.stacked and (row.sites or "{expert}" in row.module):
+            what = "sites, which one layer has" if row.sites else "{expert} in its module"
+            raise FamilyError(
+                f"{row.module} is stacked, and has {what}",
+                where=f"{where} [[branch]]",
+                why="a stacked tensor has the layers of all experts",
+            )
     own = ("heads", "kv_heads", "head_dim", "inner", "experts")
     for name in {name for branch in family.branches for name in branch.dims}.difference(own):
         raise FamilyError(f"unknown key {name!r}", where=f"{where} dims", fix=nearest(name, own))
