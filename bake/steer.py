@@ -518,7 +518,7 @@ def _input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     """Return the activation that a module was called with: its first parameter, named or not."""
     x = args[0] if args else kwargs[_input_name(module)]
     assert isinstance(x, Tensor), f"{type(module).__name__} was called without an activation"
-    return x
+    return _of_one_stream(module, x)
 
 
 def _output(module: nn.Module, output: Any) -> Tensor:
@@ -528,6 +528,16 @@ def _output(module: nn.Module, output: Any) -> Tensor:
         raise FamilyError(
             f"{type(module).__name__} returns a {type(output).__name__} where an activation is "
             "meant"
+        )
+    return _of_one_stream(module, x)
+
+
+def _of_one_stream(module: nn.Module, x: Tensor) -> Tensor:
+    """Refuse what blocks of several streams take and give: [streams, batch, length, d]."""
+    if x.dim() > 3:
+        raise FamilyError(
+            f"{type(module).__name__} has activations of shape {list(x.shape)}, not of one stream",
+            fix="name the output of a norm, or of the attention or the MLP",
         )
     return x
 

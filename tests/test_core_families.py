@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bake import edits as make
 from bake.edits import Edit
-from bake.errors import CheckpointError
+from bake.errors import CheckpointError, FamilyError
 from bake.families import Branch, parse_family, resolve
 from bake.families.select import Only
 from bake.plan import Exactness, Plan
@@ -99,6 +99,15 @@ def test_a_table_with_other_values(
     map_ = make.affine(vector(hidden, 5), mean=vector(hidden, 6), alpha=0.7)
     edits = [*at_the_parts(base), edit(base, "affine", map_, "resid")]
     a_gain_forgotten(Baked(base, edits, tmp_path / "out"))
+
+
+def test_several_streams_are_not_hooked_as_one(tiny_checkpoint: Checkpoints) -> None:
+    """AltUp's blocks take all copies of the stream at once; within a block there is one."""
+    base = base_at(tiny_checkpoint("gemma3n"))
+    ablation = make.ablate(vector(base.layout.hidden))
+    logits(base.model, base, [edit(base, "ablate", ablation, "mlp_out.1")])
+    with pytest.raises(FamilyError, match="not of one stream"):
+        logits(base.model, base, [edit(base, "ablate", ablation, "resid_post.1")])
 
 
 def the_towers_are_as_they_were(baked: "Baked") -> None:

@@ -16,7 +16,7 @@ from bake.plan.pieces import Context, Gain
 from bake.plan.quotient import MOST, Gate, computing, gate_of, size_set
 from bake.plan.recast import obstacle, recast_changes, recast_layout
 from bake.plan.relocated import in_place, into, relocated
-from bake.plan.stream import MODULES, Failure, fold_stream, most_fresh
+from bake.plan.stream import Failure, fold_stream, most_fresh
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
 from bake.plan.widen import Wide, epsilon, sees_mean, widened
@@ -206,9 +206,11 @@ def _recast(layout: Layout, config: Mapping[str, Json]) -> tuple[Recast | None, 
 
 def _closed(context: Context) -> Iterator[Failure]:
     """Yield why edits of a stream do not fold that no weights of one layer write."""
-    reason = context.layout.family.stream.closed
+    reason, branches = context.layout.family.stream.closed, context.layout.branches
+    outputs = ", ".join(dict.fromkeys(f'"{branch.output_site.kind}.*"' for branch in branches))
     for edit, site in context.hooks.closed:
-        yield Failure(edit, site, reason, f"edit {MODULES}: another edit")
+        remedy = f"edit module outputs (at = [{outputs}]): another edit"
+        yield Failure(edit, site, reason, remedy)
 
 
 def _findings(edits: Sequence[Edit], context: Context, assembly: Assembly) -> Iterator[Finding]:
