@@ -179,6 +179,8 @@ def _draw(
     normal = torch.randn(like.shape, generator=generator, dtype=torch.float64)
     if name == "bias":
         return 0.3 * normal
+    if name == "e_score_correction_bias":  # which ERNIE's class keeps in float32 under another name
+        return (0.1 * normal).to(torch.float32).to(torch.float64)
     if like.dim() == 1:
         magnitude = 0.5 + torch.rand(like.shape, generator=generator, dtype=torch.float64)
         return magnitude * normal.sign() - gain_offset
