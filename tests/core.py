@@ -433,6 +433,17 @@ CORE: dict[str, Core] = {
         },
         slot=True,
     ),
+    "mellum": Core(
+        {
+            **_FREE,
+            **_LOCAL,
+            **_MIXED,
+            "model_type": "mellum",
+            "num_experts": 4,
+            "attention_bias": True,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        }
+    ),
     "mimo_v2_flash": Core(
         {
             **_FREE,
