@@ -144,7 +144,7 @@ def test_an_adapter_holds_the_planned_weights(
     out = written("lora", plan, base.checkpoint, tmp_path / "out", record=record).path
     found = checked(base, out, runtimes=PEFT)
     assert held(found) and found.values > 0
-    assert found.controls and all(not one.held for _, one in found.controls)
+    assert found.controls and all(not one.deviation.held for one in found.controls)
     # One entry of one factor, changed by a thousandth.
     file = out / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -173,7 +173,7 @@ def test_a_gguf_holds_the_plan_on_its_own_weights(
     options = {"gguf": file, "runtimes": llama_cpp}
     found = checked(base, out, **options)
     assert held(found) and found.values > 0
-    assert found.controls and all(not one.held for _, one in found.controls)
+    assert found.controls and all(not one.deviation.held for one in found.controls)
     # Without the base's file nothing is known of what it should hold.
     (tmp_path / "elsewhere").mkdir()
     file = file.rename(tmp_path / "elsewhere" / file.name)
@@ -199,7 +199,7 @@ def test_a_control_vector_holds_the_offsets(tiny_checkpoint: Checkpoints, tmp_pa
     found = checked(base, out, **options)
     # Two names of one point add up.
     assert held(found) and [one.name for one in found.deviations] == ["direction.1"]
-    assert all(not one.held for _, one in found.controls) and found.controls
+    assert all(not one.deviation.held for one in found.controls) and found.controls
     data = json.loads((out / "bake.json").read_text())
     assert data["kind"] == "control-vector"
 

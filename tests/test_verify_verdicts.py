@@ -23,7 +23,7 @@ from bake.checkpoints.planned import base_rows
 from bake.errors import Inconclusive, InputError, UsageError, VerificationFailed
 from bake.jobs.planned import judged
 from bake.outputs.checkpoint import planned_model
-from bake.verify import evidence, moved, runner, store, verdict
+from bake.verify import collect, moved, runner, store, verdict
 from bake.verify.artifact import changed_files, open_baked
 from bake.verify.controls import Control, Spoiling, groups_of, values
 from bake.verify.judgement import raise_unless_passed
@@ -206,7 +206,7 @@ def test_the_floor_is_drawn_further_where_it_decides(
         drawn.append(number)
         return moved.moved(run, number)
 
-    monkeypatch.setattr(evidence, "moved", counted)
+    monkeypatch.setattr(collect, "moved", counted)
     sound = judged(Verification(out, base=str(base.path)))
     assert sound.passed and drawn == [0, 1, 2]
     drawn.clear()
@@ -445,7 +445,7 @@ def test_a_run_of_a_moment_is_made_again(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from bake.verify import evidence, moved, runner, store, verdict
+from bake.verify import collect, moved, runner, store, verdict
 from bake.jobs.planned import judged
 from bake.verify.verification import Verification
 real, runs = runner.run, []

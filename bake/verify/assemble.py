@@ -14,6 +14,7 @@ from bake.verify.as_system import system_rows
 from bake.verify.evidence import Evidence
 from bake.verify.inputs import SAMPLES, Inputs
 from bake.verify.leak import leaks
+from bake.verify.limits import Limits
 from bake.verify.metrics import stream_differences
 from bake.verify.models import LOADING
 from bake.verify.report import Headline, Report, Sample
@@ -21,7 +22,6 @@ from bake.verify.rows import Row
 from bake.verify.serving import Served
 from bake.verify.stored.check import FilesChecked
 from bake.verify.tokenizer import has_tokenizer, load_tokenizer
-from bake.verify.verdict import Limits
 
 
 def report_of(

@@ -14,28 +14,15 @@ from bake.sites import Site
 from bake.tiles import row_count
 from bake.verify import controls
 from bake.verify.controls import Control, Spoiling
-from bake.verify.metrics import largest_difference, mean_kl
+from bake.verify.evidence import ControlRun
+from bake.verify.limits import Limits
+from bake.verify.metrics import mean_kl
+from bake.verify.plan_measure import PlanMeasure, measure_of
 from bake.verify.runner import Runner
 from bake.verify.runs import Batch, Trace, batches_of
 
 FEW = 2
 """Prompts that broken plans are run on."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ControlRun:
-    """One broken plan, in float64. Its logits are not kept: there may be many of them."""
-
-    kind: str
-    tensor: str
-    difference: float
-    """max |Δlogit| from what the plan is held against."""
-    kl: float | None
-    """Mean over tokens of KL(hooked ‖ broken) in nats, where the plan is judged by that."""
-    share: float | None
-    """The same over that of the base on the same tokens."""
-    streams: Mapping[Site, Tensor]
-    """At the sites that were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +38,18 @@ class BrokenPlans:
     runner: Runner
     sites: Sequence[Site]
     """Stream sites to record."""
-    base: Trace
-    """The base model in float64, as the other three."""
-    hooked: Trace
-    planned: Trace
-    meant: Trace
-    """What the plan is held against."""
+    limits: Limits
+    """With the runs of base, reference and plan in float64."""
 
     @property
     def fitted(self) -> bool:
         """Whether the plan's stand-ins were fitted."""
         return self.runner.inputs.artifact.fitted is not None
 
-    @property
-    def relocated(self) -> bool:
-        """Whether the plan is judged by what it loses of the effect."""
-        return self.runner.inputs.artifact.exactness == "relocated"
+    @cached_property
+    def measure(self) -> PlanMeasure:
+        """How the plan is judged."""
+        return measure_of(self.limits, self.runner.inputs.nulled)
 
     @cached_property
     def tensors(self) -> Mapping[str, PlannedTensor]:
@@ -88,39 +71,40 @@ class BrokenPlans:
         return runner.batches if self.fitted else batches_of(runner.transcript.tokens[:FEW])
 
     @cached_property
-    def sound(self) -> Tensor:
-        """The planned model's logits over these batches: in others the same tokens round apart."""
+    def sound(self) -> Trace:
+        """The planned model over these batches: in others the same tokens round apart."""
         if self.fitted:
-            return self.planned.logits
-        name = "planned model, first prompts"
-        return self.runner.trace(name, "planned", torch.float64, batches=self.batches).logits
+            return self.limits.evidence.planned
+        name, double = "planned model, first prompts", torch.float64
+        return self.runner.trace(name, "planned", double, batches=self.batches, sites=self.sites)
 
     @cached_property
     def roles(self) -> Mapping[str, str]:
         """Which tensors are broken together, by name."""
         layout = self.runner.inputs.layout
-        return _roles(layout) if self.relocated and layout is not None else {}
-
-    @cached_property
-    def effect(self) -> float:
-        """Mean KL(hooked ‖ base) over these batches."""
-        count = len(self.sound)
-        return mean_kl(self.hooked.logits[:count], self.base.logits[:count])
+        relocated = self.limits.exactness == "relocated"
+        return _roles(layout) if relocated and layout is not None else {}
 
     def runs(self) -> list[ControlRun]:
         """Return broken plans whose change the prompts reach, one of each kind."""
         inputs, planned = self.runner.inputs, self.tensors
         in_base, tied = inputs.base.tensors.__contains__, self.spoiling.tied
-        found = []
+        found: list[ControlRun] = []
         for group in controls.groups_of(planned, in_base, tied, inputs.planned.model.digest):
             kind = group[0].kind
             if kind == controls.BLOCK:
                 continue  # a mistake of files
+            if kind == controls.TIED and self.limits.exactness == "nulling":
+                continue  # the head reads the stream and writes nothing to it
             every = self.fitted and not inputs.streamed
             each = len(group) if every and kind in (controls.TENSOR, controls.BIAS) else 1
-            runs = controls.sample([group], each, partial(self.run, group))
-            found += [run for _, run in runs]
+            found += controls.sample([self._apart(group)], each, partial(self.run, group))
         return found
+
+    def _apart(self, group: Sequence[Control]) -> list[Control]:
+        """Return the controls of a kind, one of those that are broken together."""
+        seen = {self.roles.get(x.tensor, x.tensor): x for x in reversed(group)}
+        return [x for x in group if seen[self.roles.get(x.tensor, x.tensor)] is x]
 
     def run(self, group: Sequence[Control], control: Control) -> ControlRun | None:
         """Return what a broken plan says, or None where nothing of it is broken.
@@ -144,17 +128,17 @@ class BrokenPlans:
             tensors={one.tensor: controls.values(self.spoiling, one) for one in spoiled},
         )
         # An expert that no token is sent to cannot be seen to be wrong: take the next.
-        if torch.equal(trace.logits, self.sound):
+        if torch.equal(trace.logits, self.sound.logits):
             return None
-        judged = self.fitted or self.relocated
-        kl = mean_kl(self.hooked.logits[: len(self.sound)], trace.logits) if judged else None
+        hooked = self.limits.evidence.hooked.logits[: len(trace.logits)]
         return ControlRun(
             control.kind,
             tensor if len(spoiled) == 1 else f"{tensor} and {len(spoiled) - 1} other {role}",
-            largest_difference(trace.logits, self.meant.logits[: len(self.sound)]),
-            kl,
-            kl / self.effect if kl is not None and self.effect else None,
-            trace.streams,
+            value=self.measure.missed(trace),
+            limit=self.measure.limit,
+            moved=self.measure.moved(trace, self.sound),
+            enough=self.measure.enough,
+            kl=mean_kl(hooked, trace.logits) if self.fitted else None,
         )
 
     def _is_sound(self, control: Control) -> bool:

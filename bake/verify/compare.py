@@ -11,8 +11,8 @@ from time import perf_counter
 
 from bake.verify.artifact import changed_files
 from bake.verify.assemble import report_of
+from bake.verify.collect import collect
 from bake.verify.effects import read_by_baked, read_by_base, with_side_effects
-from bake.verify.evidence import collect
 from bake.verify.inputs import Inputs, opened
 from bake.verify.planned import Planned
 from bake.verify.precision import full_float32
@@ -21,7 +21,6 @@ from bake.verify.runner import Runner
 from bake.verify.serving import serve
 from bake.verify.stages import stages_of
 from bake.verify.stored.check import FilesChecked, check_files
-from bake.verify.verdict import Limits
 from bake.verify.verification import Verification
 
 
@@ -52,12 +51,11 @@ def _report_of(runner: Runner) -> Report:
     changed = changed_files(inputs.artifact)
     checked = _checked(inputs)
     reading = read_by_base(runner)
-    evidence = collect(runner)
+    limits = collect(runner)
     reading = read_by_baked(runner, reading)
     runner.release()
-    limits = Limits(inputs, evidence)
     report = report_of(limits, checked, changed, serve(limits))
-    return with_side_effects(report, runner, evidence.texts, reading)
+    return with_side_effects(report, runner, limits.evidence.texts, reading)
 
 
 def _checked(inputs: Inputs) -> FilesChecked:

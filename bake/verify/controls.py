@@ -9,7 +9,7 @@ without the fold.
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ BIAS, TIED, BLOCK = "forgotten bias", "tied head", "wrong block"
 WIDTH = 32
 """Values of a wrong block: as many as share a scale in the GGUF types."""
 
-T = TypeVar("T")
+TRIES = 8
+"""Controls of a kind that are tried in vain before the kind is left: each may be a forward pass."""
 
 Rows = Callable[[str, int, int], Tensor]
 """Returns rows of a tensor by its name, as [rows, columns] in float64."""
@@ -118,24 +119,45 @@ def values(spoiling: Spoiling, control: Control) -> Callable[[], Tensor]:
     return lambda: spoiling.rows(control, 0, row_count(shape)).reshape(shape)
 
 
+class Tried(Protocol):
+    """What came of trying a control."""
+
+    @property
+    def faint(self) -> bool:
+        """Whether it was not told, and is too small a mistake for that to say anything."""
+        ...
+
+
+T = TypeVar("T", bound=Tried)
+
+
 def sample(
     groups: Sequence[Sequence[Control]], each: int, try_out: Callable[[Control], T | None]
-) -> Iterator[tuple[Control, T]]:
-    """Yield some controls of every kind with what came of them.
+) -> Iterator[T]:
+    """Yield what came of some controls of every kind.
+
+    One that is faint is passed over for the next of its kind: which control is drawn is chance, and
+    a sound bake must not be doubted for that. Where there are too few others, faint ones are
+    yielded in their place, since that is what is known of the kind.
 
     Args:
         groups: by kind.
         each: how many of a kind.
-        try_out: returns None for one that breaks nothing: it says nothing either, and the next of
-            its kind is taken.
+        try_out: returns None for one that breaks nothing, or nothing new: it is passed over too.
     """
     for group in groups:
-        wanted = each
+        wanted, faint = each, list[T]()
         for control in group:
             result = try_out(control)
             if result is None:
                 continue
-            yield control, result
+            if result.faint:
+                faint.append(result)
+                if len(faint) >= max(each, TRIES):
+                    break
+                continue
+            yield result
             wanted -= 1
             if not wanted:
                 break
+        yield from faint[:wanted]

@@ -18,6 +18,7 @@ from torch import Tensor
 from bake.converter import convert, find_converter
 from bake.process import RuntimeFailed
 from bake.verify.inputs import GREEDY, Inputs
+from bake.verify.limits import Limits
 from bake.verify.metrics import Compared, compare_logits
 from bake.verify.rows import Row
 from bake.verify.runtimes.exchange import ask
@@ -27,7 +28,6 @@ from bake.verify.served_rows import ServedRun, served_rows
 from bake.verify.stored.beside import base_beside
 from bake.verify.stored.registry import gguf_file
 from bake.verify.target import Target, target_of
-from bake.verify.verdict import Limits
 
 UNEDITED = 2
 """How many of the prompts a runtime serves without the edit as well."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from bake.verify.evidence import Evidence
 from bake.verify.greedy import Generated
 from bake.verify.inputs import GREEDY
+from bake.verify.limits import Limits
 from bake.verify.loss import Divergence, divergence
-from bake.verify.verdict import Limits
 
 PROMPTS = 8
 """How many prompts a runtime is asked for, the first ones."""

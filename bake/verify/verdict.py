@@ -1,115 +1,17 @@
 """Rows of a report: each number beside the limit that it is judged by."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import torch
-
-from bake.verify.broken import ControlRun
-from bake.verify.evidence import Evidence
+from bake.verify.evidence import ControlRun, Evidence
 from bake.verify.fixed_point import distance
 from bake.verify.greedy import agreement
-from bake.verify.inputs import Inputs
-from bake.verify.loss import Divergence, mean_of, rounding_divergence
-from bake.verify.metrics import Compared, largest_difference
+from bake.verify.limits import Limits
+from bake.verify.loss import Divergence
+from bake.verify.metrics import Compared
 from bake.verify.rows import Row, above, at_most, unjudged
-from bake.verify.stored.check import FilesChecked
+from bake.verify.stored.check import FilesChecked, SpoiledTensor
 from bake.verify.stored.deviation import DIRECTION, NOISE, Deviation
-from bake.verify.tolerance import (
-    FLOOR_FACTOR,
-    LOSS_FACTOR,
-    MOST_KL,
-    RELOCATED_KL,
-    SHARE,
-    logit_tolerance,
-    logprob_tolerance,
-    stream_tolerance,
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Limits:
-    """What the rows of one verification are held to."""
-
-    inputs: Inputs
-    evidence: Evidence
-
-    @property
-    def exactness(self) -> str:
-        """What the plan says of the artifact."""
-        return self.inputs.artifact.exactness
-
-    @cached_property
-    def scale(self) -> float:
-        """The largest logit of the hooked model."""
-        return float(self.evidence.hooked.logits.abs().max())
-
-    @cached_property
-    def effect(self) -> float:
-        """max |Δlogit| of hooked against base, in float64."""
-        return self.evidence.compared["base"].metrics.max_dlogit
-
-    @cached_property
-    def rounding(self) -> float:
-        """What rounding in float64 alone may move a logit by.
-
-        To the general bound comes what this model makes of rounding: a token whose stream has a
-        small variance before a norm amplifies it. float32 shows how much, and float64 rounds by
-        another machine epsilon.
-        """
-        evidence, shape, scale = self.evidence, self.inputs.shape, self.scale
-        bound = logit_tolerance(
-            torch.float64, layers=shape.layers, hidden=shape.hidden, scale=scale
-        )
-        unit = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        amplified = largest_difference(evidence.narrow.logits, evidence.hooked.logits)
-        return bound + FLOOR_FACTOR * unit * amplified
-
-    @property
-    def plan(self) -> float:
-        """What the planned model may differ by from the hooked one, in a logit."""
-        return max(SHARE * self.effect, self.rounding)
-
-    @property
-    def relocated(self) -> float:
-        """The share of the effect that a relocated plan may lose before anything is rounded."""
-        most = self.inputs.most_kl
-        return RELOCATED_KL if most is None else most
-
-    @cached_property
-    def arithmetic(self) -> float:
-        """The KL that arithmetic in float32 may add, in nats."""
-        shape, scale = self.inputs.shape, self.scale
-        tolerance = logprob_tolerance(
-            torch.float32, layers=shape.layers, hidden=shape.hidden, scale=scale
-        )
-        return rounding_divergence(tolerance)
-
-    @cached_property
-    def floor(self) -> Divergence:
-        """What rounding of the same weights costs where nothing is edited; zero where none is."""
-        draws = self.evidence.draws
-        return mean_of(draws) if draws else Divergence(0.0, 0.0)
-
-    def loss(self, effect: Divergence, *floors: float) -> float | None:
-        """Return the share of the effect that storage and runtime may lose, or None.
-
-        Args:
-            effect: of the edit, over the tokens that are compared.
-            floors: shares of it that are lost where nothing was edited.
-        """
-        most = self.inputs.most_kl
-        if self.exactness == "nulling":
-            return most  # another function than the hooked one, which is said, and no loss
-        if self.exactness != "exact":
-            return MOST_KL if most is None else most
-        slack = self.arithmetic / effect.largest if effect.largest else math.inf
-        if slack >= 1:
-            return math.inf  # no edit is told from none here, which the control says
-        return min(MOST_KL if most is None else most, LOSS_FACTOR * sum(floors) + slack)
 
 
 def effect_row(limits: Limits) -> Row:
@@ -122,44 +24,44 @@ def effect_row(limits: Limits) -> Row:
 
 def plan_rows(limits: Limits) -> tuple[Row, ...]:
     """The planned model, nothing of it rounded, against the hooks, and broken plans beside it."""
-    evidence = limits.evidence
-    if limits.exactness == "nulling":
-        value, limit = _fixed_point(limits, evidence.planned.streams)
-        rows = [at_most("plan: max |h(x) − x|, not rounded, in float64", value, limit, "", "plan")]
-        broken = [(c, _fixed_point(limits, c.streams)[0]) for c in evidence.controls]
-        # The head reads the stream and writes nothing to it.
-        broken = [(c, value) for c, value in broken if c.kind != "tied head"]
-    elif limits.exactness == "relocated":
-        effect, lost = evidence.divergence("base"), evidence.divergence("planned")
-        value, limit = lost.over(effect), limits.relocated
-        rows = [at_most(RELOCATED, value, limit, _parts(lost, effect), "plan")]
-        broken = [(c, c.share) for c in evidence.controls if c.share is not None]
-    else:
-        limit = limits.plan
-        value = evidence.missed
-        share = f"{value / limits.effect:.1e} of the effect" if limits.effect else "no effect"
-        name = "plan: not rounded − hooked, in float64"
-        rows = [at_most(name, value, limit, share, "plan")]
-        broken = [(c, c.difference) for c in evidence.controls]
     differences = limits.inputs.planned.differences
     said = differences[0] if differences else ""
-    rows.append(at_most("plan: differences from the record", len(differences), 0.0, said, "plan"))
-    return (*rows, *(_plan_control(control, value, limit) for control, value in broken))
+    return (
+        _plan_row(limits),
+        at_most("plan: differences from the record", len(differences), 0.0, said, "plan"),
+        *map(_plan_control, limits.evidence.controls),
+    )
+
+
+def _plan_row(limits: Limits) -> Row:
+    evidence = limits.evidence
+    if limits.exactness == "nulling":
+        value, _ = distance(limits.inputs.nulled, evidence.planned.streams)
+        name = "plan: max |h(x) − x|, not rounded, in float64"
+        return at_most(name, value, limits.fixed_point, "", "plan")
+    if limits.exactness == "relocated":
+        effect, lost = evidence.divergence("base"), evidence.divergence("planned")
+        parts = _parts(lost, effect)
+        return at_most(RELOCATED, lost.over(effect), limits.relocated, parts, "plan")
+    value = evidence.missed
+    share = f"{value / limits.effect:.1e} of the effect" if limits.effect else "no effect"
+    return at_most("plan: not rounded − hooked, in float64", value, limits.plan, share, "plan")
 
 
 RELOCATED = "plan: KL(hooked ‖ not rounded) / KL(hooked ‖ base), in float64"
 """The row that says what a relocated plan loses of the edit before anything is rounded."""
 
 
-def _plan_control(control: ControlRun, value: float, limit: float) -> Row:
-    return above(f"control: plan, {control.kind}, {control.tensor}", value, limit, "plan control")
+def _plan_control(control: ControlRun) -> Row:
+    name = f"control: plan, {control.kind}, {control.tensor}"
+    if control.faint:
+        note = f"{FAINT}: the mistake moves the plan by {control.moved:.1e}"
+        return unjudged(name, control.value, note, "plan control")
+    return above(name, control.value, control.limit, "plan control")
 
 
-def _fixed_point(limits: Limits, streams: Mapping[Any, Any]) -> tuple[float, float]:
-    edits = limits.inputs.nulled
-    _, scale = distance(edits, limits.evidence.planned.streams)
-    value, _ = distance(edits, streams)
-    return value, stream_tolerance(torch.float64, layers=limits.inputs.shape.layers, scale=scale)
+FAINT = "none that was tried has to be told"
+"""Of a kind of mistake: all are too small for the limit to say anything about them."""
 
 
 # --- do the files hold it? ---------------------------------------------------------------------
@@ -194,10 +96,15 @@ def files_rows(checked: FilesChecked, changed: Sequence[str] | None) -> tuple[Ro
             DIRECTION,
         ),
     ]
-    for control, found in checked.controls:
-        name = f"control: files, {control.kind}, {control.tensor}"
-        rows.append(above(name, found.score, 1.0, "files control"))
-    return tuple(rows)
+    return (*rows, *map(_files_control, checked.controls))
+
+
+def _files_control(spoiled: SpoiledTensor) -> Row:
+    control, score = spoiled.control, spoiled.deviation.score
+    name = f"control: files, {control.kind}, {control.tensor}"
+    if spoiled.faint:
+        return unjudged(name, score, f"{FAINT}: rounding is as large", "files control")
+    return above(name, score, 1.0, "files control")
 
 
 def _worst(name: str, checked: FilesChecked, by: Any, limit: float) -> Row:

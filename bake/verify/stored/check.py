@@ -1,11 +1,13 @@
 """The second question of a verification: do the files hold the plan?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from bake.checkpoints.planned import PlannedTensor
 from bake.verify import controls
 from bake.verify.controls import Control, Spoiling
 from bake.verify.stored.deviation import Deviation, deviation
@@ -16,18 +18,29 @@ CONTROLS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SpoiledTensor:
+    """A stored tensor that was spoiled on purpose."""
+
+    control: Control
+    deviation: Deviation
+    """How far it lies from the plan."""
+    faint: bool
+    """Whether it was not told, and need not be: the mistake is as small as rounding."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class FilesChecked:
     """What came of comparing every tensor of an artifact.
 
     Attributes:
         deviations: of every planned tensor.
         strays: what the plan leaves alone and the files do not.
-        controls: spoiled tensors with how far each lies from the plan.
+        controls: spoiled tensors.
     """
 
     deviations: tuple[Deviation, ...]
     strays: tuple[str, ...]
-    controls: tuple[tuple[Control, Deviation], ...]
+    controls: tuple[SpoiledTensor, ...]
 
     @property
     def values(self) -> int:
@@ -49,20 +62,20 @@ def check_files(files: StoredFiles, digest: str, *, each: int = CONTROLS) -> Fil
     """
     strays = tuple(files.strays())
     whole = [name for name in files.planned if name not in strays]
-    found = []
-    for name in whole:
-        found.append(deviation(files, name))
+    found = tuple(deviation(files, name) for name in whole)
     planned = {name: files.planned[name] for name in whole}
-    spoiling = Spoiling(planned, files.base, files.rows, files.tied)
     groups = controls.groups_of(
         planned, lambda name: files.base(name, 0, 1) is not None, files.tied, digest
     )
-    tried = controls.sample(groups, each, lambda control: _spoiled(files, spoiling, control))
-    return FilesChecked(tuple(found), strays, tuple(tried))
+    tried = controls.sample(groups, each, lambda control: _spoiled(files, planned, control))
+    return FilesChecked(found, strays, tuple(tried))
 
 
-def _spoiled(files: StoredFiles, spoiling: Spoiling, control: Control) -> Deviation | None:
+def _spoiled(
+    files: StoredFiles, planned: Mapping[str, PlannedTensor], control: Control
+) -> SpoiledTensor | None:
     """Return how far a spoiled tensor lies from the plan; None where nothing of it is spoiled."""
+    spoiling = Spoiling(planned, files.base, files.rows, files.tied)
     differs = False
 
     def spoil(start: int, stop: int, have: Rows) -> Tensor:
@@ -72,4 +85,30 @@ def _spoiled(files: StoredFiles, spoiling: Spoiling, control: Control) -> Deviat
         return broken
 
     found = deviation(files, control.tensor, spoil)
-    return found if differs else None
+    if not differs:
+        return None
+    return SpoiledTensor(control, found, found.held and not _must_be_told(files, planned, control))
+
+
+def _must_be_told(
+    files: StoredFiles, planned: Mapping[str, PlannedTensor], control: Control
+) -> bool:
+    """Whether a mistake is so large that no sound rounding may hide it.
+
+    The same mistake made of the plan itself, of which nothing is rounded, says how large it is.
+    What is stored lies within the limits of the plan, so a mistake of twice the limits lies beyond
+    them, by the triangle inequality, and is told whatever was rounded.
+    """
+    made = Spoiling(planned, files.base, _planned_rows(planned), files.tied)
+    mistake = deviation(files, control.tensor, lambda a, b, _: made.rows(control, a, b), times=2)
+    return not mistake.within(2)
+
+
+def _planned_rows(planned: Mapping[str, PlannedTensor]) -> Callable[[str, int, int], Rows]:
+    """Return what reads rows of the plan, a tensor at a time in memory."""
+
+    @lru_cache(maxsize=1)
+    def whole(name: str) -> Tensor:
+        return torch.cat([tile for _, _, tile in planned[name].spans()])
+
+    return lambda name, start, stop: whole(name)[start:stop]

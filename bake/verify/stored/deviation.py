@@ -48,27 +48,35 @@ class Deviation:
     @property
     def held(self) -> bool:
         """Whether the files hold the planned tensor."""
-        return self.outside == 0 and self.noise <= NOISE and self.direction <= DIRECTION
+        return self.within(1)
+
+    def within(self, times: int) -> bool:
+        """Whether no value is outside, and the sums are within so many times their limits."""
+        quiet = self.noise <= times * NOISE and self.direction <= times * DIRECTION
+        return self.outside == 0 and quiet
 
 
 Spoil = Callable[[int, int, Rows], Rows]
 """Returns other values for the stored rows between two indices."""
 
 
-def deviation(files: StoredFiles, name: str, spoil: Spoil | None = None) -> Deviation:
+def deviation(
+    files: StoredFiles, name: str, spoil: Spoil | None = None, *, times: int = 1
+) -> Deviation:
     """Compare one stored tensor with the planned one.
 
     Args:
         files: that hold it.
         name: one of ``files.planned``.
         spoil: what a mistake makes of the stored values; None for the values as they are.
+        times: of the type's reach, what a value may be off by.
     """
     found = files.directions(name) if files.unbiased else None
     total = _Sums(found)
-    reach = files.reach(name)
+    reach = times * files.reach(name)
     for start, stop, exact in files.planned[name].spans():
         # The same sum in another order, on another processor, rounds otherwise in float64.
-        slack = fold_tolerance(max(exact.shape), _largest(exact))
+        slack = times * fold_tolerance(max(exact.shape), _largest(exact))
         broken = None if spoil is None else spoil(start, stop, files.rows(name, start, stop))
         for rows in _strips(exact):
             part, first = exact[rows], start + rows.start
