@@ -24,7 +24,6 @@ from bake.verify.stored.deviation import Deviation
 from bake.verify.verdict import files_rows
 from bake.verify.verification import Verification
 
-
 # --- which are drawn -----------------------------------------------------------------------------
 
 
