@@ -147,7 +147,7 @@ def test_a_runtime_is_held_to_the_derived_limit(
     out = baked(base, tmp_path / "out")
     runtimes, answer = Runtimes(("transformers",)), dict[str, Any]()
 
-    def run(name: str, asked: Runtimes, target: Target) -> ServedRun:
+    def run(name: str, asked: Runtimes, target: Target, unedited: int) -> ServedRun:
         """Answer with what lies between the hooked model and the base, and with the base."""
         logprobs = target.hooked + answer["error"] * (target.base - target.hooked)
         few = target.first(1)

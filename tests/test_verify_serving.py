@@ -337,7 +337,7 @@ def test_an_approximate_adapter_is_held_to_its_number(
     record["plan"]["exactness"] = "approximate"
     (out / "bake.json").write_text(json.dumps(record), encoding="utf-8")
 
-    def run(name: str, asked: Runtimes, target: Target) -> ServedRun:
+    def run(name: str, asked: Runtimes, target: Target, unedited: int) -> ServedRun:
         """A runtime that answers a tenth of the way from the hooked model to the base."""
         mixed = 0.9 * target.hooked + 0.1 * target.base
         few = target.first(1)

@@ -1,9 +1,12 @@
 """Everything that a verification runs: base, hooked, planned and stored model, and the controls."""
 
+from collections.abc import Sequence
+
 import torch
 
 from bake.verify.as_system import run_as_system
 from bake.verify.broken import BrokenPlans
+from bake.verify.decoded import run_decoded
 from bake.verify.evidence import Evidence
 from bake.verify.fixed_point import stream_sites
 from bake.verify.greedy import Generated
@@ -37,11 +40,10 @@ def collect(runner: Runner) -> Limits:
     evidence = Evidence(runner.transcript, base, hooked, planned, meant, narrow, texts)
     evidence.system = system
     evidence.missed = largest_difference(planned.logits, meant.logits)
-    unmoved, speaking = base if inputs.artifact.merged else hooked, runner.transcript.speaking
-    apart = divergences(unmoved.logits, [trace.logits for trace in drawn]) if drawn else []
-    evidence.draws = [split(kl, speaking) for kl in apart]
+    evidence.draws = _draws(runner, evidence, drawn)
     limits = Limits(inputs, evidence)
     evidence.controls = BrokenPlans(runner, held, limits).runs()
+    evidence.decoded = run_decoded(runner)
     others = {"base": base, "planned": planned}
     if inputs.baked is not None:
         dtype = double if inputs.storage == double else torch.float32
@@ -56,27 +58,40 @@ def collect(runner: Runner) -> Limits:
         {name: trace.logits for name, trace in others.items()},
         hidden={n: (hooked.streams[s], t.streams[s]) for n, t in others.items() for s in last},
     )
-    if evidence.stored is not None and drawn:
-        evidence.draws += _further(runner, unmoved, evidence)
+    _draw_for_files(runner, evidence)
     evidence.seconds = runner.seconds
     return limits
 
 
-def _further(runner: Runner, unmoved: Trace, evidence: Evidence) -> list[Divergence]:
-    """Return more draws where the files lose more than the first ones allow.
+def draw_further(runner: Runner, evidence: Evidence) -> None:
+    """Draw the floor further, where it was drawn at all and three draws have not been enough.
 
     In a mixture one token that chooses another expert costs ten times what rounding costs
     otherwise. Whether three draws hold such a token is chance, and so is whether the files do.
     """
-    effect = evidence.divergence("base")
-    lost, floor = evidence.divergence("stored").over(effect), mean_of(evidence.draws).over(effect)
-    if lost <= LOSS_FACTOR * floor:
+    if 0 < len(evidence.draws) < MOST_DRAWS:
+        numbers = range(len(evidence.draws), MOST_DRAWS)
+        for number in numbers:
+            evidence.draws += _draws(runner, evidence, [moved(runner, number)])
+        evidence.seconds = runner.seconds
+
+
+def _draw_for_files(runner: Runner, evidence: Evidence) -> None:
+    """Draw further where the stored weights lose more than the first draws allow."""
+    if evidence.storage is None or not evidence.draws:
+        return
+    effect, lost = evidence.storage
+    if lost.over(effect) > LOSS_FACTOR * mean_of(evidence.draws).over(effect):
+        draw_further(runner, evidence)
+
+
+def _draws(runner: Runner, evidence: Evidence, drawn: Sequence[Trace]) -> list[Divergence]:
+    """Return how far runs over moved weights lie from that over weights that were not."""
+    if not drawn:
         return []
-    found = []
-    for number in range(DRAWS, MOST_DRAWS):
-        (kl,) = divergences(unmoved.logits, [moved(runner, number).logits])
-        found.append(split(kl, evidence.transcript.speaking))
-    return found
+    unmoved = evidence.base if runner.inputs.artifact.merged else evidence.hooked
+    apart = divergences(unmoved.logits, [trace.logits for trace in drawn])
+    return [split(kl, runner.transcript.speaking) for kl in apart]
 
 
 def _answers(runner: Runner) -> dict[str, Generated]:

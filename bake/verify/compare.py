@@ -7,11 +7,12 @@ it.
 """
 
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
 from bake.verify.artifact import changed_files
 from bake.verify.assemble import report_of
-from bake.verify.collect import collect
+from bake.verify.collect import collect, draw_further
 from bake.verify.effects import read_by_baked, read_by_base, with_side_effects
 from bake.verify.inputs import Inputs, opened
 from bake.verify.planned import Planned
@@ -54,7 +55,9 @@ def _report_of(runner: Runner) -> Report:
     limits = collect(runner)
     reading = read_by_baked(runner, reading)
     runner.release()
-    report = report_of(limits, checked, changed, serve(limits))
+    served = serve(limits, partial(draw_further, runner, limits.evidence))
+    runner.release()
+    report = report_of(limits, checked, changed, served)
     return with_side_effects(report, runner, limits.evidence.texts, reading)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bake.verify.decoded import Decoded
 from bake.verify.greedy import Generated
 from bake.verify.loss import Divergence, split
 from bake.verify.metrics import Compared
@@ -70,10 +71,19 @@ class Evidence:
     controls: list[ControlRun] = field(default_factory=list)
     system: Tensor | None = None
     """Logits in float64 under the hooks of the edits' own systems, where they are asked for."""
+    decoded: Decoded | None = None
+    """The weights of a GGUF, where the artifact was made from one of the base."""
     draws: list[Divergence] = field(default_factory=list)
     """The hooked base with its own weights moved by rounding, each a draw of its own."""
     seconds: float = 0.0
     """Spent in the models' own forward passes, by all runs."""
+
+    @property
+    def storage(self) -> tuple[Divergence, Divergence] | None:
+        """The edit's effect, and what the stored weights lose of it; None where none were run."""
+        if self.stored is not None:
+            return self.divergence("base"), self.divergence("stored")
+        return None if self.decoded is None else (self.decoded.effect, self.decoded.lost)
 
     def divergence(self, name: str) -> Divergence:
         """Return how far one of ``compared`` lies from the hooked model."""

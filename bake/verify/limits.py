@@ -93,6 +93,11 @@ class Limits:
         draws = self.evidence.draws
         return mean_of(draws) if draws else Divergence(0.0, 0.0)
 
+    @property
+    def most(self) -> float:
+        """The share of the effect that may be lost, whatever the floor is."""
+        return MOST_KL if self.inputs.most_kl is None else self.inputs.most_kl
+
     def loss(self, effect: Divergence, *floors: float) -> float | None:
         """Return the share of the effect that storage and runtime may lose, or None.
 
@@ -100,12 +105,12 @@ class Limits:
             effect: of the edit, over the tokens that are compared.
             floors: shares of it that are lost where nothing was edited.
         """
-        most = self.inputs.most_kl
         if self.exactness == "nulling":
-            return most  # another function than the hooked one, which is said, and no loss
+            # Another function than the hooked one, which is said, and no loss.
+            return self.inputs.most_kl
         if self.exactness != "exact":
-            return MOST_KL if most is None else most
+            return self.most
         slack = self.arithmetic / effect.largest if effect.largest else math.inf
         if slack >= 1:
             return math.inf  # no edit is told from none here, which the control says
-        return min(MOST_KL if most is None else most, LOSS_FACTOR * sum(floors) + slack)
+        return min(self.most, LOSS_FACTOR * sum(floors) + slack)

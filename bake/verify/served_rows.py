@@ -66,6 +66,7 @@ def served_rows(name: str, run: ServedRun, target: Target) -> ServedRows:
     floor = None if own is None else storage + own
     rows = [
         at_most(f"{name}: {SERVED}", lost, limit, "", "runtime"),
+        *_added(name, run, target),
         _texts(name, run, target, judged=limit is not None and limits.exactness == "exact"),
     ]
     if own is not None:
@@ -75,6 +76,28 @@ def served_rows(name: str, run: ServedRun, target: Target) -> ServedRows:
     return ServedRows(tuple(rows), lost, floor, limit)
 
 
+def _added(name: str, run: ServedRun, target: Target) -> tuple[Row, ...]:
+    """Return what lies between a decoded file and the same file served: the runtime's own part."""
+    if target.decoded is None or run.unedited is None:
+        return ()
+    few, effect = target.first(run.few), target.effect
+    assert few.decoded is not None
+    added = divergence(target.decoded[1], run.logprobs, target.speaking).over(effect)
+    own = divergence(few.decoded[0], run.unedited, few.speaking).over(few.effect)
+    bare = divergence(few.decoded[1], run.unedited, few.speaking).over(few.effect)
+    limit = target.limits.loss(effect, own)
+    rows = [
+        at_most(f"{name}: {ADDED}", added, limit, "", "runtime"),
+        unjudged(f"{name}: floor: base's file served, KL share", own, group="floor"),
+    ]
+    if limit is not None:
+        label = f"{name}: control: served without the edit, share added"
+        rows.append(above(label, bare, limit, "cost control"))
+    return tuple(rows)
+
+
+ADDED = "added by the runtime: KL(stored ‖ served) / KL(hooked ‖ base)"
+"""What a runtime makes of a GGUF beside what transformers makes of the weights it decodes to."""
 SERVED = "lost when served: KL(hooked ‖ served) / KL(hooked ‖ base)"
 
 

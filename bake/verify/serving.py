@@ -6,7 +6,7 @@ as any user's would. One that is not installed is missed before anything is meas
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,29 +47,58 @@ class Served:
     """Greedy texts of the first runtime that answered."""
 
 
-def serve(limits: Limits) -> Served:
+def serve(limits: Limits, draw_further: Callable[[], None]) -> Served:
     """Ask every runtime of a verification, and return what came of each.
 
-    A failure of one is its verdict; the others are asked all the same.
+    A failure of one is its verdict; the others are asked all the same. Where one loses more than
+    the floor allows, and no more than may be lost at all, the floor is not left to chance: it is
+    drawn further, and the runtime serves the base over all prompts.
+
+    Args:
+        limits: with all that was run.
+        draw_further: draws the floor of storage further, in the runs that ``limits`` holds.
     """
-    inputs = limits.inputs
-    if inputs.asked.runtimes is None:
+    runtimes = limits.inputs.asked.runtimes
+    if runtimes is None:
         return Served()
-    return serve_all(inputs.asked.runtimes, target_of(limits.evidence, limits))
+    target = target_of(limits.evidence, limits)
+    answers = {name: _answer(name, runtimes, target) for name in runtimes.names}
+    runs = {name: run for name, run in answers.items() if isinstance(run, ServedRun)}
+    if close := [name for name, run in runs.items() if _is_close(name, run, target)]:
+        draw_further()
+        count = len(target.prompts)
+        again = [name for name in close if runs[name].unedited is not None]
+        for name in (name for name in again if runs[name].few < count):
+            answers[name] = _answer(name, runtimes, target, count)
+    return _served(answers, target)
 
 
-def serve_all(runtimes: Runtimes, target: Target) -> Served:
-    """Ask runtimes, and return their rows and records."""
-    inputs = target.limits.inputs
+def _is_close(name: str, run: ServedRun, target: Target) -> bool:
+    """Whether chance may have decided: the floor forbids what a larger one would allow."""
+    found = served_rows(name, run, target)
+    failed = [row for row in found.rows if row.group == "runtime" and row.passed is False]
+    most = target.limits.most
+    return any(row.limit and row.limit < row.value <= most for row in failed)
+
+
+def _answer(
+    name: str, runtimes: Runtimes, target: Target, unedited: int = UNEDITED
+) -> ServedRun | RuntimeFailed:
+    target.limits.inputs.asked.remark(f"{name} serves the artifact")
+    try:
+        return _run(name, runtimes, target, unedited)
+    except RuntimeFailed as error:
+        return error
+
+
+def _served(answers: Mapping[str, ServedRun | RuntimeFailed], target: Target) -> Served:
+    """Return rows and records of runtimes that were asked."""
     rows, records = list[Row](), list[dict[str, Any]]()
     compared, texts = dict[str, Compared](), tuple[tuple[int, ...], ...]()
-    for name in runtimes.names:
-        inputs.asked.remark(f"{name} serves the artifact")
-        try:
-            found = _run(name, runtimes, target)
-        except RuntimeFailed as error:
-            records.append({"runtime": name, "status": "failed", "reason": str(error)})
-            rows.append(Row(f"{name}: serves the artifact", 0.0, 1.0, False, error.what, "runtime"))
+    for name, found in answers.items():
+        if isinstance(found, RuntimeFailed):
+            records.append({"runtime": name, "status": "failed", "reason": str(found)})
+            rows.append(Row(f"{name}: serves the artifact", 0.0, 1.0, False, found.what, "runtime"))
             continue
         own = served_rows(name, found, target)
         rows += own.rows
@@ -102,32 +131,32 @@ def _status(rows: tuple[Row, ...]) -> str:
     return "passed" if verdicts else "measured"
 
 
-def _run(name: str, runtimes: Runtimes, target: Target) -> ServedRun:
-    """Return what a runtime says of the artifact, and of the base without the edit."""
+def _run(name: str, runtimes: Runtimes, target: Target, unedited: int) -> ServedRun:
+    """Return what a runtime says of the artifact, and of the base over the first few prompts."""
     inputs = target.limits.inputs
     carrier, own = inputs.artifact.carrier, inputs.artifact.path
     if carrier.suffix == ".gguf":
         own = gguf_file(inputs.artifact)
-    base, few = _base_file(inputs), min(UNEDITED, len(target.prompts))
+    base, few = _base_file(inputs), min(unedited, len(target.prompts))
     with tempfile.TemporaryDirectory(prefix="bake-") as scratch:
         if not carrier.whole:
             assert base is not None, "an adapter is loaded over it"
             result = _ask(name, runtimes, target, base, Path(scratch), adapter=own, few=few)
-            unedited = result.unadapted
+            bare = result.unadapted
         else:
             result = _ask(name, runtimes, target, own, Path(scratch))
-            unedited = ()
+            bare = ()
             if base is not None:
                 inputs.asked.remark(f"{name} serves the base")
-                bare = _ask(name, runtimes, target.first(few), base, Path(scratch))
-                unedited = bare.prompt_logprobs[:few]
+                own_base = _ask(name, runtimes, target.first(few), base, Path(scratch))
+                bare = own_base.prompt_logprobs[:few]
     count = len(target.spoken)
     return ServedRun(
         version=result.version,
         environment=result.environment,
         texts=result.greedy[count:],
         logprobs=_joined(result.prompt_logprobs[:count]),
-        unedited=_joined(unedited) if unedited else None,
+        unedited=_joined(bare) if bare else None,
         few=few,
     )
 

@@ -34,6 +34,9 @@ class Target:
     greedy: Generated
     """What the hooked model writes after each of ``prompts``, as far as runtimes are asked to."""
     limits: Limits
+    decoded: tuple[LogProbs, LogProbs] | None = None
+    """Those of base and artifact as their files decode, where that was run: what a runtime that
+    computed as transformers does would serve."""
 
     def loss(self, logprobs: Tensor) -> Divergence:
         """Return how far some log-probabilities over ``spoken`` lie from the hooked model's."""
@@ -55,6 +58,7 @@ class Target:
             self.speaking[:rows],
             self.greedy.first(count, GREEDY),
             self.limits,
+            None if self.decoded is None else (self.decoded[0][:rows], self.decoded[1][:rows]),
         )
 
 
@@ -74,5 +78,6 @@ def target_of(evidence: Evidence, limits: Limits) -> Target:
         speaking=transcript.speaking,
         greedy=text,
         limits=limits,
+        decoded=None if evidence.decoded is None else evidence.decoded.logprobs,
     )
     return whole.first(PROMPTS)

@@ -124,13 +124,14 @@ def _first(names: Sequence[str]) -> str:
 def cost_rows(limits: Limits) -> tuple[Row, ...]:
     """What is lost of the edit in the stored weights, beside what rounding alone loses."""
     evidence = limits.evidence
-    if evidence.stored is None:
+    if evidence.storage is None:
         return ()
-    effect, lost = evidence.divergence("base"), evidence.divergence("stored")
+    effect, lost = evidence.storage
     floor = limits.floor.over(effect)
     limit = limits.loss(effect, floor)
+    name = LOST if evidence.decoded is None else LOST_DECODED
     rows = [
-        at_most(LOST, lost.over(effect), limit, _parts(lost, effect), "cost"),
+        at_most(name, lost.over(effect), limit, _parts(lost, effect), "cost"),
         unjudged(FLOOR, floor, "rounding the same weights unedited", "floor"),
     ]
     if limit is not None:
@@ -140,6 +141,8 @@ def cost_rows(limits: Limits) -> tuple[Row, ...]:
 
 LOST = "lost in storage: KL(hooked ‖ stored) / KL(hooked ‖ base)"
 """The row that says what the stored weights lose of the edit."""
+LOST_DECODED = "lost in storage, on the file's own weights: KL(hooked ‖ stored) / KL(hooked ‖ base)"
+"""The same of a GGUF that was made from one of the base: of the weights that both decode to."""
 FLOOR = "floor: KL share of rounding alone"
 
 

@@ -93,11 +93,11 @@ class StoredGguf:
         """Return rows as the base's file has them; None where it has no such tensor."""
         if self.original is None or name not in self.original.tensors:
             return None
-        return _rows(self.original, name, start, stop)
+        return file_rows(self.original, name, start, stop)
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """Return rows as the file has them."""
-        return _rows(self.model, name, start, stop)
+        return file_rows(self.model, name, start, stop)
 
     def steps(self, name: str, start: int, stop: int, exact: Rows) -> Rows:
         """Return the distance between neighbouring values of the storage type."""
@@ -182,6 +182,7 @@ def _same(original: Gguf, source: str, copy: Gguf, name: str) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _rows(model: Gguf, name: str, start: int, stop: int) -> Rows:
+def file_rows(model: Gguf, name: str, start: int, stop: int) -> Rows:
+    """Return rows of a tensor, counted through all experts; a vector is one column."""
     values = values_of(_raw(model, name, start, stop), model.tensors[name].kind, name)
     return values.T[start:stop] if len(model.tensors[name].shape) == 1 else values
