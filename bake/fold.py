@@ -202,18 +202,24 @@ class _Mixer:
         """Add one tile's part of R W."""
         if not isinstance(self.map, LowRankMap):
             return
-        local, indices = self._local(start, tile.shape[0])
-        part = self.map.right[:, indices] @ tile[local]
+        if self.rows is None:
+            part = self.map.right[:, start : start + tile.shape[0]] @ tile
+        else:
+            local, indices = self._local(start, tile.shape[0])
+            part = self.map.right[:, indices] @ tile[local]
         self.gathered = part if self.gathered is None else self.gathered + part
 
     def finish(self, tile: Tensor, start: int) -> Tensor:
         """Return the tile with the map applied."""
+        if isinstance(self.map, LowRankMap) and self.rows is None:
+            if self.gathered is None:
+                return tile
+            # In one pass over the tile, without the product in memory.
+            return torch.addmm(tile, self.map.left[start : start + tile.shape[0]], self.gathered)
         local, indices = self._local(start, tile.shape[0])
         if isinstance(self.map, LowRankMap):
             if self.gathered is None or local.numel() == 0:
                 return tile
-            if self.rows is None:
-                return tile + self.map.left[indices] @ self.gathered
             return tile.index_add(0, local, self.map.left[indices] @ self.gathered)
         if isinstance(self.map, DiagonalMap):
             return tile.index_copy(0, local, self.map.scale[indices].unsqueeze(1) * tile[local])

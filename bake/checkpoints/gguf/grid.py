@@ -99,8 +99,20 @@ class Grid:
 
     def values(self, codes: Float[Tensor, "rows columns"]) -> Float64[Tensor, "rows columns"]:
         """Return what the codes stand for."""
+        return self._decoded(codes).to(torch.float64)
+
+    def errors(
+        self,
+        codes: Float[Tensor, "rows columns"],
+        values: Float64[Tensor, "rows columns"],
+        out: Float64[Tensor, "rows columns"] | None = None,
+    ) -> Float64[Tensor, "rows columns"]:
+        """Return what the codes stand for, less the values, in one pass."""
+        return torch.sub(self._decoded(codes), values, out=out)
+
+    def _decoded(self, codes: Tensor) -> Tensor:
         found = codes.to(self.scale.dtype).reshape(*self.scale.shape[:2], -1) * self.scale
-        return found.add_(self.offset).to(torch.float64).reshape(codes.shape)
+        return found.add_(self.offset).reshape(codes.shape)
 
     def ideal(self, values: Float64[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Return the codes, not whole and maybe out of range, that would stand for the values.

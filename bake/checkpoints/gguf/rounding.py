@@ -111,42 +111,44 @@ class _Rows:
         codes, errors = torch.empty(values.shape), torch.empty_like(values)
         for rows in strips(values):
             old = None if base is None else base[rows]
-            raw[rows], codes[rows], errors[rows] = made = self._nearest(values[rows], old)
-            check_fits(made[2], values[rows], kind, self.name)
+            raw[rows] = self._nearest(values[rows], old, codes[rows], errors[rows])
+            check_fits(errors[rows], values[rows], kind, self.name)
         feedback.settle(errors, _Codes(self._grid(raw), codes, errors, feedback.axis))
         raw = with_codes(raw, kind, codes)
         if kind.name not in SIMPLE:  # their decoders multiply scales in another order
             errors = decode(raw, kind, self.name) - values
         return raw, errors
 
-    def _nearest(self, values: Tensor, old: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return blocks that reach the values, the nearest codes, and their errors."""
-        raw = self._fresh(values.reshape(-1, self.kind.block)) if old is None else old
-        codes, errors, strange = self._coded(values, raw)
+    def _nearest(self, values: Tensor, old: Tensor | None, codes: Tensor, errors: Tensor) -> Tensor:
+        """Return blocks that reach the values; the nearest codes and their errors are filled in."""
+        size = self.kind.block
+        raw = self._fresh(values.reshape(-1, size)) if old is None else old
+        strange = self._coded(values, raw, codes, errors)
         if old is not None and strange.numel():
             raw = old.reshape(-1, self.kind.size).clone()
-            blocks = values.reshape(-1, self.kind.block)[strange]
-            made = self._fresh(blocks)
-            new = self._coded(blocks, made)
-            raw[strange] = made
-            codes.view(-1, self.kind.block)[strange] = new[0]
-            errors.view(-1, self.kind.block)[strange] = new[1]
-        return raw.reshape(values.shape[0], -1), codes, errors
+            blocks = values.reshape(-1, size)[strange]
+            raw[strange] = made = self._fresh(blocks)
+            few, off = torch.empty(blocks.shape), torch.empty_like(blocks)
+            self._coded(blocks, made, few, off)
+            codes.view(-1, size)[strange], errors.view(-1, size)[strange] = few, off
+        return raw.reshape(values.shape[0], -1)
 
-    def _coded(self, values: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, Int[Tensor, " blocks"]]:
-        """Return the nearest codes, their errors, and the blocks that do not reach a value."""
+    def _coded(
+        self, values: Tensor, raw: Tensor, codes: Tensor, errors: Tensor
+    ) -> Int[Tensor, " blocks"]:
+        """Fill in the nearest codes and their errors; return the blocks that miss a value."""
         grid = self._grid(raw)
         ideal = grid.ideal(values)
         flat = grid.steps(values.shape[0]) == 0 if bool((grid.scale == 0).any()) else None
         if flat is not None:  # all codes stand for one value, and those that are there stay
             ideal = torch.where(flat, read_codes(raw, self.kind).reshape(ideal.shape), ideal)
-        codes = ideal.round().clamp_(grid.low, grid.high)
-        errors = grid.values(codes).sub_(values)
+        codes.copy_(ideal.round()).clamp_(grid.low, grid.high)
+        grid.errors(codes, values, out=errors)
         far = ideal.sub_(codes).abs_().reshape(-1, self.kind.block).amax(dim=1)
         strange = ~(far <= (_REACH if self.kind.name in SIMPLE else 2 * _REACH))
         if flat is not None:
             strange |= (flat & (errors != 0)).reshape(-1, self.kind.block).any(dim=1)
-        return codes, errors, torch.nonzero(strange)[:, 0]
+        return torch.nonzero(strange)[:, 0]
 
     def _fresh(self, blocks: Float64[Tensor, "n block"]) -> UInt8[Tensor, "n size"]:
         made = fresh_blocks(blocks, self.kind)
