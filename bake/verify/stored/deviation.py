@@ -65,6 +65,8 @@ def deviation(
 ) -> Deviation:
     """Compare one stored tensor with the planned one.
 
+    A spoiled one is told by the first values outside, and is compared no further.
+
     Args:
         files: that hold it.
         name: one of ``files.planned``.
@@ -83,6 +85,8 @@ def deviation(
             span = first, first + part.shape[0]
             have = files.rows(name, *span) if broken is None else broken[rows]
             total.add(have - part, files.steps(name, *span, part), reach, slack, first)
+            if spoil is not None and total.outside:
+                return total.deviation(name)
     return total.deviation(name)
 
 
