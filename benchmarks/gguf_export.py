@@ -75,9 +75,10 @@ def run(job: str, recipe: Path, gguf: Path) -> tuple[float, int]:
         start, kinds = time.process_time(), library.GGMLQuantizationType
         for tensor in new:
             info = model.tensors[tensor.name]
-            raw = model.read_rows(tensor.name, 0, info.shape[-2]).numpy()
-            values = library.quants.dequantize(raw, kinds(info.kind.number))
-            library.quants.quantize(values, kinds.Q8_0)
+            for expert in range(info.shape[0]) if len(info.shape) == 3 else (None,):
+                raw = model.read_rows(tensor.name, 0, info.shape[-2], expert=expert).numpy()
+                values = library.quants.dequantize(raw, kinds(info.kind.number))
+                library.quants.quantize(values, kinds.Q8_0)
         seconds = time.process_time() - start
     return seconds, size
 

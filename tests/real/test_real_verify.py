@@ -6,19 +6,24 @@ from pathlib import Path
 
 import pytest
 from commands import data_of
+from smollm2 import CHATS
 from smollm2_edits import Subject
 
 from bake.jobs.planned import planned_of
 from bake.jobs.recorded import Source
 from bake.verify.inputs import opened
 from bake.verify.runtimes.registry import Runtimes
+from bake.verify.served_rows import ADDED
 from bake.verify.stored.check import check_files
+from bake.verify.verdict import LOST_DECODED
 from bake.verify.verification import Verification
 
 pytestmark = pytest.mark.real
 
 LOST = 0.01
 """Of the effect: what bfloat16 may cost."""
+LOST_Q8 = 0.02
+"""The same for eight bits, in the weights that the file decodes to."""
 SPOILED = 100
 
 
@@ -41,6 +46,29 @@ def test_a_bfloat16_checkpoint_passes_by_three_answers(
     controls = [row for row in found["rows"] if row["group"] == "plan control"]
     assert len(controls) >= 4
     assert min(row["value"] for row in controls) > 1e-3 * effect
+
+
+def test_a_gguf_of_eight_bits_loses_little_in_storage_and_the_rest_in_its_runtime(
+    subject: Subject, exported: Callable[..., Path], llamacpp_python: Path, tmp_path: Path
+) -> None:
+    out = exported("ablation", "gguf", "--gguf", subject.files.gguf, "--gguf-type", "Q8_0")
+    chats = tmp_path / "chats.txt"
+    chats.write_text("\n".join(CHATS[:3]), encoding="utf-8")
+    found = data_of(
+        "verify", out, "--base", subject.files.checkpoint, "--gguf", subject.files.gguf,
+        "--runtime", "llama.cpp", "--python", llamacpp_python, "--prompts", chats,
+        "--report", tmp_path, "--no-plots",
+    )  # fmt: skip
+    assert found["verdict"] == "passed"
+    rows = {row["name"]: row for row in found["rows"]}
+    lost, added = rows[LOST_DECODED], rows[f"llama.cpp: {ADDED}"]
+    floor = rows["llama.cpp: floor: base's file served, KL share"]["value"]
+    print(
+        f"Q8_0: {lost['value']:.2%} lost in storage, {added['value']:.2%} added, floor {floor:.2%}"
+    )
+    assert lost["passed"] and 0 < lost["value"] <= LOST_Q8
+    # What the runtime adds it adds to the file that nobody edited as well.
+    assert added["passed"] and added["value"] <= 3 * floor and floor > lost["value"]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +103,10 @@ def test_every_broken_tensor_is_told(
     assert found.values > 0 and not found.strays
     assert all(one.held for one in found.deviations)
     counts: dict[str, int] = {}
-    for control, _ in found.controls:
-        counts[control.kind] = counts.get(control.kind, 0) + 1
-    print(f"{name}, {kind}: {json.dumps(counts)}, least {min(d.score for _, d in found.controls)}")
-    assert [control for control, one in found.controls if one.held] == []
+    for one in found.controls:
+        counts[one.control.kind] = counts.get(one.control.kind, 0) + 1
+    least = min(one.deviation.score for one in found.controls)
+    print(f"{name}, {kind}: {json.dumps(counts)}, least {least}")
+    assert [one.control for one in found.controls if one.deviation.held] == []
     wanted = {"offset": {"forgotten bias"}}.get(name, {"forgotten tensor", "flipped sign"})
     assert wanted <= counts.keys() and (name == "offset" or sum(counts.values()) >= SPOILED)
