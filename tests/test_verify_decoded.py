@@ -14,8 +14,11 @@ from test_verify import baked
 from torch import Tensor
 
 from bake import edits as make
-from bake.jobs.planned import judged
+from bake.jobs.planned import judged, planned_of
+from bake.jobs.recorded import Source
 from bake.verify import collect, moved, runner, serving
+from bake.verify.decoded import _weights_of
+from bake.verify.inputs import opened
 from bake.verify.report import Report
 from bake.verify.rows import Row
 from bake.verify.runs import Trace
@@ -65,6 +68,34 @@ def logprobs(model: torch.nn.Module) -> Tensor:
 
 def mean_kl(p: Tensor, q: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gpt_neox", "gemma", "phi3"])
+def test_a_file_decodes_to_the_checkpoint_and_an_edited_one_to_the_plan(
+    family: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In float32, whatever order and names the file has: rows of heads, stacks, 1 + weight."""
+    tied = {"tied": True} if family == "llama" else {}
+    base = base_at(tiny_checkpoint(family, dtype=torch.float32, **tied))
+    file = gguf_files.write(tmp_path / "base.gguf", base.path, "F32")
+    at = "attn_out.*" if family == "gemma" else "resid"  # llama.cpp's Gemma has no head of its own
+    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), at)]
+    plan, record = plan_of(base, edits), {"base": {"model": str(base.path)}}
+    out = written("gguf", plan, base.checkpoint, tmp_path / "out", record=record, gguf=file).path
+    asked = Verification(out, base=str(base.path), gguf=file, runtimes=RUNTIMES)
+    planned = planned_of(Source(out, str(out), published=False), asked)
+    with opened(asked, planned) as inputs:
+        weights = _weights_of(inputs)
+        assert weights is not None
+        before, after = weights.values(edited=False), weights.values(edited=True)
+        tensors = planned.model.tensors
+        assert base.checkpoint.tensors.keys() | tensors.keys() == before.keys() == after.keys()
+        for name in base.checkpoint.tensors:
+            assert torch.allclose(before[name](), base.checkpoint.read(name).double(), atol=1e-6)
+        changed = [n for n, t in tensors.items() if not torch.allclose(after[n](), before[n]())]
+        assert len(changed) >= base.layout.layers
+        for name, tensor in tensors.items():
+            assert torch.allclose(after[name](), tensor.value(), atol=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,7 @@ def draw_further(runner: Runner, evidence: Evidence) -> None:
     otherwise. Whether three draws hold such a token is chance, and so is whether the files do.
     """
     if 0 < len(evidence.draws) < MOST_DRAWS:
-        numbers = range(len(evidence.draws), MOST_DRAWS)
-        for number in numbers:
+        for number in range(len(evidence.draws), MOST_DRAWS):
             evidence.draws += _draws(runner, evidence, [moved(runner, number)])
         evidence.seconds = runner.seconds
 

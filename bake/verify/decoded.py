@@ -6,7 +6,7 @@ transformers' model in float64, and the base is hooked: nothing but storage lies
 What the runtime adds lies between the decoded file and the file served.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,13 +78,14 @@ def _weights_of(inputs: Inputs) -> "_Weights | None":
     gguf, layout = inputs.planned.gguf, inputs.layout
     if gguf is None or layout is None:
         return None
-    placed = {place.name for place in gguf_places(layout).values()}
+    places = gguf_places(layout)
+    placed = {place.name for place in places.values()}
     infos = gguf.original.tensors.items()
     if any(info.kind.name not in FLOATS for name, info in infos if name not in placed):
         return None
     shapes = {name: info.shape for name, info in inputs.base.tensors.items()}
     shapes |= {name: tensor.shape for name, tensor in inputs.planned.model.tensors.items()}
-    return _Weights(gguf.original, inputs.files, layout, shapes)
+    return _Weights(gguf.original, inputs.files, layout, places, shapes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,19 +95,16 @@ class _Weights:
     original: Gguf
     files: StoredFiles
     layout: Layout
-    shapes: dict[str, tuple[int, ...]]
+    places: Mapping[str, GgufPlace]
+    shapes: Mapping[str, tuple[int, ...]]
 
     def values(self, *, edited: bool) -> Values:
         """Return what decodes every tensor that has a place in the file."""
         return {
             name: partial(self._value, place, self.shapes[name], edited)
-            for name, place in self._placed()
+            for name, place in self.places.items()
+            if name in self.shapes
         }
-
-    def _placed(self) -> Iterator[tuple[str, GgufPlace]]:
-        for name, place in gguf_places(self.layout).items():
-            if name in self.shapes:
-                yield name, place
 
     def _value(self, place: GgufPlace, shape: tuple[int, ...], edited: bool) -> Tensor:
         """Return a tensor in float64, as the checkpoint has it."""
@@ -121,9 +119,9 @@ class _Weights:
         """Return rows of a tensor of the file, counted through all experts."""
         if edited and name in self.files.planned:
             return self.files.rows(name, start, stop)
-        places = gguf_places(self.layout)
-        if name == places[self.layout.unembed.weight].name and name not in self.original.tensors:
-            name = places[self.layout.embed].name  # they are tied
+        head, table = (self.places[x].name for x in (self.layout.unembed.weight, self.layout.embed))
+        if name == head and name not in self.original.tensors:
+            name = table  # they are tied
         if name not in self.original.tensors:
             return torch.zeros(stop - start, 1, dtype=torch.float64)  # a bias of the edit's own
         return file_rows(self.original, name, start, stop)

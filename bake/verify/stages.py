@@ -13,11 +13,14 @@ BENCH = 5
 CONTROLS = 4
 """Broken plans, one of each kind that there is; where every stand-in is forgotten once, more."""
 
+DECODED = 3
+"""What a GGUF and the base's decode to, and the base's under hooks."""
+
 
 def stages_of(inputs: Inputs) -> int:
     """Return how many runs there are to be, and what else takes time."""
     count = FILES + BENCH + CONTROLS + (DRAWS if inputs.files.rounds else 0)
-    count += inputs.asked.as_system
+    count += inputs.asked.as_system + (DECODED if inputs.planned.gguf is not None else 0)
     count += 2 if inputs.generate else 0  # texts of base and reference
     if inputs.baked is not None:
         count += 1

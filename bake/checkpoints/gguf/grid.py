@@ -105,10 +105,10 @@ class Grid:
         self,
         codes: Float[Tensor, "rows columns"],
         values: Float64[Tensor, "rows columns"],
-        out: Float64[Tensor, "rows columns"] | None = None,
-    ) -> Float64[Tensor, "rows columns"]:
-        """Return what the codes stand for, less the values, in one pass."""
-        return torch.sub(self._decoded(codes), values, out=out)
+        out: Float64[Tensor, "rows columns"],
+    ) -> None:
+        """Fill in what the codes stand for, less the values, in one pass."""
+        torch.sub(self._decoded(codes), values, out=out)
 
     def _decoded(self, codes: Tensor) -> Tensor:
         found = codes.to(self.scale.dtype).reshape(*self.scale.shape[:2], -1) * self.scale
