@@ -1,4 +1,4 @@
-"""Set bake up and run it: ``python3.11 run.py quickstart`` or ``python3.11 run.py tests``.
+"""Set bake up and run it: ``python3.11 run.py quickstart``, ``demo`` or ``tests``.
 
 It needs Python 3.11 and pip, and nothing else. The environment is made once in ``.cache``, from
 the pinned versions of ``constraints.txt``, and made anew when these or the dependencies change.
@@ -15,34 +15,75 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / ".cache"
-OUT = ROOT / "out" / "quickstart"
+OUT = ROOT / "out"
+SAD = ("One day", "A boy", "A girl")  # beginnings that the story model goes on with sadly
+QUESTIONS = (
+    "How was your weekend?",
+    "Describe the sea in two sentences.",
+    "What is the capital of France?",
+)
+STRONGER = ("--set", "edits.0.coefficient=2")
 
 
 def main() -> int:
-    """Run one of the two jobs."""
+    """Run one of the jobs."""
     parser = argparse.ArgumentParser(description=__doc__)
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("quickstart", help="bake the quickstart model, verify it, and let it speak")
+    jobs.add_parser("demo", help="fetch a real model, fit a mood to it, bake, verify and ask it")
     tests = jobs.add_parser("tests", help="static checks, all tests, real runtimes and model")
     tests.add_argument("--quick", action="store_true", help="leave runtimes and real model out")
     arguments = parser.parse_args()
     if arguments.job == "quickstart":
         return quickstart()
+    if arguments.job == "demo":
+        return demo()
     return run_tests(quick=arguments.quick)
 
 
 def quickstart() -> int:
     """Plan, export and verify the quickstart recipe, and show what the edit does."""
-    python = environment("main", extra="")
-    bake = [str(python.with_name("bake"))]
-    recipe = str(ROOT / "recipes" / "quickstart.toml")
-    shutil.rmtree(OUT, ignore_errors=True)
+    bake, out = program(), fresh("quickstart")
+    recipe, baked = str(ROOT / "recipes" / "quickstart.toml"), str(out / "model")
     return steps(
-        [*bake, "plan", recipe],
-        [*bake, "export", recipe, "--out", str(OUT)],
-        [*bake, "verify", str(OUT)],
-        [str(python), str(ROOT / "recipes" / "quickstart" / "generate.py"), str(OUT)],
+        [bake, "plan", recipe],
+        [bake, "export", recipe, "--out", baked],
+        [bake, "verify", baked],
+        [bake, "try", baked, *SAD],
     )
+
+
+def demo() -> int:
+    """Fit a mood to a real instruct model, bake and verify it, and show what it says."""
+    bake, out = program(), fresh("demo")
+    mood, model = ROOT / "recipes" / "mood", CACHE / "smollm2"
+    recipe, baked = str(out / "mood.toml"), str(out / "checkpoint")
+    fetch = [str(Path(bake).with_name("python")), str(mood / "fetch_smollm2.py"), str(model)]
+    classes = ["--positive", str(mood / "happy.jsonl"), "--negative", str(mood / "sad.jsonl")]
+    fitted = ["--concept", "mood", "--out", str(out / "mood.safetensors")]
+    gguf = ["--to", "gguf", "--gguf", str(model / "SmolLM2-135M-Instruct.Q4_1.gguf")]
+    return steps(
+        fetch,
+        [bake, "fit", str(model / "checkpoint"), *classes, *fitted],
+        [bake, "try", recipe, *STRONGER, QUESTIONS[0]],
+        [bake, "export", recipe, *STRONGER, "--out", baked],
+        [bake, "export", recipe, *STRONGER, *gguf, "--out", str(out / "gguf")],
+        [bake, "verify", baked],
+        [bake, "try", baked, *QUESTIONS],
+    )
+
+
+def program() -> str:
+    """Return the command bake of an environment that has it."""
+    return str(environment("main", extra="[plots]").with_name("bake"))
+
+
+def fresh(name: str) -> Path:
+    """Return an empty folder for what a job writes."""
+    folder = OUT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def run_tests(*, quick: bool) -> int:

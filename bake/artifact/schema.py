@@ -55,6 +55,8 @@ class RecipeRecord(RecordPart, frozen=True, kw_only=True):
     file: str
     digest: str
     text: str
+    settings: tuple[str, ...] = ()
+    """``KEY=VALUE``, which were given instead of values of the text."""
 
 
 class BaseCard(RecordPart, frozen=True, kw_only=True):

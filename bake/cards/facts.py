@@ -133,10 +133,11 @@ def read_facts(folder: Path) -> Facts:
 
 
 def _recipe(folder: Path, record: Record) -> Recipe | None:
-    if record.recipe is None or not record.recipe.text:
+    asked = record.recipe
+    if asked is None or not asked.text:
         return None
     try:
-        return parse_recipe(record.recipe.text.encode(), folder / RECORD)
+        return parse_recipe(asked.text.encode(), folder / RECORD, asked.settings)
     except UsageError as error:
         raise InputError(error.what, where=error.where, fix=error.fix) from error
 

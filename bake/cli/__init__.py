@@ -20,6 +20,7 @@ from bake.section import nearest
 
 COMMANDS = (
     "fit",
+    "try",
     "plan",
     "export",
     "verify",
@@ -32,6 +33,8 @@ COMMANDS = (
     "directions",
     "families",
 )
+_MODULES = {"try": "trying"}
+"""Where a command is whose name is a word of Python."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -83,7 +86,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"bake.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(
+            f"bake.cli.{_MODULES.get(cmd_name, cmd_name)}"
+        ).command
         return command
 
     @override

@@ -91,8 +91,9 @@ def _export(
 ) -> None:
     """Write what a recipe says, once its plan has been shown."""
     from bake.checkpoints.gguf.storage import storage_words
-    from bake.cli.render.plans import plan
-    from bake.cli.render.results import exported
+    from bake.cli.render.pieces import facts
+    from bake.cli.render.plans import brief, plan
+    from bake.cli.render.results import exported, exported_brief
     from bake.jobs.exporting import export, would_be
     from bake.plan.record import plan_record
 
@@ -108,7 +109,9 @@ def _export(
                 **request.provenance(out).to_json(),
                 "plan": plan_record(request.plan).to_json(),
             },
-            view=lambda: plan(request, verbose=output.verbose),
+            view=lambda: plan(request, verbose=output.verbose > 1),
+            # What was written says it again.
+            brief=lambda: [facts(brief(request))] if dry_run and refusal is None else [],
             error=refusal,
         )
     if dry_run:
@@ -117,7 +120,11 @@ def _export(
         return
     output.keeps(out)
     written = export(request, out, chosen, output.bar)
-    output.present(data=written.to_json, view=lambda: exported(written, verbose=output.verbose))
+    output.present(
+        data=written.to_json,
+        view=lambda: exported(written, verbose=output.verbose > 1),
+        brief=lambda: exported_brief(written),
+    )
 
 
 def _make_again(
@@ -132,6 +139,7 @@ def _make_again(
 ) -> None:
     """Make an artifact again from its record, and compare the files."""
     from bake.cli.render import plans
+    from bake.cli.render.pieces import facts
     from bake.cli.render.results import reproduced
     from bake.jobs.reproduce import recorded_options, reproduce
     from bake.plan.record import plan_record
@@ -148,9 +156,14 @@ def _make_again(
                 "again": replanned.to_json(),
             },
             view=lambda: [
-                *plans.plan(replanned.request, verbose=output.verbose),
+                *plans.plan(replanned.request, verbose=output.verbose > 1),
                 *plans.again(replanned),
             ],
+            brief=lambda: (
+                []
+                if refusal is not None
+                else [facts(plans.brief(replanned.request)), *plans.again(replanned)]
+            ),
             error=refusal,
         )
     if dry_run:

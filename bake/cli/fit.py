@@ -103,7 +103,7 @@ def command(
     MODEL is a folder or a Hub id. The exit code is 1, and nothing is written, when no site tells
     the classes apart better than chance.
     """
-    from bake.cli.render.fits import fitted
+    from bake.cli.render.fits import fitted, fitted_brief
     from bake.jobs.fit_directions import FitRequest, fit_directions
     from bake.jobs.fit_proposal import propose
     from bake.jobs.model import open_model
@@ -124,7 +124,8 @@ def command(
     written = () if proposal is None else (out, recipe, *([] if plot is None else [plot]))
     output.present(
         data=lambda: _json(found, proposal, written),
-        view=lambda: fitted(found, proposal, written, verbose=output.verbose),
+        view=lambda: fitted(found, proposal, written, verbose=output.verbose > 1),
+        brief=lambda: fitted_brief(found, proposal, written),
         error=failure,
     )
 

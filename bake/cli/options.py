@@ -1,6 +1,6 @@
 """Options that several commands share, and the artifact that may take a recipe's place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,16 @@ OUT = click.option("--out", type=PATH, required=True, metavar="DIR", help="The f
 FORCE = click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
 FAMILY = click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
 PLOT = click.option("--plot", type=PATH, metavar="FILE", help="Draw it: a .png or .svg file.")
+SET = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Read this instead of the recipe's value: edits.0.strength=0.8. May be repeated.",
+)
 _FORMS = (".png", ".svg")
+_OPTIONS = {"settings": "set"}
+"""What an option is called where its parameter has another name."""
 _ASSUME_HARMLESS = click.option(
     "--assume-harmless",
     multiple=True,
@@ -68,6 +77,7 @@ def check_plot(plot: Path) -> None:
 def recipe_options(function: F) -> F:
     """Add the recipe, or the artifact that takes its place, and the options that override it."""
     for option in (
+        named_recipe,
         click.option(
             "--target",
             multiple=True,
@@ -81,6 +91,15 @@ def recipe_options(function: F) -> F:
             metavar="WHAT",
             help="Allow as well: recast, relocate, widen, nulling or approximate. May be repeated.",
         ),
+    ):
+        function = option(function)
+    return function
+
+
+def named_recipe(function: F) -> F:
+    """Add the recipe or the artifact, and what says of either which model is meant."""
+    for option in (
+        SET,
         table_options,
         click.option(
             "--model", metavar="MODEL", help="Edit this model instead: a folder or a Hub id."
@@ -90,6 +109,16 @@ def recipe_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def spelled(options: Mapping[str, Any]) -> list[str]:
+    """Return options with their values as a command line spells them."""
+    words: list[str] = []
+    for name, value in options.items():
+        option = f"--{_OPTIONS.get(name, name).replace('_', '-')}"
+        for one in value if isinstance(value, tuple) else [] if value is None else [value]:
+            words += [option, str(one)]
+    return words
 
 
 def names_artifact(text: str, base: str | None) -> bool:
@@ -126,7 +155,7 @@ def planned_again(
     for name, value in overrides.items():
         if value not in (None, (), False):
             raise UsageError(
-                f"--{name.replace('_', '-')} is for recipes, and this is an artifact",
+                f"{spelled({name: ''})[0]} is for recipes, and this is an artifact",
                 why="the plan of an artifact is that of its record",
                 fix="name the base with --base, where it has moved",
             )

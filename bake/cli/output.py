@@ -40,7 +40,8 @@ class Output:
     """What the user wants to see of a result."""
 
     as_json: bool
-    verbose: bool
+    verbose: int
+    """0 for what matters, 1 for details, 2 for every tensor."""
     quiet: bool
 
     def present(
@@ -48,6 +49,7 @@ class Output:
         *,
         data: Callable[[], Mapping[str, Any]],
         view: Callable[[], Iterable[Any]],
+        brief: Callable[[], Iterable[Any]] | None = None,
         error: BakeError | None = None,
     ) -> None:
         """Print a result: ``data`` with ``--json``, the renderables of ``view`` otherwise.
@@ -55,6 +57,8 @@ class Output:
         Args:
             data: the result as JSON values.
             view: the result as renderables.
+            brief: the same in a few lines, which are printed unless details are asked for; none
+                of them where the error says it all.
             error: what the result means, where that is a failure: raised once it is printed.
         """
         if self.as_json:
@@ -63,10 +67,11 @@ class Output:
             if error is not None:
                 click.get_current_context().exit(error.exit_code)
             return
-        if not self.quiet:
+        parts = [] if self.quiet else [*(brief if brief and not self.verbose else view)()]
+        if parts:
             from bake.cli.render.screen import show
 
-            show(view())
+            show(parts)
         if error is not None:
             raise error
 
@@ -99,7 +104,7 @@ def bake_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
-        def run(*args: Any, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> None:
+        def run(*args: Any, as_json: bool, verbose: int, quiet: bool, **options: Any) -> None:
             if verbose and quiet:
                 raise click.UsageError("-v and -q exclude each other")
             if quiet or as_json or not sys.stderr.isatty():
@@ -109,7 +114,9 @@ def bake_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
         for option in (
             click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
-            click.option("-v", "--verbose", is_flag=True, help="Print every tensor."),
+            click.option(
+                "-v", "--verbose", count=True, help="Print the details; -vv every tensor."
+            ),
             click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else."),
         ):
             run = option(run)

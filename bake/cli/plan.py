@@ -10,6 +10,7 @@ from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
 if TYPE_CHECKING:
+    from bake.cli.render.pieces import Fact
     from bake.plan import Plan
 
 
@@ -32,6 +33,7 @@ def command(
     of the record.
     """
     from bake.cli.render import plans, rounding
+    from bake.cli.render.pieces import facts
     from bake.jobs.storage import storage
     from bake.plan.record import plan_record
 
@@ -41,6 +43,7 @@ def command(
     else:
         request = again.request
     found = None if gguf is None else storage(request, gguf)
+    error = request.refusal() if again is None else again.failure()
     output.present(
         data=lambda: {
             **request.provenance().to_json(),
@@ -50,12 +53,29 @@ def command(
             **({} if again is None else {"again": again.to_json()}),
         },
         view=lambda: [
-            *plans.plan(request, verbose=output.verbose),
+            *plans.plan(request, verbose=output.verbose > 1),
             *([] if found is None else [rounding.storage(found)]),
             *([] if again is None else plans.again(again)),
         ],
-        error=request.refusal() if again is None else again.failure(),
+        brief=lambda: (
+            []
+            if error is not None
+            else [
+                facts([*plans.brief(request), *([] if again else [_next(recipe, options)])]),
+                *([] if found is None else [rounding.storage(found)]),
+                *([] if again is None else plans.again(again)),
+            ]
+        ),
+        error=error,
     )
+
+
+def _next(recipe: str, options: dict[str, Any]) -> "Fact":
+    """Return the export of the plan that was shown, with what was said beside the recipe."""
+    from bake.cli.options import spelled
+    from bake.cli.render.pieces import next_step
+
+    return next_step("bake", "export", recipe, *spelled(options), "--out", "DIR")
 
 
 def _carriers(plan: "Plan") -> dict[str, Any]:

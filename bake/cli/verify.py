@@ -133,7 +133,10 @@ def command(
             output.bar,
         )
     output.present(
-        data=verified.to_json, view=lambda: results.verified(verified), error=verified.failure()
+        data=verified.to_json,
+        view=lambda: results.verified(verified),
+        brief=lambda: results.verified_brief(verified),
+        error=verified.failure(),
     )
 
 

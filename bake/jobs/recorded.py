@@ -269,6 +269,7 @@ def _recipe(source: Source, artifact: "Baked", place: str, checkpoint: "Checkpoi
         title=source.short if stated is None else stated.title or source.short,
         text="" if stated is None else stated.text,
         digest="" if stated is None else stated.digest,
+        settings=() if stated is None else stated.settings,
         path=Path(source.name) / RECORD,
         base=Base(place, None, local),
         export=ExportTable(
@@ -293,7 +294,7 @@ def _against_recipe(artifact: "Baked", request: Request) -> tuple[tuple[str, ...
     if digest != recipe.digest:
         return (f"the recipe's digest is {digest}, recorded is {recipe.digest}",), ()
     try:
-        parsed = parse_recipe(data, Path(RECORD))
+        parsed = parse_recipe(data, Path(RECORD), recipe.settings)
         found = disagreement(parsed, artifact.edits, request.model.layout)
     except BakeError as error:
         return (f"the recipe is not one that this bake reads: {error.what}",), ()

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from bake.jobs.model import Model, open_model
 from bake.progress import Bars, no_bars
@@ -110,7 +110,11 @@ class Request:
 
         recipe, family = self.recipe, self.model.family
         asked = RecipeRecord(
-            title=recipe.title, file=recipe.path.name, digest=recipe.digest, text=recipe.text
+            title=recipe.title,
+            file=recipe.path.name,
+            digest=recipe.digest,
+            text=recipe.text,
+            settings=recipe.settings,
         )
         return Provenance(
             recipe=asked if recipe.text else None,
@@ -178,16 +182,28 @@ def plan_edits(
     return Request(Recipe("", Path(), base, export), model, model.plan(edits, export))
 
 
+class Overrides(TypedDict, total=False):
+    """What is said beside a recipe, instead of what it says."""
+
+    model: str | None
+    """Another model: a folder or a Hub id."""
+    to: Sequence[str]
+    """Other carriers."""
+    allow: Sequence[str]
+    """What is allowed as well."""
+    target: Sequence[str]
+    """Other runtimes."""
+    settings: Sequence[str]
+    """``KEY=VALUE``: any value of the recipe, as ``edits.0.strength=0.8``."""
+
+
 def compile_request(
     recipe: Path,
     *,
-    model: str | None = None,
     family: Path | None = None,
     assume_harmless: Sequence[str] = (),
-    allow: Sequence[str] = (),
-    target: Sequence[str] = (),
-    to: Sequence[str] = (),
     bars: Bars = no_bars,
+    **overrides: Unpack[Overrides],
 ) -> Request:
     """Return the plan of a recipe. Of the model only headers, config and norms are read.
 
@@ -196,9 +212,26 @@ def compile_request(
     Raises:
         BakeError: whatever is wrong with the recipe, the model, the directions or their fit.
     """
+    opened = open_recipe(recipe, family=family, assume_harmless=assume_harmless, **overrides)
+    return plan_recipe(*opened, bars)
+
+
+def open_recipe(
+    recipe: Path,
+    *,
+    family: Path | None = None,
+    assume_harmless: Sequence[str] = (),
+    **overrides: Unpack[Overrides],
+) -> "tuple[Recipe, Mapping[str, Directions], Model]":
+    """Return a recipe with the directions and the model that it names. Nothing is planned.
+
+    Raises:
+        BakeError: whatever is wrong with the recipe, the model or the directions.
+    """
     from bake.recipe import load_recipe, override, read_artifacts
 
-    loaded = override(load_recipe(recipe), model=model, to=to, allow=allow, target=target)
+    words = {name: value for name, value in overrides.items() if name != "settings"}
+    loaded = override(load_recipe(recipe, overrides.get("settings", ())), **words)
     directions = read_artifacts(loaded)
     opened = open_model(
         loaded.base.source,
@@ -206,7 +239,7 @@ def compile_request(
         family=family,
         assume_harmless=assume_harmless,
     )
-    return plan_recipe(loaded, directions, opened, bars)
+    return loaded, directions, opened
 
 
 def plan_recipe(

@@ -5,7 +5,7 @@ do not say all has a module of its own. ``docs/recipes.md`` documents the keys.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msgspec import structs
@@ -19,6 +19,7 @@ from bake.recipe.card import read_card
 from bake.recipe.edits import check_condition, read_edits
 from bake.recipe.export import read_export
 from bake.recipe.limits import read_verify
+from bake.recipe.settings import with_settings
 from bake.recipe.spec import (
     BaseTable,
     CalibrateSpec,
@@ -34,8 +35,12 @@ from bake.sites import parse_site
 BYTE_ORDER_MARK = "\ufeff"
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a file.
+
+    Args:
+        path: the file.
+        settings: ``KEY=VALUE``, instead of values of the file.
 
     Raises:
         InputError: the file cannot be read.
@@ -50,15 +55,16 @@ def load_recipe(path: Path) -> Recipe:
             where=str(path),
             fix="check the path: it is taken from the folder that bake runs in",
         ) from error
-    return parse_recipe(data, path)
+    return parse_recipe(data, path, settings)
 
 
-def parse_recipe(data: bytes, path: Path) -> Recipe:
+def parse_recipe(data: bytes, path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Return the recipe that a file holds.
 
     Args:
         data: the file's bytes.
         path: where it is, which its own paths are taken from and messages name.
+        settings: ``KEY=VALUE``, instead of values of the file.
 
     Raises:
         InputError: the file is no UTF-8 text.
@@ -75,7 +81,7 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
             why="TOML has none, and no program that reads the record expects one",
             fix="save it as UTF-8 without one",
         )
-    values = parse_toml(text, "the recipe", UsageError, str(path))
+    values = with_settings(parse_toml(text, "the recipe", UsageError, str(path)), settings)
     # The keys first: a table whose name is misspelt explains most of what else is missing.
     RecipeFile.keys({"edits": [], **values}, str(path))
     kinds = {"title": str, "edits": list}
@@ -92,6 +98,7 @@ def parse_recipe(data: bytes, path: Path) -> Recipe:
     return Recipe(
         title=root.get("title", path.stem),
         text=text,
+        settings=tuple(settings),
         digest="sha256:" + hashlib.sha256(data).hexdigest(),
         path=path,
         base=model_of(base.model, base.revision, path.parent, f"{path} [base]"),

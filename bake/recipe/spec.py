@@ -369,6 +369,8 @@ class Recipe:
     export: ExportTable
     text: str = ""
     """The whole text of the file, comments included: it travels inside every output."""
+    settings: tuple[str, ...] = ()
+    """``KEY=VALUE``, which are read instead of values of the text."""
     digest: str = ""
     """``sha256:…`` of the file."""
     directions: Mapping[str, DirectionSpec] = field(default_factory=dict)

@@ -101,7 +101,7 @@ def _shown(record: Record) -> Iterator[str]:
     base, recipe = record.base, record.recipe
     yield from (record.plan.digest, record.bake or "", *(record.files or {}))
     yield from (base.model, base.revision or "", base.digest or "", base.path or "")
-    yield from () if recipe is None else (recipe.title, recipe.digest)
+    yield from () if recipe is None else (recipe.title, recipe.digest, *recipe.settings)
 
 
 def changed_files(baked: Baked, only: Container[str] | None = None) -> tuple[str, ...] | None:

@@ -9,10 +9,11 @@ import torch
 from bake.artifact.schema import Gate, RefusalsGate
 from bake.errors import InputError
 from bake.verify.gate import Check, bounded, gate_json, not_measured
+from bake.verify.greedy import answers
 from bake.verify.interval import share
 from bake.verify.perplexity import Losses, perplexity_ratio
 from bake.verify.prompts import lines_of, parse_prompts
-from bake.verify.refusals import PHRASES, answers, refuses
+from bake.verify.refusals import ANSWER, PHRASES, refuses
 from bake.verify.runner import Runner
 from bake.verify.scores import Scored
 from bake.verify.tasks import known_tasks, run_tasks
@@ -67,7 +68,7 @@ def _refusals(runner: Runner, gate: RefusalsGate) -> Check:
     for name in ("base", "baked"):
         runner.inputs.asked.remark(f"refusals of the {name} model")
         live = runner.model(runner.sources[name][0], torch.float32)
-        said = [refuses(text, phrases) for text in answers(live, refused, tokenizer)]
+        said = [refuses(text, phrases) for text in answers(live, refused, tokenizer, ANSWER)]
         if name == "base":
             refused = [prompt for prompt, no in zip(prompts, said, strict=True) if no]
         if not refused:

@@ -14,6 +14,9 @@ from bake.edits import Edit
 from bake.verify.models import Live
 from bake.verify.runs import batches_of
 
+_SIDE_BY_SIDE = 16
+"""Prompts that are answered at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -80,6 +83,53 @@ def _generate(live: Live, rows: torch.Tensor, mask: torch.Tensor, count: int) ->
     return live.model.generate(
         rows.to(device), attention_mask=mask.to(device), generation_config=config
     )
+
+
+def answers(
+    live: Live,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    count: int,
+    edits: Sequence[Edit] = (),
+) -> list[str]:
+    """Return the greedy answer of a model to every prompt, up to where it ends it.
+
+    What is not said here, penalties for example, comes from the model's own generation config.
+
+    Args:
+        live: the model.
+        prompts: token ids.
+        tokenizer: what makes text of the answers' tokens.
+        count: how many tokens an answer has at most.
+        edits: hooks that it is answered under.
+    """
+    from transformers import GenerationConfig
+
+    own = live.model.generation_config
+    ends = None if own is None else own.eos_token_id
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=count,
+        eos_token_id=ends,
+        # Padding is masked out, so that any token will do where there is none for it.
+        pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    texts: list[str] = []
+    for start in range(0, len(prompts), _SIDE_BY_SIDE):
+        rows = prompts[start : start + _SIDE_BY_SIDE]
+        longest = max(map(len, rows))
+        # On the left, so that every answer follows its prompt.
+        padded = [[rows[0][0]] * (longest - len(row)) + [*row] for row in rows]
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(longest) >= longest - lengths.unsqueeze(1)
+        with torch.no_grad(), live.under(edits):
+            found: Any = live.model.generate(
+                torch.tensor(padded).to(live.device),
+                attention_mask=mask.to(live.device, torch.long),
+                generation_config=settings,
+            )
+        texts += tokenizer.batch_decode(found[:, longest:].cpu(), skip_special_tokens=True)
+    return texts
 
 
 def as_answered(

@@ -13,13 +13,17 @@ MEMINFO = Path("/proc/meminfo")
 """Where Linux says how much memory there is."""
 
 
-def too_large(checkpoint: Checkpoint) -> bool:
-    """Return whether a model in float64 would take more than half of the memory that is to be had.
+def too_large(checkpoint: Checkpoint, bytes_each: int = 8) -> bool:
+    """Return whether a model would take more than half of the memory that is to be had.
 
     False where the system does not say how much that is.
+
+    Args:
+        checkpoint: of the model.
+        bytes_each: what an element takes: in float64 by itself.
     """
     available = _available()
-    return available is not None and _elements(checkpoint) * 8 > available / 2
+    return available is not None and _elements(checkpoint) * bytes_each > available / 2
 
 
 def _available() -> int | None:

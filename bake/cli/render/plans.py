@@ -1,7 +1,7 @@
 """A plan: the model, what each edit comes to, what changes, and who can read the result."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -11,14 +11,63 @@ from rich.text import Text
 from bake.artifact.carrier import CARRIERS
 from bake.cli.render import matrix
 from bake.cli.render.models import head
-from bake.cli.render.pieces import facts, listed, section, site_list, size, table, word
+from bake.cli.render.pieces import Fact, facts, listed, section, site_list, size, table, word
 from bake.cli.render.tensors import NUMBER, Named, changed_tensors, merged, tensor_table
-from bake.plan.carriers import OVER_HEAD, beside_head
+from bake.plan.carriers import OVER_HEAD, beside_head, carrier_runtimes
+from bake.plan.types import Exactness
 
 if TYPE_CHECKING:
     from bake.jobs.recorded import Replanned
     from bake.jobs.request import Request
     from bake.plan import Finding, Plan
+    from bake.sites import Site
+
+
+def brief(request: "Request") -> list[Fact]:
+    """Return the plan of a request in a few facts: the verdict first, and what it means.
+
+    What is not exact has its reason beside it, and every note is there: what an edit is not is
+    never said to those alone who ask.
+    """
+    planned, checkpoint, chosen = request.plan, request.model.checkpoint, request.recipe.export.to
+    changed = _counts(changed_tensors(planned, checkpoint))
+    changed += [f"{change.key} in config.json" for change in planned.config]
+    return [
+        *_verdicts(planned),
+        ("changes", f"{', '.join(changed) or 'no tensor'}, of {checkpoint.source}"),
+        *_loads(planned, chosen),
+        *(("note", note) for note in (*planned.notes, *_beside(planned, chosen))),
+    ]
+
+
+def _verdicts(planned: "Plan") -> Iterator[Fact]:
+    """Yield the edits by how exact they are, the worst first; with the reason where it is not."""
+    order = list(Exactness)
+    for exactness in sorted({f.exactness for f in planned.findings}, key=order.index, reverse=True):
+        rows = [f for f in planned.findings if f.exactness is exactness]
+        sites: dict[str, list[Site]] = {}
+        for finding in rows:
+            sites.setdefault(f"{finding.kind} {finding.concept}", []).extend(finding.sites)
+        edits = "; ".join(
+            f"{edit} at {site_list(at, planned.layout)}" for edit, at in sites.items()
+        )
+        reasons = merged([f.reason for f in rows[:1]]) if exactness is not Exactness.EXACT else None
+        yield word(str(exactness)), edits + (f": {reasons}" if reasons else "")
+
+
+def _loads(planned: "Plan", chosen: Sequence[str]) -> Iterator[Fact]:
+    """Yield what the runtimes make of every carrier that is asked for; and the others there are."""
+    for carrier in chosen:
+        verdicts = [one for one in carrier_runtimes(planned, carrier) if one.reads]
+        of = f" (as {carrier})" if len(chosen) > 1 else ""
+        yield "loads in", matrix.summary(verdicts) + of
+    others = (name for name in CARRIERS if name not in chosen)
+    if able := [name for name in others if matrix.obstacle(planned, name) is None]:
+        yield "or --to", ", ".join(able)
+
+
+def _beside(planned: "Plan", carriers: Iterable[str]) -> list[str]:
+    return [f"{name} goes {OVER_HEAD}" for name in carriers if beside_head(planned, name)]
 
 
 def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
@@ -37,12 +86,11 @@ def plan(request: "Request", *, verbose: bool) -> list[RenderableType]:
         parts.append(section("config.json", _config(planned)))
     verdicts = Group(*matrix.runtimes(planned, chosen))
     left_out = checkpoint.left_out if verbose else ()
-    over = [f"{name} goes {OVER_HEAD}" for name in CARRIERS if beside_head(planned, name)]
     return [
         *parts,
         section(f"Runtimes: {', '.join(chosen)}", verdicts),
         section("Carriers", matrix.carriers(planned)),
-        *listed("Notes", (*planned.notes, *over)),
+        *listed("Notes", (*planned.notes, *_beside(planned, CARRIERS))),
         *listed("Files of the base that do not travel", left_out),
         Text(),
         facts([("plan", word(str(planned.exactness))), ("digest", planned.digest)]),
@@ -95,13 +143,18 @@ def _findings(planned: "Plan") -> Table:
 
 
 def _changes_title(rows: Sequence[Named]) -> str:
+    return f"Changes: {', '.join(_counts(rows))}"
+
+
+def _counts(rows: Sequence[Named]) -> list[str]:
+    """Return how many tensors are edited and how many new, each in a few words."""
     counts = []
     for what, new in (("edited", False), ("new", True)):
         sizes = [row.nbytes for row in rows if row.new is new]
         if sizes:
             plural = "s" * (len(sizes) != 1)
             counts.append(f"{len(sizes)} tensor{plural} {what} ({size(sum(sizes))})")
-    return f"Changes: {', '.join(counts)}"
+    return counts
 
 
 def _config(planned: "Plan") -> Table:

@@ -8,12 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from bake.cli.render.matrix import summary
-from bake.cli.render.pieces import facts, listed, section, table
+from bake.cli.render.pieces import Fact, facts, listed, next_step, section, size, table
 from bake.cli.render.rounding import rounding, storage_told
 from bake.cli.render.tensors import changed_tensors
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
+    from bake.artifact.schema import GgufTensor
     from bake.directions import Directions
     from bake.directions.describe import Row
     from bake.jobs.exporting import Exported
@@ -28,6 +29,29 @@ if TYPE_CHECKING:
 def exported(result: "Exported", *, verbose: bool) -> list[RenderableType]:
     """Return what was written, carrier by carrier; with ``verbose`` every tensor and file."""
     return [part for each in result.artifacts for part in _artifact(result, each, verbose=verbose)]
+
+
+def exported_brief(result: "Exported") -> list[RenderableType]:
+    """Return what was written in a few lines: how exact it is, where it is and who loads it."""
+    from bake.cli.render.plans import brief
+
+    rows = brief(result.request)
+    for each in result.artifacts:
+        rows.append(("written", f"{each.path} ({each.kind}, {size(each.bytes_written)})"))
+        if worst := _rounded(result.rounded(each)):
+            rows.append(("rounding", worst))
+        if (options := result.options(each)).storage is not None:
+            rows.append(("types", storage_told(options.gguf_type, options.storage)))
+    rows.append(next_step("bake", "verify", result.artifacts[0].path))
+    return [facts(rows)]
+
+
+def _rounded(tensors: "Sequence[GgufTensor]") -> str:
+    """Return what rounding did to the worst of the tensors of a GGUF that were edited."""
+    kept = [tensor.change for tensor in tensors if tensor.change is not None]
+    if not kept:
+        return ""
+    return f"of {len(tensors)} edited tensors the worst keeps {100 * min(kept):.4g} % of the edit"
 
 
 def _artifact(result: "Exported", written: "Artifact", *, verbose: bool) -> list[RenderableType]:
@@ -168,6 +192,12 @@ def _layer(row: "Row") -> str:
     return "" if row.layer is None else str(row.layer)
 
 
+def _verdict(measured: "Report") -> list[Fact]:
+    style = {"passed": "bold green", "failed": "bold red", "inconclusive": "bold yellow"}
+    outcome = Text(measured.verdict, style[measured.verdict])
+    return [("verification", outcome), ("", measured.headline.line())]
+
+
 def report(measured: "Report") -> list[RenderableType]:
     """Return what a verification measured."""
     from bake.verify.tables import FAIL, NUMBERS, PASS, gate_of, prompts_of, side_effects_of, tables
@@ -179,10 +209,8 @@ def report(measured: "Report") -> list[RenderableType]:
         for row in words.rows:
             body.add_row(*(verdicts.get(cell, cell) for cell in row))
         sections.append(section(", ".join(filter(None, (words.title, words.note))), body))
-    style = {"passed": "bold green", "failed": "bold red", "inconclusive": "bold yellow"}
-    outcome = Text(measured.verdict, style[measured.verdict])
     return [
-        facts([("verification", outcome), ("", measured.headline.line())]),
+        facts(_verdict(measured)),
         facts(
             [
                 ("artifact", measured.artifact),
@@ -209,6 +237,24 @@ def verified(result: "Verified") -> list[RenderableType]:
     again = [] if result.reproduction is None else _reproduction(result.reproduction)
     files = facts(("written", str(path)) for path in result.written if path.parent.name != "plots")
     return [*report(result.report), Text(), files, *again]
+
+
+def verified_brief(result: "Verified") -> list[RenderableType]:
+    """Return the verdict, its answers, the files of the report and what comes next."""
+    from bake.verify.tables import gate_of, side_effects_of
+
+    measured, again = result.report, result.reproduction
+    rows = _verdict(measured)
+    rows += [
+        ("", f"{answer.text} {answer.verdict}" + (f": {answer.reason}" if answer.reason else ""))
+        for answer in measured.answers
+    ]
+    for name, said in (("gate", gate_of(measured)), ("side effects", side_effects_of(measured))):
+        rows += [(name, said)] if said else []
+    rows += [("report", str(path)) for path in result.written if path.suffix in (".md", ".html")]
+    if result.failure() is None and again is None:
+        rows.append(next_step("bake", "push", measured.artifact, "OWNER/NAME"))
+    return [facts(rows), *([] if again is None else _reproduction(again))]
 
 
 def _reproduction(result: "Reproduction") -> list[RenderableType]:
