@@ -86,7 +86,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
 def test_plan_says_what_changes_and_that_it_is_exact(folder_of: Folders) -> None:
     made = folder_of()
     before = made.listing()
-    result = run("plan", made.recipe)
+    result = run("plan", made.recipe, "-v")
     assert result.exit_code == 0
     assert result.stderr == ""
     for fact in (
@@ -112,7 +112,7 @@ def test_a_verbose_plan_lists_every_tensor_that_the_json_has(folder_of: Folders)
     data = json.loads(run("plan", made.recipe, "--json").stdout)
     names = [update["name"] for key in ("tensors", "biases") for update in data["plan"][key]]
     assert len(names) == 13
-    table = run("plan", made.recipe, "-v").stdout
+    table = run("plan", made.recipe, "-vv").stdout
     for name in names:
         assert f"\n{name} " in table
     assert data["plan"]["exactness"] == "exact"
@@ -125,7 +125,8 @@ def test_a_verbose_plan_lists_every_tensor_that_the_json_has(folder_of: Folders)
 def test_a_plan_that_is_impossible_exits_with_three(folder_of: Folders) -> None:
     made = folder_of()
     made.rewrite('"resid"', '"resid_post.1"')
-    result = run("plan", made.recipe)
+    assert run("plan", made.recipe).stdout == ""  # the error says it all
+    result = run("plan", made.recipe, "-v")
     assert result.exit_code == 3
     assert "impossible  ablate mood at resid_post.1" in result.stdout
     assert "error: cannot ablate 'mood' at resid_post.1: impossible" in result.stderr
@@ -138,7 +139,7 @@ def test_a_plan_that_is_impossible_exits_with_three(folder_of: Folders) -> None:
 def test_what_is_allowed_exits_with_zero(folder_of: Folders) -> None:
     made = folder_of("gemma2")
     assert run("plan", made.recipe).exit_code == 3
-    result = run("plan", made.recipe, "--allow", "nulling")
+    result = run("plan", made.recipe, "--allow", "nulling", "-v")
     assert result.exit_code == 0
     assert "nulling    ablate mood" in result.stdout
     assert "plan    nulling" in result.stdout
@@ -150,7 +151,7 @@ def test_a_wanted_runtime_that_refuses_exits_with_three(folder_of: Folders) -> N
     made = folder_of("gemma2")
     made.rewrite('"resid"', '"embed"')
     assert run("plan", made.recipe).exit_code == 0
-    result = run("plan", made.recipe, "--target", "vllm")
+    result = run("plan", made.recipe, "--target", "vllm", "-v")
     assert result.exit_code == 3
     assert re.search(r"\nvllm +refused +yes +it refuses an output head", result.stdout)
     assert "the target vllm would not serve this checkpoint as it is meant" in result.stderr
@@ -160,11 +161,11 @@ def test_a_recast_shows_the_family_of_the_base(folder_of: Folders) -> None:
     made = folder_of("qwen2")
     made.rewrite('"ablate"', '"offset"')
     made.rewrite('"resid"', '["attn_out.*", "mlp_out.*"]')
-    refused = run("plan", made.recipe)
+    refused = run("plan", made.recipe, "-v")
     assert refused.exit_code == 3
     # one row for all layers
     assert flat(refused.stdout).count("model.layers.0-2.mlp.down_proj is built without bias") == 1
-    result = run("plan", made.recipe, "--allow", "recast")
+    result = run("plan", made.recipe, "--allow", "recast", "-v")
     assert result.exit_code == 0
     assert "family  qwen2: Qwen2" in result.stdout
     assert '["Qwen2ForCausalLM"]' in result.stdout and '["LlamaForCausalLM"]' in result.stdout
@@ -176,7 +177,7 @@ def test_another_model_may_be_named(
 ) -> None:
     made = folder_of()
     other = tiny_checkpoint("qwen3")
-    result = run("plan", made.recipe, "--model", other)
+    result = run("plan", made.recipe, "--model", other, "-v")
     assert result.exit_code == 0
     assert f"model{other}family" in tight(result.stdout)
     assert "family  qwen3" in result.stdout
@@ -187,7 +188,7 @@ def test_a_table_of_the_users_own(folder_of: Folders) -> None:
     text = (FAMILIES / "llama.toml").read_text(encoding="utf-8")
     own = made.folder / "own.toml"
     own.write_text(text.replace('title = "Llama,', 'title = "My own,'), encoding="utf-8")
-    assert "family  llama: My own," in run("plan", made.recipe, "--family", own).stdout
+    assert "family  llama: My own," in run("plan", made.recipe, "--family", own, "-v").stdout
     own.write_text(text.replace("LlamaForCausalLM", "OtherForCausalLM"), encoding="utf-8")
     result = run("plan", made.recipe, "--family", own)
     assert result.exit_code == 4
@@ -216,9 +217,9 @@ def test_tables_fit_their_width_and_cut_nothing_off(
 ) -> None:
     made = folder_of(family)
     made.rewrite('"ablate"', '"affine"')
-    wide = run("plan", made.recipe, "-v").stdout
+    wide = run("plan", made.recipe, "-vv").stdout
     monkeypatch.setenv("COLUMNS", str(width))
-    text = run("plan", made.recipe, "-v").stdout
+    text = run("plan", made.recipe, "-vv").stdout
     assert max(len(line) for line in text.splitlines()) <= width
     assert "…" not in text and "..." not in text
     assert all(line == line.rstrip() for line in text.splitlines())
@@ -235,7 +236,7 @@ def test_a_pipe_gets_no_colours_and_a_terminal_does(
     made = folder_of()
     assert "\x1b[" not in run("plan", made.recipe).stdout
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert "\x1b[32mexact" in run("plan", made.recipe).stdout
+    assert "\x1b[1;32mexact" in run("plan", made.recipe).stdout
 
 
 def test_brackets_in_a_message_are_no_markup(folder_of: Folders) -> None:
@@ -289,7 +290,7 @@ def test_texts_are_merged_only_where_that_says_no_more() -> None:
 def test_export_writes_the_checkpoint_that_the_plan_names(folder_of: Folders) -> None:
     made = folder_of()
     out = made.folder / "out"
-    result = run("export", made.recipe, "--out", out, "-v")
+    result = run("export", made.recipe, "--out", out, "-vv")
     assert result.exit_code == 0
     assert result.stderr == ""
     assert f"written{out}carriercheckpointsize" in tight(result.stdout)
@@ -383,7 +384,7 @@ def test_a_refused_plan_writes_nothing(folder_of: Folders) -> None:
     made = folder_of()
     made.rewrite('"resid"', '"resid_post.1"')
     before = made.listing()
-    result = run("export", made.recipe, "--out", made.folder / "deep" / "out")
+    result = run("export", made.recipe, "--out", made.folder / "deep" / "out", "-v")
     assert result.exit_code == 3
     assert "impossible  ablate mood at resid_post.1" in result.stdout
     assert "error: cannot ablate 'mood' at resid_post.1" in result.stderr
@@ -454,7 +455,8 @@ def test_verify_passes_what_export_wrote_and_fails_what_was_changed_since(
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     result = run("verify", out, "--no-plots")
     assert result.exit_code == 1
-    assert "FAIL" in result.stdout and "verification  failed" in result.stdout
+    assert "verification  failed" in result.stdout
+    assert "FAIL" in run("verify", out, "--no-plots", "-v").stdout
     assert "was changed after the export (changed: model.safetensors)" in flat(result.stderr)
     data = json.loads(run("verify", out, "--no-plots", "--json").stdout)
     assert data["passed"] is False

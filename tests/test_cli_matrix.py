@@ -25,7 +25,7 @@ def plan(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Plan:
     ) -> Result:
         model, more = tiny_checkpoint(family, **options), f"[export]\nto = {json.dumps(to)}\n"
         recipe = write_recipe(tmp_path, model, kind=kind, at=at, more=more)
-        return run("plan", recipe, *args, columns=200)
+        return run("plan", recipe, *args, "-v", columns=200)
 
     return planned
 

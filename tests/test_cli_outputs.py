@@ -483,21 +483,21 @@ def shown(result: Result) -> str:
 
 
 def test_only_a_checkpoint_says_what_it_copied(work: AdapterFolder) -> None:
-    text = shown(run("export", work.recipe, "--out", work.out))
+    text = shown(run("export", work.recipe, "--out", work.out, "-v"))
     sizes = {n: t.nbytes for n, t in open_checkpoint(work.base).tensors.items()}
     copied = int(re.search(r"copied +([\d,]+) bytes", text)[1].replace(",", ""))
     edited = int(re.search(r"edited +([\d,]+) bytes", text)[1].replace(",", ""))
     assert 0 < edited < copied and copied + edited == sum(sizes.values())
-    text = shown(run("export", work.recipe, "--to", "lora", "--out", work.folder / "lora"))
+    text = shown(run("export", work.recipe, "--to", "lora", "--out", work.folder / "lora", "-v"))
     assert re.match(r"[^\n]+\ncarrier +lora\nsize +[\d,]+ bytes in 4 files\n$", text)
 
 
 def test_a_gguf_says_what_rounding_left(work: AdapterFolder, tmp_path: Path) -> None:
-    """One row of the worst for each type; with -v every tensor, as the record has it."""
+    """One row of the worst for each type; with -vv every tensor, as the record has it."""
     file = tmp_path / "base.gguf"
     gguf_files.write(file, work.base, kind="F16")
     out = work.folder / "rounded"
-    text = shown(run("export", work.recipe, "--to", "gguf", "--gguf", file, "--out", out))
+    text = shown(run("export", work.recipe, "--to", "gguf", "--gguf", file, "--out", out, "-v"))
     record = json.loads((out / "bake.json").read_text())["gguf"]["tensors"]
     worst = max(tensor["leak"] for tensor in record)
     assert len(record) == 7 and worst > 0
@@ -506,7 +506,7 @@ def test_a_gguf_says_what_rounding_left(work: AdapterFolder, tmp_path: Path) -> 
     assert columns.split() == ["tensors", "type", "rounding", "edit", "kept", "leak", "error"]
     assert row.split()[:4] == ["7", "F16", "feedback", "100.0%"]
     assert row.split()[4] == f"{worst:.1e}"
-    args = ("--to", "gguf", "--gguf", file, "--rounding", "nearest", "-v", "--force")
+    args = ("--to", "gguf", "--gguf", file, "--rounding", "nearest", "-vv", "--force")
     text = shown(run("export", work.recipe, *args, "--out", out))
     record = json.loads((out / "bake.json").read_text())["gguf"]["tensors"]
     for tensor in record:

@@ -272,7 +272,7 @@ def test_a_gate_is_held_or_the_verification_fails(
     assert "perplexity on held-out.txt (12 passages, 156 tokens)" in words
     assert found["prompts"]["form"] == "chat template"
     assert "- prompts: built-in, 16 with" in words and "(chat template)" in words
-    shown = run("verify", out, "--generate", "0", "--html", columns=200).stdout
+    shown = run("verify", out, "--generate", "0", "--html", "-v", columns=200).stdout
     assert "(chat template)" in shown and "gate" in shown and HELD in shown
     page = (out / "verify.html").read_text()
     assert "gate on side effects</td><td><code>held" in page and "chat template" in page

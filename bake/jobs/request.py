@@ -230,8 +230,13 @@ def open_recipe(
     """
     from bake.recipe import load_recipe, override, read_artifacts
 
-    words = {name: value for name, value in overrides.items() if name != "settings"}
-    loaded = override(load_recipe(recipe, overrides.get("settings", ())), **words)
+    loaded = override(
+        load_recipe(recipe, overrides.get("settings", ())),
+        model=overrides.get("model"),
+        to=overrides.get("to", ()),
+        allow=overrides.get("allow", ()),
+        target=overrides.get("target", ()),
+    )
     directions = read_artifacts(loaded)
     opened = open_model(
         loaded.base.source,
