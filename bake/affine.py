@@ -47,6 +47,10 @@ class AffineMap(ABC):
         """The dimension d that the map acts on."""
         return self.bias.shape[0]
 
+    def __repr__(self) -> str:
+        constant = "" if self.is_linear() else ", with a constant"
+        return f"{type(self).__name__}(width {self.width}{constant})"
+
     def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Return A x + b for every row of x."""
         return self.linear(x) + self.bias
@@ -207,7 +211,7 @@ def _is_translation(map_: AffineMap) -> bool:
     return map_.delta_factors()[0].shape[1] == 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LowRankMap(AffineMap):
     """x ↦ x + L(Rx) + b, for L [d, k], R [k, d], b [d]; k may be 0 (a translation)."""
 
@@ -279,7 +283,7 @@ class LowRankMap(AffineMap):
         return error / max(1.0, size)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class DiagonalMap(AffineMap):
     """x ↦ s ⊙ x + b, for s [d], b [d]."""
 
@@ -345,7 +349,7 @@ class DiagonalMap(AffineMap):
         return DiagonalMap(scale, bias)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class DenseMap(AffineMap):
     """x ↦ A x + b, for A [d, d], b [d]."""
 

@@ -1,7 +1,7 @@
 """``Edit``: one map at some sites, the value that the plan and the reference share.
 
-One constructor per kind of edit. Each takes fitted vectors in any floating dtype, checks them and
-returns float64 maps; nothing here knows a model.
+One constructor per kind of edit. Each takes fitted vectors in any floating dtype, as tensors, NumPy
+arrays or lists, checks them and returns float64 maps; nothing here knows a model.
 
 | kind     | map                                | used by                                       |
 |----------|------------------------------------|-----------------------------------------------|
@@ -22,8 +22,10 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bake.affine import (
@@ -39,7 +41,7 @@ from bake.affine import (
 from bake.errors import DirectionError
 from bake.nonlinear import Nonlinear
 from bake.positions import Positions
-from bake.sites import Site
+from bake.sites import Site, summary
 
 # Fitted artifacts are stored in float32 at best: what is idempotent or orthogonal to this error was
 # meant to be so, and is restored to it in float64; what is further away is taken as it is.
@@ -63,7 +65,7 @@ class EditKind(StrEnum):
     GATE = "gate"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class WeightUpdate:
     """A ready update of one weight: y = W x becomes y = (W + left right) x."""
 
@@ -73,6 +75,10 @@ class WeightUpdate:
     def __post_init__(self) -> None:
         outer, rank, inner = self.left.shape[0], self.left.shape[-1], self.right.shape[-1]
         check_factors("an update", (self.left, (outer, rank)), (self.right, (rank, inner)))
+
+    def __repr__(self) -> str:
+        outer, inner = self.left.shape[0], self.right.shape[-1]
+        return f"WeightUpdate({outer}×{inner}, rank {self.left.shape[-1]})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +90,7 @@ class Own:
     """What it applies there; None for the edit's own map."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Edit:
     """One map, applied at each of some sites.
 
@@ -100,8 +106,11 @@ class Edit:
     own: Own | None = None
     """What the system does otherwise than always and everywhere; None where nothing is known."""
 
+    def __repr__(self) -> str:
+        return f"Edit({self.kind} {self.concept} at {summary(self.sites)}: {self.map!r})"
 
-def ablate(vectors: Float[Tensor, "*k d"], *, strength: float = 1.0) -> LowRankMap:
+
+def ablate(vectors: Float[Tensor, "*k d"] | ArrayLike, *, strength: float = 1.0) -> LowRankMap:
     """Return x ↦ x − s U Uᵀ x, with U an orthonormal basis of the vectors, [d] or [k, d].
 
     Raises:
@@ -112,9 +121,9 @@ def ablate(vectors: Float[Tensor, "*k d"], *, strength: float = 1.0) -> LowRankM
 
 
 def affine(
-    vectors: Float[Tensor, "*k d"],
+    vectors: Float[Tensor, "*k d"] | ArrayLike,
     *,
-    mean: Float[Tensor, " d"] | None = None,
+    mean: Float[Tensor, " d"] | ArrayLike | None = None,
     alpha: float = 0.0,
     strength: float = 1.0,
 ) -> LowRankMap:
@@ -136,10 +145,10 @@ def affine(
 
 
 def erase(
-    left: Float[Tensor, "d k"],
-    right: Float[Tensor, "k d"],
+    left: Float[Tensor, "d k"] | ArrayLike,
+    right: Float[Tensor, "k d"] | ArrayLike,
     *,
-    mean: Float[Tensor, " d"] | None = None,
+    mean: Float[Tensor, " d"] | ArrayLike | None = None,
     strength: float = 1.0,
 ) -> LowRankMap:
     """Return x ↦ x − s L R (x − μ), LEACE's oblique projection.
@@ -151,7 +160,10 @@ def erase(
     Raises:
         DirectionError: factors of different shapes, not finite, or whose product is zero.
     """
-    left64, right64 = _matrix(left.T, "the left factor").T, _matrix(right, "the right factor")
+    left64, right64 = (
+        _matrix(left, "the left factor", columns=True),
+        _matrix(right, "the right factor"),
+    )
     if not (left64.any() and right64.any()):
         return identity(right64.shape[1])  # of rank zero: the fit found nothing to erase
     if left64.shape != right64.T.shape:
@@ -175,7 +187,7 @@ def erase(
 
 
 def offset(
-    vector: Float[Tensor, " d"], *, coefficient: float = 1.0, keep: float = 1.0
+    vector: Float[Tensor, " d"] | ArrayLike, *, coefficient: float = 1.0, keep: float = 1.0
 ) -> LowRankMap | DiagonalMap:
     """Return x ↦ k x + c v; k, what is kept of the activation, is 1 but for style vectors.
 
@@ -189,7 +201,9 @@ def offset(
     return translation(coefficient * direction)
 
 
-def scale(factor: Float[Tensor, " d"], *, shift: Float[Tensor, " d"] | None = None) -> DiagonalMap:
+def scale(
+    factor: Float[Tensor, " d"] | ArrayLike, *, shift: Float[Tensor, " d"] | ArrayLike | None = None
+) -> DiagonalMap:
     """Return x ↦ s ⊙ x + b, per channel or neuron.
 
     Raises:
@@ -201,7 +215,7 @@ def scale(factor: Float[Tensor, " d"], *, shift: Float[Tensor, " d"] | None = No
     return DiagonalMap(factor64, _vector(shift, "the shift", factor64.shape[0]))
 
 
-def rotate(matrix: Float[Tensor, "d d"]) -> DenseMap:
+def rotate(matrix: Float[Tensor, "d d"] | ArrayLike) -> DenseMap:
     """Return x ↦ Q x for the orthogonal matrix nearest to ``matrix``.
 
     Raises:
@@ -219,7 +233,7 @@ def rotate(matrix: Float[Tensor, "d d"]) -> DenseMap:
     return DenseMap(nearest, nearest.new_zeros(nearest.shape[0]))
 
 
-def rotate_plane(plane: Float[Tensor, "2 d"], *, degrees: float) -> LowRankMap:
+def rotate_plane(plane: Float[Tensor, "2 d"] | ArrayLike, *, degrees: float) -> LowRankMap:
     """Return the rotation by an angle in the plane of two vectors, from the first to the second.
 
     Raises:
@@ -233,7 +247,7 @@ def rotate_plane(plane: Float[Tensor, "2 d"], *, degrees: float) -> LowRankMap:
     return LowRankMap(basis.T @ turn, basis, basis.new_zeros(basis.shape[1]))
 
 
-def reflect(vector: Float[Tensor, " d"]) -> LowRankMap:
+def reflect(vector: Float[Tensor, " d"] | ArrayLike) -> LowRankMap:
     """Return the Householder reflection x ↦ x − 2 r rᵀ x, r the unit vector.
 
     Raises:
@@ -242,7 +256,11 @@ def reflect(vector: Float[Tensor, " d"]) -> LowRankMap:
     return ablate(vector, strength=2.0)
 
 
-def linear(matrix: Float[Tensor, "d d"], *, shift: Float[Tensor, " d"] | None = None) -> DenseMap:
+def linear(
+    matrix: Float[Tensor, "d d"] | ArrayLike,
+    *,
+    shift: Float[Tensor, " d"] | ArrayLike | None = None,
+) -> DenseMap:
     """Return x ↦ A x + b.
 
     Raises:
@@ -254,10 +272,10 @@ def linear(matrix: Float[Tensor, "d d"], *, shift: Float[Tensor, " d"] | None = 
 
 
 def linear_factors(
-    left: Float[Tensor, "d k"],
-    right: Float[Tensor, "k d"],
+    left: Float[Tensor, "d k"] | ArrayLike,
+    right: Float[Tensor, "k d"] | ArrayLike,
     *,
-    shift: Float[Tensor, " d"] | None = None,
+    shift: Float[Tensor, " d"] | ArrayLike | None = None,
     strength: float = 1.0,
 ) -> LowRankMap:
     """Return x ↦ x + s (L R x + b), a linear map of low rank beside the identity.
@@ -265,14 +283,19 @@ def linear_factors(
     Raises:
         DirectionError: values that are not finite, or factors that do not fit.
     """
-    outer, inner = _matrix(left.T, "the left factor").T, _matrix(right, "the right factor")
+    outer, inner = (
+        _matrix(left, "the left factor", columns=True),
+        _matrix(right, "the right factor"),
+    )
     bias = inner.new_zeros(inner.shape[1])
     if shift is not None:
         bias = _vector(shift, "the shift", inner.shape[1])
     return LowRankMap(strength * outer, inner, strength * bias)
 
 
-def update(left: Float[Tensor, "*k out"], right: Float[Tensor, "*k in"]) -> WeightUpdate:
+def update(
+    left: Float[Tensor, "*k out"] | ArrayLike, right: Float[Tensor, "*k in"] | ArrayLike
+) -> WeightUpdate:
     """Return the weight update W + Σ left_i right_iᵀ, as ROME stores it: vectors of one row each.
 
     Raises:
@@ -287,7 +310,7 @@ def update(left: Float[Tensor, "*k out"], right: Float[Tensor, "*k in"]) -> Weig
     return WeightUpdate(outer.T, inner)
 
 
-def orthonormal(vectors: Float[Tensor, "*k d"]) -> Float[Tensor, "k d"]:
+def orthonormal(vectors: Float[Tensor, "*k d"] | ArrayLike) -> Float[Tensor, "k d"]:
     """Return an orthonormal basis, as rows, of the span of the vectors, [d] or [k, d].
 
     The first basis vector keeps the direction and sign of the first vector.
@@ -312,22 +335,23 @@ def orthonormal(vectors: Float[Tensor, "*k d"]) -> Float[Tensor, "k d"]:
     return signed.T
 
 
-def _matrix(tensor: Tensor, what: str) -> Tensor:
-    rows = _finite(tensor, what)
+def _matrix(values: ArrayLike, what: str, *, columns: bool = False) -> Tensor:
+    """Return a vector or a matrix as a matrix, [k, d]; one of columns [d, k] as it is."""
+    rows = _finite(values, what)
     if rows.dim() not in (1, 2):
         raise DirectionError(f"{what} is no vector or matrix: its shape is {list(rows.shape)}")
-    return rows.unsqueeze(0) if rows.dim() == 1 else rows
+    return rows.unsqueeze(int(columns)) if rows.dim() == 1 else rows
 
 
-def _square(tensor: Tensor, what: str) -> Tensor:
-    full = _finite(tensor, f"the matrix of {what}")
+def _square(values: ArrayLike, what: str) -> Tensor:
+    full = _finite(values, f"the matrix of {what}")
     if full.dim() != 2 or full.shape[0] != full.shape[1]:
         raise DirectionError(f"{what} needs a square matrix, not {list(full.shape)}")
     return full
 
 
-def _vector(tensor: Tensor, what: str, width: int | None = None) -> Tensor:
-    vector = _finite(tensor, what)
+def _vector(values: ArrayLike, what: str, width: int | None = None) -> Tensor:
+    vector = _finite(values, what)
     if vector.dim() != 1:
         raise DirectionError(f"{what} is no vector: its shape is {list(vector.shape)}")
     if width is not None and vector.shape[0] != width:
@@ -340,7 +364,14 @@ def _refuse_zeros(nonzero: Tensor) -> None:
         raise DirectionError("a direction is zero", fix="fit it again, or name another layer")
 
 
-def _finite(tensor: Tensor, what: str) -> Tensor:
+def _finite(values: ArrayLike, what: str) -> Tensor:
+    """Return a tensor, an array or a list of numbers in float64 on the processor."""
+    try:
+        if isinstance(values, list | tuple):  # whose whole numbers are meant as any others
+            values = np.asarray(values, dtype=np.float64)
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DirectionError(f"{what} is no tensor, array or list of numbers: {error}") from error
     if not tensor.is_floating_point():
         raise DirectionError(f"{what} holds {tensor.dtype} values where floats are meant")
     if tensor.numel() == 0 or not bool(torch.isfinite(tensor).all()):

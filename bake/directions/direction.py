@@ -136,7 +136,7 @@ class Direction:
         return "the direction" if self.layer is None else f"layer {self.layer}"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Directions:
     """What one artifact holds, and where it came from.
 
@@ -175,6 +175,10 @@ class Directions:
                     why="the directions of one artifact belong to one model",
                 )
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    def __repr__(self) -> str:
+        count = f"{len(self.items)} item{'s' * (len(self.items) != 1)}"
+        return f"Directions({self.concept}: {count} of width {self.width}, {self.format})"
 
     @property
     def width(self) -> int:

@@ -3,7 +3,7 @@
 Nothing here prints, and neither click nor rich is imported: whoever calls hands in where progress
 goes. Reading order: ``model``, ``fitting``, ``request``, ``exporting``; ``recorded``,
 ``reproduce``, ``published``, ``verifying``; ``merging``, ``reverting``; ``fit_directions``,
-``fit_proposal``.
+``fit_proposal``; ``trying``.
 """
 
 from bake.jobs.exporting import Exported, export
@@ -14,7 +14,8 @@ from bake.jobs.model import Model, open_model
 from bake.jobs.recorded import Replanned, Source, find, replan
 from bake.jobs.request import Request, compile_request, plan_edits
 from bake.jobs.reverting import Reversal, prepare_reversal
-from bake.jobs.verifying import Verified, verify
+from bake.jobs.trying import Trial, TryOptions, try_artifact, try_recipe
+from bake.jobs.verifying import Verified, verify, verify_artifact
 
 __all__ = [
     "Exported",
@@ -27,6 +28,8 @@ __all__ = [
     "Request",
     "Reversal",
     "Source",
+    "Trial",
+    "TryOptions",
     "Verified",
     "compile_request",
     "export",
@@ -38,5 +41,8 @@ __all__ = [
     "prepare_reversal",
     "propose",
     "replan",
+    "try_artifact",
+    "try_recipe",
     "verify",
+    "verify_artifact",
 ]

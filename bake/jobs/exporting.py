@@ -46,7 +46,7 @@ class Exported:
 
 
 def export(
-    request: Request, out: Path, what: "Export | None" = None, bars: Bars = no_bars
+    request: Request, out: str | Path, what: "Export | None" = None, bars: Bars = no_bars
 ) -> Exported:
     """Write every carrier of a request: one to ``out``, several to folders of their names in it.
 
@@ -62,6 +62,7 @@ def export(
     """
     from bake.outputs.write import export
 
+    out = Path(out)
     request.refuse_unfit()
     # The plan needed headers only; the files are fetched once it is known to be exact, and what the
     # base's card states, which comes with them, is recorded after that.

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bake.errors import UsageError
+
 if TYPE_CHECKING:
     from bake.affine import AffineMap
     from bake.checkpoints import Checkpoint
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from bake.recipe import ExportTable
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Model:
     """A base that is to be edited: its checkpoint, and where the sites are in it."""
 
@@ -24,9 +26,13 @@ class Model:
     family: Path | None = None
     """The user's own table, which the record then carries."""
 
+    def __repr__(self) -> str:
+        at = self.layout
+        return f"Model({self.checkpoint.source}: {at.family.name}, {at.layers} × {at.hidden})"
+
     def edit(
         self,
-        kind: "EditKind",
+        kind: "EditKind | str",
         concept: str,
         edit_map: "AffineMap | WeightUpdate",
         at: Sequence[str] = ("resid",),
@@ -34,21 +40,24 @@ class Model:
         """Return one edit of this model.
 
         Args:
-            kind: what the edit is.
+            kind: what the edit is, such as ``ablate``.
             concept: what it is about, in a word.
             edit_map: what one of the constructors of ``bake.edits`` returns for fitted vectors.
             at: patterns of sites, as a recipe spells them; the whole residual stream by itself.
 
         Raises:
-            UsageError: an unknown site, or a layer out of range.
+            UsageError: an unknown kind or site, or a layer out of range.
         """
-        from bake.edits import Edit
+        from bake.edits import Edit, EditKind
+        from bake.section import nearest
         from bake.sites import expand
 
+        if kind not in tuple(EditKind):
+            raise UsageError(f"there is no kind of edit {kind!r}", fix=nearest(kind, EditKind))
         sites = expand(
             at, layers=self.layout.layers, stream=self.layout.stream, having=self.layout.sites
         )
-        return Edit(kind, concept, sites, edit_map)
+        return Edit(EditKind(kind), concept, sites, edit_map)
 
     def plan(self, edits: "Sequence[Edit]", export: "ExportTable") -> "Plan":
         """Return the plan of some edits. Of the weights only norms are read.

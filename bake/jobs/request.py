@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bake.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Request:
     """Edits of a model with the plan that they lead to, and the recipe that asks for them."""
 
@@ -33,6 +33,9 @@ class Request:
     """How stand-ins were fitted, where some were."""
     recorded: "Provenance | None" = None
     """What an artifact's record says of the request, where the plan was made anew from it."""
+
+    def __repr__(self) -> str:
+        return f"Request({self.model!r}, {self.plan!r})"
 
     def refusal(self, export: "Export | None" = None) -> "InexactPlan | None":
         """Return why the plan may not be executed, or None when it may.

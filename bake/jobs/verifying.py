@@ -1,5 +1,6 @@
 """Verify an artifact, here or on the Hub, and write what came of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,29 @@ class Verified:
         again = self.reproduction
         extra = {} if again is None else {"reproduction": again.to_json()}
         return {**self.report.to_json(), **extra}
+
+
+def verify_artifact(
+    artifact: str | Path, *, base: str | None = None, runtimes: Sequence[str] = ()
+) -> Verified:
+    """Measure an artifact against hooks on its base, and write the report into its folder.
+
+    Args:
+        artifact: what ``export`` wrote, or its id on the Hub.
+        base: where its base is, where it has moved since.
+        runtimes: which serve it as well, by the names that ``bake verify --runtime`` takes.
+
+    Raises:
+        BakeError: whatever is wrong with the artifact or its base. That it does not pass raises
+            nothing: see ``Verified.failure``.
+    """
+    from bake.jobs.recorded import find
+    from bake.verify.runtimes.registry import Runtimes
+    from bake.verify.verification import Verification
+
+    source = find(str(artifact), weights=True)
+    named = Runtimes(tuple(runtimes)) if runtimes else None
+    return verify(source, Verification(source.folder, base=base, runtimes=named), ReportFiles())
 
 
 def verify(

@@ -14,7 +14,7 @@ from bake.affine import AffineMap
 from bake.artifact.schema import RuntimeVerdict
 from bake.edits import Edit, WeightUpdate
 from bake.families import TIED, Layout
-from bake.sites import Site
+from bake.sites import Site, summary
 
 
 class Exactness(StrEnum):
@@ -139,7 +139,7 @@ class ConfigChange:
     new: Any
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Plan:
     """Everything that an output needs to know."""
 
@@ -157,6 +157,10 @@ class Plan:
     """Size of what the base checkpoint does not have: new tensors, and what others grow by."""
     asked: tuple[Edit, ...] | None = None
     """What the hooks apply, where ``edits`` holds fitted stand-ins for some of it."""
+
+    def __repr__(self) -> str:
+        edits = "; ".join(f"{e.kind} {e.concept} at {summary(e.sites)}" for e in self.edits)
+        return f"Plan({self.exactness}: {edits}; {len(self.tensors) + len(self.biases)} tensors)"
 
     @property
     def reference(self) -> tuple[Edit, ...]:

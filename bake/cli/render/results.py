@@ -33,7 +33,9 @@ def exported(result: "Exported", *, verbose: bool) -> list[RenderableType]:
 
 def exported_brief(result: "Exported") -> list[RenderableType]:
     """Return what was written in a few lines: how exact it is, where it is and who loads it."""
+    from bake.artifact import KINDS
     from bake.cli.render.plans import brief
+    from bake.verify.runtimes.registry import RUNTIMES
 
     rows = brief(result.request)
     for each in result.artifacts:
@@ -42,7 +44,10 @@ def exported_brief(result: "Exported") -> list[RenderableType]:
             rows.append(("rounding", worst))
         if (options := result.options(each)).storage is not None:
             rows.append(("types", storage_told(options.gguf_type, options.storage)))
-    rows.append(next_step("bake", "verify", result.artifacts[0].path))
+    first = result.artifacts[0]
+    served = (name for name, one in RUNTIMES.items() if first.kind in one.serves)
+    runtime = [] if KINDS[first.kind].checkpoint else ["--runtime", next(served)]
+    rows.append(next_step("bake", "verify", first.path, *runtime))
     return [facts(rows)]
 
 
