@@ -20,6 +20,7 @@ from bake.section import nearest
 
 COMMANDS = (
     "fit",
+    "init",
     "try",
     "plan",
     "export",

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from bake.cli.options import direction_options
 from bake.cli.output import Output, bake_command
 
 if TYPE_CHECKING:
@@ -13,21 +14,7 @@ if TYPE_CHECKING:
 
 @bake_command("directions")
 @click.argument("file")
-@click.option("--reader", metavar="NAME", help="The format, where the file does not say it.")
-@click.option("--key", metavar="NAME", help="One tensor or eraser of several.")
-@click.option(
-    "--shape",
-    metavar="SHAPE",
-    help="What a plain matrix is: vector, subspace, layers or hidden_states.",
-)
-@click.option("--minus", type=click.Path(path_type=Path), help="The other class's activations.")
-@click.option("--feature", type=int, metavar="N", help="One row of a matrix of features.")
-@click.option("--index", type=float, metavar="X", help="A block of hidden states, or between two.")
-@click.option("--method", metavar="WORD", help="Which of the system's methods the files are of.")
-@click.option("--quantiles", metavar="WORD", help="Within which the system's map acts.")
-@click.option("--source", type=int, metavar="N", help="The label that all tokens are taken for.")
-@click.option("--target", type=int, metavar="N", help="The label that all tokens are given.")
-@click.option("--heads", type=int, metavar="N", help="How many heads activations of ITI are of.")
+@direction_options
 def command(output: Output, file: str, *, reader: str | None, **options: Unpack["Options"]) -> None:
     """Say what the artifact FILE holds, and where it belongs.
 

@@ -43,15 +43,20 @@ def table_options(function: F) -> F:
     return FAMILY(_ASSUME_HARMLESS(function))
 
 
-def run_options(*, gpu: str) -> Callable[[F], F]:
-    """Return what adds where a model runs; ``gpu`` says which GPU it takes by itself."""
-    device = click.option(
+def device_option(*, gpu: str) -> Callable[[F], F]:
+    """Return what adds the device of a model; ``gpu`` says which GPU it takes by itself."""
+    return click.option(
         "--device",
         "--device-map",
         "device_map",
         metavar="MAP",
         help=f"cpu, or a device map of transformers; by itself a GPU {gpu}.",
     )
+
+
+def run_options(*, gpu: str) -> Callable[[F], F]:
+    """Return what adds where a model runs, as a whole or block by block."""
+    device = device_option(gpu=gpu)
     stream = click.option(
         "--stream/--no-stream",
         "streamed",
@@ -59,6 +64,47 @@ def run_options(*, gpu: str) -> Callable[[F], F]:
         help="Hold one block in memory at a time; by itself where the model is too large.",
     )
     return lambda function: stream(device(function))
+
+
+def direction_options(function: F) -> F:
+    """Add what an artifact of directions may not say of itself."""
+    for option in reversed(
+        (
+            click.option(
+                "--reader", metavar="NAME", help="The format, where the file does not say it."
+            ),
+            click.option("--key", metavar="NAME", help="One tensor or eraser of several."),
+            click.option(
+                "--shape",
+                metavar="SHAPE",
+                help="What a plain matrix is: vector, subspace, layers or hidden_states.",
+            ),
+            click.option(
+                "--minus", type=click.Path(path_type=Path), help="The other class's activations."
+            ),
+            click.option(
+                "--feature", type=int, metavar="N", help="One row of a matrix of features."
+            ),
+            click.option(
+                "--index", type=float, metavar="X", help="A block of hidden states, or between two."
+            ),
+            click.option(
+                "--method", metavar="WORD", help="Which of the system's methods the files are of."
+            ),
+            click.option("--quantiles", metavar="WORD", help="Within which the system's map acts."),
+            click.option(
+                "--source", type=int, metavar="N", help="The label that all tokens are taken for."
+            ),
+            click.option(
+                "--target", type=int, metavar="N", help="The label that all tokens are given."
+            ),
+            click.option(
+                "--heads", type=int, metavar="N", help="How many heads activations of ITI are of."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
 
 
 def check_plot(plot: Path) -> None:

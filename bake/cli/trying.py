@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bake.cli.options import named_recipe, names_artifact
+from bake.cli.options import device_option, named_recipe, names_artifact
 from bake.cli.output import Output, bake_command
 from bake.errors import UsageError
 from bake.jobs.fit_directions import DTYPES
@@ -37,13 +37,7 @@ _FORGET = "/new"
     type=click.Choice(DTYPES),
     help="What the model runs in: float32 where memory allows it.",
 )
-@click.option(
-    "--device",
-    "--device-map",
-    "device_map",
-    metavar="MAP",
-    help="cpu, or a device map of transformers; by itself a GPU that has room.",
-)
+@device_option(gpu="that has room")
 def command(
     output: Output, recipe: str, prompts: tuple[str, ...], *, base: str | None, **options: Any
 ) -> None:

@@ -3,7 +3,7 @@
 Nothing here prints, and neither click nor rich is imported: whoever calls hands in where progress
 goes. Reading order: ``model``, ``fitting``, ``request``, ``exporting``; ``recorded``,
 ``reproduce``, ``published``, ``verifying``; ``merging``, ``reverting``; ``fit_directions``,
-``fit_proposal``; ``trying``.
+``fit_proposal``; ``first_plan``; ``trying``.
 """
 
 from bake.jobs.exporting import Exported, export

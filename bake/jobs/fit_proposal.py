@@ -47,7 +47,7 @@ def propose(found: FittedDirections, out: Path) -> Proposal:
 
     asked, checkpoint = found.asked, found.model.checkpoint
     name, revision = out.name, checkpoint.revision
-    model = checkpoint.repo if revision else _beside(checkpoint.path.resolve(), out)
+    model = checkpoint.repo if revision else named_beside(checkpoint.path.resolve(), out)
     with tempfile.TemporaryDirectory(prefix="bake-") as folder:
         file = Path(folder) / name
         write_directions(found.directions, file)
@@ -74,7 +74,7 @@ def propose(found: FittedDirections, out: Path) -> Proposal:
         return Proposal(file.read_bytes(), *tried[-1])
 
 
-def _beside(model: Path, out: Path) -> str:
+def named_beside(model: Path, out: Path) -> str:
     """Return a folder as a recipe at ``out`` names it, from its own place where they are near.
 
     The text of a recipe travels, and what of it is a home folder is refused by ``bake push``.

@@ -10,7 +10,7 @@ from bake.recipe.amounts import amount_of
 from bake.recipe.artifacts import fetch_artifact, read_artifacts
 from bake.recipe.build import build_edits
 from bake.recipe.export import override
-from bake.recipe.first import first_recipe
+from bake.recipe.first import first_recipe, possible_kinds
 from bake.recipe.limits import limits_beside, limits_differ
 from bake.recipe.own import condition_words, said_of
 from bake.recipe.parse import load_recipe, parse_recipe
@@ -47,6 +47,7 @@ __all__ = [
     "load_recipe",
     "override",
     "parse_recipe",
+    "possible_kinds",
     "read_artifacts",
     "remarks",
     "said_of",

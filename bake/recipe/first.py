@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from bake.directions import READERS, Directions, Role
 from bake.edits import EditKind
+from bake.families import Layout
 from bake.recipe.edits import KINDS_OF_KEY
 from bake.recipe.examples import example
 from bake.recipe.maps import KINDS_OF_ROLE
@@ -14,24 +15,45 @@ from bake.sites import parse_site, summary
 _NUMBERS = ("strength", "alpha", "coefficient", "keep", "degrees")
 
 
-def first_recipe(found: Directions, file: str, options: Mapping[str, object]) -> str:
+def possible_kinds(found: Directions) -> list[EditKind]:
+    """Return the kinds of edit that an artifact holds the tensors of, its system's own first."""
+    roles = dict.fromkeys(role for item in found.items for role in item.tensors)
+    kinds = dict.fromkeys(kind for role in roles for kind in KINDS_OF_ROLE.get(role, ()))
+    usual = READERS[found.format].kinds
+    return sorted(kinds, key=lambda kind: kind not in usual)
+
+
+def first_recipe(
+    found: Directions,
+    file: str,
+    options: Mapping[str, object],
+    *,
+    kind: EditKind | None = None,
+    model: tuple[str, str | None] | None = None,
+    layout: Layout | None = None,
+) -> str:
     """Return the text of a recipe that names an artifact, with its choices as comments.
 
     Args:
         found: what the artifact holds.
         file: as it was named.
         options: what was said of it that it could not say itself.
+        kind: of the edit; its system's own, or the first that there is, when None.
+        model: the folder or the id, and the commit on the Hub; left to be filled in when None.
+        layout: of the model.
     """
+    kinds = possible_kinds(found)
     roles = dict.fromkeys(role for item in found.items for role in item.tensors)
-    kinds = list(dict.fromkeys(kind for role in roles for kind in KINDS_OF_ROLE.get(role, ())))
     if not kinds:
         return f"# it holds {', '.join(roles)}, of which alone there is no edit\n"
-    usual = READERS[found.format].kinds
-    kind = next((one for one in kinds if one in usual), kinds[0])
+    kind = kind or kinds[0]
     others = [str(one) for one in kinds if one != kind]
+    base = ['model = "owner/name"    # the model that it was fitted on']
+    if model is not None:
+        base = [f"{k} = {_toml(v)}" for k, v in zip(("model", "revision"), model, strict=True) if v]
     lines = [
         "[base]",
-        'model = "owner/name"    # the model that it was fitted on',
+        *base,
         "",
         "[directions.concept]",
         f"file = {_toml(file)}",
@@ -45,7 +67,7 @@ def first_recipe(found: Directions, file: str, options: Mapping[str, object]) ->
     if len(sites) == len(found.items) and kind not in (EditKind.ABLATE, EditKind.AFFINE):
         lines.append(f"# at = the file's own sites: {summary(sites)}")
     else:
-        lines.append("at = {}    # {}".format(*example(kind, found.items)))
+        lines.append("at = {}    # {}".format(*example(kind, found.items, layout)))
     if kind is EditKind.ROTATE and Role.SUBSPACE in roles:
         lines.append("angle = 180.0    # to which each token is turned; or by how much: degrees")
     for key in _NUMBERS:
