@@ -144,7 +144,8 @@ class Table(
             words = match[1].split(" | ") if match else []
             plain = " or ".join(_WORDS.get(word, word) for word in words if word != "null")
             meant = rules.get("meant", f"no {plain}")
-            return cls.error(f"{key} = {value!r} is {meant}", where=where)
+            fix = _fix(key, value, words[:1])
+            return cls.error(f"{key} = {value!r} is {meant}", where=where, fix=fix)
         if value == []:
             return cls.error(f"{key} is an empty list", where=where)
         if text.startswith("Number out of range"):
@@ -157,6 +158,19 @@ class Table(
             why=rules.get("why"),
             fix=rules.get("fix"),
         )
+
+
+def _fix(key: str, value: Toml, meant: list[str]) -> str | None:
+    """Return how a value is spelled that is of a type beside the one that is meant, or None."""
+    if meant == ["array"] and isinstance(value, dict):
+        return f"write [[{key}]], with two brackets, for every one of them"
+    if meant == ["array"] and isinstance(value, str):
+        return f'write {key} = ["{value}"]'
+    if meant == ["object"] and isinstance(value, list):
+        return f"write [{key}], with one bracket"
+    if meant and meant[0] in ("float", "int", "bool") and isinstance(value, str):
+        return f"write {key} = {value}, without quotes"
+    return None
 
 
 def _not_finite(value: Toml) -> Iterator[float]:

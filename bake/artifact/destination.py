@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bake.checkpoints.hub_names import is_commit, is_repository, parse_hub_id
+from bake.checkpoints.hub_names import is_commit, is_repository, split_hub_id
 from bake.errors import UsageError
 
 VERIFIED = "published and verified"
@@ -32,7 +32,8 @@ class Destination:
     pull_request: bool = False
 
     def __post_init__(self) -> None:
-        parse_hub_id(self.repo, None)
+        if split_hub_id(self.repo) is None:
+            raise UsageError(f"{self.repo!r} is no repository", fix="name it as owner/name")
         if not is_repository(self.repo):
             raise UsageError(f"{self.repo!r} is no repository", fix="name it as owner/name")
         if is_commit(self.revision) or not _BRANCH.fullmatch(self.revision):

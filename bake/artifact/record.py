@@ -22,6 +22,7 @@ from bake.checkpoints import strictjson
 from bake.checkpoints.folder import RECORD as RECORD
 from bake.checkpoints.folder import regular_file
 from bake.errors import InputError
+from bake.nearby import nearby
 
 _LIMIT = 64_000_000
 # What version 1 could leave out, and version 2 always says.
@@ -55,7 +56,11 @@ def read_record(folder: Path) -> Record:
         InputError: the folder holds none, a malformed one, or one of a newer bake.
     """
     if not folder.is_dir():
-        raise InputError("this is no artifact of bake: there is no such folder", where=str(folder))
+        raise InputError(
+            "this is no artifact of bake: there is no such folder",
+            where=str(folder),
+            fix=nearby(folder, "name what `bake export` wrote"),
+        )
     return record_at(folder / RECORD, str(folder))
 
 

@@ -13,6 +13,7 @@ from bake.artifact.verification import Report, read_report, typed, ungated, unve
 from bake.cards import licences
 from bake.checkpoints.hub_names import is_repository
 from bake.errors import InputError, UsageError
+from bake.nearby import nearby
 from bake.recipe import CardTable, Recipe, parse_recipe
 
 ADAPTER = "adapter_config.json"
@@ -115,7 +116,8 @@ def read_facts(folder: Path) -> Facts:
         InputError: the folder is no artifact, or one of its records is malformed.
     """
     if not folder.is_dir():
-        raise InputError("is no folder", where=str(folder), fix="name what `bake export` wrote")
+        fix = nearby(folder, "name what `bake export` wrote")
+        raise InputError("is no folder", where=str(folder), fix=fix)
     record = read_record(folder)
     found, problems = walk(folder)
     if problems:

@@ -15,6 +15,7 @@ from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
 from bake.checkpoints.source import ByteSource, LocalFiles, Stamps, chunks
 from bake.errors import CheckpointError, UsageError
+from bake.nearby import nearby
 from bake.tiles import row_count
 
 if TYPE_CHECKING:
@@ -227,8 +228,10 @@ def open_checkpoint(
 
 def _open_folder(path: Path, source: str, revision: str | None, *, complete: bool) -> Checkpoint:
     if not path.is_dir():
-        kind = "is a file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{kind}; a checkpoint is a folder", where=source)
+        if path.exists():
+            raise CheckpointError("is a file; a checkpoint is a folder", where=source)
+        fix = nearby(path, "name a folder, or a Hub id as owner/name")
+        raise CheckpointError("does not exist; a checkpoint is a folder", where=source, fix=fix)
     path = path.resolve()
     listing = folder.read_listing(path)
     side = [folder.regular_file(path, name) for name in listing.side_files]

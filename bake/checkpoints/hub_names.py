@@ -1,8 +1,10 @@
 """How the Hub names things: a repository ``owner/name``, one state of it by its commit."""
 
 import re
+from pathlib import Path
 
 from bake.errors import CheckpointError, UsageError
+from bake.nearby import nearby
 
 HUB_PREFIX = "hf://"
 """Before the name of a file or a repository that is on the Hub."""
@@ -41,7 +43,7 @@ def parse_hub_id(text: str, revision: str | None) -> tuple[str, str | None]:
     if found is None:
         raise CheckpointError(
             f"{text!r} is neither a folder here nor a Hub id",
-            fix="a Hub id is owner/name or owner/name@revision",
+            fix=nearby(Path(text), "a Hub id is owner/name or owner/name@revision"),
         )
     if revision is not None and found[1] not in (None, revision):
         raise UsageError(f"two revisions are named: {found[1]!r} and {revision!r}")

@@ -111,9 +111,10 @@ class Commands(click.Group):
             report_failure(error, as_json=as_json)
             ctx.exit(error.exit_code)
         except click.UsageError as error:
-            if not as_json:
-                raise
-            report_failure(UsageError(error.format_message()), as_json=True)
+            command = "bake" if error.ctx is None else error.ctx.command_path
+            what, _, near = error.format_message().rstrip(".").partition(". Did you mean ")
+            fix = f"did you mean {near}" if near else f"{command} --help says what it takes"
+            report_failure(UsageError(what, fix=fix), as_json=as_json)
             ctx.exit(UsageError.exit_code)
         except KeyboardInterrupt as error:
             click.echo("\ninterrupted: " + ctx.meta.get(KEPT, lambda: NOTHING_KEPT)(), err=True)

@@ -83,6 +83,7 @@ def command(
         write_atomically(plot, draw(found, plot.suffix.lower().removeprefix(".")))
     output.present(
         data=lambda: {**found.to_json(), "plot": None if plot is None else str(plot)},
+        brief=(lambda: []) if found.other_base else None,
         view=lambda: comparison(found, plot, verbose=bool(output.verbose)),
         error=found.failure(),
     )

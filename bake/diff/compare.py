@@ -272,7 +272,16 @@ def _assemble(
         plan=None if claims is None else claims.record.plan.digest,
         no_plan=reason,
         violations=broken,
+        other_base=claims is not None and _is_other(base, claims),
     )
+
+
+def _is_other(base: Model, claims: Claims) -> bool:
+    """Tell whether a record was written of another base, by its config and its headers."""
+    recorded = claims.record.base.digest
+    if recorded is None or base.checkpoint is None:
+        return False
+    return base.checkpoint.digest() != recorded
 
 
 def _keys(base: Model, out: Model) -> tuple[tuple[KeyChange, ...], tuple[KeyChange, ...]]:

@@ -82,6 +82,8 @@ class Diff:
     violations: tuple[str, ...] | None
     subspaces: tuple[Subspace, ...] = ()
     adapter: bool = False
+    other_base: bool = False
+    """Whether the record was written of another base than the one that was compared."""
 
     @property
     def identical(self) -> bool:
@@ -106,6 +108,12 @@ class Diff:
         """Return what contradicts the record as an error, or None where nothing does."""
         if not self.violations:
             return None
+        if self.other_base:
+            return VerificationFailed(
+                f"{self.base} is not the base that {self.out} was made from",
+                why="its config or its tensors are others than the record's",
+                fix=f"bake diff {self.out} finds the base that the record names",
+            )
         count = len(self.violations)
         return VerificationFailed(
             f"{self.out} differs from its base in what its record does not name",

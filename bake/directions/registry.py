@@ -39,6 +39,7 @@ from bake.directions import (
 from bake.directions.direction import POSITIONS, SAYS, Direction, Directions
 from bake.directions.reader import Options, Reader, Request, Shape
 from bake.errors import DirectionError, UsageError
+from bake.nearby import nearby
 from bake.section import nearest
 from bake.sites import parse_site
 
@@ -116,7 +117,7 @@ def read_directions(
     request = Request(path, **given)
     try:
         if not path.is_file() and not path.is_dir():
-            raise DirectionError("there is no such file or folder")
+            raise DirectionError("there is no such file or folder", fix=nearby(path))
         name = _choose(request) if reader is None else _known(reader, "reader", READERS)
         _check_options(name, request)
         content = READERS[name].read(request)
@@ -180,9 +181,10 @@ def _choose(request: Request) -> str:
             raise DirectionError(f"no reader recognises it: it resembles {what}", fix=fix)
     raise DirectionError(
         f"no reader recognises it: it is {kind}",
-        why="the formats are "
-        + "; ".join(f"{name}, {reader.summary}" for name, reader in READERS.items()),
-        fix="name the reader if the file has another extension than its format's",
+        fix="load it where you trust it, and save the vector with numpy.save or safetensors"
+        if "pickle" in kind
+        else "save the vector as .npy, .pt or .safetensors; or name the format with reader: "
+        f"{', '.join(READERS)}",
     )
 
 

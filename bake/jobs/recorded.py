@@ -99,7 +99,7 @@ def _with_record(folder: Path) -> Path:
     raise InputError(
         f"this is no artifact of bake: it is {what_it_is(names)}, and there is no {RECORD} in it",
         where=str(folder),
-        fix="name a folder that `bake export` wrote",
+        fix="name what `bake export` wrote; a recipe for a model is written by `bake init`",
     )
 
 

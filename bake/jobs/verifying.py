@@ -127,12 +127,12 @@ def verify(
 
     folder = files.place(source)
     check_place(folder, plots=files.plots, html=files.html)
+    artifact = open_baked(source.folder)
+    if asked.runtimes is None and artifact.kind in RUNTIMES["peft"].serves:
+        # The one runtime of an adapter that is here wherever bake is.
+        asked = replace(asked, runtimes=Runtimes(("peft",)))
     if source.published:
-        artifact = open_baked(source.folder)
         asked = replace(asked, base=base_of(source, artifact, asked.base))
-        if asked.runtimes is None and artifact.kind in RUNTIMES["peft"].serves:
-            # The one runtime of an adapter that is here wherever bake is.
-            asked = replace(asked, runtimes=Runtimes(("peft",)))
     reproduction = None
     if source.published or files.rebake:
         reproduction = reproduction_of(

@@ -17,6 +17,7 @@ from bake.artifact.verification import ungated, unverified
 from bake.cards import licences
 from bake.checkpoints.adapter import FILES
 from bake.errors import InputError, UsageError
+from bake.nearby import nearby
 from bake.seal.scan import scan
 from bake.seal.weights import check_finite, check_headers, check_weights
 
@@ -92,7 +93,8 @@ def preflight(
         InputError: the folder is no artifact at all; everything else is a problem.
     """
     if folder.is_symlink() or not folder.is_dir():
-        raise InputError("is no folder", where=str(folder), fix="name what `bake export` wrote")
+        fix = nearby(folder, "name what `bake export` wrote")
+        raise InputError("is no folder", where=str(folder), fix=fix)
     record = read_record(folder)
     found, problems = walk(folder)
     names = list(found)

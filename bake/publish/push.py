@@ -71,9 +71,12 @@ def push(
     if not options.dry_run:
         refuse_offline()
     ready = prepare_push(folder, options, progress, remark)
-    if options.dry_run and constants.HF_HUB_OFFLINE:
-        offline = "the Hub is switched off and was not asked"
-        return _would(_noted(ready, offline), options.to, Parts((), (), ()), account="")
+    unasked = "the Hub is switched off" if constants.HF_HUB_OFFLINE else ""
+    if huggingface_hub.get_token() is None:
+        unasked = unasked or "there is no token of it on this machine"
+    if options.dry_run and unasked:
+        notes = _noted(ready, f"the Hub was not asked: {unasked}")
+        return _would(notes, options.to, Parts((), (), ()), account="")
     with listening(options.timeout) as said:
         hub = sign_in(options.to, remark)
         ready = under_terms(hub, ready, options.terms)

@@ -164,7 +164,8 @@ def _check_width(
     raise DirectionError(
         f"direction {names!r} has width {given} but {site} has width {wanted}",
         why="a direction acts on the activations of the model and the site that it was fitted on",
-        fix=f"name a site of that width: {', '.join(fitting)}"
+        fix=f"use a direction that was fitted on this model at {site}; or, if it was fitted there, "
+        f"name a site of that width: {', '.join(fitting)}"
         if fitting
         else f"no site of this model has width {given}: use a direction that was fitted on it",
     )

@@ -5,6 +5,7 @@ do not say all has a module of its own. ``docs/recipes.md`` documents the keys.
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from msgspec import structs
 
 from bake.checkpoints.hub_names import HUB_PREFIX
 from bake.errors import InputError, UsageError
+from bake.nearby import nearby
 from bake.positions import Positions
 from bake.recipe.artifacts import located
 from bake.recipe.base import local_path, model_of
@@ -33,6 +35,8 @@ from bake.section import Toml, parse_toml
 from bake.sites import parse_site
 
 BYTE_ORDER_MARK = "\ufeff"
+_YAML = re.compile(r"(?:\s*#.*\n|\s*\n|---.*\n)*[\w-]+:(?:\s|$)")
+"""How YAML begins and TOML cannot: a key with a colon."""
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -53,7 +57,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise InputError(
             f"the recipe cannot be read: {reason}",
             where=str(path),
-            fix="check the path: it is taken from the folder that bake runs in",
+            fix=nearby(path, "name a recipe; `bake init MODEL DIRECTION` writes one"),
         ) from error
     return parse_recipe(data, path, settings)
 
@@ -73,13 +77,23 @@ def parse_recipe(data: bytes, path: Path, settings: Sequence[str] = ()) -> Recip
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError("the recipe is no UTF-8 text", where=str(path)) from error
+        raise InputError(
+            "the recipe is no UTF-8 text",
+            where=str(path),
+            fix="a recipe is a TOML file; `bake init MODEL DIRECTION` writes one for an artifact",
+        ) from error
     if text.startswith(BYTE_ORDER_MARK):
         raise UsageError(
             "the recipe begins with a byte order mark",
             where=str(path),
             why="TOML has none, and no program that reads the record expects one",
             fix="save it as UTF-8 without one",
+        )
+    if _YAML.match(text):
+        raise UsageError(
+            "the recipe is YAML, and bake's are TOML",
+            where=str(path),
+            fix='write [base] and model = "…" below it, [[edits]] and so on: docs/recipes.md',
         )
     values = with_settings(parse_toml(text, "the recipe", UsageError, str(path)), settings)
     # The keys first: a table whose name is misspelt explains most of what else is missing.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bake.errors import InputError
+from bake.nearby import nearby
 from bake.verify.tokenizer import CHAT, PLAIN, encoded, has_tokenizer, load_tokenizer
 
 LONGEST = 64
@@ -129,7 +130,10 @@ def read_lines(path: Path, what: str = "prompts") -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else "no UTF-8 text"
-        raise InputError(f"the {what} cannot be read: {reason}", where=str(path)) from error
+        fix = nearby(path, f"name a file of {what}, one a line") if not path.exists() else None
+        raise InputError(
+            f"the {what} cannot be read: {reason}", where=str(path), fix=fix
+        ) from error
     lines = lines_of(text)
     if not lines:
         raise InputError(f"the file holds no {what}", where=str(path), fix="write one a line")
