@@ -27,7 +27,10 @@ def main() -> None:
     logging.disable_progress_bar()
     if not (folder / GGUF).is_file():
         print("fetching SmolLM2-135M-Instruct, 93 MB", flush=True)
-        fetch(folder)
+        try:
+            fetch(folder)
+        except RuntimeError as error:
+            sys.exit(str(error))
     if (folder / "checkpoint").is_dir():
         return
     partial = folder / "checkpoint.partial"
