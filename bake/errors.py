@@ -86,6 +86,8 @@ class HubError(BakeError):
     """The network or the Hub refused or failed."""
 
     exit_code = 5
+    unreachable = False
+    """Whether nobody answered, so that what is in the cache has to do."""
 
 
 class ExactnessBug(BakeError):

@@ -364,6 +364,19 @@ def test_a_complete_checkpoint_is_downloaded_checked_and_found_again_offline(
     )
     assert pinned is False and hub.log == []
 
+    # Nobody answers, which is no reason to do without what is here; what is not here is an error.
+    alone = run(
+        hub,
+        home,
+        """
+        c = open_checkpoint("o/n", complete=True)
+        tell([c.revision, c.complete, outcome("o/n@v2"), outcome("o/none")])
+        """,
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
+    assert alone[:2] == [COMMIT, True]
+    assert all(found[:2] == ["HubError", 5] and "cannot reach" in found[2] for found in alone[2:])
+
     # a side file that goes missing is noticed, because the cache knows what the commit holds
     snapshot = Path(told["path"])
     (snapshot / "tokenizer.json").unlink()

@@ -6,6 +6,7 @@ what the cache holds.
 """
 
 import glob
+import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ from bake.checkpoints.index import INDEX
 from bake.errors import CheckpointError, HubError, first_line
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+_LOG = logging.getLogger("bake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,24 @@ def locate(repo: str, revision: str | None, *, complete: bool) -> Located:
     if constants.HF_HUB_OFFLINE:
         return _offline(repo, revision, complete=complete)
     cached = _cached(repo, revision) if pinned and not complete else None
-    return cached or _online(repo, revision, complete=complete)
+    try:
+        return cached or _online(repo, revision, complete=complete)
+    except HubError as error:
+        if not error.unreachable:
+            raise
+        return _without_network(repo, revision, error, complete=complete)
+
+
+def _without_network(
+    repo: str, revision: str | None, error: HubError, *, complete: bool
+) -> Located:
+    """Return the snapshot in the cache, with a word of warning, or raise why the Hub has none."""
+    try:
+        found = _offline(repo, revision, complete=complete)
+    except HubError:
+        raise error from None
+    _LOG.warning(f"{error.what}; {repo} is taken from the cache, commit {found.commit}")
+    return found
 
 
 def _cached(repo: str, revision: str | None) -> Located | None:

@@ -63,6 +63,12 @@ def translated(repo: str, revision: str | None) -> Iterator[None]:
         raise _translate(error, repo, revision) from error
 
 
+def _nobody(what: str, fix: str) -> HubError:
+    error = HubError(what, fix=fix)
+    error.unreachable = True
+    return error
+
+
 def _translate(error: BaseException, repo: str, revision: str | None) -> HubError:
     error, status = cause_of(error), status_of(error)
     page = f"{constants.ENDPOINT}/{repo}"
@@ -90,12 +96,12 @@ def _translate(error: BaseException, repo: str, revision: str | None) -> HubErro
     if status is not None:
         return HubError(f"the Hub answered {status} for {repo}: {first_line(error)}")
     if "Timeout" in type(error).__name__:
-        return HubError(
+        return _nobody(
             f"{constants.ENDPOINT} did not answer in time", fix="try again, or name a folder"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return HubError(f"{repo} cannot be stored in the cache: {first_line(error)}")
-    return HubError(
+    return _nobody(
         f"cannot reach {constants.ENDPOINT}: {first_line(error)}",
         fix="check the network, or name a folder",
     )

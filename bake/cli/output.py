@@ -20,6 +20,8 @@ from bake.progress import Progress, Stages
 KEPT = "bake.kept"
 """Key of ``Context.meta``: a function that says, after an interruption, what is left on disk."""
 NOTHING_KEPT = "nothing was written"
+_BEGUN = "bake.begun"
+"""Key of ``Context.meta``: whether a line stands on the terminal that what follows replaces."""
 
 # What says more of the call than of the disk.
 _NOT_THE_MACHINE = {
@@ -44,6 +46,12 @@ class Output:
     """0 for what matters, 1 for details, 2 for every tensor."""
     quiet: bool
 
+    def begins(self, text: str) -> None:
+        """Say on a terminal what is begun, at once: torch alone is a second to import."""
+        if not self.quiet and not self.as_json and sys.stderr.isatty():
+            click.echo(f"{text} …\r", err=True, nl=False)
+            click.get_current_context().meta[_BEGUN] = True
+
     def present(
         self,
         *,
@@ -61,6 +69,7 @@ class Output:
                 of them where the error says it all.
             error: what the result means, where that is a failure: raised once it is printed.
         """
+        _clear()
         if self.as_json:
             content = dict(data()) if error is None else {**data(), **_failure(error)}
             click.echo(json.dumps(content, indent=2, ensure_ascii=False))
@@ -81,12 +90,14 @@ class Output:
         """Open a bar for one piece of work, where somebody looks."""
         from bake.cli.render.screen import progress
 
+        _clear()
         return progress(label, visible=not self.quiet, unit=unit)
 
     def stages(self) -> AbstractContextManager[Stages]:
         """Show stages: a bar with an estimate on a terminal, and elsewhere a line for each."""
         from bake.cli.render.screen import stages
 
+        _clear()
         return stages(visible=not self.quiet and not self.as_json)
 
     def keeps(self, out: Path) -> None:
@@ -96,7 +107,15 @@ class Output:
     def remark(self, text: str) -> None:
         """Print a line for whoever waits, beside the result."""
         if not self.as_json and not self.quiet:
+            _clear()
             click.echo(text, err=True)
+
+
+def _clear() -> None:
+    """Take away the line that ``begins`` has left."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.meta.pop(_BEGUN, False):
+        click.echo("\x1b[2K\r", err=True, nl=False)
 
 
 def bake_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -110,7 +129,9 @@ def bake_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
             if quiet or as_json or not sys.stderr.isatty():
                 # The Hub client's own bars, and transformers'; both read it when they are imported.
                 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-            function(Output(as_json, verbose, quiet), *args, **options)
+            output = Output(as_json, verbose, quiet)
+            output.begins(f"bake {name}")
+            function(output, *args, **options)
 
         for option in (
             click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
@@ -127,6 +148,7 @@ def bake_command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 def report_failure(error: BakeError, *, as_json: bool) -> None:
     """Print an error: what, where, why and fix; as an object on stdout with ``--json``."""
+    _clear()
     try:
         if as_json:
             click.echo(json.dumps(_failure(error), indent=2, ensure_ascii=False))
