@@ -87,3 +87,10 @@ def test_the_tour_is_what_the_demo_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_the_number_of_families_is_that_of_the_tables() -> None:
     (stated,) = re.findall(r"\*\*Architectures:\*\* (\d+) families", README)
     assert int(stated) == len(load_families())
+
+
+def test_the_plan_of_the_quickstart_is_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = README.partition("## The quickstart")[2].split("```")[1].strip()
+    monkeypatch.chdir(ROOT)
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(main, ["plan", "recipes/quickstart.toml"])
+    assert result.stdout.strip() == shown
