@@ -278,6 +278,8 @@ def test_a_dry_run_writes_nothing(xet: Worker, hub: HubServer, artifact: Path) -
     assert "alice/dry" not in hub.repos and files_of(artifact) == before
     assert not (artifact.parent / "out.push.json").exists()
     start = len(hub.log)
+    stranger = xet.push(artifact, "alice/dry", "--dry-run", HF_TOKEN="")
+    assert stranger.code == 0 and "there is no token of it" in " ".join(stranger.data["notes"])
     offline = xet.push(artifact, "alice/dry", "--dry-run", offline=True)
     assert offline.code == 0 and len(hub.log) == start
     assert offline.data["digest"] == done.data["digest"]
@@ -627,7 +629,7 @@ def test_rights(xet: Worker, hub: HubServer, out: Path) -> None:
 def test_usage(xet: Worker, hub: HubServer, out: Path) -> None:
     start = len(hub.log)
     for args, message in (
-        (("x",), "is neither a folder here nor a Hub id"),
+        (("x",), "is no repository"),
         (("a/b@main",), "is no repository"),
         (("a/b", "--revision", "a" * 40), "is no branch"),
         (("a/b", "--public", "--create-pr"), "does not make a repository public"),

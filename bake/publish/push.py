@@ -71,12 +71,11 @@ def push(
     if not options.dry_run:
         refuse_offline()
     ready = prepare_push(folder, options, progress, remark)
-    unasked = "the Hub is switched off" if constants.HF_HUB_OFFLINE else ""
+    unasked = "the Hub is switched off and was not asked" if constants.HF_HUB_OFFLINE else ""
     if huggingface_hub.get_token() is None:
-        unasked = unasked or "there is no token of it on this machine"
+        unasked = unasked or "the Hub was not asked: there is no token of it on this machine"
     if options.dry_run and unasked:
-        notes = _noted(ready, f"the Hub was not asked: {unasked}")
-        return _would(notes, options.to, Parts((), (), ()), account="")
+        return _would(_noted(ready, unasked), options.to, Parts((), (), ()), account="")
     with listening(options.timeout) as said:
         hub = sign_in(options.to, remark)
         ready = under_terms(hub, ready, options.terms)
