@@ -74,7 +74,7 @@ def test_out_names_another_file(tmp_path: Path) -> None:
         (["out", "--check"], 4, "there is no card"),
         (["out", "--check", "--repo", "me/x"], 2, "--check and --repo exclude each other"),
         (["out", "--check", "--force"], 2, "--check and --force exclude each other"),
-        (["out", "--repo", "storyteller"], 4, "neither a folder here nor a Hub id"),
+        (["out", "--repo", "storyteller"], 2, "is no repository"),
         (["out", "--repo", "me/x@main"], 2, "is no repository"),
     ],
 )

@@ -522,7 +522,7 @@ def test_prompts_reach_the_comparison_as_the_file_they_are_in(
         compare, "compare", lambda asked, _: seen.update(prompts=asked.prompts) or report
     )
     texts = made.folder / "prompts.txt"
-    run("verify", made.folder / "out", "--prompts", texts)
+    run("verify", made.export(), "--prompts", texts)
     assert seen["prompts"] == texts
 
 

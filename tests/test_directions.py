@@ -1670,8 +1670,9 @@ def test_a_file_that_no_reader_recognises_is_named(tmp_path: Path, data: bytes, 
     with pytest.raises(DirectionError) as caught:
         read_directions(tmp_path / "v.bin")
     assert kind in str(caught.value)
-    for name, reader in READERS.items():
-        assert f"{name}, {reader.summary}" in str(caught.value)
+    # The fix of a pickle is another file: no reader takes one.
+    for name in () if "pickle" in kind else READERS:
+        assert re.search(rf"\b{name}\b", str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,7 @@ def parse_recipe(data: bytes, path: Path, settings: Sequence[str] = ()) -> Recip
             why="TOML has none, and no program that reads the record expects one",
             fix="save it as UTF-8 without one",
         )
-    if _YAML.match(text):
-        raise UsageError(
-            "the recipe is YAML, and bake's are TOML",
-            where=str(path),
-            fix='write [base] and model = "…" below it, [[edits]] and so on: docs/recipes.md',
-        )
+    _refuse_yaml(text, path)
     values = with_settings(parse_toml(text, "the recipe", UsageError, str(path)), settings)
     # The keys first: a table whose name is misspelt explains most of what else is missing.
     RecipeFile.keys({"edits": [], **values}, str(path))
@@ -123,6 +118,15 @@ def parse_recipe(data: bytes, path: Path, settings: Sequence[str] = ()) -> Recip
         verify=read_verify(*table("verify")),
         calibrate=_calibrate(*table("calibrate"), path.parent) if root.get("calibrate") else None,
     )
+
+
+def _refuse_yaml(text: str, path: Path) -> None:
+    if _YAML.match(text):
+        raise UsageError(
+            "the recipe is YAML, and bake's are TOML",
+            where=str(path),
+            fix='write [base] and model = "…" below it, [[edits]] and so on: docs/recipes.md',
+        )
 
 
 def _direction(name: str, row: Toml, path: Path, names: Collection[str]) -> DirectionSpec:
