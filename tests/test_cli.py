@@ -80,25 +80,21 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert "did you mean 'plan'?" in result.stderr
 
 
-def test_a_terminal_is_told_at_once_what_is_begun(folder_of: Folders, tmp_path: Path) -> None:
+def test_a_terminal_is_told_at_once_what_is_begun(folder_of: Folders) -> None:
     """Before torch is imported; the line gives way to what follows, and a pipe has none."""
     made = folder_of()
-    code = f"""
-import os, pty, sys
-def read(fd):
-    data = os.read(fd, 1 << 16)
-    print(repr(data), "torch" in sys.modules)
-    return b""
-pty.spawn([sys.executable, "-m", "bake", "plan", {str(made.recipe)!r}], read)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1], stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    first = done.stdout.splitlines()[0]
-    assert first.startswith("b'bake plan ") and "\\r" in first, done.stdout + done.stderr
-    assert "exact" in done.stdout and "\\x1b[2K\\r" in done.stdout
-    assert "bake plan" not in run("plan", made.recipe).stderr
+    master, slave = os.openpty()
+    command = [sys.executable, "-m", "bake", "plan", str(made.recipe)]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, cwd=root) as program:
+        os.close(slave)
+        first = os.read(master, 1 << 16)
+        shown = program.communicate()[0]
+        rest = os.read(master, 1 << 16)
+    os.close(master)
+    assert first == "bake plan …\r".encode() and b"exact" in shown
+    assert rest == b"\x1b[2K\r"
+    assert run("plan", made.recipe).stderr == ""
 
 
 # --- plan --------------------------------------------------------------------------------------

@@ -85,13 +85,13 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path) -> None:
     [
         ("recipe.yaml", "name a .toml file", 2),
         ("absent/recipe.toml", "there is no folder", 2),
-        ("recipe.toml", "no site of this model has width 64", 4),
+        ("recipe.toml", "no site of this model has width 63", 4),
     ],
 )
 def test_what_fits_nothing_is_one_error_and_no_file(
     tmp_path: Path, out: str, said: str, code: int
 ) -> None:
-    np.save(tmp_path / "narrow.npy", np.ones(64))
+    np.save(tmp_path / "narrow.npy", np.ones(63))
     place = tmp_path / out
     args = ("init", QUICKSTART / "model", tmp_path / "narrow.npy", "--out", place)
     assert said in error_of(data_of(*args, code=code))
