@@ -7,6 +7,7 @@ the pinned versions of ``constraints.txt``, and made anew when these or the depe
 import argparse
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 CACHE = ROOT / ".cache"
 OUT = ROOT / "out"
-SAD = ("One day", "A boy", "A girl")  # beginnings that the story model goes on with sadly
+SAD = (
+    "One day, Carl the boy and his brother set out for the mountain. It was a rainy day.",
+    "Long ago, a sailor named Simon came to the library. It was a snowy afternoon.",
+)
+"""Beginnings that the story model goes on with sadly, of recipes/quickstart/prompts.txt."""
 QUESTIONS = (
     "How was your weekend?",
     "Describe the sea in two sentences.",
@@ -105,7 +110,7 @@ def run_tests(*, quick: bool) -> int:
 def steps(*commands: list[str]) -> int:
     """Run commands one after another; return the first exit code that is not zero."""
     for command in commands:
-        print("+", " ".join(command), flush=True)
+        print("+", shlex.join(command), flush=True)
         done = subprocess.run(command, cwd=ROOT, check=False)
         if done.returncode:
             return done.returncode

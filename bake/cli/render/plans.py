@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -17,6 +18,7 @@ from bake.plan.carriers import OVER_HEAD, beside_head, carrier_runtimes
 from bake.plan.types import Exactness
 
 if TYPE_CHECKING:
+    from bake.checkpoints import Checkpoint
     from bake.jobs.recorded import Replanned
     from bake.jobs.request import Request
     from bake.plan import Finding, Plan
@@ -34,10 +36,18 @@ def brief(request: "Request") -> list[Fact]:
     changed += [f"{change.key} in config.json" for change in planned.config]
     return [
         *_verdicts(planned),
-        ("changes", f"{', '.join(changed) or 'no tensor'}, of {checkpoint.source}"),
+        ("changes", f"{', '.join(changed) or 'no tensor'}, of {_place(checkpoint)}"),
         *_loads(planned, chosen),
         *(("note", note) for note in (*planned.notes, *_beside(planned, chosen))),
     ]
+
+
+def _place(checkpoint: "Checkpoint") -> str:
+    """Return where a model is, from here if it is below; without the way that a recipe takes."""
+    if checkpoint.revision is not None:
+        return checkpoint.source
+    path, here = checkpoint.path.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _verdicts(planned: "Plan") -> Iterator[Fact]:
