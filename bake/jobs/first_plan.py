@@ -35,13 +35,11 @@ class Tried:
         return () if self.request is None else self.request.recipe.export.allow
 
     def told(self) -> str:
-        """Return in a few words what came of it."""
+        """Return in one line what came of it: a comment of a recipe, and words of a stranger's."""
         if self.request is None or self.problem is not None:
             assert self.problem is not None
-            return f"{self.kind}: {self.problem.what}"
-        allow = "".join(
-            f", with allow = [{', '.join(map(_quoted, self.allowed))}]" * bool(self.allowed)
-        )
+            return f"{self.kind}: {' '.join(self.problem.what.split())}"
+        allow = f", with allow = [{', '.join(map(_quoted, self.allowed))}]" if self.allowed else ""
         return f"{self.kind}: {self.request.plan.exactness}{allow}"
 
 
@@ -64,8 +62,8 @@ class FirstRecipe:
     def text(self) -> str:
         """The recipe as it is to be written, with what was found out as comments."""
         lines = [self.chosen.text.rstrip(), "", "[export]"]
-        to, rest = self.request.recipe.export.to, [c for c in self.carriers]
-        others = [carrier for carrier in rest if carrier not in to]
+        to = self.request.recipe.export.to
+        others = [carrier for carrier in self.carriers if carrier not in to]
         or_else = f"    # or {', '.join(others)}" if others else ""
         lines.append(f"to = [{', '.join(map(_quoted, to))}]{or_else}")
         if self.chosen.allowed:
@@ -145,7 +143,6 @@ def _try(
     """Return what a recipe of one kind comes to: as a checkpoint, or else as any carrier."""
     from bake.artifact import CARRIERS
     from bake.checkpoints.hub_names import HUB_PREFIX
-    from bake.errors import InexactPlan
     from bake.fit.proposal import allowances
     from bake.recipe import first_recipe, override, parse_recipe
 
@@ -170,8 +167,6 @@ def _try(
             problem = problem or refusal
             request = request or made
     except BakeError as error:
-        if isinstance(error, InexactPlan):
-            raise
         problem = error
     return Tried(kind, text, request, problem)
 
