@@ -209,7 +209,8 @@ def test_a_table_of_the_users_own(folder_of: Folders) -> None:
     own.write_text(text.replace("LlamaForCausalLM", "OtherForCausalLM"), encoding="utf-8")
     result = run("plan", made.recipe, "--family", own)
     assert result.exit_code == 4
-    assert "is for OtherForCausalLM, and the model is a LlamaForCausalLM" in flat(result.stderr)
+    assert "is for OtherForCausalLM, " in flat(result.stderr)
+    assert "and the model is a LlamaForCausalLM" in flat(result.stderr)
     own.write_text(text.replace("[embed]", "[embde]"), encoding="utf-8")
     assert "the key 'embed' is missing" in run("plan", made.recipe, "--family", own).stderr
 
