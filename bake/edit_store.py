@@ -6,7 +6,7 @@ is a JSON list of kind, concept, sites and map number.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -45,6 +45,10 @@ class _Form:
     """Whether it holds another map."""
 
 
+def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
 _FORMS: Mapping[str, _Form] = MappingProxyType(
     {
         "lowrank": _Form(LowRankMap, ("left", "right", "bias")),
@@ -52,7 +56,7 @@ _FORMS: Mapping[str, _Form] = MappingProxyType(
         "dense": _Form(DenseMap, ("full", "bias")),
         "update": _Form(WeightUpdate, ("left", "right")),
         "clamp": _Form(
-            Clamp, ("left", "right", "mean"), {"low": float, "high": float, "rectified": bool}
+            Clamp, ("left", "right", "mean"), {"low": float, "high": float, "thresholds": _numbers}
         ),
         "masked": _Form(Masked, ("scale", "bias", "low", "high")),
         "norm-preserving": _Form(NormPreserving, inner=True),

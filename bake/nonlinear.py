@@ -60,7 +60,11 @@ class Nonlinear(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Clamp(Nonlinear):
-    """x ↦ x + L(clamp(a, low, high) − a) with a = R(x − μ), rectified where it is an encoder's."""
+    """x ↦ x + L(clamp(a, low, high) − a) with a = R(x − μ), rectified where it is an encoder's.
+
+    Rectified, a number of a counts where it is above its threshold, and is zero elsewhere: with
+    zero as the threshold that is the ReLU, with another one the JumpReLU (arXiv 2407.14435).
+    """
 
     left: Float[Tensor, "d k"]
     right: Float[Tensor, "k d"]
@@ -69,12 +73,18 @@ class Clamp(Nonlinear):
     """−∞ for no lower limit."""
     high: float
     """∞ for no upper one."""
-    rectified: bool = False
+    thresholds: tuple[float, ...] = ()
+    """One for each number of a where it is rectified, none below zero; empty where it is not."""
 
     def __post_init__(self) -> None:
         width = self.mean.shape[0]
         rank = self.left.shape[-1]
         check_factors("a clamp", (self.left, (width, rank)), (self.right, (rank, width)))
+        if self.thresholds and (len(self.thresholds) != rank or not min(self.thresholds) >= 0):
+            raise DirectionError(
+                f"the thresholds of a clamp of {rank} numbers are {self.thresholds}",
+                fix="give one for each of them, and none below zero",
+            )
         if not self.low <= self.high:
             raise UsageError(f"a clamp between {self.low:g} and {self.high:g} holds no value")
 
@@ -86,21 +96,21 @@ class Clamp(Nonlinear):
     @override
     def __call__(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         active = (x - self.mean) @ self.right.T
-        if self.rectified:
-            active = active.relu()
+        if self.thresholds:
+            active = active.where(active > active.new_tensor(self.thresholds), 0.0)
         return x + (active.clamp(self.low, self.high) - active) @ self.left.T
 
     @property
     @override
     def why(self) -> str:
-        if self.rectified:
+        if self.thresholds:
             return "the encoder's ReLU makes the change depend on whether the feature is active"
         return "what lies within the limits stays and what lies beyond is moved"
 
     @property
     @override
     def always(self) -> AffineMap | None:
-        if self.rectified or self.low != self.high:
+        if self.thresholds or self.low != self.high:
             return None
         level = self.left.sum(dim=1) * self.low
         return LowRankMap(-self.left, self.right, self.left @ (self.right @ self.mean) + level)

@@ -1318,6 +1318,54 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]]
         "no row 3",
         {"feature": 2},
     ),
+    "a feature with its neighbours": (
+        lambda d: sae(d, architecture="topk"),
+        {"feature": 1, "method": "encoder"},
+        "of the architecture 'topk'",
+        {"method": None},
+    ),
+    "a feature of what is normed": (
+        lambda d: sae(d, normalize_activations="layer_norm"),
+        {"feature": 1, "method": "encoder"},
+        "normalize_activations = 'layer_norm'",
+        {"method": None},
+    ),
+    "a feature behind another function": (
+        lambda d: sae(d, activation_fn="tanh-relu"),
+        {"feature": 1, "method": "encoder"},
+        "activation_fn = 'tanh-relu'",
+        {"method": None},
+    ),
+    "a feature of an unknown centre": (
+        lambda d: sae(d, apply_b_dec_to_input=None),
+        {"feature": 1, "method": "encoder"},
+        "does not say apply_b_dec_to_input",
+        {"method": None},
+    ),
+    "a feature that jumps where none is said to": (
+        lambda d: sae(d, threshold=torch.ones(9)),
+        {"feature": 1, "method": "encoder"},
+        "of the architecture 'standard'",
+        {"method": None},
+    ),
+    "an archive without thresholds": (
+        lambda d: scope(d, threshold=None),
+        {"feature": 1, "method": "encoder"},
+        "holds no threshold",
+        {"method": None},
+    ),
+    "an encoder of another width": (
+        lambda d: scope(d, W_enc=torch.ones(5, 9)),
+        {"feature": 1, "method": "encoder"},
+        "the encoder is 5 wide and the decoder 4",
+        {"method": None},
+    ),
+    "another method of a feature": (
+        lambda d: scope(d),
+        {"feature": 1, "method": "decoder"},
+        "method = 'decoder' is none",
+        {"method": "encoder"},
+    ),
     "an index between no blocks": (
         lambda d: save(d / "refusal_directions.pt", STACK),
         {"index": 1.5},
@@ -1349,6 +1397,76 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]]
         None,
     ),
 }
+
+
+def sae(folder: Path, threshold: Tensor | None = None, **config: object) -> Path:
+    """Write what SAELens saves of nine features, with other words in its configuration."""
+    path = sae_folder(folder / "sae", ROWS, "blocks.1.hook_resid_post")
+    said = {**json.loads((path / "cfg.json").read_text()), **config}
+    (path / "cfg.json").write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
+    tensors = {"W_dec": ROWS, "W_enc": ROWS.T.contiguous(), "b_enc": NINE, "b_dec": ROWS[8]}
+    if threshold is not None:
+        tensors["threshold"] = threshold
+    save_file(
+        {name: one.clone() for name, one in tensors.items()}, path / "sae_weights.safetensors"
+    )
+    return path
+
+
+def scope(folder: Path, **arrays: Tensor | None) -> Path:
+    """Write Gemma Scope's ``params.npz`` of nine features, with other arrays in it."""
+    own = {"W_dec": ROWS, "W_enc": ROWS.T, "b_enc": NINE, "b_dec": ROWS[8], "threshold": NINE}
+    held = {name: one.numpy() for name, one in {**own, **arrays}.items() if one is not None}
+    np.savez(folder / "params.npz", **held)
+    return folder / "params.npz"
+
+
+ROWS = torch.randn(9, 4, generator=torch.Generator().manual_seed(3))
+NINE = torch.linspace(-1, 1, 9)
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("jumps", [True, False])
+def test_a_feature_is_what_its_encoder_makes_of_it(
+    tmp_path: Path, subtracts: bool, jumps: bool
+) -> None:
+    """As SAELens writes it down; the sign of the threshold matters, below zero nothing is left."""
+    level = NINE if jumps else None
+    kind = "jumprelu" if jumps else "standard"
+    path = sae(tmp_path, level, architecture=kind, apply_b_dec_to_input=subtracts)
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(4)).double()
+    for n in (1, 7):
+        (item,) = read_directions(path, feature=n, method="encoder").items
+        found = {role: tensor.double() for role, tensor in item.tensors.items()}
+        before = (x - ROWS[8] * subtracts) @ ROWS.T.double() + NINE
+        acts = before.relu() * (before > (NINE if jumps else -9))
+        a = (x - found[Role.MEAN]) @ found[Role.RIGHT][0]
+        ours = torch.where(a > found[Role.THRESHOLD], a, 0.0)
+        torch.testing.assert_close(ours, acts[:, n])
+        assert not torch.allclose(ours, acts[:, 2])  # the control: another feature
+        assert same(found[Role.LEFT][:, 0], ROWS[n].double())
+        assert 0 < int((acts[:, n] == 0).sum()) < len(x)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_feature_of_gemma_scope_is_what_its_encoder_makes_of_it(
+    tmp_path: Path, write: Callable[..., None]
+) -> None:
+    # In either order: of a transposed array NumPy writes Fortran's.
+    for name in ("W_enc", "W_dec"):
+        for order in (np.ascontiguousarray, np.asfortranarray):
+            with np.load(scope(tmp_path)) as held:
+                write(tmp_path / "params.npz", **{**held, name: order(held[name])})
+            check_scope(tmp_path / "params.npz")
+
+
+def check_scope(path: Path) -> None:
+    (item,) = read_directions(path, feature=7, method="encoder").items
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(4)).double()
+    a = (x - item.tensors[Role.MEAN]) @ item.tensors[Role.RIGHT][0]
+    torch.testing.assert_close(a, x @ ROWS[7].double() + NINE[7].double())
+    assert float(item.tensors[Role.THRESHOLD]) == float(NINE[7])
+    assert same(item.tensors[Role.LEFT][:, 0], ROWS[7].double())
 
 
 def _json(folder: Path, value: object) -> Path:

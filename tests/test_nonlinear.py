@@ -37,6 +37,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 V, COND, SHIFT = rand(D), rand(D, seed=1), rand(D, seed=2)
 R = V / V.norm()
 ENCODER, DECODER, CENTRE = rand(1, D, seed=3), rand(D, 1, seed=4), rand(D, seed=5)
+JUMP = 1.25
 SCALE, LOW, HIGH = 1 + rand(D, seed=6), -rand(D, seed=7).abs() / 20, rand(D, seed=8).abs() / 20
 
 
@@ -60,6 +61,12 @@ def feature(x: Tensor) -> Tensor:
     """A feature of an encoder set to two, wherever it is above or below."""
     a = torch.relu((x - CENTRE) @ ENCODER[0])
     return x + (2.0 - a)[..., None] * DECODER[:, 0]
+
+
+def jumping(x: Tensor) -> Tensor:
+    """The same of an encoder whose feature is active above a threshold only."""
+    a = (x - CENTRE) @ ENCODER[0]
+    return x + (2.0 - a * (a > JUMP))[..., None] * DECODER[:, 0]
 
 
 def masked(x: Tensor) -> Tensor:
@@ -87,6 +94,7 @@ KINDS: Mapping[str, tuple[str, Map]] = {
         'kind = "clamp"\ndirection = "sae"\nlow = 2.0\nhigh = 2.0\nrectified = true',
         feature,
     ),
+    "jumping feature": ('kind = "clamp"\ndirection = "jump"\nlow = 2.0\nhigh = 2.0', jumping),
     "masked": ('kind = "masked-scale"\ndirection = "act"', masked),
     "half masked": (
         'kind = "masked-scale"\ndirection = "act"\nstrength = 0.5',
@@ -122,6 +130,10 @@ def artifacts(folder: Path) -> None:
         "cond": {"vector": COND},
         "plane": {"subspace": TURN},
         "sae": {"left": DECODER, "right": ENCODER, "mean": CENTRE},
+        "jump": {
+            **{"left": DECODER, "right": ENCODER, "mean": CENTRE},
+            "threshold": torch.tensor([JUMP], dtype=torch.float64),
+        },
         "act": {"scale": SCALE, "offset": SHIFT, "low": LOW, "high": HIGH},
     }.items():
         save_file(tensors, folder / f"{name}.safetensors", metadata={**said, "concept": name})
@@ -130,7 +142,7 @@ def artifacts(folder: Path) -> None:
 def read(folder: Path, edit: str, *, said: str = "", model: str = "base") -> Any:
     """Return a recipe of one edit, and its directions."""
     artifacts(folder)
-    names = ("v", "cond", "plane", "sae", "act")
+    names = ("v", "cond", "plane", "sae", "jump", "act")
     tables = "".join(
         f'[directions.{name}]\nfile = "{name}.safetensors"\n{said if name == "v" else ""}\n'
         for name in names

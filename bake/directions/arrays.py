@@ -83,15 +83,22 @@ def picked(tensor: Tensor, request: Request) -> Tensor:
     return tensor[request.feature]
 
 
-def one_row(tensor: Tensor, name: str) -> Tensor:
+def one_row(tensor: Tensor, name: str, width: int | None = None) -> Tensor:
     """Return a tensor that holds one row, [d], [1, d] or the like, as [d].
 
+    Args:
+        tensor: the tensor.
+        name: what it is, for messages.
+        width: d, where it is known.
+
     Raises:
-        DirectionError: it holds several or none, or is no array of floats.
+        DirectionError: it holds several or none, is no array of floats, or has another width.
     """
     # max: a number alone has no axis, and is no row either.
     if not tensor.is_floating_point() or not 0 < tensor.numel() == max(tensor.shape, default=0):
         raise DirectionError(f"{name} has shape {list(tensor.shape)} and is no [d]")
+    if width not in (None, tensor.numel()):
+        raise DirectionError(f"{name} has shape {list(tensor.shape)} where [{width}] is meant")
     return tensor.reshape(-1)
 
 

@@ -57,6 +57,7 @@ class Role(StrEnum):
     MATRIX = "matrix"
     LOW = "low"
     HIGH = "high"
+    THRESHOLD = "threshold"
 
 
 SHAPES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
@@ -72,6 +73,7 @@ SHAPES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
         Role.MATRIX: ("d", "d"),
         Role.LOW: ("d",),
         Role.HIGH: ("d",),
+        Role.THRESHOLD: ("k",),
     }
 )
 

@@ -25,6 +25,7 @@ _LENGTHS = {b"\x01\x00": "<H", b"\x02\x00": "<I", b"\x03\x00": "<I"}
 _MAX_HEADER = 10_000
 _CHUNK = 1 << 16
 _MAX_ROW = 1 << 24
+_MAX_COLUMN = 1 << 20
 _FLOATS = ("f2", "f4", "f8")
 INTEGERS = ("i1", "i2", "i4", "i8")
 
@@ -56,32 +57,72 @@ def read_array(data: bytes, types: tuple[str, ...] = _FLOATS) -> Tensor:
     return torch.from_numpy(array)
 
 
-def read_row(file: IO[bytes], row: int) -> Float[Tensor, " d"]:
-    """Return one row of a .npy array [n, d] that is read as a stream, and nothing behind it.
+def read_part(file: IO[bytes], axis: int, number: int) -> Float[Tensor, " d"]:
+    """Return one row (axis 0) or one column (1) of a .npy matrix that is read as a stream.
+
+    Nothing behind it is read, and nothing before it kept. A vector is a matrix of one row.
 
     Raises:
-        DirectionError: as ``read_array``; no two axes, Fortran's order, or no such row.
+        DirectionError: as ``read_array``; no matrix, or no such row or column.
     """
-    data = file.read(_MAX_HEADER + 12)
-    described, fortran, shape, start = header_of(data)
-    dtype = _dtype(described)
-    if len(shape) != 2 or fortran:
+    stream = _Stream(file)
+    if not 0 <= number < stream.shape[axis]:
+        what = ("row", "column")[axis]
         raise DirectionError(
-            f"the array has shape {list(shape)} where rows [features, d] are meant"
+            f"there is no {what} {number}",
+            fix=f"the {what}s count from 0 to {stream.shape[axis] - 1}",
         )
-    if not 0 <= row < shape[0]:
-        raise DirectionError(
-            f"there is no row {row}", fix=f"the rows count from 0 to {shape[0] - 1}"
-        )
-    size = shape[1] * dtype.itemsize
-    left = start + row * size - len(data)
-    while left > 0 and (skipped := file.read(min(left, _CHUNK))):
-        left -= len(skipped)
-    kept = data[start + row * size :][:size] if left <= 0 else b""
-    values = kept + file.read(min(size, _MAX_ROW) - len(kept))
-    if len(values) != size:
-        raise DirectionError(f"the array ends before the end of row {row}")
-    return torch.from_numpy(np.frombuffer(values, dtype).astype(dtype.newbyteorder("=")))
+    # Fortran's order is that of the transposed matrix.
+    rows, width = stream.shape[::-1] if stream.fortran else stream.shape
+    if axis == int(stream.fortran):
+        stream.skip(number * width)
+        return stream.take(width)
+    if rows > _MAX_COLUMN:
+        raise DirectionError(f"{rows} values are longer than any model is wide")
+    found = []
+    for _ in range(rows):
+        stream.skip(number)
+        found.append(stream.take(1))
+        stream.skip(width - number - 1)
+    return torch.cat(found)
+
+
+class _Stream:
+    """The values of an array that is read from its beginning on."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        head = file.read(_MAX_HEADER + 12)
+        described, self.fortran, shape, start = header_of(head)
+        self._dtype = _dtype(described)
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise DirectionError(
+                f"the array has shape {list(shape)} where rows [features, d] are meant"
+            )
+        self.shape = (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+        self.fortran = self.fortran and len(shape) == 2
+        self._ahead = head[start:]
+
+    def skip(self, count: int) -> None:
+        """Read on over some values."""
+        left = count * self._dtype.itemsize
+        while left > 0 and (read := self._read(min(left, _CHUNK))):
+            left -= len(read)
+        if left:
+            raise DirectionError("the array ends before the values that its header speaks of")
+
+    def take(self, count: int) -> Tensor:
+        """Return the next values."""
+        size = count * self._dtype.itemsize
+        values = self._read(min(size, _MAX_ROW))
+        if len(values) != size:
+            raise DirectionError("the array ends before the values that its header speaks of")
+        flat = np.frombuffer(values, self._dtype)
+        return torch.from_numpy(flat.astype(self._dtype.newbyteorder("=")))
+
+    def _read(self, size: int) -> bytes:
+        kept, self._ahead = self._ahead[:size], self._ahead[size:]
+        return kept + self._file.read(size - len(kept)) if len(kept) < size else kept
 
 
 def _dtype(described: str, types: tuple[str, ...] = _FLOATS) -> "np.dtype[np.generic]":

@@ -14,11 +14,14 @@ from bake.errors import DirectionError
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """An open file: its names and metadata, and a way to read one tensor."""
+    """An open file: its names and metadata, and ways to read one tensor, or a part of one."""
 
     names: tuple[str, ...]
     metadata: Mapping[str, str]
     get: Callable[[str], Tensor]
+    part: Callable[[str, int, int], Tensor]
+    """By name, axis and number: a row [d] (axis 0) or a column (1) of a matrix, which alone is
+    read. A vector is a matrix of one row. Raises DirectionError: there is no such matrix or row."""
 
 
 @contextmanager
@@ -32,31 +35,30 @@ def opened(path: Path) -> Iterator[OpenFile]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            yield OpenFile(tuple(file.keys()), file.metadata() or {}, file.get_tensor)
+            names = tuple(file.keys())
+
+            def part(name: str, axis: int, n: int) -> Tensor:
+                if name not in names:
+                    raise DirectionError(
+                        f"the file holds no {name!r}", fix=f"it holds {listing(names)}"
+                    )
+                matrix = file.get_slice(name)
+                shape = matrix.get_shape()
+                size = [1, *shape] if len(shape) == 1 else shape
+                if len(size) != 2 or not 0 <= n < size[axis]:
+                    raise DirectionError(
+                        f"{name!r} has shape {shape}, and no {('row', 'column')[axis]} {n}"
+                    )
+                here = slice(n, n + 1)
+                if len(shape) == 1:
+                    found: Tensor = matrix[here] if axis else matrix[:]
+                    return found
+                found = matrix[here] if axis == 0 else matrix[:, here]
+                return found.reshape(-1)
+
+            yield OpenFile(names, file.metadata() or {}, file.get_tensor, part)
     except SafetensorError as error:
         raise DirectionError(f"the safetensors file cannot be read: {error}") from error
-
-
-def rows_of(path: Path, key: str, row: int) -> Tensor:
-    """Return one row [d] of a matrix [n, d], which alone is read.
-
-    Raises:
-        DirectionError: no such matrix or row.
-    """
-    from safetensors import safe_open
-
-    with opened(path) as file:
-        if key not in file.names:
-            raise DirectionError(
-                f"the file holds no {key!r}", fix=f"it holds {listing(file.names)}"
-            )
-    with safe_open(path, framework="pt", device="cpu") as whole:
-        matrix = whole.get_slice(key)
-        shape = matrix.get_shape()
-        if len(shape) != 2 or not 0 <= row < shape[0]:
-            raise DirectionError(f"{key!r} has shape {shape}, and no row {row}")
-        found: Tensor = matrix[row : row + 1][0]
-        return found
 
 
 def _recognises(path: Path) -> bool:

@@ -70,6 +70,8 @@ def first_recipe(
         lines.append("at = {}    # {}".format(*example(kind, found.items, layout)))
     if kind is EditKind.ROTATE and Role.SUBSPACE in roles:
         lines.append("angle = 180.0    # to which each token is turned; or by how much: degrees")
+    if kind is EditKind.CLAMP:
+        lines += ["low = 0.0", "high = 0.0    # the level that it is set to; one of them limits it"]
     for key in _NUMBERS:
         if kind in KINDS_OF_KEY[key]:
             lines.append(f"# {key} = 1.0")

@@ -28,13 +28,16 @@ KINDS_OF_ROLE: Mapping[Role, tuple[EditKind, ...]] = {
 # What else belongs to the map that a kind makes of a tensor of such a role.
 _REST: Mapping[EditKind, tuple[Role, ...]] = {
     EditKind.ERASE: (Role.MEAN,),
-    EditKind.CLAMP: (Role.MEAN,),
+    EditKind.CLAMP: (Role.MEAN, Role.THRESHOLD),
     EditKind.SCALE: (Role.OFFSET, Role.BIAS),
     EditKind.MASKED_SCALE: (Role.SCALE, Role.OFFSET, Role.BIAS),
     EditKind.LINEAR: (Role.OFFSET, Role.BIAS),
 }
 # The tensors that are one map where no vector is: a factor, and a constant.
-_PARTS = (Role.SCALE, Role.MATRIX, Role.LEFT, Role.OFFSET, Role.BIAS, Role.MEAN)
+_PARTS = (
+    *(Role.SCALE, Role.MATRIX, Role.LEFT),
+    *(Role.OFFSET, Role.BIAS, Role.MEAN, Role.THRESHOLD),
+)
 SIGNED_ROLES = (Role.VECTOR, Role.SUBSPACE, Role.OFFSET)
 
 
@@ -248,7 +251,9 @@ def _clamp(spec: EditTable, named: Named, mean: Tensor | None) -> AffineMap | Cl
         limit if said is None else said
         for said, limit in ((spec.low, -math.inf), (spec.high, math.inf))
     )
-    clamp = Clamp(left, right, centre, low, high, spec.rectified)
+    said = named.get(Role.THRESHOLD)
+    thresholds = right.new_zeros(right.shape[0] if spec.rectified else 0) if said is None else said
+    clamp = Clamp(left, right, centre, low, high, tuple(thresholds.tolist()))
     fixed = clamp.always  # between limits that are one number, a component is set to it
     return clamp if fixed is None else fixed
 
