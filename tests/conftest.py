@@ -159,6 +159,12 @@ def llamacpp_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def steering_python() -> Path:
+    """The interpreter of an environment with steering packages."""
+    return install.steering_python(install.default_cache())
+
+
+@pytest.fixture(scope="session")
 def gguf_converter() -> install.GgufConverter:
     """llama.cpp's converter, run by this environment's Python."""
     script = install.converter(install.default_cache())

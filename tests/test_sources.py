@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,7 +177,6 @@ def test_the_recipe_to_begin_with_is_one(
 Measured = Callable[[System], tuple[float, float, float]]
 """Returns how far a system's own hook is in float64 and in float32, and the control's, as shares of
 the effect."""
-FIRST, LAST = "<!-- systems -->\n", "<!-- /systems -->\n"
 HEAD = (
     "| system | file | site | formula | positions | folds | float64 | float32 | control |\n"
     "|---|---|---|---|---|---|---|---|---|\n"
@@ -190,34 +189,43 @@ def words(system: System) -> str:
     return f"| {s.name} | {s.file} | {s.site} | {s.formula} | {s.positions} | {s.folds} | "
 
 
+def shares(measured: Iterable[float]) -> str:
+    """Return the last cells of a row: what was measured, as shares of the effect."""
+    return " | ".join(f"{share:.0e}" for share in measured) + " |\n"
+
+
+def filled(text: str, mark: str, table: str) -> str:
+    """Return a page with a table between the two comments of a name."""
+    first, last = f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
+    before, rest = text.split(first)
+    return before + first + table + last + rest.split(last)[1]
+
+
 def page(text: str, measured: Measured) -> str:
     """Return docs/sources.md with the table of the systems in its place."""
-    before, rest = text.split(FIRST)
-    rows = (
-        f"{words(system)}{' | '.join(f'{share:.0e}' for share in measured(system))} |\n"
-        for system in SYSTEMS
-    )
-    return before + FIRST + HEAD + "".join(rows) + LAST + rest.split(LAST)[1]
+    rows = (words(system) + shares(measured(system)) for system in SYSTEMS)
+    return filled(text, "systems", HEAD + "".join(rows))
+
+
+def told(text: str, start: str) -> tuple[float, float, float]:
+    """Return what docs/sources.md says was measured, in the row that starts so."""
+    (row,) = (line for line in text.splitlines() if line.startswith(start))
+    float64, float32, other = row.removeprefix(start).rstrip(" |").split(" | ")
+    return float(float64), float(float32), float(other)
 
 
 def documented(text: str) -> Measured:
-    """Return what docs/sources.md says was measured."""
-
-    def found(system: System) -> tuple[float, float, float]:
-        (row,) = (line for line in text.splitlines() if line.startswith(words(system)))
-        float64, float32, other = row.removeprefix(words(system)).rstrip(" |").split(" | ")
-        return float(float64), float(float32), float(other)
-
-    return found
+    """Return what docs/sources.md says was measured of the systems."""
+    return lambda system: told(text, words(system))
 
 
 def test_the_table_is_that_of_the_documentation() -> None:
     """Its words are the systems', and what it says was measured keeps the bounds."""
     text = TABLE.read_text(encoding="utf-8")
-    told = documented(text)
-    assert page(text, told) == text, "run python docs/make_sources_table.py"
+    said = documented(text)
+    assert page(text, said) == text, "run python docs/make_sources_table.py"
     for system in SYSTEMS:
-        float64, float32, other = told(system)
+        float64, float32, other = said(system)
         assert float64 <= RELATIVE and float32 <= 1e-5
         assert other > 1e-3, system.name
     with pytest.raises(ValueError, match="not enough values"):  # the control: another table

@@ -1,6 +1,6 @@
-"""Install what the runtime tests run: vLLM, llama.cpp and llama.cpp's converter.
+"""Install what the runtime tests run: vLLM, llama.cpp and its converter, and steering packages.
 
-    python tests/runtimes/install.py [--cache DIR] [vllm | llamacpp | converter ...]
+    python tests/runtimes/install.py [--cache DIR] [vllm | llamacpp | converter | steering ...]
 
 It needs Python's standard library and pip, and where pip finds packages is pip's own configuration
 (on a machine that has no other source of torch's CPU build, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS
@@ -59,7 +59,17 @@ def converter(cache: Path) -> Path:
     return ensure(cache, "converter", make_converter) / "convert_hf_to_gguf.py"
 
 
-PARTS = {"vllm": vllm_python, "llamacpp": llamacpp_python, "converter": converter}
+def steering_python(cache: Path) -> Path:
+    """The interpreter of the steering packages' environment, installed when it is not there."""
+    return ensure(cache, "steering", make_steering) / "bin" / "python"
+
+
+PARTS = {
+    "vllm": vllm_python,
+    "llamacpp": llamacpp_python,
+    "converter": converter,
+    "steering": steering_python,
+}
 
 
 def ensure(cache: Path, name: str, make: Callable[[Path, Path], None]) -> Path:
@@ -105,6 +115,11 @@ def make_vllm(folder: Path, requirements: Path) -> None:
 def make_llamacpp(folder: Path, requirements: Path) -> None:
     make_environment(folder, requirements)
     call([folder / "bin" / "python", "-I", "-c", "import numpy, xllamacpp"])
+
+
+def make_steering(folder: Path, requirements: Path) -> None:
+    make_environment(folder, requirements)
+    call([folder / "bin" / "python", "-I", "-c", "import dialz, pyreft, repeng, sae_lens"])
 
 
 def make_environment(folder: Path, requirements: Path) -> None:
