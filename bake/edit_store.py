@@ -79,6 +79,8 @@ def dump_edits(edits: Sequence[Edit]) -> bytes:
             "sites": [str(site) for site in edit.sites],
             **stored.row(edit.map),
         }
+        if edit.inner is not None:
+            row["map_kind"] = str(edit.inner)
         if edit.own is not None:
             row["own"] = {"positions": edit.own.positions.text}
             if edit.own.map is not None:
@@ -164,7 +166,8 @@ def _edit(row: dict[str, Any], tensors: dict[str, Tensor], maps: Maps) -> Edit:
         assert found is None or isinstance(found, Nonlinear)
         own = Own(Positions(str(said["positions"])), found)
     edit_map = _map(row, tensors, maps)
-    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, edit_map, own)
+    inner = EditKind(row["map_kind"]) if "map_kind" in row else None
+    return Edit(EditKind(row["kind"]), str(row["concept"]), sites, edit_map, own, inner)
 
 
 def _map(row: dict[str, Any], tensors: dict[str, Tensor], maps: Maps) -> Map:

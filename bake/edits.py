@@ -105,6 +105,8 @@ class Edit:
     map: AffineMap | WeightUpdate | Nonlinear
     own: Own | None = None
     """What the system does otherwise than always and everywhere; None where nothing is known."""
+    inner: EditKind | None = None
+    """The kind of the map inside a gate or inside what keeps the norm, as a recipe's ``map``."""
 
     def __repr__(self) -> str:
         return f"Edit({self.kind} {self.concept} at {summary(self.sites)}: {self.map!r})"

@@ -307,6 +307,27 @@ def test_a_family_without_a_writer_for_it(tiny_checkpoint: Checkpoints) -> None:
         calibrate(model.model, model.layout, asked=[edit], kept=[], prompts=prompts)
 
 
+@pytest.mark.slow  # six seconds: each fix is followed
+def test_what_no_writer_predicts_is_told_what_would_help() -> None:
+    """A site behind every writer, and too few of them tried."""
+    model, edit, texts = story()
+    blocks, ablated = model.layout.layers, replace(edit, map=ablate(vector(model.layout.hidden)))
+
+    def fitted_at(site: str, settings: Settings | None = None) -> Calibration:
+        one = replace(ablated, sites=(parse_site(site),))
+        asked = {"asked": [one], "kept": [], "prompts": texts, "settings": settings}
+        return calibrate(model.model, model.layout, **asked)  # type: ignore[arg-type]
+
+    with pytest.raises(UsageError, match="no writer predicts") as caught:
+        fitted_at("ln_final_out")
+    assert caught.value.fix == f'act on what the final norm reads: at = "resid_post.{blocks - 1}"'
+    assert fitted_at(f"resid_post.{blocks - 1}").fits
+    with pytest.raises(UsageError, match="no writer predicts") as caught:
+        fitted_at("embed", Settings(corrections=0))
+    assert str(caught.value.fix).startswith("leave corrections out of [calibrate]")
+    assert fitted_at("embed").fits
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"rank": 0}, "rank of a fit is 0"), ({"corrections": -1}, "cannot be -1 corrections")],

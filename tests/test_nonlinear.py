@@ -2,6 +2,7 @@
 and the words by which a recipe says what a system does that weights do not."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,15 @@ def test_the_plan_refuses_them_and_says_what_is_exact(
     always = edits[0].map.always  # type: ignore[union-attr]
     told = "no part of it" if always is None else "without its condition, is exact here"
     assert told in reason
+    named = re.match('kind = "([a-z-]+)" in place of kind = "([a-z-]+)"', remedy)
+    assert (named is None) == (always is None)
+    if named is not None:  # what it offers is what it says: that map, and exact
+        without = re.sub(r"map = .*\n|gate = .*", "", text)
+        other = without.replace(f'kind = "{named[2]}"', f'kind = "{named[1]}"')
+        (instead,) = built(base, tmp_path, f'{other}\nat = "mlp_out.1"')
+        assert plan_of(base, [instead]).exactness is Exactness.EXACT
+        x = rand(7, D, seed=50)
+        torch.testing.assert_close(instead.map(x), always(x))  # type: ignore[operator]
 
 
 def test_what_is_exact_is_found_and_not_supposed(base: Base, tmp_path: Path) -> None:
@@ -215,6 +225,7 @@ def test_what_is_exact_is_found_and_not_supposed(base: Base, tmp_path: Path) -> 
     text = 'kind = "norm-preserving"\nmap = "ablate"\ndirection = "v"\nat = "resid_post.1"'
     (finding,) = plan_of(base, built(base, tmp_path, text)).findings
     assert "without its condition, is impossible here" in finding.reason
+    assert finding.remedy is not None and "in place of" not in finding.remedy
 
 
 def test_a_turn_keeps_the_norm_by_itself_and_is_exact(base: Base, tmp_path: Path) -> None:

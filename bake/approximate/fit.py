@@ -19,7 +19,7 @@ from bake.edits import Edit, EditKind, WeightUpdate
 from bake.errors import InputError, UsageError
 from bake.families import Layout
 from bake.progress import Progress, Tally
-from bake.sites import Site
+from bake.sites import Site, SiteKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,14 +131,30 @@ def calibrate(
     fitting = _Fitting(model, layout, tuple(asked), tuple(kept), concept, split, chosen)
     stand_ins, fits = fitting.stand_ins(places, progress)
     if not fits:
-        raise UsageError(
-            "no writer predicts what the edits do on the calibration texts",
-            why="what the writers read says nothing of the component that the hooks change",
-            fix="give more text, or choose sites with an exact fold",
-        )
+        raise _unpredicted(layout, hard, chosen)
     kl = divergence(model, layout, asked, (*kept, *stand_ins), split.held_out)
     counts = _tokens(split.fit), _tokens(split.held_out)
     return Calibration(stand_ins, fits, effect, counts[0], kl, counts[1])
+
+
+def _unpredicted(layout: Layout, hard: Sequence[Edit], settings: Settings) -> UsageError:
+    """Return why no writer took a stand-in, with what would change that."""
+    sites = {site for edit in hard for site in edit.sites}
+    if Site(SiteKind.LN_FINAL_OUT) in sites:
+        why = f"{SiteKind.LN_FINAL_OUT} lies behind every writer, and stand-ins are fitted in them"
+        last = Site(SiteKind.RESID_POST, layout.layers - 1)
+        fix = f'act on what the final norm reads: at = "{last}"'
+    elif settings.corrections is not None:
+        why = f"{1 + settings.corrections} writers were tried, the first that the edits can reach"
+        fix = "leave corrections out of [calibrate], so that all later ones are"
+    else:
+        why = "what the writers read says nothing of the component that the hooks change"
+        fix = (
+            "give more texts, of other kinds too; if that does not help, no weights stand in for it"
+        )
+    return UsageError(
+        "no writer predicts what the edits do on the calibration texts", why=why, fix=fix
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ is what the affine map comes to that such an edit is where its condition holds.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from bake.edits import Edit
+from bake.edits import Edit, EditKind
 from bake.errors import DirectionError
 from bake.families import Layout
 from bake.nonlinear import Nonlinear
@@ -68,15 +68,22 @@ def refused(
 
 def _finding(index: int, edit: Edit, map_: Nonlinear, always: Sequence[Finding]) -> Finding:
     worst = max((f.exactness for f in always), key=list(Exactness).index, default=None)
-    if worst is None:
-        exact, remedy = "no part of it is an affine map", _FITTED
-    else:
+    exact, remedy = "no part of it is an affine map", _FITTED
+    if worst is not None:
         exact = f"the same map always on, without its condition, is {worst}"
         exact += f" here ({always[0].reason})"
-        remedy = f"give it as a kind of its own, which is always on, or {_FITTED}"
+        if worst is not Exactness.IMPOSSIBLE:
+            remedy = f"{_always_on(edit)}, or {_FITTED}"
     reason = f"it is no affine map: {map_.why}, and weights are the same for every token; {exact}"
     impossible = Exactness.IMPOSSIBLE
     return Finding(index, edit.kind, edit.concept, edit.sites, impossible, reason, remedy)
+
+
+def _always_on(edit: Edit) -> str:
+    """Return how a recipe asks for the map without its condition."""
+    kind = edit.kind if edit.inner is None else edit.inner
+    plain = EditKind.SCALE if kind is EditKind.MASKED_SCALE else kind
+    return f'kind = "{plain}" in place of kind = "{edit.kind}", which is that map always on'
 
 
 def _check_width(edit: Edit, map_: Nonlinear, layout: Layout) -> None:

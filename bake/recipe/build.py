@@ -70,7 +70,7 @@ def build_edits(
                     said = [directions[name].metadata for name in spec.directions]
                     own = own_of(specs, said, items, edit_map, vector_of)
                     concept = " + ".join(spec.directions)
-                    found.append(Edit(spec.kind, concept, sites, edit_map, own))
+                    found.append(Edit(spec.kind, concept, sites, edit_map, own, spec.map))
                 check_repeat(spec, together, layout)
     return tuple(found)
 
