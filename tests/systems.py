@@ -43,6 +43,8 @@ class Made:
     hooks: Mapping[str, Map]
     """By the path of the module, with ``:input`` for a hook of its input."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further directions of the recipe, by name."""
     update: tuple[str, Tensor] | None = None
     """A weight's path and what the system adds to it, instead of hooks."""
 
@@ -58,6 +60,11 @@ class System:
     positions: str
     make: Callable[[Path, Sizes], Made]
     folds: str = "yes"
+
+    @property
+    def hooked(self) -> bool:
+        """Whether bake's hooks are compared, since nothing folds without an allowance."""
+        return self.folds.endswith("hooks") or self.folds == NO
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -390,6 +397,21 @@ def _arditi(folder: Path, sizes: Sizes) -> Made:
     return Made("run", {"kind": "ablate", "at": "resid"}, hooks)
 
 
+def _cosmic(folder: Path, sizes: Sizes) -> Made:
+    """``get_affine_activation_addition_input_pre_hook`` of COSMIC, whose reference is not saved."""
+    made = _arditi(folder, sizes)
+    row = torch.load(folder / "run" / "direction.pt")
+    reference, r = rand(sizes.hidden, seed=7), row / row.norm()
+    torch.save(reference, folder / "harmless_mean.pt")
+
+    def act(x: Tensor) -> Tensor:
+        return x - (x @ r)[..., None] * r + (reference.double() @ r) * r + 0.4 * row
+
+    edit = {"kind": "affine", "alpha": 0.4, "mean": "reference", "at": "resid_pre.1"}
+    more = {"reference": {"file": str(folder / "harmless_mean.pt")}}
+    return Made(made.file, edit, {block(1) + INPUT: act}, more=more)
+
+
 def _iti(folder: Path, sizes: Sizes) -> Made:
     """``validate_2fold.py``: each head's unit difference of means, times its σ and α."""
     count, size = sizes.heads, sizes.attention // sizes.heads
@@ -622,6 +644,15 @@ SYSTEMS = (
         "x − (r̂·x) r̂",
         ALL,
         _arditi,
+    ),
+    System(
+        "COSMIC, ACE",
+        "folder of `direction.pt`; `mean`, a file of the reference",
+        "`resid_pre.l`",
+        "x − P(x − μ) + α r",
+        ALL,
+        _cosmic,
+        "at one block [relocated or computed](relocation.md); here its hooks",
     ),
     System(
         "ITI",

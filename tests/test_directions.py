@@ -1399,6 +1399,51 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]]
 }
 
 
+@pytest.mark.parametrize(
+    "name", ["v.pt", "v.safetensors", "v.npy", "v.gguf", "params.npz", "v.svec"]
+)
+@pytest.mark.parametrize(
+    ("content", "said", "fix"),
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n",
+            "Git LFS",
+            "lfs pull",
+        ),
+        ("<!DOCTYPE html>\n<html>", "a web page", "/resolve/"),
+        ("", "it is empty", "fetch or save it again"),
+    ],
+)
+def test_what_comes_in_place_of_a_file_is_told_whatever_its_name(
+    tmp_path: Path, name: str, content: str, said: str, fix: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DirectionError) as caught:
+        read_directions(tmp_path / name)
+    assert said in caught.value.what and fix in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "site"),
+    [
+        ("blocks.2.hook_resid_pre", 2, "resid_pre.2"),
+        ("blocks.2.hook_resid_post", 2, "resid_post.2"),
+        ("transformer.h.2", 2, None),
+        ("language_model.model.layers.2", 2, None),
+        # The controls: a hook behind a norm in some models, a vision tower, a module of a block.
+        ("blocks.2.hook_mlp_out", None, None),
+        ("vision_model.encoder.layers.2", None, None),
+        ("model.layers.2.mlp", None, None),
+    ],
+)
+def test_names_of_blocks_and_hooks_are_places(
+    tmp_path: Path, name: str, layer: int | None, site: str | None
+) -> None:
+    torch.save({name: VECTOR}, tmp_path / "v.pt")
+    item = only(read_directions(tmp_path / "v.pt"))
+    assert (item.layer, item.site) == (layer, site)
+
+
 def sae(folder: Path, threshold: Tensor | None = None, **config: object) -> Path:
     """Write what SAELens saves of nine features, with other words in its configuration."""
     path = sae_folder(folder / "sae", ROWS, "blocks.1.hook_resid_post")

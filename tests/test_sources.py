@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from harness import RELATIVE, Base, bake, base_at, logits, plain_logits, plan_of
-from systems import INPUT, NO, SYSTEMS, Made, Map, Sizes, System
+from systems import INPUT, SYSTEMS, Made, Map, Sizes, System
 from torch import Tensor
 
 from bake.errors import DirectionError
@@ -39,6 +39,7 @@ def recipe_text(folder: Path, made: Made) -> str:
     return (
         '[base]\nmodel = "base"\n[directions.v]\n'
         + rows({"file": str(folder / made.file), **made.options})
+        + "".join(f"[directions.{name}]\n{rows(table)}" for name, table in made.more.items())
         + "[[edits]]\n"
         + rows({"direction": "v", **made.edit})
     )
@@ -131,7 +132,7 @@ class Distance:
 def distance(base: Base, folder: Path, system: System) -> Distance:
     made = system.make(folder, sizes_of(base))
     text = recipe_text(folder, made)
-    found = (hooked_by_bake if system.folds == NO else baked)(base, folder, text)
+    found = (hooked_by_bake if system.hooked else baked)(base, folder, text)
     wanted = steered(base, made)
     effect = float((wanted - plain_logits(base)).abs().max())
     assert effect > 1e-3

@@ -18,25 +18,40 @@ from bake.sites import Site, SiteKind, parse_site
 Place = tuple[int | None, str | None]
 """Layer and site."""
 
-# "12", "layer_12", "vector.12": a block counted from 0. Five digits are more layers than any model.
+# What a language model's blocks lie in; a vision tower's or an encoder's are no sites.
+STACK = r"(?:(?:base_model|model|language_model|text_model|transformer|gpt_neox|decoder)\.)*"
+# "12", "layer_12", "vector.12", "transformer.h.12": a block counted from 0. Five digits are more
+# layers than any model.
 _LAYER_NAME = re.compile(
-    r"(?:(?:layers?|vectors?|directions?|blocks?|model\.layers)[._-])?(\d{1,5})"
+    rf"(?:(?:layers?|vectors?|directions?|blocks?)[._-]|{STACK}(?:layers|h)\.)?(\d{{1,5}})"
 )
+_HOOK = re.compile(r"blocks\.(\d{1,5})\.hook_(resid_(?:pre|mid|post))")
 
 
 def place_of(name: str) -> Place | None:
     """Return the layer and site that a tensor's name stands for, or None when it names none.
 
-    ``"12"``, ``"layer_12"`` and ``"vector.12"`` name block 12; ``"resid_post.12"`` names a site.
+    ``"12"``, ``"layer_12"`` and ``"model.layers.12"`` name block 12, ``"resid_post.12"`` and
+    TransformerLens's ``"blocks.12.hook_resid_post"`` a site.
     """
     match = _LAYER_NAME.fullmatch(name)
     if match is not None:
         return int(match[1]), None
     try:
-        site = parse_site(name)
+        site = parse_site(hooked_site(name) or name)
     except UsageError:
         return None
     return site.layer, str(site)
+
+
+def hooked_site(name: str) -> str | None:
+    """Return the site of a hook of TransformerLens on the stream, or None.
+
+    Its other hooks have no one site: in models that norm what a branch writes,
+    ``hook_mlp_out`` is behind that norm.
+    """
+    match = _HOOK.fullmatch(name)
+    return None if match is None else f"{match[2]}.{int(match[1])}"
 
 
 def from_tensor(tensor: Tensor, shape: Shape | None, place: Place = (None, None)) -> Content:

@@ -7,14 +7,12 @@ metadata, so that a recipe can be refused where the model has that module at ano
 import re
 from collections.abc import Mapping, Sequence
 
-from bake.directions.arrays import Place, place_of
+from bake.directions.arrays import STACK, Place, place_of
 from bake.sites import Site, SiteKind
 
 MODULE = "bake.module."
 """Before the site in the metadata that keeps the module's path."""
 
-# What a language model's blocks lie in; a vision tower's or an encoder's are no sites.
-STACK = r"(?:(?:base_model|model|language_model|text_model|transformer|gpt_neox|decoder)\.)*"
 _BLOCK = re.compile(STACK + r"(?:layers|h)\.(\d{1,5})(?:\.([a-z0-9_.]+))?")
 _FINAL = re.compile(STACK + r"(?:norm|final_layer_norm|ln_f)")
 NORMS_AND_BRANCHES: Mapping[str, SiteKind] = {

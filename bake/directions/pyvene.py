@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bake.directions.arrays import Place
+from bake.directions.arrays import STACK, Place
 from bake.directions.direction import Direction, Role
 from bake.directions.json_file import read_object
-from bake.directions.modules import STACK, modules_of, places_of
+from bake.directions.modules import modules_of, places_of
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.torch_archive import load, tensor_of
 from bake.errors import DirectionError

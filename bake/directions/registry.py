@@ -95,6 +95,23 @@ RESEMBLES: Mapping[str, tuple[str, str]] = MappingProxyType(
 """What a file or a folder of no known format may be, by the names in it, and what to do then."""
 
 
+NOT_THE_FILE: Mapping[bytes, tuple[str, str]] = MappingProxyType(
+    {
+        b"": ("it is empty", "fetch or save it again"),
+        b"version https://git-lfs": (
+            "it is a pointer of Git LFS to the file, and not the file",
+            "run `git lfs pull` where it was cloned, or download the file itself",
+        ),
+        b"<!doctype html": (
+            "it is a web page",
+            "download the file itself: /resolve/ in its address on the Hub, and not /blob/",
+        ),
+        b"<html": ("it is a web page", "download the file itself"),
+    }
+)
+"""What comes in place of a file of whatever name, by its first bytes, and what to do then."""
+
+
 def read_directions(
     path: Path, *, reader: str | None = None, **options: Unpack[Options]
 ) -> Directions:
@@ -118,6 +135,7 @@ def read_directions(
     try:
         if not path.is_file() and not path.is_dir():
             raise DirectionError("there is no such file or folder", fix=nearby(path))
+        _check_is_it(path)
         name = _choose(request) if reader is None else _known(reader, "reader", READERS)
         _check_options(name, request)
         content = READERS[name].read(request)
@@ -148,6 +166,17 @@ def digest(files: Sequence[Path]) -> str:
         return f"sha256:{hashes[0][0]}"
     listing = "".join(f"{value}  {name}\n" for value, name in hashes)
     return f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+
+
+def _check_is_it(path: Path) -> None:
+    """Refuse what downloads leave in place of a file: what its reader says of it would mislead."""
+    if path.is_dir():
+        return
+    with path.open("rb") as file:
+        start = file.read(max(map(len, NOT_THE_FILE))).lower()
+    for magic, (what, fix) in NOT_THE_FILE.items():
+        if start.startswith(magic) if magic else not start:
+            raise DirectionError(what, fix=fix)
 
 
 def _order(item: Direction) -> tuple[float, int, int]:
@@ -181,10 +210,12 @@ def _choose(request: Request) -> str:
             raise DirectionError(f"no reader recognises it: it resembles {what}", fix=fix)
     raise DirectionError(
         f"no reader recognises it: it is {kind}",
+        why="the formats are "
+        + "; ".join(f"{name}, {reader.summary}" for name, reader in READERS.items()),
         fix="load it where you trust it, and save the vector with numpy.save or safetensors"
         if "pickle" in kind
-        else "save the vector as .npy, .pt or .safetensors; or name the format with reader: "
-        f"{', '.join(READERS)}",
+        else "save its vectors by the numbers of their blocks, torch.save({12: vector}, 'v.pt'); or "
+        "name the reader, if it is of a format whose extension is another",
     )
 
 

@@ -10,7 +10,6 @@ a = w·x + b where that is above its threshold, and 0 elsewhere (``StandardSAE.e
 with w·μ = −b.
 """
 
-import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.directions.arrays import listing, one_row
+from bake.directions.arrays import hooked_site, listing, one_row
 from bake.directions.direction import Direction, Role
 from bake.directions.json_file import read_object
 from bake.directions.npy import read_part
@@ -34,7 +33,6 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 DECODER = "W_dec"
 ENCODER = "encoder"
 """The method that reads the encoder too."""
-_HOOK = re.compile(r"blocks\.(\d{1,5})\.hook_(resid_(?:pre|mid|post))")
 _MAX_CONFIG = 1 << 22
 _ROW = "leave method out to add the feature's row"
 _PLAIN = {"normalize_activations": ("none", None), "reshape_activations": ("none", None)}
@@ -196,8 +194,7 @@ def _site(found: Mapping[str, Any]) -> str | None:
     inner = found.get("metadata")
     every = {**(inner if isinstance(inner, dict) else {}), **found}
     # A transcoder reads at hook_name and writes elsewhere, where its decoder's rows belong.
-    match = _HOOK.fullmatch(str(every.get("hook_name_out") or every.get("hook_name")))
-    return None if match is None else f"{match[2]}.{match[1]}"
+    return hooked_site(str(every.get("hook_name_out") or every.get("hook_name")))
 
 
 READER = Reader(
