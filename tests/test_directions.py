@@ -309,7 +309,7 @@ def npy_header(shape: str) -> bytes:
         (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{}", "the .npy header cannot be read: b'{}'"),
         (b"\x93NUMPY\x01\x00\x76", "the .npy header cannot be read: b''"),
         (b"not an array", "the file is no .npy array"),
-        (b"", "the file is no .npy array"),
+        (b"", "it is empty"),
         (npy_header("(" * 90), "the .npy header cannot be read"),
         (npy_header("__import__('os').system('true')"), "the .npy header cannot be read"),
     ],
@@ -1023,7 +1023,7 @@ ONE = ("direction.4", (D,), 0, VECTOR.numpy().tobytes())
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "is no GGUF file"),
+        (b"", "it is empty"),
         (b"GGML" + b"\0" * 40, "is no GGUF file"),
         (gguf([ONE], CONTROL_VECTOR, version=1), "has GGUF version 1; bake reads 2 and 3"),
         (gguf([ONE], CONTROL_VECTOR, count=1 << 60), "announces 1152921504606846976 tensors"),
@@ -1826,7 +1826,7 @@ def test_every_kind_of_request_error_names_what_to_do(tmp_path: Path) -> None:
         (b"GGUF\x03", "a GGUF file"),
         (b"\x80\x04\x95", "a bare Python pickle, which only running it can read"),
         (b'{"directions": {}}', "JSON text"),
-        (b"", "a file with the extension '.bin'"),
+        (b"\0", "a file with the extension '.bin'"),
     ],
 )
 def test_a_file_that_no_reader_recognises_is_named(tmp_path: Path, data: bytes, kind: str) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from harness import base_at, edit, matrix, orthogonal, plan_of, vector
+from test_nonlinear import built
 
 import bake
 from bake import edits as make
 from bake.affine import AffineMap
 from bake.directions import READERS, Shape
-from bake.errors import UsageError
+from bake.errors import BakeError, UsageError
 from bake.plan import Exactness
 from bake.recipe import ALLOWANCES
 from bake.recipe.schema import recipe_schema
@@ -159,3 +160,159 @@ def test_a_single_site_is_told_every_way(tiny_checkpoint: Callable[..., Path]) -
         base, [edit(base, "ablate", make.ablate(torch.ones(base.layout.hidden)), "resid")]
     ).findings
     assert folded.remedy is None
+
+
+# --- what a recipe is told is followed ---------------------------------------------------------
+
+MLP, BOTH = 'at = "mlp_out.1"', 'at = ["attn_out.0-1", "mlp_out.0-1"]'
+ABLATE = 'kind = "ablate"\ndirection = "v"\n'
+OFFSET = 'kind = "offset"\ndirection = "v"\n'
+GATE = f'kind = "gate"\nmap = "ablate"\ndirection = "v"\n{MLP}\n'
+TURN = f'kind = "rotate"\n{MLP}\n'
+KERNEL = "peak = 1, max = 1, min = 0.5, width = 2"
+TOLD: dict[str, tuple[str, str, str]] = {
+    "a kind misspelt": (f'kind = "ablat"\ndirection = "v"\n{MLP}', "'ablate'", ABLATE + MLP),
+    "a key of other kinds": (
+        f"{OFFSET}{MLP}\nstrength = 0.5",
+        "offset takes coefficient",
+        f"{OFFSET}{MLP}\ncoefficient = 0.5",
+    ),
+    "nothing inside": (
+        f'kind = "norm-preserving"\ndirection = "v"\n{MLP}',
+        "write one of ablate",
+        f'kind = "norm-preserving"\nmap = "ablate"\ndirection = "v"\n{MLP}',
+    ),
+    "no condition": (
+        GATE,
+        'gate = { direction = "NAME", above = 0.5 }',
+        f'{GATE}gate = {{ direction = "cond", above = 0.5 }}',
+    ),
+    "a condition on two sides": (
+        f'{GATE}gate = {{ direction = "cond", above = 0.5, below = 0.6 }}',
+        "above or below, and not both",
+        f'{GATE}gate = {{ direction = "cond", below = 0.6 }}',
+    ),
+    "a condition on no direction": (
+        f'{GATE}gate = {{ direction = "con", above = 0.5 }}',
+        "'cond'",
+        f'{GATE}gate = {{ direction = "cond", above = 0.5 }}',
+    ),
+    "no limit": (
+        f'kind = "clamp"\ndirection = "v"\n{MLP}',
+        "give low, high or both",
+        f'kind = "clamp"\ndirection = "v"\nhigh = 1.0\n{MLP}',
+    ),
+    "two directions of an offset": (
+        f'kind = "offset"\ndirection = ["v", "cond"]\n{MLP}',
+        "one [[edits]] for each",
+        f'{OFFSET}{MLP}\n[[edits]]\nkind = "offset"\ndirection = "cond"\n{MLP}',
+    ),
+    "no site of several": (
+        'kind = "ablate"\ndirection = ["v", "cond"]',
+        'at = "resid"',
+        'kind = "ablate"\ndirection = ["v", "cond"]\nat = "resid"',
+    ),
+    "no site": (OFFSET, 'at = "resid_post.1"', f'{OFFSET}at = "resid_post.1"'),
+    "added again and again": (
+        f'{OFFSET}at = "resid"',
+        'at = "resid_post.1", or say repeat = true',
+        f'{OFFSET}at = "resid"\nrepeat = true',
+    ),
+    "another width": (
+        f'{ABLATE}at = "mlp_act.1"',
+        "name a site of that width: ",
+        f'{ABLATE}at = "attn_out.1"',
+    ),
+    "a kind that the file is not for": (
+        f'kind = "erase"\ndirection = "v"\n{MLP}',
+        "what it holds is for ablate, affine, offset, clamp",
+        f'kind = "affine"\ndirection = "v"\n{MLP}',
+    ),
+    "a threshold left out": (
+        f'kind = "erase"\ndirection = "jump"\n{MLP}',
+        "write kind = 'clamp'",
+        f'kind = "clamp"\nlow = 0.0\nhigh = 0.0\ndirection = "jump"\n{MLP}',
+    ),
+    "a mean left out": (
+        f'kind = "linear"\ndirection = "sae"\n{MLP}',
+        "write kind = 'erase' or 'clamp'",
+        f'kind = "erase"\ndirection = "sae"\n{MLP}',
+    ),
+    "no mean": (
+        f'kind = "affine"\ndirection = "v"\nmean = true\n{MLP}',
+        "name the direction that is the mean",
+        f'kind = "affine"\ndirection = "v"\nmean = "cond"\n{MLP}',
+    ),
+    "a plane of one": (
+        f'{TURN}direction = "v"\ndegrees = 30',
+        'direction = ["first", "second"], or reflect = true',
+        f'{TURN}direction = ["v", "cond"]\ndegrees = 30',
+    ),
+    "a plane and no angle": (
+        f'{TURN}direction = "plane"',
+        "degrees = 30 to turn by, or angle = 180",
+        f'{TURN}direction = "plane"\nangle = 180',
+    ),
+    "a mirror of two": (
+        f'{TURN}direction = ["v", "cond"]\nreflect = true',
+        "name one direction",
+        f'{TURN}direction = "v"\nreflect = true',
+    ),
+    "an angle twice": (
+        f'{TURN}direction = "plane"\ndegrees = 30\nangle = 90',
+        "degrees turns by an angle",
+        f'{TURN}direction = "plane"\ndegrees = 30',
+    ),
+    "too few numbers": (
+        f"{ABLATE}{BOTH}\nstrength = [0.5]",
+        "one number for each of these blocks",
+        f"{ABLATE}{BOTH}\nstrength = [0.5, 0.6]",
+    ),
+    "a kernel elsewhere": (
+        f"{ABLATE}{MLP}\nstrength = {{ {KERNEL.replace('peak = 1', 'peak = 9')} }}",
+        "move the peak or widen it",
+        f"{ABLATE}{MLP}\nstrength = {{ {KERNEL} }}",
+    ),
+    "half a kernel": (
+        f"{ABLATE}{MLP}\nstrength = {{ peak = 1, max = 1 }}",
+        "give peak, max, min and width",
+        f"{ABLATE}{MLP}\nstrength = {{ {KERNEL} }}",
+    ),
+    "heretic's word": (
+        f"{ABLATE}{MLP}\nstrength = {{ {KERNEL.replace('width', 'min_weight_distance')} }}",
+        "min_weight_distance is 'width' here",
+        f"{ABLATE}{MLP}\nstrength = {{ {KERNEL} }}",
+    ),
+    "blocks downwards": (
+        f'{ABLATE}{BOTH}\nstrength = {{ "1-0" = 0.5 }}',
+        'write "0-1"',
+        f'{ABLATE}{BOTH}\nstrength = {{ "0-1" = 0.5 }}',
+    ),
+    "a block without a number": (
+        f"{ABLATE}{BOTH}\nstrength = {{ 0 = 0.5 }}",
+        "name it too, with 0 where",
+        f"{ABLATE}{BOTH}\nstrength = {{ 0 = 0.5, 1 = 0 }}",
+    ),
+    "a number without a block": (
+        f"{ABLATE}{MLP}\nstrength = {{ 1 = 0.5, 2 = 0.5 }}",
+        "leave it out, or add it to `at`",
+        f"{ABLATE}{MLP}\nstrength = {{ 1 = 0.5 }}",
+    ),
+    "a site in no block": (
+        f'{ABLATE}at = "embed"\nstrength = {{ 0 = 0.5 }}',
+        "strength = { embed = 1.0, … }",
+        f'{ABLATE}at = "embed"\nstrength = {{ embed = 1.0 }}',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_fix_of_the_recipe_is_one(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], name: str
+) -> None:
+    base = base_at(tiny_checkpoint("llama"))
+    broken, fix, mended = TOLD[name]
+    with pytest.raises(BakeError) as caught:
+        built(base, tmp_path, broken)
+    assert fix in str(caught.value.fix)
+    assert built(base, tmp_path, mended)
