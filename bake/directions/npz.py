@@ -1,6 +1,8 @@
 """NumPy's .npz: a zip of named .npy arrays, stored or deflated."""
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -20,15 +22,35 @@ def _recognises(path: Path) -> bool:
     return path.suffix == ".npz"
 
 
-def _read(request: Request) -> Content:
+@contextmanager
+def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open an archive.
+
+    Raises:
+        DirectionError: it is damaged, which may show only where it is read.
+    """
     try:
-        with zipfile.ZipFile(request.path) as archive:
-            members = members_of(archive)
-            return from_named(
-                tuple(members), lambda name: array_of(archive, members[name]), request
-            )
+        with zipfile.ZipFile(path) as archive:
+            yield archive
     except ZIP_DAMAGE as error:
         raise DirectionError(f"the .npz archive cannot be read: {error}") from error
+
+
+def names_of(path: Path) -> frozenset[str]:
+    """Return the names of the arrays of an .npz archive; none of any other file."""
+    if path.suffix != ".npz":
+        return frozenset()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return frozenset(name.removesuffix(".npy") for name in archive.namelist())
+    except ZIP_DAMAGE:
+        return frozenset()
+
+
+def _read(request: Request) -> Content:
+    with opened_archive(request.path) as archive:
+        members = members_of(archive)
+        return from_named(tuple(members), lambda name: array_of(archive, members[name]), request)
 
 
 def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -5,15 +5,13 @@ added to the weight, transposed where the shapes ask for it (``upd_matrix_match_
 of the two may be the one that is as wide as the output; the model decides.
 """
 
-import zipfile
 from pathlib import Path
 
 from torch import Tensor
 
 from bake.directions.direction import Direction, Role
-from bake.directions.npz import array_of, members_of
+from bake.directions.npz import array_of, members_of, names_of, opened_archive
 from bake.directions.reader import Content, Reader, Request
-from bake.directions.torch_archive import ZIP_DAMAGE
 from bake.errors import DirectionError
 
 NAMES = ("left_vector", "right_vector")
@@ -22,24 +20,17 @@ EITHER_WAY = "bake.transposed"
 
 
 def _recognises(path: Path) -> bool:
-    if path.suffix != ".npz":
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {f"{name}.npy" for name in NAMES} == set(archive.namelist())
-    except ZIP_DAMAGE:
-        return False
+    return names_of(path) == {*NAMES}
 
 
 def _read(request: Request) -> Content:
-    try:
-        with zipfile.ZipFile(request.path) as archive:
-            members = members_of(archive)
-            left, right = (_vector(array_of(archive, members[name]), name) for name in NAMES)
-    except KeyError as error:
-        raise DirectionError(f"the archive holds no {error}", fix=f"it needs {NAMES}") from error
-    except ZIP_DAMAGE as error:
-        raise DirectionError(f"the .npz archive cannot be read: {error}") from error
+    with opened_archive(request.path) as archive:
+        members = members_of(archive)
+        if lacking := [name for name in NAMES if name not in members]:
+            raise DirectionError(
+                f"the archive holds no {' and no '.join(lacking)}", fix=f"it needs {NAMES}"
+            )
+        left, right = (_vector(array_of(archive, members[name]), name) for name in NAMES)
     tensors = {Role.LEFT: left.unsqueeze(1), Role.RIGHT: right.unsqueeze(0)}
     return Content((Direction(tensors),), {EITHER_WAY: "where only so it fits"})
 

@@ -10,7 +10,6 @@ a = w·x + b where that is above its threshold, and 0 elsewhere (``StandardSAE.e
 with w·μ = −b.
 """
 
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +23,9 @@ from bake.directions.arrays import hooked_site, listing, one_row
 from bake.directions.direction import Direction, Role
 from bake.directions.json_file import read_object
 from bake.directions.npy import read_part
+from bake.directions.npz import names_of, opened_archive
 from bake.directions.reader import Content, Reader, Request
 from bake.directions.safetensors_file import opened
-from bake.directions.torch_archive import ZIP_DAMAGE
 from bake.errors import DirectionError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -52,33 +51,24 @@ def _opened(path: Path) -> Iterator[tuple[Collection[str], Part]]:
         with opened(path) as file:
             yield file.names, file.part
         return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
+    names = names_of(path)
+    with opened_archive(path) as archive:
 
-            def part(name: str, axis: int, n: int) -> Tensor:
-                if name not in names:
-                    raise DirectionError(
-                        f"the archive holds no {name!r}", fix=f"it holds {listing(names)}"
-                    )
-                with archive.open(f"{name}.npy") as file:
-                    return read_part(file, axis, n)
+        def part(name: str, axis: int, n: int) -> Tensor:
+            if name not in names:
+                raise DirectionError(
+                    f"the archive holds no {name!r}", fix=f"it holds {listing(sorted(names))}"
+                )
+            with archive.open(f"{name}.npy") as file:
+                return read_part(file, axis, n)
 
-            yield names, part
-    except ZIP_DAMAGE as error:
-        raise DirectionError(f"the .npz archive cannot be read: {error}") from error
+        yield names, part
 
 
 def _recognises(path: Path) -> bool:
     if path.is_dir():
         return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
-    if path.suffix == ".npz":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return f"{DECODER}.npy" in archive.namelist()
-        except ZIP_DAMAGE:
-            return False
-    return path.name == WEIGHTS
+    return path.name == WEIGHTS or DECODER in names_of(path)
 
 
 def _read(request: Request) -> Content:
