@@ -366,6 +366,27 @@ def _sae_lens(folder: Path, sizes: Sizes) -> Made:
     return Made("sae", offset(), {block(1): plus(decoder[99], 1.5)}, {"feature": 99})
 
 
+def _sae_level(folder: Path, sizes: Sizes) -> Made:
+    """``JumpReLUSAE.forward`` with its error term, a hook setting one feature."""
+    decoder, encoder = rand(40, sizes.hidden), rand(sizes.hidden, 40, seed=1)
+    path = sae_folder(folder / "sae", decoder, "blocks.1.hook_resid_post")
+    rest = {"b_enc": rand(40, seed=2), "b_dec": rand(sizes.hidden, seed=3)}
+    threshold = rand(40, seed=4).abs()
+    tensors = {"W_dec": decoder, "W_enc": encoder, "threshold": threshold, **rest}
+    save_file(tensors, path / "sae_weights.safetensors")
+    config = json.loads((path / "cfg.json").read_text())
+    config |= {"architecture": "jumprelu", "apply_b_dec_to_input": True}
+    (path / "cfg.json").write_text(json.dumps(config))
+
+    def act(x: Tensor) -> Tensor:
+        before = (x - rest["b_dec"].double()) @ encoder.double() + rest["b_enc"].double()
+        acts = before.relu() * (before > threshold.double())
+        return x + (1.5 - acts[..., 9:10]) * decoder[9].double()
+
+    edit = {"kind": "clamp", "low": 1.5, "high": 1.5}
+    return Made("sae", edit, {block(1): act}, {"feature": 9, "method": "encoder"})
+
+
 def _axbench(folder: Path, sizes: Sizes) -> Made:
     weight = rand(12, sizes.hidden)
     torch.save(weight, folder / "DiffMean_weight.pt")
@@ -626,6 +647,15 @@ SYSTEMS = (
         _gemma_scope,
     ),
     System("SAELens", "folder and `feature`", "`hook_name`", "x + c W_dec[n]", ALL, _sae_lens),
+    System(
+        "SAELens, a feature set to a level",
+        'folder, `feature` and `method = "encoder"`',
+        "`hook_name`",
+        "x + (level − f(x)) W_dec[n]",
+        ALL,
+        _sae_level,
+        NO,
+    ),
     System(
         "AxBench", "`<Method>_weight.pt` and `feature`", "`resid_post`", "x + c w[n]", ALL, _axbench
     ),

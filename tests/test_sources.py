@@ -15,9 +15,11 @@ from harness import RELATIVE, Base, bake, base_at, logits, plain_logits, plan_of
 from systems import INPUT, SYSTEMS, Made, Map, Sizes, System
 from torch import Tensor
 
+from bake.edits import EditKind
 from bake.errors import DirectionError
 from bake.plan import Exactness
 from bake.recipe import build_edits, first_recipe, load_recipe, parse_recipe, read_artifacts
+from bake.recipe.maps import left_out
 from bake.sites import parse_site
 from bake.steer import steered as reference
 
@@ -173,6 +175,11 @@ def test_the_recipe_to_begin_with_is_one(
     text = first_recipe(found["v"], str(tmp_path / made.file), options)
     again = parse_recipe(text.encode(), tmp_path / "first.toml")
     assert build_edits(again, base.layout, read_artifacts(again))
+    # The other kinds that it offers take all of what the file holds.
+    offered = re.search(r'kind = "[a-z-]+" +# or (.+)', text)
+    held = [item.tensors for item in found["v"].items]
+    for kind in offered[1].split(", ") if offered else ():
+        assert not any(left_out(EditKind(kind), tensors) for tensors in held)
 
 
 Measured = Callable[[System], tuple[float, float, float]]

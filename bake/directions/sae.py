@@ -112,7 +112,9 @@ def _encoder(
     """Return the feature as a map; ``subtracts`` says whether ``b_dec`` is taken off x before."""
 
     def number(name: str) -> Tensor:
-        return one_row(part(name, 1, feature), f"{name} of feature {feature}", 1)
+        # float64 here: a tensor with an axis keeps its type beside a number without one.
+        found = one_row(part(name, 1, feature), f"{name} of feature {feature}", 1)
+        return found.to(torch.float64)
 
     w = part("W_enc", 1, feature).to(torch.float64)
     before = part("b_dec", 0, 0).to(torch.float64) if subtracts else torch.zeros_like(w)
@@ -124,12 +126,12 @@ def _encoder(
         )
     constant = number("b_enc") - w @ before
     # The ReLU stands before the threshold: below zero there is nothing left to compare.
-    threshold = number("threshold").clamp(min=0) if "threshold" in names else torch.zeros(1)
+    threshold = number("threshold").clamp(min=0) if "threshold" in names else w.new_zeros(1)
     return {
         Role.LEFT: decoder.to(torch.float64).unsqueeze(1),
         Role.RIGHT: w.unsqueeze(0),
         Role.MEAN: -constant * w / (w @ w),
-        Role.THRESHOLD: threshold.to(torch.float64),
+        Role.THRESHOLD: threshold,
     }
 
 

@@ -46,8 +46,12 @@ def opened(path: Path) -> Iterator[OpenFile]:
                 shape = matrix.get_shape()
                 size = [1, *shape] if len(shape) == 1 else shape
                 if len(size) != 2 or not 0 <= n < size[axis]:
+                    what = ("row", "column")[axis]
                     raise DirectionError(
-                        f"{name!r} has shape {shape}, and no {('row', 'column')[axis]} {n}"
+                        f"{name!r} has shape {shape}, and no {what} {n}",
+                        fix=f"the {what}s count from 0 to {size[axis] - 1}"
+                        if len(size) == 2
+                        else None,
                     )
                 here = slice(n, n + 1)
                 if len(shape) == 1:

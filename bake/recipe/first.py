@@ -8,7 +8,7 @@ from bake.edits import EditKind
 from bake.families import Layout
 from bake.recipe.edits import KINDS_OF_KEY
 from bake.recipe.examples import example
-from bake.recipe.maps import KINDS_OF_ROLE
+from bake.recipe.maps import KINDS_OF_ROLE, left_out
 from bake.recipe.own import said_of
 from bake.sites import parse_site, summary
 
@@ -47,7 +47,8 @@ def first_recipe(
     if not kinds:
         return f"# it holds {', '.join(roles)}, of which alone there is no edit\n"
     kind = kind or kinds[0]
-    others = [str(one) for one in kinds if one != kind]
+    whole = [one for one in kinds if not any(left_out(one, item.tensors) for item in found.items)]
+    others = [str(one) for one in whole if one != kind]
     base = ['model = "owner/name"    # the model that it was fitted on']
     if model is not None:
         base = [f"{k} = {_toml(v)}" for k, v in zip(("model", "revision"), model, strict=True) if v]

@@ -143,8 +143,10 @@ def masked(item: Direction, map_: AffineMap) -> Masked | None:
     return Masked(map_.scale, map_.bias, low.to(torch.float64), high.to(torch.float64))
 
 
-def _left_out(kind: EditKind, held: Mapping[Role, Tensor]) -> list[Role]:
+def left_out(kind: EditKind, held: Mapping[Role, Tensor]) -> list[Role]:
     """Return which parts of the map that an item holds a kind would leave out."""
+    if Role.VECTOR in held or Role.SUBSPACE in held:
+        return []  # it is no map, and a mean may stand beside it
     whole = [role for role in _PARTS if role in held]
     return [
         r for r in whole if kind not in KINDS_OF_ROLE.get(r, ()) and r not in _REST.get(kind, ())
@@ -169,8 +171,8 @@ def _check_whole(kind: EditKind, named: Named) -> None:
             why="it turns a vector, a subspace or an offset that is added, and no map",
             fix="leave sign out",
         )
-    if lost := _left_out(kind, held):
-        fitting = [one for one in kinds if not _left_out(one, held)]
+    if lost := left_out(kind, held):
+        fitting = [one for one in kinds if not left_out(one, held)]
         raise DirectionError(
             f"kind = {str(kind)!r} would leave out the {' and the '.join(lost)} of direction "
             f"{named.name!r}",
