@@ -1493,6 +1493,18 @@ def test_a_feature_is_what_its_encoder_makes_of_it(
         assert 0 < int((acts[:, n] == 0).sum()) < len(x)
 
 
+@pytest.mark.parametrize("name", ["W_dec", "W_enc", "b_dec", "b_enc"])
+def test_an_encoder_of_whole_numbers_is_refused(tmp_path: Path, name: str) -> None:
+    """As quantised weights are without their scales."""
+    path = sae(tmp_path, apply_b_dec_to_input=True)
+    assert read_directions(path, feature=1, method="encoder").items
+    held = load_file(path / "sae_weights.safetensors")
+    held[name] = (9 * held[name]).to(torch.int8)
+    save_file(held, path / "sae_weights.safetensors")
+    with pytest.raises(DirectionError):
+        read_directions(path, feature=1, method="encoder")
+
+
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_a_feature_of_gemma_scope_is_what_its_encoder_makes_of_it(
     tmp_path: Path, write: Callable[..., None]

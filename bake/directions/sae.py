@@ -116,8 +116,11 @@ def _encoder(
         found = one_row(part(name, 1, feature), f"{name} of feature {feature}", 1)
         return found.to(torch.float64)
 
-    w = part("W_enc", 1, feature).to(torch.float64)
-    before = part("b_dec", 0, 0).to(torch.float64) if subtracts else torch.zeros_like(w)
+    decoder = one_row(decoder, f"the row of feature {feature}").to(torch.float64)
+    w = one_row(part("W_enc", 1, feature), f"W_enc of feature {feature}").to(torch.float64)
+    before = torch.zeros_like(w)
+    if subtracts:
+        before = one_row(part("b_dec", 0, 0), "b_dec").to(torch.float64)
     if not w.shape == decoder.shape == before.shape:
         raise DirectionError(
             f"the encoder is {w.shape[0]} wide and the decoder {decoder.shape[0]}",
@@ -128,7 +131,7 @@ def _encoder(
     # The ReLU stands before the threshold: below zero there is nothing left to compare.
     threshold = number("threshold").clamp(min=0) if "threshold" in names else w.new_zeros(1)
     return {
-        Role.LEFT: decoder.to(torch.float64).unsqueeze(1),
+        Role.LEFT: decoder.unsqueeze(1),
         Role.RIGHT: w.unsqueeze(0),
         Role.MEAN: -constant * w / (w @ w),
         Role.THRESHOLD: threshold,
