@@ -1493,6 +1493,16 @@ def test_a_feature_is_what_its_encoder_makes_of_it(
         assert 0 < int((acts[:, n] == 0).sum()) < len(x)
 
 
+def test_a_feature_of_an_encrypted_archive_is_refused(tmp_path: Path) -> None:
+    path = scope(tmp_path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02")  # of the archive's directory, the last; its flags
+    content[entry + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(DirectionError, match="of the archive is encrypted"):
+        read_directions(path, feature=1, method="encoder")
+
+
 @pytest.mark.parametrize("name", ["W_dec", "W_enc", "b_dec", "b_enc"])
 def test_an_encoder_of_whole_numbers_is_refused(tmp_path: Path, name: str) -> None:
     """As quantised weights are without their scales."""

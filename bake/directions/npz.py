@@ -27,10 +27,13 @@ def opened_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open an archive.
 
     Raises:
-        DirectionError: it is damaged, which may show only where it is read.
+        DirectionError: it is encrypted, or damaged, which may show only where it is read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.flag_bits & 1:  # zipfile says so with a bare RuntimeError
+                    raise DirectionError(f"{info.filename!r} of the archive is encrypted")
             yield archive
     except ZIP_DAMAGE as error:
         raise DirectionError(f"the .npz archive cannot be read: {error}") from error
@@ -57,7 +60,7 @@ def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the arrays by name, after a check of what the archive's own directory says.
 
     Raises:
-        DirectionError: other files, doubled names, encryption, or more than the limit.
+        DirectionError: other files, doubled names, or more than the limit.
     """
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -66,8 +69,6 @@ def members_of(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             raise DirectionError(f"the .npz archive holds {name!r}, which is no .npy array")
         if name in members:
             raise DirectionError(f"the .npz archive holds {name!r} twice")
-        if info.flag_bits & 1:
-            raise DirectionError(f"the array {name!r} is encrypted")
         members[name] = info
     total = sum(info.file_size for info in members.values())
     if total > MAX_INFLATED:
