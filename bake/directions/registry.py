@@ -210,12 +210,11 @@ def _choose(request: Request) -> str:
             raise DirectionError(f"no reader recognises it: it resembles {what}", fix=fix)
     raise DirectionError(
         f"no reader recognises it: it is {kind}",
-        why="the formats are "
-        + "; ".join(f"{name}, {reader.summary}" for name, reader in READERS.items()),
         fix="load it where you trust it, and save the vector with numpy.save or safetensors"
         if "pickle" in kind
-        else "save its vectors by the numbers of their blocks, torch.save({12: vector}, 'v.pt'); or "
-        "name the reader, if it is of a format whose extension is another",
+        else "save its vectors as .npy, .pt or .safetensors, of several blocks by their numbers: "
+        "torch.save({12: vector}, 'v.pt'); or name the format with reader: "
+        f"{', '.join(READERS)}",
     )
 
 
