@@ -230,11 +230,11 @@ class LowRankMap(AffineMap):
 
     @override
     def linear(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        return x + (x @ self.right.T) @ self.left.T
+        return ((x @ self.right.T) @ self.left.T).add_(x)
 
     @override
     def adjoint(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
-        return x + (x @ self.left) @ self.right
+        return ((x @ self.left) @ self.right).add_(x)
 
     @override
     def delta_factors(self) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:

@@ -146,8 +146,8 @@ def _product(read: ReadRows, fold: WeightFold, shift: Tensor) -> Tensor:
 
 
 def _within_rows(read: ReadRows, fold: WeightFold, start: int, stop: int) -> Tensor:
-    """Return one tile with updates added and every map within a row applied."""
-    tile = read(start, stop).to(torch.float64)
+    """Return one tile with updates added and every map within a row applied, in its own memory."""
+    tile = read(start, stop).to(torch.float64, copy=True)
     for update in fold.updates:
         tile = _sum(tile, update, fold.output_axis, start)
     if fold.output_axis == 0:
@@ -170,7 +170,7 @@ def _sum(tile: Tensor, update: WeightUpdate, output_axis: int, start: int) -> Te
     """Return a tile with what a thin update adds to its rows."""
     outer, inner = update.left, update.right.T
     first, second = (outer, inner) if output_axis == 0 else (inner, outer)
-    return tile + first[start : start + len(tile)] @ second.T
+    return tile.addmm_(first[start : start + len(tile)], second.T)
 
 
 def _across_rows(fold: WeightFold) -> list[tuple[Rows, AffineMap]]:
@@ -215,7 +215,7 @@ class _Mixer:
             if self.gathered is None:
                 return tile
             # In one pass over the tile, without the product in memory.
-            return torch.addmm(tile, self.map.left[start : start + tile.shape[0]], self.gathered)
+            return tile.addmm_(self.map.left[start : start + tile.shape[0]], self.gathered)
         local, indices = self._local(start, tile.shape[0])
         if isinstance(self.map, LowRankMap):
             if self.gathered is None or local.numel() == 0:

@@ -34,7 +34,8 @@ def to_storage(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         InputError: a value is not finite, or overflows the dtype (65504 in float16).
     """
     rounded = values.to(dtype)
-    if not bool(torch.isfinite(rounded).all()):
+    # One pass that makes no other tensor; both ends of a tensor with a NaN are NaN.
+    if rounded.numel() and not all(end.isfinite() for end in rounded.aminmax()):
         largest = float(values.abs().max())
         raise InputError(
             f"the edited tensor {name} does not fit its dtype: |value| up to {largest:.3g}",

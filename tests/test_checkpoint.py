@@ -1,12 +1,17 @@
 """Read a checkpoint lazily and write an edited one: bytes, names, resume, atomicity, reload."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import random
 import signal
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +35,11 @@ from bake.checkpoints import (
     open_checkpoint,
     patch_config,
     stream,
+    workers,
     writer,
 )
 from bake.checkpoints.hashes import sha256_of
+from bake.checkpoints.header import TensorInfo
 from bake.checkpoints.writer import Finished
 from bake.errors import CheckpointError, InputError, UsageError
 
@@ -479,21 +486,27 @@ def test_memory_is_bounded_and_an_edited_tensor_is_not_read(
     chunk, rows = 1024, 512
     tensors = {"big": torch.randn(rows, 64), "other": torch.randn(rows, 64)}
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "base", tensors, files={}))
-    reads: list[tuple[int, int]] = []
-    writes: list[int] = []
-    read_at, write_at = stream.read_at, stream._write_at
+    copied: list[tuple[int, int]] = []
+    memory: list[int] = []
+    copy, read_at, write_at = stream._copy, stream.read_at, stream.write_at
+
+    def spy_copy(original: Any, start: int, file: Any, position: int, count: int) -> None:
+        copied.append((start, start + count))
+        copy(original, start, file, position, count)
 
     def spy_read(file: Any, position: int, buffer: memoryview) -> None:
-        reads.append((position, position + len(buffer)))
+        memory.append(len(buffer))
         read_at(file, position, buffer)
 
     def spy_write(file: Any, position: int, data: memoryview) -> None:
-        writes.append(len(data))
+        memory.append(len(data))
         write_at(file, position, data)
 
-    monkeypatch.setattr(stream, "_CHUNK", chunk)
-    monkeypatch.setattr(stream, "read_at", spy_read)
-    monkeypatch.setattr(stream, "_write_at", spy_write)
+    for module in (stream, workers):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "read_at", spy_read)
+    monkeypatch.setattr(stream, "_copy", spy_copy)
+    monkeypatch.setattr(stream, "write_at", spy_write)
     live = []
 
     def produce() -> Iterator[Tensor]:
@@ -505,13 +518,108 @@ def test_memory_is_bounded_and_an_edited_tensor_is_not_read(
     write(checkpoint, tmp_path / "out", replace={"big": produce})
     info = checkpoint.tensors["big"]
     assert info.nbytes > 100 * chunk and len(live) == rows // 4
-    assert max(live) <= chunk and max(writes) <= chunk
-    assert max(stop - start for start, stop in reads) <= chunk
-    assert all(stop <= info.start or start >= info.stop for start, stop in reads)
-    # the control: without the replacement the same bytes are read
-    reads.clear()
+    assert max(live) <= chunk and max(memory) <= chunk and len(memory) > info.nbytes // chunk
+    assert all(stop <= info.start or start >= info.stop for start, stop in copied)
+    # the control: without the replacement the same bytes are copied
+    copied.clear()
     write(checkpoint, tmp_path / "copy")
-    assert any(start < info.stop and stop > info.start for start, stop in reads)
+    assert any(start < info.stop and stop > info.start for start, stop in copied)
+
+
+# ----------------------------------------------------------------------------------- workers
+
+
+def varied(rng: random.Random) -> Callable[[int], Iterator[Tensor]]:
+    """Return what makes tensors of which some take long, so that workers overtake one another."""
+
+    def produce(seed: int) -> Iterator[Tensor]:
+        values = torch.randn(60, 8, generator=torch.Generator().manual_seed(seed))
+        for tile in values.split(rng.randint(1, 60)):
+            time.sleep(rng.choice([0, 0, 0.001]))
+            yield tile
+
+    return produce
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 5])
+def test_workers_write_the_bytes_that_one_pass_would(
+    tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_STEP", 1000)
+    rng = random.Random(jobs)
+    produce, raw = varied(rng), rng.randbytes(5000)
+    (tmp_path / "origin").write_bytes(raw)
+    drafts, whole = [], {}
+    for number in range(4):
+        pieces: list[stream.Piece] = [stream.Literal(b"head"), stream.Copy(4, 3700)]
+        made = [b"head", raw[4:3700]]
+        position = 3700
+        for seed in range(number):
+            nbytes = 60 * 8 * 4
+            info = TensorInfo(f"{seed}", "F32", (60, 8), "x", position, position + nbytes)
+            pieces.append(stream.Fill(info, partial(produce, seed)))
+            tensor = torch.randn(60, 8, generator=torch.Generator().manual_seed(seed))
+            made.append(tensor.numpy().tobytes())
+            position += nbytes
+        target = tmp_path / "out" / f"{number}"
+        drafts.append(stream.Draft(target, pieces, tmp_path / "origin"))
+        whole[target] = b"".join(made)
+    drafts.append(stream.Draft(tmp_path / "empty", []))
+    whole[tmp_path / "empty"] = b""
+    hashes: dict[Path, str] = {}
+    counts: list[int] = []
+    with workers.at_most(jobs):
+        workers.write_all(drafts, advance=counts.append, finish=hashes.__setitem__)
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert hashes == {path: hashlib.sha256(data).hexdigest() for path, data in whole.items()}
+    assert sum(counts) == sum(map(len, whole.values()))
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.ENOSYS, errno.EIO])
+def test_what_the_kernel_cannot_copy_passes_through_memory(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, asked = os.copy_file_range, []
+
+    def refusing(source: int, target: int, count: int, *places: int) -> int:
+        asked.append(count)
+        if len(asked) > 1:
+            raise OSError(code, "refused")
+        return copy(source, target, min(count, 100), *places)  # less than it was asked for
+
+    monkeypatch.setattr(os, "copy_file_range", refusing)
+    base = make_checkpoint(tmp_path / "base")
+    if code == errno.EIO:  # the control: another error is none of that kind
+        with pytest.raises(InputError, match="refused"):
+            write(base, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    write(base, tmp_path / "out")
+    assert len(asked) > 1 and files_of(tmp_path / "out") == files_of(base)
+
+
+def test_a_worker_that_fails_stops_the_others(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", shards=3)
+    checkpoint, begun = open_checkpoint(base), threading.Event()
+    later: list[int] = []
+
+    def failing() -> Iterator[Tensor]:
+        begun.wait(10)
+        raise CheckpointError("of the first")
+        yield
+
+    def endless() -> Iterator[Tensor]:
+        begun.set()
+        while True:
+            later.append(1)
+            yield checkpoint.read_rows("a.weight", 0, 0)
+            time.sleep(0.001)
+
+    with workers.at_most(2), pytest.raises(CheckpointError, match="of the first"):
+        write(base, tmp_path / "out", replace={"embed": failing, "a.weight": endless})
+    assert later and threading.active_count() == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_filesystem_with_clones_writes_the_edited_bytes_only(
@@ -522,7 +630,7 @@ def test_a_filesystem_with_clones_writes_the_edited_bytes_only(
     replace = {"a.weight": in_tiles(-checkpoint.read("a.weight"))}
     plain = write(checkpoint, tmp_path / "plain", replace=replace)
     written: list[int] = []
-    write_at = stream._write_at
+    write_at = stream.write_at
 
     def fake_clone(origin: Any, target: Any) -> bool:
         target.seek(0)
@@ -534,8 +642,8 @@ def test_a_filesystem_with_clones_writes_the_edited_bytes_only(
             written.append(len(data))
         write_at(file, position, data)
 
-    monkeypatch.setattr(stream, "clone", fake_clone)
-    monkeypatch.setattr(stream, "_write_at", spy_write)
+    monkeypatch.setattr(workers, "clone", fake_clone)
+    monkeypatch.setattr(stream, "write_at", spy_write)
     cloned = write(checkpoint, tmp_path / "cloned", replace=replace)
     assert dict(cloned.files) == dict(plain.files)
     assert files_of(tmp_path / "cloned") == files_of(tmp_path / "plain")
@@ -556,7 +664,7 @@ def test_a_base_that_changes_behind_its_clone_is_refused(
         return True
 
     checkpoint = open_checkpoint(base)
-    monkeypatch.setattr(stream, "clone", clone_then_change)
+    monkeypatch.setattr(workers, "clone", clone_then_change)
     monkeypatch.setattr(writer, "can_clone", lambda *_: True)
     with pytest.raises(CheckpointError, match="changed while it was in use"):
         write(checkpoint, tmp_path / "out")
@@ -618,7 +726,7 @@ RESUMABLE = ("embed", "a.weight", "b.weight")  # one in each of three shards
 def interrupted(tmp_path: Path, *, shard: int = 1) -> Path:
     base = make_checkpoint(tmp_path / "base", shards=3)
     broken = {**good(base, RESUMABLE), **interrupt_in(shard, base, KeyboardInterrupt)}
-    with pytest.raises(KeyboardInterrupt):
+    with workers.at_most(1), pytest.raises(KeyboardInterrupt):
         write(base, tmp_path / "out", replace=broken)
     assert not (tmp_path / "out").exists()
     return base
@@ -636,7 +744,7 @@ def test_an_interrupted_run_is_taken_up(tmp_path: Path) -> None:
         replace=good(base, RESUMABLE, calls),
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert calls == ["a.weight", "b.weight"]  # the first shard was finished
+    assert sorted(calls) == ["a.weight", "b.weight"]  # the first shard was finished
     assert seen[-1][0] == seen[-1][1] and [d for d, _ in seen] == sorted(d for d, _ in seen)
     write(base, tmp_path / "whole", replace=good(base, RESUMABLE))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -651,7 +759,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(tmp_path: Path) -> N
     shard.write_bytes(raw)
     calls: list[str] = []
     write(base, tmp_path / "out", replace=good(base, RESUMABLE, calls))
-    assert calls == ["embed", "a.weight", "b.weight"]
+    assert sorted(calls) == ["a.weight", "b.weight", "embed"]
     write(base, tmp_path / "whole", replace=good(base, RESUMABLE))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
@@ -668,7 +776,7 @@ def test_another_plan_or_base_starts_anew(tmp_path: Path, change: str) -> None:
     calls: list[str] = []
     digest = "other" if change == "digest" else "d"
     write(base, tmp_path / "out", replace=good(base, RESUMABLE, calls), digest=digest)
-    assert calls == ["embed", "a.weight", "b.weight"]
+    assert sorted(calls) == ["a.weight", "b.weight", "embed"]
     assert "stray.txt" not in files_of(tmp_path / "out")
 
 
@@ -680,7 +788,7 @@ def test_a_torn_last_line_of_the_journal_costs_only_its_shard(tmp_path: Path) ->
     journal.write_bytes(raw[:-5])
     calls: list[str] = []
     write(base, tmp_path / "out", replace=good(base, RESUMABLE, calls))
-    assert calls == ["a.weight", "b.weight"]
+    assert sorted(calls) == ["a.weight", "b.weight"]
 
 
 def test_an_interruption_within_the_first_shard_leaves_nothing(tmp_path: Path) -> None:
@@ -706,20 +814,25 @@ def test_a_killed_run_is_taken_up(tmp_path: Path) -> None:
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from bake.checkpoints import open_checkpoint
+        from bake.checkpoints.workers import at_most
         from exporting import write_new
         source = open_checkpoint(Path({str(base)!r}))
+        journal = Path({str(tmp_path / ".out.bake-partial" / "journal")!r})
 
         def edited(name, fatal):
             def produce():
                 for tile in source.read(name).neg().split(2):
                     yield tile
                     if fatal:
+                        while b"-00001-" not in journal.read_bytes():
+                            pass
                         os.kill(os.getpid(), signal.SIGKILL)
             return produce
 
         names = {RESUMABLE!r}
         replace = {{name: edited(name, name == "a.weight") for name in names}}
-        write_new(source, Path({str(tmp_path / "out")!r}), replace=replace)
+        with at_most(1):
+            write_new(source, Path({str(tmp_path / "out")!r}), replace=replace)
     """
     run = programs.run(textwrap.dedent(script))
     assert run.returncode == -signal.SIGKILL
@@ -731,7 +844,7 @@ def test_a_killed_run_is_taken_up(tmp_path: Path) -> None:
     }
     calls: list[str] = []
     write(base, tmp_path / "out", replace=good(base, RESUMABLE, calls))
-    assert calls == ["a.weight", "b.weight"]
+    assert sorted(calls) == ["a.weight", "b.weight"]
     write(base, tmp_path / "whole", replace=good(base, RESUMABLE))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 

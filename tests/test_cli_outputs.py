@@ -219,25 +219,25 @@ def test_merge_into_what_is_there(work: AdapterFolder) -> None:
 
 KILLED = """
 import os, sys
-from bake.checkpoints import writer
+from bake.artifact.staged import Stage
 from bake.cli import main
-real, count = writer.write_file, 0
+real, count = Stage.record, 0
 
-def write_file(*args, **options):
+def record(*args):
     global count
+    real(*args)
+    count += 1
     if count == {after}:
         print("ready", flush=True)
         sys.stdin.read()
-    count += 1
-    return real(*args, **options)
 
-writer.write_file = write_file
+Stage.record = record
 main({args!r})
 """
 
 
 def kill(after: int, *args: object) -> None:
-    """Run a command in a process that is killed once it has written some files."""
+    """Run a command in a process that is killed once it has written some shards."""
     code = KILLED.format(after=after, args=[str(arg) for arg in args])
     child = programs.start(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None and child.stdout is not None
@@ -249,14 +249,20 @@ def kill(after: int, *args: object) -> None:
     child.stdout.close()
 
 
+def finished(partial: Path) -> dict[str, int]:
+    """Return the shards that a killed run has noted as finished, and when they were written."""
+    lines = [json.loads(line) for line in (partial / "journal").read_text().splitlines()]
+    names = [line["file"] for line in lines if "file" in line]
+    return {name: (partial / "files" / name).stat().st_mtime_ns for name in names}
+
+
 def test_a_killed_merge_is_taken_up(work: AdapterFolder) -> None:
     sharded = work.folder / "sharded"
     model = tiny.make_model("llama", **NO_BIAS)
     tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
     kill(2, "merge", work.adapter, sharded, "--out", work.out, "-q")
     partial = work.folder / ".out.bake-partial"
-    finished = sorted((partial / "files").glob("*.safetensors"))[:2]
-    stamps = {path.name: path.stat().st_mtime_ns for path in finished}
+    stamps = finished(partial)
     assert not work.out.exists() and len(stamps) == 2
     time.sleep(0.01)
     assert run("merge", work.adapter, sharded, "--out", work.out, "-q").exit_code == 0
@@ -396,17 +402,14 @@ def test_a_killed_export_of_several_is_taken_up(work: AdapterFolder) -> None:
     tiny.write_checkpoint(model, sharded, max_shard_size="30KB")
     args = ("export", work.recipe, "--out", work.out, *BOTH, "--model", sharded, "-q")
     kill(2, *args)
-    stage = work.folder / ".out.bake-partial" / "files" / "checkpoint"
-    stamps = {
-        path.name: path.stat().st_mtime_ns for path in sorted(stage.glob("*.safetensors"))[:2]
-    }
+    stamps = finished(work.folder / ".out.bake-partial")
     assert not work.out.exists() and len(stamps) == 2
     time.sleep(0.01)
     result = run(*args)
     assert (result.exit_code, result.stderr) == (0, "")
     assert not (work.folder / ".out.bake-partial").exists()
     for name, stamp in stamps.items():
-        assert (work.out / "checkpoint" / name).stat().st_mtime_ns == stamp
+        assert (work.out / name).stat().st_mtime_ns == stamp
     whole = work.folder / "new"
     again = ("export", work.recipe, "--out", whole, *BOTH, "--model", sharded, "-q")
     assert run(*again).exit_code == 0

@@ -24,6 +24,7 @@ from bake.artifact.base import base_ref
 from bake.artifact.schema import Provenance
 from bake.checkpoints import Checkpoint
 from bake.checkpoints.source import ByteSource, Stamps
+from bake.checkpoints.workers import at_most
 from bake.edits import Edit
 from bake.errors import CheckpointError, InexactPlan, InputError, UsageError
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
@@ -143,6 +144,23 @@ def test_bytes_are_those_of_separate_runs(
         )
     assert {path.name for path in (tmp_path / "all").iterdir()} == set(ALL)
     assert {path.name for path in tmp_path.iterdir()} == {"all", "one"}
+
+
+@pytest.mark.parametrize("name", ["ablate", "both sides"])
+def test_bytes_do_not_depend_on_the_workers(
+    name: str, tiny_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bake.checkpoints.workers._STEP", 1000)
+    monkeypatch.setattr("bake.tiles.TILE_VALUES", 100)
+    base = base_at(tiny_checkpoint("llama", dtype=torch.bfloat16, **NO_BIAS))
+    plan, threads = plan_of(base, EDITS[name](base)), torch.get_num_threads()
+    found = []
+    for jobs in (1, 4):
+        with at_most(jobs):
+            run(base, plan, ALL, tmp_path / f"{jobs}")
+        found.append(files_of(tmp_path / f"{jobs}"))
+    assert found[0] == found[1]
+    assert torch.get_num_threads() == threads
 
 
 def test_control_vector_and_checkpoint(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

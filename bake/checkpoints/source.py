@@ -126,15 +126,14 @@ class LocalFiles:
 
 
 def read_at(file: FileIO, start: int, buffer: memoryview) -> None:
-    """Fill ``buffer`` from offset ``start`` of an open file on.
+    """Fill ``buffer`` from offset ``start`` of an open file on, whose own position stays.
 
     Raises:
         CheckpointError: the file ends before.
     """
-    file.seek(start)
     done = 0
     while done < len(buffer):
-        count = file.readinto(buffer[done:])
+        count = os.preadv(file.fileno(), [buffer[done:]], start + done)
         if not count:
             raise CheckpointError(
                 f"became shorter while it was read: it ends at byte {start + done}",

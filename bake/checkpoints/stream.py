@@ -1,17 +1,15 @@
-"""Write one file front to back from pieces, and hash it on the way.
+"""The pieces that a file is written from, each at its own place.
 
 A piece is copied from the file it derives from, given as bytes, or produced tile by tile. Where the
 filesystem shares blocks between files (btrfs, XFS) the whole file is cloned first and only the
-produced pieces are written. Elsewhere the bytes pass through this process: they have to anyway,
-because each output file is hashed.
+produced pieces are written. ``bake.checkpoints.workers`` puts files together from them.
 """
 
-import hashlib
+import errno
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -32,8 +30,10 @@ that count through all axes but the last.
 A tile may live in a buffer that the producer fills again for the next one.
 """
 
-_CHUNK = 8 << 20
-_WORTH_A_THREAD = 1 << 16  # bytes: below, hashing takes less than handing it over
+CHUNK = 1 << 18
+"""Bytes that are read at a time: few enough to be in the processor's cache for what comes next."""
+
+_NO_SUCH_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 _FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
 
 
@@ -63,72 +63,86 @@ class Fill:
 Piece = Copy | Literal | Fill
 
 
-def write_file(
-    target: Path,
-    pieces: Sequence[Piece],
-    *,
-    origin: Path | None,
-    advance: Callable[[int], None],
-) -> str:
-    """Write ``target`` from consecutive pieces, sync it to disk and return its sha256.
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A file that is to be written.
 
-    Memory stays at one chunk or one tile, whatever the size of the file or of its tensors.
+    Attributes:
+        target: where; a file that is there is replaced, and its second names keep its bytes.
+        pieces: what it consists of, in the order of its bytes.
+        origin: the file that ``Copy`` pieces come from.
+    """
+
+    target: Path
+    pieces: Sequence[Piece]
+    origin: Path | None = None
+
+
+def length_of(piece: Piece) -> int:
+    """Return the bytes of a piece."""
+    match piece:
+        case Copy(start, stop):
+            return stop - start
+        case Literal(data):
+            return len(data)
+        case Fill(info, _):
+            return info.nbytes
+
+
+def put(piece: Piece, file: FileIO, position: int, original: FileIO | None) -> Iterator[int]:
+    """Write a piece at its place in a file, and yield the length of every stretch that is done.
+
+    Files have no common position here, so that several threads may write to one.
 
     Args:
-        target: the file to write; an existing one is replaced.
-        pieces: in the order of their bytes.
-        origin: the file that ``Copy`` pieces come from.
-        advance: called with the length of each stretch that is done.
+        piece: to be written.
+        file: open for writing.
+        position: where in it the piece begins.
+        original: what a ``Copy`` is taken from; None where the file is a clone and has it already.
 
     Raises:
         CheckpointError: a producer's tiles are not the tensor they stand for, or the original
             has become shorter.
     """
-    digest = hashlib.sha256()
-    with (
-        target.open("w+b", buffering=0) as file,
-        (origin or target).open("rb", buffering=0) as original,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        cloned = origin is not None and clone(original, file)
-        # subtle: a clone is hashed from the clone itself, so that the digest is that of the
-        # output even if somebody writes to the original meanwhile.
-        stretches = _stretches(pieces, file if cloned else original)
-        position = 0
-        for stretch, present in stretches:
-            # The digest releases the interpreter, so hashing and writing overlap. Both are done
-            # before the next stretch is asked for, because it may reuse the memory.
-            beside = len(stretch) >= _WORTH_A_THREAD
-            hashed = pool.submit(digest.update, stretch) if beside else None
-            if not (cloned and present):
-                _write_at(file, position, stretch)
-            if hashed is None:
-                digest.update(stretch)
-            else:
-                hashed.result()
-            position += len(stretch)
-            advance(len(stretch))
-        file.truncate(position)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    match piece:
+        case Literal(data):
+            write_at(file, position, memoryview(data))
+            yield len(data)
+        case Fill(info, produce):
+            for tile in tiles(info, produce):
+                write_at(file, position, tile)
+                position += len(tile)
+                yield len(tile)
+        case Copy(start, stop):
+            if original is not None:
+                _copy(original, start, file, position, stop - start)
+            yield stop - start
 
 
-def _stretches(pieces: Sequence[Piece], reader: FileIO) -> Iterator[tuple[memoryview, bool]]:
-    """Yield the bytes of all pieces, and whether a clone holds them already."""
-    copied = (piece.stop - piece.start for piece in pieces if isinstance(piece, Copy))
-    buffer = memoryview(bytearray(min(_CHUNK, max(copied, default=0))))
-    for piece in pieces:
-        match piece:
-            case Literal(data):
-                yield memoryview(data), False
-            case Fill(info, produce):
-                for tile in tiles(info, produce):
-                    yield tile, False
-            case Copy(start, stop):
-                for begin in range(start, stop, _CHUNK):
-                    chunk = buffer[: min(_CHUNK, stop - begin)]
-                    read_at(reader, begin, chunk)
-                    yield chunk, True
+def _copy(original: FileIO, start: int, file: FileIO, position: int, count: int) -> None:
+    """Copy bytes within the kernel, which may share them or let a server do it.
+
+    What it cannot copy (two filesystems, no such call) passes through memory.
+    """
+    done = 0
+    if sys.platform == "linux":
+        source, target = original.fileno(), file.fileno()
+        try:
+            while done < count and (
+                copied := os.copy_file_range(
+                    source, target, count - done, start + done, position + done
+                )
+            ):
+                done += copied
+        except OSError as error:
+            if error.errno not in _NO_SUCH_COPY:
+                raise
+    buffer = memoryview(bytearray(min(CHUNK, count - done)))
+    while done < count:
+        chunk = buffer[: min(CHUNK, count - done)]
+        read_at(original, start + done, chunk)
+        write_at(file, position + done, chunk)
+        done += len(chunk)
 
 
 def tiles(info: TensorInfo, produce: Producer) -> Iterator[memoryview]:
@@ -162,11 +176,11 @@ def tiles(info: TensorInfo, produce: Producer) -> Iterator[memoryview]:
         raise CheckpointError(f"the producer gave {more}{expected} rows", where=where)
 
 
-def _write_at(file: FileIO, position: int, data: memoryview) -> None:
-    file.seek(position)
+def write_at(file: FileIO, position: int, data: memoryview) -> None:
+    """Write all of some bytes at a place in a file."""
     done = 0
     while done < len(data):
-        done += file.write(data[done:])
+        done += os.pwrite(file.fileno(), data[done:], position + done)
 
 
 def clone(origin: FileIO, target: FileIO) -> bool:

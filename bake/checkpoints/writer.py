@@ -1,7 +1,7 @@
 """Write an edited checkpoint that differs from its base in the named tensors and nowhere else."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,8 @@ from bake.checkpoints.outline import (
     small_files,
     weight_files,
 )
-from bake.checkpoints.stream import Fill, can_clone, write_file
+from bake.checkpoints.stream import Draft, Fill, can_clone
+from bake.checkpoints.workers import write_all
 from bake.errors import CheckpointError, UsageError
 from bake.progress import Progress, Tally
 
@@ -124,14 +125,10 @@ def write_files(
     Raises:
         CheckpointError: a tile does not fit, or the disk is too small.
     """
-    tally = Tally(sum(shard.size for shard in shards), progress)
-    tally.advance(0)
-    hashes = _write_shards(target, shards, files, tally)
-    for file in files:
-        hashes[file.name] = _write_small(target, file)
+    hashes = _write_shards(target, shards, files, progress)
+    hashes |= _write_small(target, files)
     last = () if closing is None else closing_files(closing(dict(hashes)), taken=hashes)
-    for file in last:
-        hashes[file.name] = _write_small(target, file)
+    hashes |= _write_small(target, last)
     if check is not None:
         check(target.folder, hashes)
     written = sum(file.size for file in (*shards, *files, *last))
@@ -139,28 +136,43 @@ def write_files(
     return WrittenFiles(dict(sorted(hashes.items())), written, edited)
 
 
-def _write_small(target: Target, file: File) -> str:
-    path = target.folder / file.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_file(path, file.pieces, origin=file.origin, advance=lambda _: None)
+def _write_small(target: Target, files: Sequence[File]) -> dict[str, str]:
+    """Write files that a later run would write again, and return their sha256."""
+    hashes: dict[str, str] = {}
+    names = {target.folder / file.name: file.name for file in files}
+
+    def finish(path: Path, sha256: str) -> None:
+        hashes[names[path]] = sha256
+
+    write_all(_drafts(target, files), advance=lambda _: None, finish=finish)
+    return {file.name: hashes[file.name] for file in files}
 
 
 def _write_shards(
-    target: Target, shards: tuple[File, ...], files: tuple[File, ...], tally: Tally
+    target: Target, shards: tuple[File, ...], files: tuple[File, ...], progress: Progress | None
 ) -> dict[str, str]:
     """Write the shards that an earlier run has not finished, and return the sha256 of all."""
+    tally = Tally(sum(shard.size for shard in shards), progress)
+    tally.advance(0)
     hashes = {s.name: found for s in shards if (found := _finished(target, s)) is not None}
-    _check_space(target.folder, [s for s in shards if s.name not in hashes], files)
+    pending = {target.folder / s.name: s for s in shards if s.name not in hashes}
+    _check_space(target.folder, list(pending.values()), files)
     for shard in shards:
         if shard.name in hashes:
             tally.advance(shard.size)
-            continue
-        path = target.folder / shard.name
-        path.unlink(missing_ok=True)  # rather than write into what may have a second name
-        sha256 = write_file(path, shard.pieces, origin=shard.origin, advance=tally.advance)
+
+    def finish(path: Path, sha256: str) -> None:
+        shard = pending[path]
         target.record(shard.name, Finished(shard.size, sha256))
         hashes[shard.name] = sha256
+
+    drafts = _drafts(target, pending.values())
+    write_all(drafts, advance=tally.advance, finish=finish)
     return {shard.name: hashes[shard.name] for shard in shards}
+
+
+def _drafts(target: Target, files: Iterable[File]) -> list[Draft]:
+    return [Draft(target.folder / file.name, file.pieces, file.origin) for file in files]
 
 
 def _finished(target: Target, shard: File) -> str | None:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from bake.artifact.artifact import Artifact
 from bake.artifact.schema import BaseRef
 from bake.checkpoints.header import build_header
-from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
+from bake.checkpoints.stream import Fill, Literal, Piece, Producer
+from bake.checkpoints.workers import write_file
 from bake.errors import UsageError
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.factors import Factors, FactorSource, factors_from, padded
@@ -158,16 +160,17 @@ def _write_weights(
 def _producers(
     source: FactorSource, target: Target, rank: int, dtype: torch.dtype
 ) -> tuple[Producer, Producer]:
-    """Return producers of A and B that read the weight once: B waits for its turn after A."""
-    waiting: list[Tensor] = []
+    """Return producers of A and B that read the weight once, whichever is asked first."""
+    lock = Lock()
+    made: dict[str, Tensor] = {}
 
-    def first() -> Iterator[Tensor]:
-        a, b = target_factors(source, target, rank)
-        waiting.append(to_storage(b, dtype, f"{target.name} (B)"))
-        yield to_storage(a, dtype, f"{target.name} (A)")
+    def produce(side: str) -> Iterator[Tensor]:
+        with lock:
+            if side not in made:
+                factors = target_factors(source, target, rank)
+                for key, factor in zip("AB", factors, strict=True):
+                    made[key] = to_storage(factor, dtype, f"{target.name} ({key})")
+            factor = made.pop(side)
+        yield factor
 
-    def second() -> Iterator[Tensor]:
-        # subtle: the file is in the order of names, where B follows A at once.
-        yield waiting.pop()
-
-    return first, second
+    return partial(produce, "A"), partial(produce, "B")

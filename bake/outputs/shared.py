@@ -9,6 +9,7 @@ was interrupted finds the shard finished) is read once, for all adapters.
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class SharedFactors:
         self._targets = {t.name: t for t in targets if t.update is not None}
         self._file = tempfile.TemporaryFile(dir=folder)
         self._places: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {}
+        self._turn = Lock()  # the weights pass in several threads
 
     def __enter__(self) -> "SharedFactors":
         return self
@@ -76,14 +78,16 @@ class SharedFactors:
         if target.name not in self._places:
             self._keep(target.name, self._compute(target))
         position, *shapes = self._places[target.name]
-        self._file.seek(position)
-        a, b = (self._load(shape) for shape in shapes)
+        with self._turn:
+            self._file.seek(position)
+            a, b = (self._load(shape) for shape in shapes)
         return a, b
 
     def _keep(self, name: str, factors: Factors) -> None:
-        place = self._file.seek(0, 2)
-        for factor in factors:
-            self._file.write(factor.contiguous().numpy().data)
+        with self._turn:
+            place = self._file.seek(0, 2)
+            for factor in factors:
+                self._file.write(factor.contiguous().numpy().data)
         self._places[name] = (place, tuple(factors[0].shape), tuple(factors[1].shape))
 
     def _load(self, shape: tuple[int, ...]) -> Tensor:

@@ -17,7 +17,8 @@ from bake.artifact.staged import Place, check_apart, identity_of, write_staged
 from bake.checkpoints import TensorInfo
 from bake.checkpoints.gguf.file import Gguf, GgufPart, open_gguf
 from bake.checkpoints.hashes import sha256_of
-from bake.checkpoints.stream import Copy, Fill, Piece, write_file
+from bake.checkpoints.stream import Copy, Fill, Piece
+from bake.checkpoints.workers import write_file
 from bake.errors import InputError
 from bake.progress import Progress, Tally
 from bake.revert.checkpoint import KIND, Reverted

@@ -28,7 +28,8 @@ from bake.artifact.carrier import carrier_of
 from bake.artifact.schema import BaseRef
 from bake.checkpoints.gguf.codec import decode
 from bake.checkpoints.gguf.file import Gguf
-from bake.checkpoints.stream import Piece, write_file
+from bake.checkpoints.stream import Piece
+from bake.checkpoints.workers import write_file
 from bake.checkpoints.writer import require_space
 from bake.errors import CheckpointError, UsageError
 from bake.families.gguf import GgufPlace, gguf_names, gguf_places

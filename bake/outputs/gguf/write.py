@@ -12,7 +12,8 @@ from bake.checkpoints.gguf.codec import FLOATS
 from bake.checkpoints.gguf.file import Gguf, GgufPart
 from bake.checkpoints.gguf.header import GgufTensor, GgufValue, build_header, like, string_value
 from bake.checkpoints.gguf.types import GgmlType
-from bake.checkpoints.stream import Fill, Literal, Piece, Producer, write_file
+from bake.checkpoints.stream import Fill, Literal, Piece, Producer
+from bake.checkpoints.workers import write_file
 from bake.checkpoints.writer import require_space
 from bake.edit_store import edit_files
 from bake.families.gguf import gguf_names
