@@ -293,7 +293,7 @@ class _Crew:
         self._news.put((file.draft.target, file.sync()))
 
     def _ended(self, work: Future[None]) -> None:
-        """Stop all others where one fails, and let the failure be raised where all is waited for."""
+        """Stop all others where one fails, and let it be raised where all is waited for."""
         error = work.exception()
         if error is not None:
             with self._turn:

@@ -5,7 +5,7 @@ reference the paths of live modules.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bake.errors import UsageError
@@ -149,6 +149,10 @@ class Branch:
         return replace(self, reads=tuple(reads), writes=tuple(writes))
 
 
+_BRANCH = dict.fromkeys(HEAD_KINDS, "attn") | dict.fromkeys(INNER_KINDS, "mlp")
+"""The branch that a site is in, where its width is not that of the stream."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A family resolved against one model."""
@@ -174,6 +178,10 @@ class Layout:
     """Every site of the model (heads left out), in forward order."""
     assumed: tuple[str, ...]
     """Keys of config.json that the table does not know and the user took to change nothing."""
+    _dims: dict[Site, Mapping[str, int] | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Of every site those of its branch, where its width is not that of the stream."""
 
     @property
     def layers(self) -> int:
@@ -211,17 +219,21 @@ class Layout:
         Raises:
             UsageError: the model has no such site.
         """
-        if Site(site.kind, site.layer) not in self.sites:
+        if not self._dims:  # once: a plan asks this thousands of times
+            own: dict[tuple[int | None, str], Mapping[str, int]]
+            own = {(b.layer, b.name): b.dims for b in self.branches}
+            self._dims.update({s: own.get((s.layer, _BRANCH.get(s.kind, ""))) for s in self.sites})
+        place = Site(site.kind, site.layer)
+        if place not in self._dims:
             kinds = sorted({s.kind for s in self.sites}, key=list(SiteKind).index)
             raise UsageError(
                 f"{self.family.name} has no site {site}",
                 why=f"its {self.layers} blocks have {', '.join(kinds)}",
                 fix="name one of these, or run `bake families MODEL`",
             )
-        if site.kind not in HEAD_KINDS and site.kind not in INNER_KINDS:
+        dims = self._dims[place]
+        if dims is None:
             return self.hidden
-        name = "attn" if site.kind in HEAD_KINDS else "mlp"
-        (dims,) = (b.dims for b in self.branches if (b.layer, b.name) == (site.layer, name))
         if site.kind in INNER_KINDS:
             return dims["inner"]
         heads = dims["kv_heads" if site.kind in (SiteKind.K, SiteKind.V) else "heads"]

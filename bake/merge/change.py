@@ -5,7 +5,7 @@ parameter is in memory whole: W + s B A, for DoRA scaled to the lengths that wer
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -31,11 +31,18 @@ class Factors:
     right: Float[Tensor, "*e r n"]
     scale: float
 
-    def rows(self, start: int, stop: int) -> Float[Tensor, "rows ..."]:
-        """Return some rows, along axis 0, of what is added."""
+    def widened(self) -> "Factors":
+        """Return the same in float64, with the scale in ``left``."""
+        left = self.left.to(torch.float64) * self.scale
+        return Factors(left, self.right.to(torch.float64), 1.0)
+
+    def add_to(self, total: Float[Tensor, "rows ..."], start: int, stop: int) -> None:
+        """Add some rows, along axis 0, of factors that are ``widened``."""
+        if total.ndim == self.right.ndim == 2:
+            total.addmm_(self.left[start:stop], self.right)
+            return
         right = self.right if self.right.ndim == 2 else self.right[start:stop]
-        left = self.left[start:stop].to(torch.float64) * self.scale
-        return left @ right.to(torch.float64)
+        total += (self.left[start:stop] @ right).reshape(total.shape)
 
     def part(self, index: int, start: int, stop: int) -> "Factors":
         """Return what is added to some rows of one of the stacked matrices."""
@@ -140,10 +147,11 @@ class Change:
 
     def reader(self, read: ReadRows, shape: tuple[int, ...]) -> ReadRows:
         """Return what gives any rows of the parameter, in float64."""
-        columns = self._columns(read, shape)
+        wide = replace(self, factors=tuple(part.widened() for part in self.factors))
+        columns = wide._columns(read, shape)
 
         def rows(start: int, stop: int) -> Float[Tensor, "rows ..."]:
-            return self._scaled(self._sum(read, start, stop), start, stop, columns)
+            return wide._scaled(wide._sum(read, start, stop), start, stop, columns)
 
         return rows
 
@@ -153,7 +161,7 @@ class Change:
         if self.rows is not None:
             self.rows.put(total, start, stop)
         for part in self.factors:
-            total += part.rows(start, stop).reshape(total.shape)
+            part.add_to(total, start, stop)
         if self.offset is not None:
             total += self.offset[start:stop].to(torch.float64)
         return total

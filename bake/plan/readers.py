@@ -137,15 +137,15 @@ def _reader(
     hooks, parts = context.hooks, []
     updates: list[WeightUpdate] = []
     places = []
-    for part in linear.parts:
+    sites = (*reading.sites, *(part.site for part in linear.parts))
+    edits = hooks.edits_at(*sites)
+    for part in linear.parts if edits else ():  # of a mixture's thousands most have none
         map_ = hooks.map_at(part.site)
         if not map_.is_identity():
             parts.append(PartMap(None if linear.is_one_site() else part.rows, map_))
         updates += _part_updates(context, linear, part)
         at = f"outputs of {linear.weight.removesuffix('.weight')}"
         places.append((hooks.edits_at(part.site), at))
-    sites = (*reading.sites, *(part.site for part in linear.parts))
-    edits = hooks.edits_at(*sites)
     added, added_by = None, frozenset[int]()
     if computed is not None:
         assert reading.gain is not None
@@ -177,11 +177,14 @@ def _neurons(linear: Linear, computed: Computed, gain: Float[Tensor, " d"]) -> W
 
 def _part_updates(context: Context, linear: Linear, part: Part) -> list[WeightUpdate]:
     """Return the weight updates at one part of a layer's output, as ones of the whole output."""
+    found = context.hooks.updates_at(part.site)
+    if not found:
+        return []
     index, width = torch.tensor(part.rows), linear.outputs
     return [
         WeightUpdate(
             update.left.new_zeros(width, update.left.shape[1]).index_copy(0, index, update.left),
             update.right,
         )
-        for update in context.hooks.updates_at(part.site)
+        for update in found
     ]
