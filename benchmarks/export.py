@@ -1,18 +1,21 @@
 """Time and memory of an export and of a merge, beside a plain copy and the usual way of doing it.
 
-    python benchmarks/export.py [--gigabytes 1] [--threads 1] [--folder DIR]
+    python benchmarks/export.py [--gigabytes 2.2] [--turns 5] [--threads N] [--folder DIR]
 
 It makes a random Llama checkpoint in bfloat16 and a LoRA of rank 16 for every layer of it. Then
 
-- ``copy`` copies the checkpoint and hashes it, as every output of bake is hashed: the floor;
+- ``cp`` is ``cp -r`` and a sync, the unit of all others; ``copy`` copies the checkpoint and hashes
+  it, as every output of bake is hashed;
 - ``ablate`` and ``offset`` export an ablation at every stream site (every writer and the embedding
-  change) and a bias; ``by hand`` does the same ablation as most scripts do: load the model, change
+  change) and a bias, ``lora`` the ablation as an adapter; ``by hand`` does the same ablation as most scripts do: load the model, change
   the parameters, ``save_pretrained``;
 - ``merge`` is ``bake merge``, and ``peft`` is ``merge_and_unload`` with ``save_pretrained``.
 
 Each job runs in a process of its own, so that its peak memory is its own, imports included. Time is
-counted without imports, up to the moment when every file is on disk. The jobs take turns, and the
-fastest turn of each counts.
+counted without imports, up to the moment when every file is on disk, and so is the time that the
+processors spent on it, which is what to look at on a machine that has other work. The jobs take
+turns, and the median of each counts. ``--threads`` are those of the ways by hand, and the workers
+of bake: one on each processor, where it is not said.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,9 +40,11 @@ LAYER_VALUES = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER
 RANK = 16
 # Each job with what it is measured against.
 JOBS = {
+    "cp": None,
     "copy": None,
     "ablate": "by hand",
     "offset": "by hand",
+    "lora": None,
     "by hand": None,
     "merge": "peft",
     "peft": None,
@@ -48,9 +54,9 @@ JOBS = {
 def main() -> None:
     """Make the checkpoint, run every job, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=2.2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--job", choices=(*JOBS, "imports"))
     arguments = parser.parse_args()
@@ -63,16 +69,21 @@ def main() -> None:
         make_adapter(root / "base", root / "adapter")
         results = measured(__file__, JOBS, root, arguments.threads, arguments.turns)
     print(f"checkpoint: {size / 1e9:.2f} GB in bfloat16, {arguments.threads} thread(s)\n")
-    print("| job | seconds | of the copy | peak memory | beside the usual way: time, memory |")
-    print("|---|---|---|---|---|")
+    print("| job | seconds | of cp | processor | of cp | peak memory | beside the usual way |")
+    print("|---|---|---|---|---|---|---|")
     for job, found in results.items():
         seconds, peak, rival = found["seconds"], found["peak"], JOBS[job]
         beside = ""
         if rival is not None:
             other = results[rival]
-            beside = f"{seconds / other['seconds']:.2f} ×, {peak / other['peak']:.2f} × of {rival}"
-        copy = seconds / results["copy"]["seconds"]
-        print(f"| {job} | {seconds:.1f} | {copy:.2f} × | {peak / 2**20:.0f} MiB | {beside} |")
+            shares = (seconds / other["seconds"], found["work"] / other["work"])
+            beside = "{:.2f} ×, processor {:.2f} ×".format(*shares)
+            beside += f", memory {peak / other['peak']:.2f} × of {rival}"
+        unit = results["cp"]
+        print(
+            f"| {job} | {seconds:.1f} | {seconds / unit['seconds']:.2f} × | {found['work']:.1f} | "
+            f"{found['work'] / unit['work']:.2f} × | {peak / 2**20:.0f} MiB | {beside} |"
+        )
 
 
 def make(path: Path, gigabytes: float) -> int:
@@ -159,14 +170,14 @@ def measured(
 ) -> dict[str, dict[str, float]]:
     """Run every job in a process of its own, by turns, and return what each printed.
 
-    Of the turns, the least counts for time and for memory alike. ``steady`` keeps glibc from moving
+    Of the turns, the median counts, of time and of memory alike. ``steady`` keeps glibc from moving
     its threshold for mmap as blocks are freed, so that the peak does not depend on their order; it
     costs time.
     """
     fixed = {"OMP_NUM_THREADS": str(threads)}
     if steady:
         fixed["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     for _ in range(turns):
         for job in jobs:
             command = [sys.executable, script, "--job", job, "--folder", str(root)]
@@ -177,9 +188,11 @@ def measured(
             if done.returncode:
                 raise SystemExit(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
-            best = results.setdefault(job, found)
-            results[job] = {key: min(value, best[key]) for key, value in found.items()}
-    return results
+            results.setdefault(job, []).append(found)
+    return {
+        job: {key: median(turn[key] for turn in found) for key in found[0]}
+        for job, found in results.items()
+    }
 
 
 def run(job: str, root: Path, threads: int) -> None:
@@ -192,17 +205,25 @@ def run(job: str, root: Path, threads: int) -> None:
         merged(root, out)
         print(json.dumps({"peak": peak_memory()}))
         return
-    work = {"copy": copied, "by hand": by_hand, "merge": merged, "peft": by_peft}.get(job)
+    work = {
+        "cp": copied_by_cp,
+        "copy": copied,
+        "by hand": by_hand,
+        "merge": merged,
+        "peft": by_peft,
+    }.get(job)
     timed = work(root, out) if work is not None else exported(job, root, out)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     timed()
     for path in out.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, os.times()
     shutil.rmtree(out)
-    print(json.dumps({"seconds": seconds, "peak": peak_memory()}))
+    # User and system time, of this process and of those that it waited for.
+    spent = sum(after[:4]) - sum(before[:4])
+    print(json.dumps({"seconds": seconds, "work": spent, "peak": peak_memory()}))
 
 
 def peak_memory() -> int:
@@ -215,10 +236,11 @@ def peak_memory() -> int:
 
 
 def exported(job: str, root: Path, out: Path) -> Callable[[], None]:
-    """Return the export of an ablation or of an offset."""
+    """Return the export of an ablation, as a checkpoint or as an adapter, or of an offset."""
     import torch
 
     from bake.checkpoints import open_checkpoint
+    from bake.checkpoints.workers import at_most
     from bake.edits import Edit, EditKind, ablate, offset
     from bake.families.fit import layout_of
     from bake.outputs.export import Export
@@ -232,6 +254,7 @@ def exported(job: str, root: Path, out: Path) -> Callable[[], None]:
         vector = direction().to(torch.float64)
         kind, map_, at = {
             "ablate": (EditKind.ABLATE, ablate(vector), "resid"),
+            "lora": (EditKind.ABLATE, ablate(vector), "resid"),
             "offset": (EditKind.OFFSET, offset(vector), "resid_post.1"),
         }[job]
         sites = expand(at, layers=layout.layers, stream=layout.stream)
@@ -241,7 +264,8 @@ def exported(job: str, root: Path, out: Path) -> Callable[[], None]:
             gain=checkpoint.read,
             config=checkpoint.config,
         )
-        export(Export(plan, checkpoint), ["checkpoint"], out)
+        with at_most(torch.get_num_threads()):
+            export(Export(plan, checkpoint), ["lora" if job == "lora" else "checkpoint"], out)
 
     return work
 
@@ -251,6 +275,15 @@ def direction() -> "torch.Tensor":
     import torch
 
     return torch.randn(HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+def copied_by_cp(root: Path, out: Path) -> Callable[[], None]:
+    """Return ``cp -r``; every job is synced."""
+
+    def work() -> None:
+        subprocess.run(["cp", "-r", root / "base", out], check=True)
+
+    return work
 
 
 def copied(root: Path, out: Path) -> Callable[[], None]:

@@ -19,7 +19,18 @@ ROOT = Path(bake.__file__).parent
 
 # From the bottom up. A part imports from earlier lines and, within a line, to the left of itself.
 LINES = (
-    ("errors", "progress", "unseen", "nearby", "sites", "section", "positions", "tiles", "atomic"),
+    (
+        "errors",
+        "collection",
+        "progress",
+        "unseen",
+        "nearby",
+        "sites",
+        "section",
+        "positions",
+        "tiles",
+        "atomic",
+    ),
     ("affine", "nonlinear"),
     ("edits", "fold", "rounding", "edit_store"),
     ("checkpoints", "artifact", "families", "directions", "process", "_guard", "converter"),

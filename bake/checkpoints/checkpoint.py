@@ -14,6 +14,7 @@ from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_hea
 from bake.checkpoints.hub_names import parse_hub_id
 from bake.checkpoints.index import check_closure
 from bake.checkpoints.source import ByteSource, LocalFiles, Stamps, chunks
+from bake.collection import uncollected
 from bake.errors import CheckpointError, UsageError
 from bake.nearby import nearby
 from bake.tiles import row_count
@@ -240,6 +241,7 @@ def _open_folder(path: Path, source: str, revision: str | None, *, complete: boo
     return _assemble(path, source, revision, listing, files, complete=complete)
 
 
+@uncollected()
 def _assemble(
     path: Path,
     source: str,

@@ -8,6 +8,7 @@ import click
 from bake.artifact.carrier import CARRIERS
 from bake.cli.options import (
     FORCE,
+    JOBS,
     OUT,
     PATH,
     names_artifact,
@@ -57,6 +58,7 @@ _EXPORT = ("gguf", "llama_cpp", "gguf_type", "outtype", "rounding")
     "does, while a checkpoint is rounded to nearest.",
 )
 @FORCE
+@JOBS
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 def command(
     output: Output,

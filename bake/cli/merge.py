@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from bake.cli.options import FORCE, OUT
+from bake.cli.options import FORCE, JOBS, OUT
 from bake.cli.output import Output, bake_command
 
 
@@ -21,6 +21,7 @@ from bake.cli.output import Output, bake_command
     help="Whose tokenizer, chat template and generation settings the result gets.",
 )
 @FORCE
+@JOBS
 def command(
     output: Output, adapter: str, base: str, out: Path, *, force: bool, **options: Any
 ) -> None:

@@ -18,6 +18,15 @@ PATH = click.Path(path_type=Path)
 
 OUT = click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to create.")
 FORCE = click.option("--force", is_flag=True, help="Replace the artifact of bake that is at --out.")
+JOBS = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    expose_value=False,
+    callback=lambda context, _, jobs: _limit(context, jobs),
+    help="How many workers write at once: one on each processor, where it is not said. The bytes "
+    "are the same.",
+)
 FAMILY = click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
 PLOT = click.option("--plot", type=PATH, metavar="FILE", help="Draw it: a .png or .svg file.")
 SET = click.option(
@@ -36,6 +45,14 @@ _ASSUME_HARMLESS = click.option(
     metavar="KEY",
     help="Take a key of config.json that no table knows to change nothing. May be repeated.",
 )
+
+
+def _limit(context: click.Context, jobs: int | None) -> None:
+    """Let a command write with so many workers."""
+    if jobs is not None:
+        from bake.checkpoints.workers import at_most
+
+        context.with_resource(at_most(jobs))
 
 
 def table_options(function: F) -> F:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from bake.cli.options import FORCE, OUT
+from bake.cli.options import FORCE, JOBS, OUT
 from bake.cli.output import Output, bake_command
 
 
@@ -18,6 +18,7 @@ from bake.cli.output import Output, bake_command
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of --base on the Hub.")
 @FORCE
+@JOBS
 @click.option("--dry-run", is_flag=True, help="Check everything and write nothing.")
 def command(
     output: Output,

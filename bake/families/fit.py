@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from bake.checkpoints import Checkpoint
+from bake.collection import uncollected
 from bake.errors import BakeError, FamilyError
 from bake.families.find import find_family
 from bake.families.layout import Layout
@@ -11,6 +12,7 @@ from bake.families.resolve import resolve
 from bake.families.table import TIED, Family
 
 
+@uncollected()
 def layout_of(
     model: Checkpoint,
     table: Family | Path | None = None,

@@ -6,6 +6,7 @@ from functools import partial
 from math import prod
 
 from bake.affine import AffineMap
+from bake.collection import uncollected
 from bake.edits import Edit
 from bake.families import TIED, Json, Layout, Recast, configured
 from bake.plan.conditional import refused
@@ -26,6 +27,7 @@ IMPOSSIBLE = Exactness.IMPOSSIBLE
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
+@uncollected()
 def compile_plan(
     edits: Sequence[Edit],
     layout: Layout,
