@@ -7,8 +7,8 @@ It makes a random Llama checkpoint in bfloat16 and a LoRA of rank 16 for every l
 - ``cp`` is ``cp -r`` and a sync, the unit of all others; ``copy`` copies the checkpoint and hashes
   it, as every output of bake is hashed;
 - ``ablate`` and ``offset`` export an ablation at every stream site (every writer and the embedding
-  change) and a bias, ``lora`` the ablation as an adapter; ``by hand`` does the same ablation as most scripts do: load the model, change
-  the parameters, ``save_pretrained``;
+  change) and a bias, ``lora`` the ablation as an adapter; ``by hand`` does the same ablation as
+  most scripts do: load the model, change the parameters, ``save_pretrained``;
 - ``merge`` is ``bake merge``, and ``peft`` is ``merge_and_unload`` with ``save_pretrained``.
 
 Each job runs in a process of its own, so that its peak memory is its own, imports included. Time is
