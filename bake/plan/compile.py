@@ -17,7 +17,8 @@ from bake.plan.pieces import Context, Gain
 from bake.plan.quotient import MOST, Gate, computing, gate_of, size_set
 from bake.plan.recast import obstacle, recast_changes, recast_layout
 from bake.plan.relocated import in_place, into, relocated
-from bake.plan.stream import Failure, fold_stream, most_fresh
+from bake.plan.stream import fold_stream, most_fresh
+from bake.plan.stream_fold import Failure
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
 from bake.plan.widen import Wide, epsilon, sees_mean, widened

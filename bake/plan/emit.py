@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bake.plan.pieces import Context, LayerChange, Pieces, joined
 from bake.plan.readers import fold_readers
-from bake.plan.stream import Failure
+from bake.plan.stream_fold import Failure
 from bake.plan.types import BiasUpdate, TensorUpdate
 from bake.plan.writers import fold_writers
 from bake.sites import STREAM_KINDS, Site

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import AffineMap, DiagonalMap, tolerance
+from bake.affine import AffineMap, DiagonalMap, LowRankMap, tolerance
 from bake.families import Branch, Layout, Linear
 from bake.plan.types import PartMap, Plan, TensorUpdate
 
@@ -208,6 +208,21 @@ def _map_rank(map_: AffineMap) -> int:
 def thin_factors(map_: AffineMap) -> tuple[Float[Tensor, "d k"], Float[Tensor, "k d"]]:
     """Return what a map's ``delta_factors`` are; the plan asks again and again for the same."""
     return map_.delta_factors()
+
+
+def thin(map_: AffineMap) -> AffineMap:
+    """Return the same map with the fewest factors: composed projections repeat theirs."""
+    if isinstance(map_, LowRankMap):
+        left, right = map_.delta_factors()
+        return LowRankMap(left, right, map_.bias)
+    return map_
+
+
+def balanced(map_: LowRankMap) -> tuple[Tensor, Tensor]:
+    """Return the thin factors of a map that holds rows of different sizes, the left orthonormal."""
+    basis, sizes, _ = torch.linalg.svd(map_.left, full_matrices=False)
+    basis = basis[:, sizes > tolerance(map_.width) * float(sizes.max())]
+    return basis, basis.T @ map_.left @ map_.right
 
 
 def _placed(part: PartMap, width: int) -> tuple[Tensor, Tensor]:

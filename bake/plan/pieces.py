@@ -12,7 +12,7 @@ from bake.edits import WeightUpdate
 from bake.families import Branch, Layout, Linear, Norm
 from bake.plan.hooks import Hooks
 from bake.plan.quotient import Computed, computing
-from bake.plan.stream import Failure, StreamFold
+from bake.plan.stream_fold import Failure, StreamFold
 from bake.plan.types import PartMap, TensorUpdate
 from bake.sites import STREAM_KINDS, Site, SiteKind
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bake.affine import AffineMap, DiagonalMap, LowRankMap, chain
 from bake.edits import WeightUpdate
 from bake.families import Linear, Norm, Part
-from bake.plan.lowrank import thin_factors
+from bake.plan.lowrank import thin, thin_factors
 from bake.plan.pieces import (
     Context,
     LayerChange,
@@ -20,7 +20,7 @@ from bake.plan.pieces import (
     scaled_norm,
 )
 from bake.plan.quotient import SIGHT, Computed
-from bake.plan.stream import Fold, thin
+from bake.plan.stream_fold import Fold
 from bake.plan.types import PartMap
 from bake.sites import Site
 

@@ -21,7 +21,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from bake.affine import AffineMap, DenseMap, LowRankMap, tolerance
-from bake.plan.lowrank import thin_factors
+from bake.plan.lowrank import thin, thin_factors
 
 DEFECTIVE = 1e6
 """Condition of a basis of eigenvectors beyond which a null space has no complement to speak of."""
@@ -122,12 +122,7 @@ def _invertible(
     zeros = torch.zeros_like(constant)
     forward = LowRankMap(left, right, zeros)
     back = LowRankMap(-left, torch.linalg.solve(core, right), zeros)
-    return Carried(_thin(forward), _thin(back), constant, scale, lost)
-
-
-def _thin(map_: LowRankMap) -> LowRankMap:
-    left, right = map_.delta_factors()
-    return LowRankMap(left, right, map_.bias)
+    return Carried(thin(forward), thin(back), constant, scale, lost)
 
 
 def _real(matrix: Complex[Tensor, "k k"]) -> Float[Tensor, "k k"]:

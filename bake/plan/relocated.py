@@ -10,7 +10,7 @@ from torch import Tensor
 from bake.checkpoints.dtypes import torch_dtype
 from bake.plan.quotient import ERROR, MEANT, Gate
 from bake.plan.relocate import stretch
-from bake.plan.stream import Relocated, Relocation, StreamFold
+from bake.plan.stream_fold import Relocated, Relocation, StreamFold
 
 LEAST = 2.0**-6
 """α in place at least: a checkpoint in float32 may be served in bfloat16."""

@@ -1,10 +1,13 @@
 """The writers of the stream: tables of rows, and the last layers of every branch."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from bake.affine import AffineMap, chain
+from bake.affine import AffineMap, LowRankMap, chain
 from bake.families import Branch, Layout, Norm
+from bake.plan.lowrank import thin
+from bake.plan.obstacles import holder
 from bake.plan.pieces import (
     Context,
     LayerChange,
@@ -14,7 +17,7 @@ from bake.plan.pieces import (
     norm_updates,
     scaled_norm,
 )
-from bake.plan.stream import Failure, holder, oblique, thin
+from bake.plan.stream_fold import Failure
 from bake.plan.types import PartMap, TensorUpdate
 from bake.sites import Site, SiteKind
 
@@ -121,7 +124,7 @@ def _outer(context: Context, branch: Branch) -> tuple[AffineMap, frozenset[int]]
     if nulling is None:
         return thin(output), frozenset()
     gain, _ = context.norm_values(branch.norm_out)
-    return thin(oblique(nulling, gain).after(output)), fold.edits
+    return thin(_oblique(nulling, gain).after(output)), fold.edits
 
 
 def _gain_behind(context: Context, branch: Branch) -> Tensor:
@@ -206,3 +209,12 @@ def _why_no_slot(branch: Branch) -> str:
         count = sum(linear.experts or 1 for linear in branch.writes)
         return f"{count} experts write together"
     return f"{branch.writes[0].weight.removesuffix('.weight')} is built without bias"
+
+
+def _oblique(projector: AffineMap, gain: Float[Tensor, " d"]) -> LowRankMap:
+    """Return D⁻¹ P D, D = diag(gain): what P does behind a norm, done before it up to a scale.
+
+    Behind the norm D D⁻¹PD u = P D u: the direction of the write is that of the hooked one.
+    """
+    left, right = projector.delta_factors()
+    return LowRankMap(left / gain.unsqueeze(1), right * gain, torch.zeros_like(gain))
