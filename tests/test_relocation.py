@@ -306,7 +306,7 @@ def test_what_stands_for_an_edit_is_invertible_and_as_near_as_it_says(name: str)
     change = found.forward.linear(x) + found.constant - map_(x)
     if name in SINGULAR:
         lost = x - map_.linear(x)
-        assert found.left == ALPHA
+        assert found.left == pytest.approx(ALPHA, rel=RELATIVE)
         assert distance(change, ALPHA * (lost - (map_.bias - map_.linear(map_.bias)))) <= RELATIVE
         assert distance(change, torch.zeros_like(change)) > 1e-3
     else:
@@ -329,6 +329,36 @@ def test_fresh_dimensions_take_all_that_an_edit_removes(name: str) -> None:
     assert not bool(image[:, width + rank :].any())
     assert distance(found.back.linear(image), x) <= RELATIVE
     assert distance(found.constant, map_.bias) == 0
+
+
+@pytest.mark.parametrize(
+    ("strengths", "removed", "left"),
+    [
+        ((1.0, 1.0, 1.0), 3, ALPHA),
+        ((1.0, 0.5, 0.5), 1, ALPHA),
+        ((1.005, 0.5, 0.5), 1, ALPHA - 0.005),  # turned round, and carried so
+        ((0.995, 2.0, 2.0), 1, ALPHA - 0.005),
+    ],
+)
+def test_equal_shares_of_several_directions_are_told_from_what_is_removed(
+    strengths: tuple[float, ...], removed: int, left: float
+) -> None:
+    """Eigenvectors of equal eigenvalues are whatever rounding makes of them."""
+    rows = edits.orthonormal(torch.stack([vector(24, seed) for seed in range(3)]))
+    skew = rows + 0.3 * vector(24, 9) / vector(24, 9).norm()
+    shares = torch.tensor(strengths, dtype=torch.float64)
+    for right in (rows, torch.linalg.solve(skew @ rows.T, skew)):
+        map_ = edits.linear_factors(-rows.T * shares, right)  # row i keeps 1 − share of itself
+        found = carried(map_, ALPHA)
+        assert found is not None and null_rank(map_, ALPHA) == removed
+        assert found.left == pytest.approx(left, rel=RELATIVE)
+        x = matrix(24, 7)
+        assert distance(found.back.linear(found.forward.linear(x)), x) <= RELATIVE
+        change = (found.forward.linear(x) - map_.linear(x)) @ right.T
+        raised = torch.where((1 - shares).abs() < ALPHA, ALPHA * (1 - shares + 1e-9).sign(), 0.0)
+        wanted = x @ right.T * torch.where(raised != 0, raised - (1 - shares), raised)
+        assert distance(change, wanted) <= RELATIVE
+        assert float(wanted.abs().max()) > 1e-3
 
 
 def test_a_map_whose_null_space_has_no_complement_is_not_relocated() -> None:

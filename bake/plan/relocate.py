@@ -14,17 +14,22 @@ columns of Q with dual rows F, F Q = 1 and F A = 0, and what lies in it has to g
 All of it is float64 and k × k, k the rank of A − I; nothing here knows a model.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from bake.affine import AffineMap, DenseMap, LowRankMap, tolerance
 from bake.plan.lowrank import thin, thin_factors
 
-DEFECTIVE = 1e6
-"""Condition of a basis of eigenvectors beyond which a null space has no complement to speak of."""
+NEWTON = 64
+"""Steps of an iteration that doubles its digits; all but the last few are for close sizes."""
+NOTHING = 2.0**-10
+"""Of α, what an edit may keep of its null space and count as having kept none."""
+MOST_LEFT = 2.0
+"""Of α, what may be left of an edit in place: more is left where a null space has no complement."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,24 +45,26 @@ class Carried:
     scale: float
     """α, at which the null space of A is carried; 1 where A has none, and Ã is A."""
     left: float
-    """How much of the edit is left undone behind the point: α in place, else 0."""
+    """How much of the edit is left undone behind the point: α or up to twice as much, else 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Spectrum:
-    """A − 1 = L R, and the eigenvectors of 1 + R L, which are those of A on the span of L."""
+class _Small:
+    """A − 1 = L R, and the part of C = 1 + R L that is A on the span of L where A is small."""
 
     left: Float[Tensor, "d k"]
     right: Float[Tensor, "k d"]
-    values: Complex[Tensor, " k"]
-    vectors: Complex[Tensor, "k k"]
-    small: Tensor
-    """[k], which eigenvalues count as none."""
+    basis: Float[Tensor, "k m"]
+    """Q, orthonormal: C Q = Q B, with the eigenvalues of B below α and all others beyond it."""
+    dual: Float[Tensor, "m k"]
+    """F, with F Q = 1 and F C = B F."""
+    within: Float[Tensor, "m m"]
+    """B."""
 
 
 def null_rank(map_: AffineMap, scale: float) -> int:
     """Return how many dimensions of an edit are too small to be divided by."""
-    return int(_spectrum(map_, scale).small.sum())
+    return len(_small(map_, scale).dual)
 
 
 def carried(
@@ -70,48 +77,72 @@ def carried(
         scale: α; what A shrinks to less counts as its null space.
         fresh: unit rows, one for each dimension of the null space at least; None in place.
     """
-    found = _spectrum(map_, scale)
-    if not bool(found.small.any()):
+    found = _small(map_, scale)
+    rank = len(found.dual)
+    if rank == 0:
         return _invertible(found.left, found.right, map_.bias, 1.0, 0.0)
-    if float(torch.linalg.cond(found.vectors)) > DEFECTIVE:
-        return None
     if fresh is not None:
         return _into_fresh(found, map_, scale, fresh)
-    # C has R L's eigenvectors: 1 + C R L is 1 + R L with the small eigenvalues raised to α.
-    small, one = found.values, torch.ones_like(found.values)
-    raised = torch.where(small.abs() > tolerance(map_.width), small / small.abs(), one) * scale
-    factor = torch.where(found.small, (raised - 1) / (found.values - 1), one)
-    mixing = _real(found.vectors * factor @ torch.linalg.inv(found.vectors))
-    constant = map_.bias - found.left @ (
-        (mixing - torch.eye(len(mixing))) @ (found.right @ map_.bias)
-    )
-    return _invertible(found.left, mixing @ found.right, constant, scale, scale)
+    # B becomes α times the nearest orthogonal matrix, which for nothing but rounding is 1.
+    one = torch.eye(rank, dtype=found.within.dtype)
+    first, _, last = torch.linalg.svd(found.within + NOTHING * scale * one)
+    raised = scale * first @ last
+    lost = float(torch.linalg.matrix_norm(raised - found.within, 2))
+    if lost > MOST_LEFT * scale:
+        return None
+    mixing = found.basis @ torch.linalg.solve(found.within - one, raised - found.within, left=False)
+    mixing = mixing @ found.dual
+    constant = map_.bias - found.left @ (mixing @ (found.right @ map_.bias))
+    whole = torch.eye(len(mixing), dtype=mixing.dtype) + mixing
+    return _invertible(found.left, whole @ found.right, constant, scale, lost)
 
 
 def _into_fresh(
-    found: _Spectrum, map_: AffineMap, scale: float, fresh: Float[Tensor, "m d"]
+    found: _Small, map_: AffineMap, scale: float, fresh: Float[Tensor, "m d"]
 ) -> Carried:
     """Return the map that takes the null space to fresh dimensions."""
-    rank = int(found.small.sum())
+    rank = len(found.dual)
     if fresh.shape[0] < rank:
         raise ValueError(f"{rank} fresh dimensions are needed, and {fresh.shape[0]} are there")
-    own, dual = found.vectors[:, found.small], torch.linalg.inv(found.vectors)[found.small]
-    # The projector onto the null space along the rest is L G R.
-    projector = _real(own / (found.values[found.small] - 1) @ dual)
-    basis = torch.linalg.svd(projector)[0][:, :rank]
-    null, triangle = torch.linalg.qr(found.left @ basis)
-    rows = triangle @ (basis.T @ projector) @ found.right
+    # The projector onto the null space along the rest is L Q (B − 1)⁻¹ F R.
+    one = torch.eye(rank, dtype=found.within.dtype)
+    null, triangle = torch.linalg.qr(found.left @ found.basis)
+    rows = triangle @ torch.linalg.solve(found.within - one, found.dual @ found.right)
     place = fresh[:rank].T
     left = torch.cat([found.left, scale * place, null - place], dim=1)
     right = torch.cat([found.right, rows, place.T])
     return _invertible(left, right, map_.bias, scale, 0.0)
 
 
-def _spectrum(map_: AffineMap, scale: float) -> _Spectrum:
+def _small(map_: AffineMap, scale: float) -> _Small:
     left, right = thin_factors(map_)
     core = torch.eye(left.shape[1], dtype=left.dtype) + right @ left
-    values, vectors = torch.linalg.eig(core)
-    return _Spectrum(left, right, values, vectors, values.abs() < scale)
+    sizes = torch.linalg.eigvals(core).abs()
+    small = sizes < scale
+    projector = _projector(core, sizes, small)
+    basis = torch.linalg.svd(projector)[0][:, : int(small.sum())]
+    dual = basis.T @ projector
+    return _Small(left, right, basis, dual, dual @ core @ basis)
+
+
+def _projector(core: Tensor, sizes: Tensor, small: Tensor) -> Tensor:
+    """Return the projector onto the span of some eigenvectors, along that of all others.
+
+    By the sign of (C/t − 1) (C/t + 1)⁻¹, t between the sizes of the two (Roberts 1980; Higham,
+    *Functions of Matrices*, 2008, chapter 5), which unlike eigenvectors is well conditioned
+    where eigenvalues are equal.
+    """
+    one = torch.eye(len(core), dtype=core.dtype)
+    if bool(small.all()) or not bool(small.any()):
+        return one * float(bool(small.all()))
+    above = float(sizes[~small].min())
+    between = math.sqrt(above * max(float(sizes[small].max()), above * 2.0**-10))
+    sign = torch.linalg.solve(core / between + one, core / between - one)
+    for _ in range(NEWTON):
+        sign, last = (sign + torch.linalg.inv(sign)) / 2, sign
+        if float((sign - last).abs().max()) <= tolerance(len(core)) * float(sign.abs().max()):
+            break
+    return (one - sign) / 2
 
 
 def _invertible(
@@ -123,11 +154,6 @@ def _invertible(
     forward = LowRankMap(left, right, zeros)
     back = LowRankMap(-left, torch.linalg.solve(core, right), zeros)
     return Carried(thin(forward), thin(back), constant, scale, lost)
-
-
-def _real(matrix: Complex[Tensor, "k k"]) -> Float[Tensor, "k k"]:
-    """Return a function of a real matrix, whose imaginary part is rounding."""
-    return matrix.real.contiguous()
 
 
 def stretch(map_: AffineMap) -> tuple[float, float]:
