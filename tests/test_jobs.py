@@ -52,3 +52,41 @@ def test_what_cannot_be_done_is_said_as_a_command_says_it(tmp_path: Path) -> Non
     with pytest.raises(InexactPlan):
         export(once, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "allow", "wider"),
+    [
+        (("lora",), ("relocate", "widen"), False),
+        (("checkpoint", "lora"), ("relocate", "widen"), False),
+        (("gguf-lora",), ("widen", "relocate"), False),
+        (("checkpoint",), ("relocate", "widen"), True),
+    ],
+)
+def test_a_plan_is_made_for_the_carriers_that_are_asked_for(
+    to: tuple[str, ...], allow: tuple[str, ...], wider: bool
+) -> None:
+    model = open_model(QUICKSTART / "model")
+    once = [model.edit(EditKind.ABLATE, "mood", ablate(MOOD), ["resid_post.1"])]
+    asked = plan_edits(model, once, to=to, allow=allow)
+    assert asked.plan.widened is wider and asked.refusal() is None
+    # What the record keeps of the request makes the plan again, for each carrier alone.
+    kept = asked.provenance().allow
+    assert set(kept) == (set(allow) if wider else {"relocate"})
+    for carrier in to:
+        again = plan_edits(model, once, to=(carrier,), allow=kept)
+        assert again.plan.digest == asked.plan.digest
+    if not wider:
+        (note,) = (note for note in asked.plan.notes if "could not hold" in note)
+        assert "widen" in note and to[-1] in note
+
+
+def test_what_an_adapter_cannot_hold_is_refused_where_nothing_else_is_allowed() -> None:
+    model = open_model(QUICKSTART / "model")
+    once = [model.edit(EditKind.ABLATE, "mood", ablate(MOOD), ["resid_post.1"])]
+    asked = plan_edits(model, once, to=("lora",), allow=("widen",))
+    refusal = asked.refusal()
+    assert refusal is not None and "hidden_size" in str(refusal.why)
+    # A stand-in is one that an adapter holds.
+    fit = plan_edits(model, once, to=("lora",), allow=("widen", "approximate"))
+    assert not fit.plan.widened and set(fit.provenance().allow) == {"approximate"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bake.errors import InexactPlan
     from bake.outputs.export import Export
     from bake.plan import Plan
-    from bake.recipe import Recipe
+    from bake.recipe import ExportTable, Recipe
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -181,8 +181,50 @@ def plan_edits(
     base = Base(found.path.name, None, found.path)
     if found.revision is not None:
         base = Base(found.source.partition("@")[0], found.revision, None)
-    export = ExportTable(to=tuple(to), allow=tuple(allow), target=tuple(target), widen=widen)
-    return Request(Recipe("", Path(), base, export), model, model.plan(edits, export))
+    asked = ExportTable(to=tuple(to), allow=tuple(allow), target=tuple(target), widen=widen)
+    plan, export = _planned(model, edits, asked)
+    return Request(Recipe("", Path(), base, export), model, plan)
+
+
+def _planned(
+    model: Model, edits: "Sequence[Edit]", export: "ExportTable"
+) -> "tuple[Plan, ExportTable]":
+    """Return the plan for the carriers that are asked for, and what of the request it is made with.
+
+    What is allowed is not made use of where a carrier could not hold it and can do without.
+    """
+    from msgspec import structs
+
+    from bake.artifact.carrier import Part, carrier_of
+    from bake.recipe import REDECLARING
+
+    plan, lesser = model.plan(edits, export), tuple(w for w in export.allow if w not in REDECLARING)
+    short = [name for name in export.to if Part.CONFIG not in carrier_of(name).holds]
+    if not short or lesser == export.allow or _fits(plan, export):
+        return plan, export
+    less = structs.replace(export, allow=lesser, widen=None)
+    other = model.plan(edits, less)
+    if not _fits(other, less):
+        return plan, export
+    left = ", ".join(word for word in export.allow if word not in lesser)
+    note = f"planned without {left}, which {' and '.join(short)} could not hold"
+    return replace(other, notes=(note, *other.notes)), less
+
+
+def _fits(plan: "Plan", export: "ExportTable") -> bool:
+    """Whether all carriers that are asked for hold a plan, of what the request allows."""
+    from bake.errors import InexactPlan
+    from bake.plan import Exactness
+    from bake.plan.carriers import refuse
+
+    if "approximate" in export.allow and plan.exactness is Exactness.IMPOSSIBLE:
+        return True  # stand-ins are low-rank changes of weights
+    try:
+        for carrier in export.to:
+            refuse(plan, carrier, frozenset(export.allow))
+    except InexactPlan:
+        return False
+    return True
 
 
 class Overrides(TypedDict, total=False):
@@ -270,7 +312,8 @@ def plan_recipe(
     from bake.jobs.fitting import fitted, wanted
     from bake.recipe import build_edits, remarks
 
-    plan, facts = model.plan(build_edits(recipe, model.layout, directions), recipe.export), None
+    plan, export = _planned(model, build_edits(recipe, model.layout, directions), recipe.export)
+    recipe, facts = replace(recipe, export=export), None  # as it was made use of
     if (spec := wanted(recipe, plan)) is not None:
         plan, facts = fitted(recipe, spec, model, plan, bars)
     plan = replace(plan, notes=(*remarks(recipe, directions), *plan.notes))

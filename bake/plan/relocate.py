@@ -142,7 +142,8 @@ def _projector(core: Tensor, sizes: Tensor, small: Tensor) -> Tensor:
         sign, last = (sign + torch.linalg.inv(sign)) / 2, sign
         if float((sign - last).abs().max()) <= tolerance(len(core)) * float(sign.abs().max()):
             break
-    return (one - sign) / 2
+    projector: Tensor = (one - sign) / 2
+    return projector
 
 
 def _invertible(

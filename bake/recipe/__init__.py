@@ -17,6 +17,7 @@ from bake.recipe.parse import load_recipe, parse_recipe
 from bake.recipe.remarks import remarks
 from bake.recipe.spec import (
     ALLOWANCES,
+    REDECLARING,
     Base,
     CalibrateSpec,
     CardTable,
@@ -28,6 +29,7 @@ from bake.recipe.spec import (
 
 __all__ = [
     "ALLOWANCES",
+    "REDECLARING",
     "Base",
     "CalibrateSpec",
     "CardTable",

@@ -25,6 +25,8 @@ from bake.recipe.amounts import Written
 from bake.rounding import Rounding
 
 ALLOWANCES = ("recast", "relocate", "widen", "nulling", "approximate")
+REDECLARING = ("recast", "widen")
+"""Those with which a model is declared as another one, which an adapter cannot."""
 
 # That a text is not empty is for editors: whoever uses it says better what is wrong.
 Text = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
