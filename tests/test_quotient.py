@@ -280,3 +280,33 @@ def test_what_no_gated_layer_computes_is_relocated_otherwise(
         plan = plan_of(other, asked, allow=ALLOW)
         assert plan.exactness is Exactness.RELOCATED and plan.widened
         assert not any(update.added is not None for update in plan.tensors)
+
+
+def test_where_a_runtime_computes_in_float16_is_said_of_neurons_alone(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def said(**options: object) -> dict[str, bool]:
+        base = base_at(tiny_checkpoint("llama", **options))
+        asked = [edit(base, "linear", edit_of("affine", base.layout.hidden), "resid_post.1")]
+        plan = plan_of(base, asked, allow=ALLOW)
+        return {v.runtime: "not in float16" in v.reason for v in plan.runtimes}
+
+    found = said(dtype=torch.float32)
+    assert all(found[name] for name in ("transformers", "vllm", "llama.cpp"))
+    # Relocated where weights are stored so, it is served in float16 as well.
+    assert not any(said(dtype=torch.float16).values())
+
+
+def test_what_neurons_compute_is_no_number_in_float16(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The verdicts are true: gates overflow, where those of the relocated edit do not."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        base = base_at(tiny_checkpoint("llama", dtype=dtype))
+        asked = [edit(base, "linear", edit_of("affine", base.layout.hidden), "resid_post.1")]
+        out = bake(base, plan_of(base, asked, allow=ALLOW), tmp_path / str(dtype), allow=ALLOW)
+        with torch.no_grad():
+            found[dtype] = tiny.load(out).to(torch.float16)(tiny.tokens(), use_cache=False).logits
+    assert not bool(found[torch.float32].isfinite().all())
+    assert bool(found[torch.float16].isfinite().all())

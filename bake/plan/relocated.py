@@ -62,8 +62,7 @@ def relocated(stream: StreamFold, edit: int, places: str) -> str:
         least, most = MEANT
         words += f": {max(one.count for one in computed)} neurons of a block apply it to what they "
         words += f"read, to {ERROR:.0e} of itself for a stream whose root mean square is between "
-        words += f"{least:.3g} and {most:.4g}, where a runtime computes in bfloat16 or float32 "
-        words += "(in float16 gates overflow)"
+        words += f"{least:.3g} and {most:.4g}, in bfloat16 or float32 (in float16 gates overflow)"
     moved = [one for one in stream.relocated if one.hook.edit == edit]
     if moved:
         words += _before(moved)

@@ -29,6 +29,15 @@ GENERAL = {
 }
 """The runtimes that need no section of a table, each with where what is said of it is read."""
 ROUNDED = "the edited weights are rounded to a few bits each"
+HALF = {
+    "transformers": "it computes with dtype=torch.float16",
+    "vllm": "it computes with --dtype float16, and by itself on a GPU older than Ampere "
+    "(vllm/config/model.py: _resolve_auto_dtype): start it there with --dtype float32",
+    "llama.cpp": "it computes on a GPU with weights in F16, or in codes that it decodes for cuBLAS "
+    "(ggml-cuda.cu: ggml_cuda_mul_mat_cublas): use a BF16 or F32 file, or set "
+    "GGML_CUDA_CUBLAS_COMPUTE_TYPE=f32",
+}
+"""Where a runtime computes in float16, in which neurons that compute an edit overflow."""
 _UNTRIED = "it has a reader of GGUF files, which was neither read nor run"
 
 
@@ -121,6 +130,8 @@ def _verdict(
         return verdict(status="not tested", reason=untested)
     if worst is not Exactness.EXACT:
         why = next(f.reason for f in findings if f.exactness is worst)
+        if plan.computes and name in HALF:
+            why += f"; not in float16, in which {HALF[name]}"
         return verdict(status="approximate", reason=why)
     return verdict(status="exact", reason=source)
 

@@ -179,6 +179,11 @@ class Plan:
         return any(change.key == self.layout.family.dims.hidden for change in self.config)
 
     @property
+    def computes(self) -> bool:
+        """Whether neurons that the base does not have compute an edit."""
+        return any(update.added is not None for update in self.tensors)
+
+    @property
     def exactness(self) -> Exactness:
         """The worst exactness among the findings; EXACT when there is none."""
         found = {finding.exactness for finding in self.findings}
