@@ -1,10 +1,11 @@
 """What a relocated edit loses of its effect, block by block, on a real model.
 
-    python benchmarks/relocation.py CHECKPOINT TEXTS.json [--blocks 8,14,22] [--kinds affine]
-        [--ways widen] [--plot loss.svg]
+    python benchmarks/relocation.py CHECKPOINT [--texts TEXTS.json] [--blocks 8,14,22]
+        [--kinds affine] [--ways widen] [--keep rows.jsonl]
 
 CHECKPOINT is a Llama-like instruct model with a chat template (docs/relocation.md has the figures
-of SmolLM2-135M-Instruct in bfloat16), TEXTS a JSON list of lists of token ids, which are held out.
+of SmolLM2-135M-Instruct in bfloat16). Texts are held out: eight chats and the model's own answers,
+or TEXTS, a JSON list of lists of token ids.
 Directions are fitted to the streams of 20 questions behind the block, at the last token, under a
 cheerful and under a sorrowful system prompt. Printed is KL(hooked ‖ baked) over KL(hooked ‖ base),
 over all tokens but the first of each text, and over the first ones; of weights in float32, and
@@ -20,8 +21,8 @@ rounded to bfloat16. Hooks (``bake.steer``) and baked model run in float32. Kind
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,14 @@ TOPICS = (
     "moving to a new town", "a garden", "music",
 )  # fmt: skip
 FORM = "Tell me about {}."
+CHATS = (
+    "How was your weekend?", "Describe a lighthouse in two sentences.", "Why do people keep cats?",
+    "What should I cook tonight?", "Give me a riddle.", "How do bees find their way home?",
+    "Write the first lines of a story about a storm.", "Is it better to read or to watch a film?",
+)  # fmt: skip
+ANSWER = 40
+"""Tokens that the model answers."""
 RANK = 4
-FLOOR = 5e-5
-"""In percent: what the table shows as nothing is drawn here."""
 Shares = tuple[float, float]
 """Of all tokens but the first, and of the first."""
 
@@ -63,6 +69,18 @@ def streams(model: Any, tokenizer: Any, system: str) -> Tensor:
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
         found.append(torch.stack(behind_blocks(model, [ids]))[:, 0])
     return torch.stack(found)
+
+
+@torch.no_grad()
+def held_out(model: Any, tokenizer: Any) -> list[list[int]]:
+    """Return chats with the model's own most likely answers, as token ids."""
+    found = []
+    for question in CHATS:
+        chat = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        asked = {"max_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
+        found.append(model.generate(torch.tensor([ids]), **asked)[0].tolist())
+    return found
 
 
 def behind_blocks(model: Any, tokens: list[list[int]]) -> list[Tensor]:
@@ -217,32 +235,17 @@ class Row:
     lost: tuple[float, ...]
     """In percent of the effect."""
 
+    def json(self) -> str:
+        """Return the row as a line of JSON."""
+        numbers = {k: [float(f"{x:.4g}") for x in getattr(self, k)] for k in ("effect", "lost")}
+        return json.dumps(asdict(self) | numbers) + "\n"
+
     def __str__(self) -> str:
         effect, lost = self.effect, self.lost
         return (
             f"| {self.block} | {self.kind} | {effect[0]:.4f} ({effect[1]:.4f}) | {self.way} | "
             f"{self.dtype} | {lost[0]:.4f} ({lost[1]:.4f}) |"
         )
-
-
-def draw(rows: list[Row], path: Path) -> None:
-    """Draw the loss against the block."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    lines: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        lines.setdefault((row.kind, row.way, row.dtype), []).append(row)
-    marks: Mapping[str, str] = {"float32": "-", "bfloat16": "--"}
-    for (kind, way, dtype), line in lines.items():
-        blocks, lost = [row.block for row in line], [max(row.lost[0], FLOOR) for row in line]
-        axes.plot(blocks, lost, marks.get(dtype, ":"), marker=".", label=f"{kind}, {way}, {dtype}")
-    axes.set_yscale("log")
-    axes.set_xlabel("block behind which the edit stands")
-    axes.set_ylabel(f"KL lost, % of the effect's (or below {FLOOR:.0e})")
-    axes.legend(fontsize="small")
-    figure.savefig(path)
 
 
 def fitted(asked: argparse.Namespace, live: Any, model: Model) -> Fitted:
@@ -256,23 +259,31 @@ def fitted(asked: argparse.Namespace, live: Any, model: Model) -> Fitted:
     return Fitted(model, *found)
 
 
+def texts_of(asked: argparse.Namespace, live: Any) -> list[list[int]]:
+    """Return the texts that are named, or the model's own."""
+    if asked.texts is None:
+        return held_out(live, AutoTokenizer.from_pretrained(asked.checkpoint))
+    found: list[list[int]] = json.loads(asked.texts.read_text(encoding="utf-8"))
+    return found
+
+
 def main() -> None:
-    """Print the table, and draw it."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("texts", type=Path)
+    parser.add_argument("--texts", type=Path)
     parser.add_argument("--blocks", default="")
     parser.add_argument("--ways", default="widen")
     parser.add_argument("--kinds", default="affine,ablate")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--streams", type=Path, help="where the streams are kept")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--keep", type=Path, help="a file to which rows are added, JSON each")
     asked = parser.parse_args()
     live = AutoModelForCausalLM.from_pretrained(asked.checkpoint, dtype=torch.float32).eval()
-    model, texts = open_model(asked.checkpoint), json.loads(asked.texts.read_text(encoding="utf-8"))
+    model, texts = open_model(asked.checkpoint), texts_of(asked, live)
     source, base, baking = fitted(asked, live, model), logprobs(live, texts), Baking(model)
     blocks = [int(b) for b in asked.blocks.split(",") if b] or range(model.layout.layers)
-    names, rows = asked.dtypes.split(","), list[Row]()
+    names = asked.dtypes.split(",")
     print("| block | edit | effect, nats (first) | way | type | lost, % (first) |")
     print("|---|---|---|---|---|---|", flush=True)
     for layer in blocks:
@@ -292,10 +303,11 @@ def main() -> None:
                     lost = divergence(reference, logprobs(made, texts))
                     # What rounding makes negative is none.
                     shares = tuple(100 * max(a, 0.0) / b for a, b in zip(lost, effect, strict=True))
-                    rows.append(Row(layer, kind, label, dtype, effect, shares))
-                    print(rows[-1], flush=True)
-    if asked.plot is not None:
-        draw(rows, asked.plot)
+                    row = Row(layer, kind, label, dtype, effect, shares)
+                    print(row, flush=True)
+                    if asked.keep is not None:
+                        with asked.keep.open("a", encoding="utf-8") as out:
+                            out.write(row.json())
 
 
 if __name__ == "__main__":

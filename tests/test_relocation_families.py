@@ -273,6 +273,19 @@ def test_the_page_has_the_table_of_the_tables() -> None:
     assert made["page"](page) == page, "run python docs/make_relocation_table.py"
 
 
+def test_the_page_and_its_picture_show_what_was_measured() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "make_relocation_figures.py"))
+    page = (ROOT / "docs" / "relocation.md").read_text(encoding="utf-8")
+    assert made["page"](page) == page, "run python docs/make_relocation_figures.py"
+    rows = made["rows"]()
+    drawn = made["PICTURE"].read_text(encoding="utf-8")
+    assert drawn == made["picture"](rows), "run python docs/make_relocation_figures.py"
+    # Another figure would be seen in both.
+    block, kind, dtype = next(iter(rows))
+    other = rows | {(block, kind, dtype): {**rows[block, kind, dtype], "lost": [1.0, 1.0]}}
+    assert made["picture"](other) != drawn and made["table"](other) not in page
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_the_table_says_is_what_the_plan_does(
     tiny_checkpoint: Callable[..., Path], family: str

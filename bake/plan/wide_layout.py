@@ -19,7 +19,9 @@ def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
     shapes, widen = dict(layout.shapes), layout.family.widen
     grown = {"hidden": width, "inner": inner}
     if widen is not None and widen.heads:
-        grown["heads"] = grown["kv_heads"] = width // layout.dims["head_dim"]
+        grown["heads"] = width // layout.dims["head_dim"]
+        # As many share a key as before: the old ones come first, and keep theirs.
+        grown["kv_heads"] = grown["heads"] * layout.dims["kv_heads"] // layout.dims["heads"]
     dims = {**layout.dims, **grown}
 
     def sized(linear: Linear, axis: int, size: int) -> Linear:

@@ -179,8 +179,8 @@ class Wide:
             **dict.fromkeys(size_keys(family.dims.inner), dims["inner"]),
             family.widen.eps: self._new_eps,
         }
-        own = "heads" if family.widen.heads else "head_dim"
-        new |= dict.fromkeys(size_keys(getattr(family.dims, own)), dims[own])
+        for own in ("heads", "kv_heads") if family.widen.heads else ("head_dim",):
+            new |= dict.fromkeys(size_keys(getattr(family.dims, own)), dims[own])
         return tuple(ConfigChange(key, config.get(key), value) for key, value in new.items())
 
     def completed(self, made: Assembly, gain: Gain, edits: Sequence[int]) -> Assembly:
@@ -359,7 +359,9 @@ def _step(size: int, steps: Sequence[int]) -> int:
 def _width(layout: Layout, fresh: int, asked: int | None) -> int:
     """Return the width that is asked for, or the least that runtimes take."""
     widen, hidden = layout.family.widen, layout.hidden
-    unit = layout.dims["head_dim" if widen is not None and widen.heads else "heads"]
+    unit = heads = layout.dims["heads"]
+    if widen is not None and widen.heads:  # that share a key are added together
+        unit = layout.dims["head_dim"] * (heads // layout.dims["kv_heads"])
     if asked is not None:
         return _asked_width(hidden, fresh, asked, unit)
     step = _step(hidden, [math.lcm(unit, step) for step in STEPS])
