@@ -575,6 +575,7 @@ CORE: dict[str, Core] = {
             **_MIXED,
             "model_type": "qwen3_moe",
             "num_experts": 3,
+            "norm_topk_prob": True,
             "mlp_only_layers": [0],
             "attention_bias": True,
         }

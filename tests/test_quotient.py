@@ -31,7 +31,7 @@ from bake.sites import SiteKind
 from bake.verify.precision import double_precision
 
 ALLOW = frozenset({"widen"})
-FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "phi3", "gemma", "qwen3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "smollm3", "phi3", "gemma", "qwen3")
 
 
 def off(base: Base, asked: list[Edit], plan: Plan, out: Path) -> float:
@@ -140,6 +140,29 @@ def test_every_part_of_a_computed_edit_is_needed(
     for index, (name, one) in enumerate(broken.items()):
         found = off(base, asked, one, tmp_path / str(index))
         assert found > 10 * RELATIVE, (name, found)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_every_expert_computes_an_edit_and_their_weights_sum_to_one(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    base = base_at(tiny_checkpoint(family))
+    asked = [edit(base, "linear", edit_of("affine", base.layout.hidden), "resid_post.1")]
+    plan = plan_of(base, asked, allow=ALLOW)
+    written = [u for u in plan.tensors if u.added is not None]
+    assert len(written) == 3 * base.layout.dims["experts"]  # of every expert, and of no router
+    assert off(base, asked, plan, tmp_path / "out") <= RELATIVE
+    last = _with(plan, written[-1].name, added=None)
+    assert off(base, asked, last, tmp_path / "last") > 1e-3
+
+
+def test_experts_whose_weights_need_not_sum_to_one_compute_nothing(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    base = base_at(tiny_checkpoint("qwen3_moe", norm_topk_prob=False))
+    asked = [edit(base, "linear", edit_of("affine", base.layout.hidden), "resid_post.1")]
+    plan = plan_of(base, asked, allow=ALLOW)
+    assert plan.exactness is Exactness.RELOCATED and not plan.computes
 
 
 def _with(plan: Plan, name: str, **changes: object) -> Plan:

@@ -109,6 +109,22 @@ class Recast(Table, frozen=True, kw_only=True):
     """Keys whose default of the source class is written out where config.json leaves it unsaid."""
 
 
+class GatedExperts(Table, frozen=True, kw_only=True):
+    """Experts whose weights of a token sum to 1, so that what all of them compute alike is added.
+
+    Mirrored by a test of the class, for the weights and for the sizes.
+    """
+
+    gate: str
+    """The module whose outputs pass the activation, with ``{expert}`` in it."""
+    up: str
+    """The module that they are multiplied with."""
+    size: str
+    """The config key of how many outputs either has."""
+    sums: str = ""
+    """The config key that is true where the weights sum to 1; empty where they always do."""
+
+
 class Widen(Table, frozen=True, kw_only=True):
     """How a model of this family is declared wider than it is, with dimensions that are zero."""
 
@@ -118,6 +134,8 @@ class Widen(Table, frozen=True, kw_only=True):
     """Readers' outputs that pass a norm of their own width with this epsilon."""
     gate: str = ""
     """The config key of the activation of gated layers, which can compute edits; else empty."""
+    experts: GatedExperts | None = None
+    """Gated layers that are experts."""
     heads: bool = False
     """Whether heads are added, since the class takes their size from the width of the stream."""
     run: Texts = ()

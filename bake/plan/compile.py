@@ -151,6 +151,10 @@ def _gate(layout: Layout, config: Mapping[str, Json]) -> Gate | None:
     family = layout.family
     if family.widen is None:
         return None
+    experts = family.widen.experts
+    if experts is not None and experts.sums:
+        if configured(family, config, experts.sums) is not True:
+            return None
     act = configured(family, config, family.widen.gate)
     return gate_of(layout, act, epsilon(layout, config))
 

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bake.edits import WeightUpdate
-from bake.families import Branch, Layout
+from bake.families import Branch, Layout, Linear
 from bake.sites import SiteKind
 
 TOP = 2.0**14
@@ -40,6 +40,7 @@ COLUMN = 2.0**4
 rounds to zero what the neurons of small streams read; below it the largest does not fit."""
 SIGHT = 2.0**6
 """What the norm multiplies the dimension of the embedding by, so that float16 has room."""
+_GATED = {SiteKind.MLP_GATE, SiteKind.MLP_UP}
 MOST = 8
 """The rank of the edit up to which neurons are added; each rank takes 64 of them or more."""
 
@@ -135,16 +136,32 @@ class Computed:
         return WeightUpdate(-COLUMN / gain * self.left, right)  # φ(−t) is negative
 
 
+def gated_outputs(layout: Layout, linear: Linear) -> list[tuple[SiteKind, int]]:
+    """Return the parts of a reader that neurons are added to: what each is, and where it ends.
+
+    A layer that is neither gate nor up, a router say, has none.
+    """
+    widen, outputs = layout.family.widen, linear.outputs
+    if widen is not None and widen.experts is not None:
+        experts = {widen.experts.gate: SiteKind.MLP_GATE, widen.experts.up: SiteKind.MLP_UP}
+        if linear.module in experts:
+            return [(experts[linear.module], outputs)]
+    return [(p.site.kind, p.rows[-1] + 1) for p in linear.parts if p.site.kind in _GATED]
+
+
 def computing(layout: Layout, point: int) -> Branch | None:
-    """Return the branch with a gated layer that can compute an edit of a stream point."""
-    wanted = {SiteKind.MLP_GATE, SiteKind.MLP_UP}
+    """Return the branch with a gated layer that can compute an edit of a stream point.
+
+    Of experts all compute it, and their weights sum to 1 (``gate_of``).
+    """
     for branch in layout.branches:
         norm = branch.norm_in
         shared = sum(other.norm_in == norm for other in layout.branches) > 1
-        kinds = {part.site.kind for linear in branch.reads for part in linear.parts}
+        kinds = {kind for linear in branch.reads for kind, _ in gated_outputs(layout, linear)}
         plain = branch.norm_out is None and norm is not None and norm.kind == "rms" and not shared
-        own = branch.target == point and branch.source == point - 1 and branch.writer is not None
-        if own and plain and kinds == wanted:
+        own = branch.target == point and branch.source == point - 1
+        one = len({linear.module for linear in branch.writes}) == 1
+        if own and one and plain and kinds == _GATED:
             return branch
     return None
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bake.affine import AffineMap, DiagonalMap, LowRankMap, chain
 from bake.edits import WeightUpdate
-from bake.families import Linear, Norm, Part
+from bake.families import Layout, Linear, Norm, Part
 from bake.plan.lowrank import thin, thin_factors
 from bake.plan.pieces import (
     Context,
@@ -19,7 +19,7 @@ from bake.plan.pieces import (
     norm_updates,
     scaled_norm,
 )
-from bake.plan.quotient import SIGHT, Computed
+from bake.plan.quotient import SIGHT, Computed, gated_outputs
 from bake.plan.stream_fold import Fold
 from bake.plan.types import PartMap
 from bake.sites import Site
@@ -149,7 +149,8 @@ def _reader(
     added, added_by = None, frozenset[int]()
     if computed is not None:
         assert reading.gain is not None
-        added, added_by = _neurons(linear, computed, reading.gain), computed.edits
+        added = _neurons(context.layout, linear, computed, reading.gain)
+        added_by = computed.edits if added is not None else added_by
     layer = LayerChange(
         linear,
         sites,
@@ -165,12 +166,14 @@ def _reader(
     return Pieces((layer,), places=tuple(places))
 
 
-def _neurons(linear: Linear, computed: Computed, gain: Float[Tensor, " d"]) -> WeightUpdate:
-    """Return what a gated layer's reader is given to compute besides."""
-    outputs = linear.outputs
-    found = [
-        computed.read(part.site.kind, outputs, gain, part.rows[-1] + 1) for part in linear.parts
-    ]
+def _neurons(
+    layout: Layout, linear: Linear, computed: Computed, gain: Float[Tensor, " d"]
+) -> WeightUpdate | None:
+    """Return what a gated layer's reader is given to compute besides; a router is given nothing."""
+    outputs, parts = linear.outputs, gated_outputs(layout, linear)
+    found = [computed.read(kind, outputs, gain, end) for kind, end in parts]
+    if not found:
+        return None
     left, right = torch.cat([one.left for one in found], dim=1), [one.right for one in found]
     return WeightUpdate(left, torch.cat(right))
 

@@ -35,8 +35,13 @@ def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
                 shapes[bias.name] = (size,)
         return replace(linear, shape=shape, bias=bias)
 
+    experts = None if widen is None else widen.experts
+    more = inner - layout.dims["inner"] if experts is not None else 0
+
     def reader(linear: Linear) -> Linear:
         axis = linear.output_axis
+        if experts is not None and linear.module in (experts.gate, experts.up):
+            linear = sized(linear, axis, linear.shape[axis] + more)
         parts = _wider_parts(layout, dims, linear)
         if parts != linear.parts:
             size = sum(len(part.rows) for part in parts)
@@ -49,6 +54,8 @@ def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
             linear = sized(linear, 1 - axis, dims["heads"] * dims["head_dim"])
         if site is not None and site.kind is SiteKind.MLP_ACT:
             linear = sized(linear, 1 - axis, inner)
+        if experts is not None and "{expert}" in linear.module:
+            linear = sized(linear, 1 - axis, linear.shape[1 - axis] + more)
         return sized(linear, axis, width)
 
     branches = tuple(

@@ -24,7 +24,7 @@ from torch import Tensor
 from bake.affine import AffineMap, DiagonalMap, LowRankMap, chain, tolerance
 from bake.edits import Edit, WeightUpdate
 from bake.errors import FamilyError, UsageError
-from bake.families import SQRT_HIDDEN, Json, Layout, Linear, configured, size_keys
+from bake.families import SQRT_HIDDEN, Family, Json, Layout, Linear, configured, size_keys
 from bake.plan.emit import Assembly
 from bake.plan.pieces import Gain
 from bake.plan.types import BiasUpdate, ConfigChange, PartMap, TensorUpdate
@@ -108,6 +108,10 @@ class Wide:
             for key, dim in sizes.items()
             if self.base.dims[dim] != self.layout.dims[dim]
         ]
+        experts = None if self.base.family.widen is None else self.base.family.widen.experts
+        if len(grown) > 1 and experts is not None and experts.size not in sizes:
+            wider = self.layout.dims["inner"] - self.base.dims["inner"]
+            grown.append(f"{experts.size} becomes {wider} more")
         return (
             f"widened: {', '.join(grown)}, every tensor of the stream is written anew, and the "
             f"model has {100 * more:.2g} % more weights"
@@ -179,6 +183,9 @@ class Wide:
             **dict.fromkeys(size_keys(family.dims.inner), dims["inner"]),
             family.widen.eps: self._new_eps,
         }
+        if (experts := family.widen.experts) is not None:
+            size = _number(family, config, experts.size)
+            new[experts.size] = round(size) + dims["inner"] - self.base.dims["inner"]
         for own in ("heads", "kv_heads") if family.widen.heads else ("head_dim",):
             new |= dict.fromkeys(size_keys(getattr(family.dims, own)), dims[own])
         return tuple(ConfigChange(key, config.get(key), value) for key, value in new.items())
@@ -344,11 +351,14 @@ def epsilon(layout: Layout, config: Mapping[str, Json]) -> float:
         FamilyError: it is missing or no number.
     """
     assert layout.family.widen is not None
-    key = layout.family.widen.eps
-    eps = configured(layout.family, config, key)
-    if not isinstance(eps, int | float) or isinstance(eps, bool):
+    return _number(layout.family, config, layout.family.widen.eps)
+
+
+def _number(family: Family, config: Mapping[str, Json], key: str) -> float:
+    found = configured(family, config, key)
+    if not isinstance(found, int | float) or isinstance(found, bool):
         raise FamilyError(f"the key {key!r} is missing or no number", where="config.json")
-    return float(eps)
+    return float(found)
 
 
 def _step(size: int, steps: Sequence[int]) -> int:
