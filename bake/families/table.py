@@ -110,10 +110,7 @@ class Recast(Table, frozen=True, kw_only=True):
 
 
 class GatedExperts(Table, frozen=True, kw_only=True):
-    """Experts whose weights of a token sum to 1, so that what all of them compute alike is added.
-
-    Mirrored by a test of the class, for the weights and for the sizes.
-    """
+    """Experts whose weights for a token sum to 1: what all of them compute alike is added once."""
 
     gate: str
     """The module whose outputs pass the activation, with ``{expert}`` in it."""
