@@ -66,6 +66,9 @@ def test_a_core_table_widens(
             return distance(model(tiny.tokens(), use_cache=False).logits, hooked) / scale
 
     assert off(plan, "out") <= (RELATIVE if plan.computes else 1e-12)
+    # What it is declared as is a model of the table still.
+    written = tiny.config_of(tmp_path / "out")
+    assert written.keys() - base.checkpoint.config.keys() <= base.layout.family.dims.said_by
     broken = controls(base, plan)
     widen = base.layout.family.widen
     assert widen is not None and len(broken) == 2 + bool(widen.same_eps) + plan.computes

@@ -187,7 +187,8 @@ class Wide:
             size = _number(family, config, experts.size)
             new[experts.size] = round(size) + dims["inner"] - self.base.dims["inner"]
         for own in ("heads", "kv_heads") if family.widen.heads else ("head_dim",):
-            new |= dict.fromkeys(size_keys(getattr(family.dims, own)), dims[own])
+            keys = filter(None, size_keys(getattr(family.dims, own)))  # of some there is none
+            new |= dict.fromkeys(keys, dims[own])
         return tuple(ConfigChange(key, config.get(key), value) for key, value in new.items())
 
     def completed(self, made: Assembly, gain: Gain, edits: Sequence[int]) -> Assembly:
