@@ -56,18 +56,6 @@ def test_vllm(
     assert found <= MOST
 
 
-def test_vllm_serves_an_edit_behind_one_block(
-    subject: Subject, exported: Callable[..., Path], vllm_python: Path
-) -> None:
-    """Neurons compute it: the model is wider, and its gated layers have more of them."""
-    out = exported("one site", "checkpoint", "--allow", "widen")
-    few = tokens_of(subject.files.texts[:FEW])
-    hooked, base = subject.hooked("one site")[:few], subject.base[:few]
-    found = lost(hooked, base, served(subject, VLLM, vllm_python, out, count=FEW))
-    print(f"vLLM, widened: lost {found:.2e} of {mean_kl(hooked, base):.3f} nats")
-    assert found <= MOST
-
-
 @pytest.fixture(scope="module")
 def plain(subject: Subject, llamacpp_python: Path) -> Tensor:
     """What llama.cpp makes of the base's own file."""
