@@ -21,6 +21,7 @@ from bake.plan.stream import fold_stream, most_fresh
 from bake.plan.stream_fold import Failure
 from bake.plan.targets import checkpoint_runtimes
 from bake.plan.types import BiasUpdate, ConfigChange, Exactness, Finding, Plan, TensorUpdate
+from bake.plan.wide_layout import may_widen
 from bake.plan.widen import Wide, epsilon, sees_mean, widened
 from bake.sites import Site
 
@@ -149,7 +150,7 @@ def _context(
 def _gate(layout: Layout, config: Mapping[str, Json]) -> Gate | None:
     """Return the gate that the layers of a wider model would compute edits with, if any."""
     family = layout.family
-    if family.widen is None:
+    if family.widen is None or not may_widen(layout):
         return None
     experts = family.widen.experts
     if experts is not None and experts.sums:

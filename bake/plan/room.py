@@ -13,6 +13,7 @@ from bake.plan.lowrank import thin_factors
 from bake.plan.obstacles import holder, obstacle
 from bake.plan.relocate import Carried, carried, null_rank
 from bake.plan.stream_fold import Relocation
+from bake.plan.wide_layout import may_widen
 
 WIDEN = '; or allow = ["widen"], this edit but for what norms see of it (docs/relocation.md)'
 RELOCATE = (
@@ -86,7 +87,7 @@ class Room:
         found = carried(hook.map, SMALLEST)
         if found is None or self.unused is not None:
             return ""
-        widen = WIDEN if self.layout.family.widen is not None else ""
+        widen = WIDEN if may_widen(self.layout) else ""
         # In place a constant needs a bias slot, which a recast may give.
         slot = hook.map.is_linear() or holder(self.layout, point) is not None
         passes = obstacle(self.layout, point, found.forward) is None

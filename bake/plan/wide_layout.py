@@ -8,6 +8,17 @@ from bake.families.resolve import parts_of
 from bake.sites import SiteKind
 
 
+def may_widen(layout: Layout) -> bool:
+    """Whether a model can be declared wider.
+
+    Its table says how, no tensor has all experts, and no towers beside the text model, whose width
+    stays what it is, write to its stream.
+    """
+    stacked = any(linear.experts is not None for linear in layout.linears)
+    family = layout.family
+    return family.widen is not None and family.within is None and not stacked
+
+
 def wide_layout(layout: Layout, width: int, inner: int) -> Layout:
     """Return the layout of the wide model: other shapes of what reads and writes the stream.
 

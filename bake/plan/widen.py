@@ -28,7 +28,7 @@ from bake.families import SQRT_HIDDEN, Family, Json, Layout, Linear, configured,
 from bake.plan.emit import Assembly
 from bake.plan.pieces import Gain
 from bake.plan.types import BiasUpdate, ConfigChange, PartMap, TensorUpdate
-from bake.plan.wide_layout import norms, wide_layout
+from bake.plan.wide_layout import may_widen, norms, wide_layout
 from bake.plan.writers import in_storage
 from bake.sites import HEAD_KINDS, INNER_KINDS, SiteKind
 
@@ -333,7 +333,7 @@ def widened(
         UsageError: it cannot get as many as are asked for.
     """
     family = layout.family
-    if family.widen is None:
+    if not may_widen(layout):
         return None
     keeps = mean and family.norm.kind == "layer"
     more = 2 * (fresh + keeps) if family.norm.kind == "layer" else fresh
