@@ -24,6 +24,9 @@ pytestmark = [pytest.mark.real, pytest.mark.runtimes]
 EDIT = "one site"
 TIMES = 3
 """How often what transformers loses a runtime may lose."""
+MOST_CODED = 0.05
+"""What may be lost where weights, and the activations that they multiply, are in 8 bits: that much
+llama.cpp may lose of an exact edit in such types, too (test_real_runtimes.py)."""
 FEW = 2
 """How many of the texts vLLM is asked for: it answers with a list for every token."""
 BEGINNINGS = (
@@ -140,5 +143,9 @@ def test_llamacpp(
     (file,) = exported(EDIT, "gguf", *options, "--outtype", outtype).glob("*.gguf")
     found = served(subject, told, LLAMA_CPP, llamacpp_python, file, None)
     print(f"llama.cpp, widened, {outtype}: {found}")
+    assert found.left == 0
+    if outtype == "q8_0":
+        assert found.lost <= MOST_CODED
+        return
     assert found.lost <= TIMES * in_transformers
-    assert found.left == 0 and found.same > LONG * len(BEGINNINGS) // 2
+    assert found.same > LONG * len(BEGINNINGS) // 2
