@@ -662,7 +662,7 @@ def spoil_config(base: Path, **changes: Any) -> Path:
         (
             lambda b: b.rewrite(str(b.base), str(spoil_config(b.base, quantization_config={}))),
             4,
-            ["the checkpoint is quantised"],
+            ["the weights are quantised by 'None'", "name the unquantised base instead"],
         ),
         (
             lambda b: b.rewrite("[[edits]]", '[export]\nallow = ["recasts"]\n[[edits]]'),

@@ -27,13 +27,14 @@ def base_ref(
     if checkpoint.revision is None and out is not None:
         # Resolved, as the system walks "..": from behind a link it does not lead back.
         path = os.path.relpath(checkpoint.path.resolve(), out.resolve())
-    dtypes = Counter(info.dtype for info in checkpoint.tensors.values())
+    stored = checkpoint.as_stored.tensors
+    dtypes = Counter(info.dtype for info in stored.values())
     return BaseRef(
         model=model or base_name(checkpoint),
         revision=checkpoint.revision,
         digest=checkpoint.digest(),
         path=path,
-        tensors=len(checkpoint.tensors),
+        tensors=len(stored),
         dtypes=dict(sorted(dtypes.items())),
         card=base_card(checkpoint.path),
     )

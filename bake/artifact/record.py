@@ -8,7 +8,7 @@ than this bake knows is refused as such.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import msgspec
 from bake import __version__
 from bake.artifact.carrier import KINDS
 from bake.artifact.names import printable
-from bake.artifact.schema import VERSION, GgufRecord, PlanRecord, Provenance, Record
+from bake.artifact.schema import VERSION, CodedTensor, GgufRecord, PlanRecord, Provenance, Record
 from bake.checkpoints import strictjson
 from bake.checkpoints.folder import RECORD as RECORD
 from bake.checkpoints.folder import regular_file
@@ -160,6 +160,7 @@ def new_record(
     files: Mapping[str, str] | None,
     base_tensors: Mapping[str, str] | None = None,
     gguf: GgufRecord | None = None,
+    codes: Sequence[CodedTensor] = (),
 ) -> Record:
     """Return the record of an artifact that this bake writes.
 
@@ -170,6 +171,7 @@ def new_record(
         files: the sha256 of every other file, by name; None where nobody knows them yet.
         base_tensors: the sha256 of the edited tensors in the base, by name.
         gguf: of a GGUF file, where it comes from.
+        codes: the weights that were written back as codes.
     """
     return Record(
         **{name: getattr(provenance, name) for name in Provenance.__struct_fields__},
@@ -179,6 +181,7 @@ def new_record(
         plan=plan,
         base_tensors=dict(base_tensors or {}),
         gguf=gguf,
+        codes=tuple(codes),
         files=None if files is None else dict(files),
     )
 

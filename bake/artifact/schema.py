@@ -267,6 +267,8 @@ class ExportOptions(RecordPart, frozen=True, kw_only=True):
     outtype: Outtype | None = None
     name: str | None = None
     """Of the output folder, which the converter writes into the file."""
+    dequantize: bool = False
+    """Whether a quantised base was written in floating point."""
 
 
 class AdapterRecord(RecordPart, frozen=True, kw_only=True):
@@ -399,8 +401,8 @@ class GgufPart(RecordPart, frozen=True, kw_only=True):
     bytes: Count
 
 
-class GgufTensor(RecordPart, frozen=True, kw_only=True):
-    """A tensor of a GGUF file that was written anew; measured where it was rounded."""
+class CodedTensor(RecordPart, frozen=True, kw_only=True):
+    """A tensor that was written anew; measured where it was rounded to codes."""
 
     name: str
     type: str
@@ -413,6 +415,10 @@ class GgufTensor(RecordPart, frozen=True, kw_only=True):
     """How much of what the edit removes is back; None for an edit that removes nothing."""
     error: float | None = None
     """Of the rounding, relative to the tensor's norm."""
+
+
+class GgufTensor(CodedTensor, frozen=True, kw_only=True):
+    """A tensor of a GGUF file that was written anew."""
 
 
 class GgufRecord(RecordPart, frozen=True, kw_only=True):
@@ -460,6 +466,8 @@ class Record(Provenance, frozen=True, kw_only=True):
     base_tensors: dict[str, Sha256] = {}
     """Of every tensor that was edited, the sha256 that it has in the base."""
     gguf: GgufRecord | None = None
+    codes: tuple[CodedTensor, ...] = ()
+    """The weights of a quantised base that were written back as codes."""
     files: dict[str, str] | None = None
     """The sha256 of every other file that the export wrote."""
 

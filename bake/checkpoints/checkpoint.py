@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bake.checkpoints.hashes import Stated
+    from bake.checkpoints.quantised.coded import Coded
 
 _HEADERS_AT_ONCE = 8  # requests in flight when the headers come from the Hub
 
@@ -49,6 +50,8 @@ class Checkpoint:
         complete: whether every file that an export copies is in ``path``.
         files: where the bytes come from.
         harmless: keys of ``config`` that its user takes to change nothing, whatever they say.
+        coded: the weights whose values are decoded from codes, by name; see ``quantised.view``.
+        stored: the checkpoint as its files have it, where some are.
     """
 
     path: Path
@@ -66,6 +69,13 @@ class Checkpoint:
     complete: bool
     files: ByteSource = field(repr=False)
     harmless: tuple[str, ...] = ()
+    coded: 'Mapping[str, "Coded"]' = field(default_factory=dict, repr=False)
+    stored: "Checkpoint | None" = field(default=None, repr=False)
+
+    @property
+    def as_stored(self) -> "Checkpoint":
+        """The checkpoint as its files have it: with codes where weights are quantised."""
+        return self if self.stored is None else self.stored
 
     @property
     def repo(self) -> str:
@@ -78,13 +88,15 @@ class Checkpoint:
         return tuple(name for name in self.left_out if name.endswith(".safetensors"))
 
     def read(self, name: str) -> 'Shaped[Tensor, "..."]':
-        """Return one tensor in its storage type, in memory of its own.
+        """Return one tensor in its storage type, in memory of its own; a decoded one in float64.
 
         Raises:
             CheckpointError: there is no such tensor, or torch has no such type.
             HubError: the bytes are on the Hub and it does not answer.
         """
         info = self._find(name)
+        if name in self.coded:
+            return self.coded[name].read(0, info.shape[0])
         return self._read_span(info, info.start, info.stop, info.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> 'Shaped[Tensor, "..."]':
@@ -101,9 +113,25 @@ class Checkpoint:
         rows = row_count(info.shape)
         if not info.shape or not 0 <= start <= stop <= rows:
             raise UsageError(f"{name} of shape {list(info.shape)} has no rows {start} to {stop}")
+        if name in self.coded:
+            return self.coded[name].values(start, stop)
         row = info.nbytes // rows if rows else 0
         begin, end = info.start + start * row, info.start + stop * row
         return self._read_span(info, begin, end, (stop - start, *info.shape[1:][-1:]))
+
+    def read_part(self, name: str, start: int, stop: int) -> 'Shaped[Tensor, "..."]':
+        """Return the part from ``start`` to ``stop`` along axis 0, whatever the number of axes.
+
+        Raises:
+            CheckpointError: there is no such tensor, or torch has no such type.
+            HubError: the bytes are on the Hub and it does not answer.
+        """
+        info = self._find(name)
+        if name in self.coded:
+            return self.coded[name].read(start, stop)
+        each = info.nbytes // info.shape[0]
+        begin, end = info.start + start * each, info.start + stop * each
+        return self._read_span(info, begin, end, (stop - start, *info.shape[1:]))
 
     def file(self, name: str) -> Path:
         """Return the checked path of a shard or side file of a local checkpoint.
@@ -146,15 +174,26 @@ class Checkpoint:
 
         It tells two layouts apart without reading a weight, and says nothing of the weights.
         """
+        if self.stored is not None:
+            return self.stored.digest()
         shards = [[name, self.shard_sizes[name], self.header_digests[name]] for name in self.shards]
         text = json.dumps([self.config_text, self.index_text, shards])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_digest(self, name: str) -> str:
-        """Return the sha256 of one tensor's bytes, read in chunks."""
-        info, digest = self._find(name), hashlib.sha256()
-        for chunk in self.chunks(info.shard, info.start, info.stop):
-            digest.update(chunk)
+        """Return the sha256 of one tensor's bytes, read in chunks.
+
+        Of one that is decoded, those of every tensor that is a part of it, in the order of names.
+        """
+        digest = hashlib.sha256()
+        if name in self.coded:
+            parts = sorted(self.coded[name].tensors)
+            infos = [self.as_stored._find(part) for part in parts]
+        else:
+            infos = [self._find(name)]
+        for info in infos:
+            for chunk in self.chunks(info.shard, info.start, info.stop):
+                digest.update(chunk)
         return digest.hexdigest()
 
     def chunks(self, shard: str, start: int, stop: int) -> Iterator[memoryview]:

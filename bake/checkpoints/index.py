@@ -85,7 +85,7 @@ def check_closure(
 
 
 def extend_index(text: str | None, tensors: Mapping[str, TensorInfo], *, new: Iterable[str]) -> str:
-    """Return the index of a checkpoint that has gained tensors.
+    """Return the index of a checkpoint that has gained tensors, or lost some.
 
     ``metadata.total_size`` is counted again over all tensors, ``metadata.total_parameters`` grows
     by the new elements where the base states it, and every other key stays.
@@ -103,7 +103,8 @@ def extend_index(text: str | None, tensors: Mapping[str, TensorInfo], *, new: It
         metadata["total_parameters"] += sum(
             tensors[name].nbytes * 8 // dtypes.BITS[tensors[name].dtype] for name in new
         )
-    names = [*old_map, *(name for name in tensors if name not in old_map)]
+    kept = (name for name in old_map if name in tensors)
+    names = [*kept, *(name for name in tensors if name not in old_map)]
     content["metadata"] = metadata
     content["weight_map"] = {name: tensors[name].shard for name in names}
     return json.dumps(content, indent=2) + "\n"

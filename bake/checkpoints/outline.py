@@ -17,7 +17,7 @@ their files:
   ``model-bake-00001-of-00001.safetensors``.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass, field
 from dataclasses import replace as with_fields
 from pathlib import Path
@@ -32,17 +32,19 @@ from bake.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor that the base lacks.
+    """A tensor that the base lacks, or has in another form.
 
     Attributes:
         dtype: the storage type as safetensors spells it.
         shape: the sizes of its axes.
         produce: yields its tiles.
+        name: of one that stands in for a tensor of the base, where it has another name than that.
     """
 
     dtype: str
     shape: tuple[int, ...]
     produce: Producer
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +57,9 @@ class NewCheckpoint:
         new: tensors that the base lacks.
         config_text: the text of the new ``config.json``.
         extra_files: further files, by name relative to the folder; they replace side files.
-        reshaped: tensors of the base that get another shape; their shards are laid out anew.
+        reshaped: tensors of the base that get another shape, type or name; their shards are laid
+            out anew.
+        dropped: tensors of the base that the result lacks, likewise.
     """
 
     source: Checkpoint
@@ -64,6 +68,7 @@ class NewCheckpoint:
     config_text: str
     extra_files: Mapping[str, bytes]
     reshaped: Mapping[str, NewTensor] = field(default_factory=dict)
+    dropped: Set[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +98,15 @@ def weight_files(made: NewCheckpoint) -> tuple[tuple[File, ...], str | None]:
         origin, size = source.file(shard), source.shard_sizes[shard]
         if origin.stat().st_size != size:
             raise CheckpointError("changed since it was opened", where=str(origin))
-        if made.reshaped.keys().isdisjoint(info.name for info in infos[shard]):
+        if (made.reshaped.keys() | made.dropped).isdisjoint(info.name for info in infos[shard]):
             pieces = _pieces(infos[shard], size, made.replace)
             shards.append(File(names[shard], size, pieces, origin))
         else:
-            file, infos[shard] = _laid_out(made, infos[shard], names[shard])
-            shards.append(file)
-    if not new and not made.reshaped:
+            infos[shard] = [info for info in infos[shard] if info.name not in made.dropped]
+            if infos[shard]:
+                file, infos[shard] = _laid_out(made, infos[shard], names[shard])
+                shards.append(file)
+    if not new and not made.reshaped and not made.dropped:
         return tuple(shards), source.index_text
     kept = (with_fields(i, shard=names[s]) for s in source.shards for i in infos[s])
     tensors = {info.name: info for info in kept}
@@ -118,19 +125,22 @@ def _laid_out(
     made: NewCheckpoint, infos: list[TensorInfo], name: str
 ) -> tuple[File, list[TensorInfo]]:
     """Return a shard in which tensors have other shapes, and where its tensors then are."""
-    forms = {i.name: made.reshaped.get(i.name) or (i.dtype, i.shape) for i in infos}
-    plain = {n: f if isinstance(f, tuple) else (f.dtype, f.shape) for n, f in forms.items()}
+    tensors = [_form(made, info) for info in infos]
+    plain = {tensor.name or "": (tensor.dtype, tensor.shape) for tensor in tensors}
     header, places = build_header(plain, shard=name)
-
-    def produced(info: TensorInfo) -> Producer:
-        wide, given = made.reshaped.get(info.name), made.replace.get(info.name)
-        if wide is not None:
-            return wide.produce
-        return given or (lambda: iter([made.source.read(info.name)]))
-
-    fills = tuple(Fill(info, produced(info)) for info in places)
+    produced = {tensor.name: tensor.produce for tensor in tensors}
+    fills = tuple(Fill(info, produced[info.name]) for info in places)
     _ = [info.torch_dtype for info in places]  # raises for types that no producer can yield
     return File(name, places[-1].stop, (Literal(header), *fills)), list(places)
+
+
+def _form(made: NewCheckpoint, info: TensorInfo) -> NewTensor:
+    """Return what stands in for a tensor of the base, itself maybe, under its name."""
+    wide = made.reshaped.get(info.name)
+    if wide is not None:
+        return with_fields(wide, name=wide.name or info.name)
+    own = made.replace.get(info.name, lambda: iter([made.source.read(info.name)]))
+    return NewTensor(info.dtype, info.shape, own, info.name)
 
 
 def _shard_names(source: Checkpoint) -> tuple[dict[str, str], str]:

@@ -7,6 +7,7 @@ import click
 
 from bake.artifact.carrier import CARRIERS
 from bake.cli.options import (
+    DEQUANTIZE,
     FORCE,
     JOBS,
     OUT,
@@ -18,7 +19,7 @@ from bake.cli.options import (
 from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
-_EXPORT = ("gguf", "llama_cpp", "gguf_type", "outtype", "rounding")
+_EXPORT = ("gguf", "llama_cpp", "gguf_type", "outtype", "rounding", "dequantize")
 """What an export is told beyond its plan, each by itself where the command line says nothing."""
 
 
@@ -57,6 +58,7 @@ _EXPORT = ("gguf", "llama_cpp", "gguf_type", "outtype", "rounding")
     help="feedback cancels what the edit's directions see of rounding errors; it is what --gguf "
     "does, while a checkpoint is rounded to nearest.",
 )
+@DEQUANTIZE
 @FORCE
 @JOBS
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
@@ -102,7 +104,7 @@ def _export(
     named = {name: options.pop(name) for name in _EXPORT}
     named["gguf_type"] = storage_words(named["gguf_type"], "--gguf-type")
     request = compile_request(recipe, bars=output.bar, **options)
-    given = {name: value for name, value in named.items() if value is not None}
+    given = {name: value for name, value in named.items() if value not in (None, False)}
     chosen = request.export(out, force=force, **given)
     refusal = request.refusal(chosen)
     if not output.as_json or refusal is not None:

@@ -35,9 +35,10 @@ def command(
         )
         return
     from bake.checkpoints import open_checkpoint  # which loads torch, as a list of tables does not
+    from bake.checkpoints.quantised.view import decoded
     from bake.families.fit import layout_of
 
-    checkpoint = replace(open_checkpoint(model), harmless=assume_harmless)
+    checkpoint = replace(decoded(open_checkpoint(model)), harmless=assume_harmless)
     layout = layout_of(checkpoint, family)
     slots = _slots(layout)
     output.present(

@@ -27,6 +27,11 @@ JOBS = click.option(
     help="How many workers write at once: one on each processor, where it is not said. The bytes "
     "are the same.",
 )
+DEQUANTIZE = click.option(
+    "--dequantize",
+    is_flag=True,
+    help="Of a quantised base: every weight in floating point, and no codes.",
+)
 FAMILY = click.option("--family", type=PATH, metavar="FILE", help="Your own family table.")
 PLOT = click.option("--plot", type=PATH, metavar="FILE", help="Draw it: a .png or .svg file.")
 SET = click.option(

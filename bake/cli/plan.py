@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bake.cli.options import PATH, names_artifact, planned_again, recipe_options
+from bake.cli.options import DEQUANTIZE, PATH, names_artifact, planned_again, recipe_options
 from bake.cli.output import Output, bake_command
 from bake.jobs.request import compile_request
 
@@ -19,14 +19,21 @@ if TYPE_CHECKING:
 @click.option(
     "--gguf", type=PATH, metavar="FILE", help="Show what storing the edit in this GGUF costs."
 )
+@DEQUANTIZE
 def command(
-    output: Output, recipe: str, *, base: str | None, gguf: Path | None, **options: Any
+    output: Output,
+    recipe: str,
+    *,
+    base: str | None,
+    gguf: Path | None,
+    dequantize: bool,
+    **options: Any,
 ) -> None:
     """Say what RECIPE would change, whether that is exact, and why.
 
-    Reads headers only (and of --gguf some rows), and writes nothing. The exit code is 0 when
-    `bake export` would go ahead, and 3 when a finding is not exact and not allowed, or a target
-    runtime refuses the result.
+    Reads headers only (of --gguf and of a quantised base some rows), and writes nothing. The exit
+    code is 0 when `bake export` would go ahead, and 3 when a finding is not exact and not allowed,
+    or a target runtime refuses the result.
 
     For an ARTIFACT (a folder, owner/name or hf://owner/name@revision) the plan is made again from
     the edits and the record in it and from its base. The exit code is 1 when it is not the plan
@@ -34,7 +41,7 @@ def command(
     """
     from bake.cli.render import plans, rounding
     from bake.cli.render.pieces import facts
-    from bake.jobs.storage import storage
+    from bake.jobs.storage import coded_storage, storage
     from bake.plan.record import plan_record
 
     again = planned_again(recipe, base, **options) if names_artifact(recipe, base) else None
@@ -43,6 +50,7 @@ def command(
     else:
         request = again.request
     found = None if gguf is None else storage(request, gguf)
+    codes = coded_storage(request, dequantize=dequantize)
     error = request.refusal() if again is None else again.failure()
     output.present(
         data=lambda: {
@@ -50,11 +58,13 @@ def command(
             "plan": plan_record(request.plan).to_json(),
             "carriers": _carriers(request.plan),
             **({} if found is None else {"storage": found.to_json()}),
+            **({} if codes is None else {"quantised": codes.to_json()}),
             **({} if again is None else {"again": again.to_json()}),
         },
         view=lambda: [
             *plans.plan(request, verbose=output.verbose > 1),
             *([] if found is None else [rounding.storage(found)]),
+            *([] if codes is None else [rounding.coded_storage(codes)]),
             *([] if again is None else plans.again(again)),
         ],
         brief=lambda: (
@@ -63,6 +73,7 @@ def command(
             else [
                 facts([*plans.brief(request), *([] if again else [_next(recipe, options)])]),
                 *([] if found is None else [rounding.storage(found)]),
+                *([] if codes is None else [rounding.coded_storage(codes)]),
                 *([] if again is None else plans.again(again)),
             ]
         ),

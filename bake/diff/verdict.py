@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bake.artifact.record import RECORD
+from bake.checkpoints.quantised.view import KEYS
 from bake.diff.change import Change
 from bake.diff.files import ABSENT, FileChange, KeyChange, config_changes, plain
 from bake.diff.record import Claim, Claims
 from bake.diff.sources import Model
 from bake.diff.tiles import Difference
+from bake.errors import UsageError
 
 # What may be added to a model without changing what it computes: texts about it and proofs of it.
 _DOCUMENTS = ("readme.md", "license", "licence", "notice", "use_policy", "copying")
@@ -35,7 +37,16 @@ def violations(
         changes: by tensor of the artifact, how it differs; no entry where its bytes are the same.
         files: the files beside the weights that differ.
         metadata: of GGUF files, the keys that differ.
+
+    Raises:
+        UsageError: the base is quantised: several tensors hold one weight that the record names.
     """
+    if base.checkpoint is not None and any(base.checkpoint.config.get(key) for key in KEYS):
+        raise UsageError(
+            "the record names weights, and this base stores codes and scales of them",
+            where=base.checkpoint.source,
+            fix="run `bake verify`, which decodes both and holds every value against the plan",
+        )
     lines = [*_another_base(claims, base), *_presence(claims, base, out)]
     for name in out.weights.tensors:
         lines += _tensor(claims.tensors.get(name), name, base, out, changes)

@@ -11,7 +11,7 @@ from bake.progress import Bars, no_bars
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
-    from bake.artifact.schema import ExportOptions, GgufTensor
+    from bake.artifact.schema import CodedTensor, ExportOptions
     from bake.outputs.export import Export
 
 
@@ -22,12 +22,13 @@ class Exported:
     request: Request
     artifacts: tuple["Artifact", ...]
 
-    def rounded(self, written: "Artifact") -> "Sequence[GgufTensor]":
-        """Return what rounding did to the tensors of a GGUF that was edited in place."""
+    def rounded(self, written: "Artifact") -> "Sequence[CodedTensor]":
+        """Return what rounding did to tensors of codes that were edited in place."""
         from bake.artifact.record import read_record
 
-        gguf = read_record(written.path).gguf
-        return [] if gguf is None else [t for t in gguf.tensors if t.error is not None]
+        record = read_record(written.path)
+        tensors = record.codes if record.gguf is None else record.gguf.tensors
+        return [tensor for tensor in tensors if tensor.error is not None]
 
     def options(self, written: "Artifact") -> "ExportOptions":
         """Return what a carrier's record says of the options that decide its bytes."""
@@ -86,6 +87,8 @@ def would_be(request: Request, what: "Export", out: Path) -> dict[str, Any]:
         prepare(what, carrier)
     found: dict[str, Any] = {"dry_run": True, "out": str(out), "carriers": list(carriers)}
     if any(KINDS[carrier].checkpoint for carrier in carriers):
-        size = sum(info.nbytes for info in request.model.checkpoint.tensors.values())
+        base = request.model.checkpoint
+        written = base if what.dequantize else base.as_stored
+        size = sum(info.nbytes for info in written.tensors.values())
         found["weight_bytes"] = size + request.plan.created_bytes
     return found

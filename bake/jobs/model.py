@@ -82,12 +82,13 @@ class Model:
     def complete(self) -> "Checkpoint":
         """Return the base with its weights at hand, which are fetched where a plan needed none."""
         from bake.checkpoints import open_checkpoint
+        from bake.checkpoints.quantised.view import decoded
 
         found = self.checkpoint
         if found.complete:
             return found
         repo = found.source.partition("@")[0]
-        whole = open_checkpoint(repo, revision=found.revision, complete=True)
+        whole = decoded(open_checkpoint(repo, revision=found.revision, complete=True))
         return replace(whole, harmless=found.harmless)
 
 
@@ -111,8 +112,9 @@ def open_model(
         BakeError: there is no such model, or no table fits it.
     """
     from bake.checkpoints import open_checkpoint
+    from bake.checkpoints.quantised.view import decoded
     from bake.families.fit import layout_of
 
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = decoded(open_checkpoint(source, revision=revision))
     checkpoint = replace(checkpoint, harmless=tuple(assume_harmless))
     return Model(checkpoint, layout_of(checkpoint, family), family)

@@ -202,6 +202,7 @@ def replan(
         BakeError: whatever is wrong with the artifact, its base or their fit.
     """
     from bake.checkpoints import open_checkpoint
+    from bake.checkpoints.quantised.view import decoded
     from bake.families.fit import layout_of
     from bake.verify.artifact import open_baked
     from bake.verify.inputs import check_base
@@ -213,7 +214,7 @@ def replan(
             fix="a plan is made of what `bake export` wrote",
         )
     place = base_of(source, artifact, base)
-    checkpoint = check_base(artifact, open_checkpoint(place))
+    checkpoint = check_base(artifact, decoded(open_checkpoint(place)))
     checkpoint = replace(checkpoint, harmless=(*checkpoint.harmless, *assume_harmless))
     if checkpoint.revision is not None:  # which the name need not say again
         checkpoint = replace(checkpoint, source=checkpoint.repo)

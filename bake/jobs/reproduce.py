@@ -60,6 +60,7 @@ def recorded_options(
         storage=stated.storage,
         outtype=stated.outtype or (record.gguf and record.gguf.outtype) or "f16",
         rounding=stated.rounding,
+        dequantize=stated.dequantize,
     )
 
 

@@ -91,6 +91,7 @@ class Request:
         told = {
             "gguf_type": asked.gguf_type,
             "rounding": asked.rounding,
+            "dequantize": asked.dequantize,
             "most_kl": self.recipe.verify.most_kl or MOST_KL,
             **options,
         }

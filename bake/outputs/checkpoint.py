@@ -1,6 +1,7 @@
 """The checkpoint output: execute a plan on the bytes of a checkpoint."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from types import MappingProxyType
@@ -23,20 +24,36 @@ from bake.checkpoints import (
 )
 from bake.checkpoints.dtypes import torch_dtype
 from bake.checkpoints.planned import PlannedModel, PlannedTensor
+from bake.checkpoints.quantised.view import left_alone
 from bake.checkpoints.writer import Target
 from bake.edit_store import edit_files
 from bake.fold import ReadRows, WeightFold, fold_bias, fold_weight, padded
+from bake.outputs.coded import (
+    CodedEdit,
+    Cost,
+    coded_edits,
+    costs,
+    dequantised,
+    not_as_codes,
+    refuse_undone,
+    written_back,
+)
 from bake.outputs.export import CarrierRun, CarrierWriter, Export
 from bake.outputs.functionals import feedback_of
 from bake.outputs.shared import SharedFactors
-from bake.plan import BiasUpdate, Plan, TensorUpdate
+from bake.plan import BiasUpdate, Exactness, Plan, TensorUpdate
 from bake.plan.record import plan_record
 from bake.rounding import Feedback, Rounding, to_storage
 from bake.tiles import row_count
 
 
 def prepare_checkpoint(export: Export) -> CarrierWriter:
-    """Return what writes the edited checkpoint."""
+    """Return what writes the edited checkpoint.
+
+    Raises:
+        UsageError: a quantised base cannot hold the plan as codes.
+    """
+    _made(export, planned_model(export.plan, export.checkpoint))  # raises where it cannot
     return partial(_write, export)
 
 
@@ -57,17 +74,60 @@ def write_edited(export: Export, run: CarrierRun, target: Target) -> WrittenFile
     plan, base = export.plan, export.checkpoint
     digests = BaseDigests(base)
     planned = planned_model(plan, base, run.factors, digests)
-    rounding = _feedbacks(plan, export.rounding or "nearest")
-    replace, reshaped, new = stored_tensors(planned, base, rounding)
+    made, edits = _made(export, planned)
 
     def closing(files: Mapping[str, str]) -> Mapping[str, bytes]:
-        before, made = digests.record((*replace, *reshaped)), plan_record(plan)
-        record = new_record(run.record, "checkpoint", made, files=files, base_tensors=before)
+        if str(Exactness.APPROXIMATE) not in export.allow:
+            refuse_undone(edits)
+        before = digests.record([name for name in planned.tensors if name in base.tensors])
+        record = new_record(
+            run.record,
+            "checkpoint",
+            plan_record(plan),
+            files=files,
+            base_tensors=before,
+            codes=[edit.record() for edit in edits.values()],
+        )
         return {RECORD: record_text(record).encode()}
 
-    extra = edit_files(plan.reference, plan.edits)
-    made = NewCheckpoint(base, replace, new, planned.config_text, extra, reshaped)
     return write_checkpoint(made, target, closing=closing, progress=run.progress)
+
+
+def coded_costs(export: Export) -> tuple[Cost, Cost]:
+    """Return what the edits of a quantised base cost as codes, and in a floating-point type.
+
+    Some rows of a few edited weights are read. At least one is edited.
+    """
+    planned = planned_model(export.plan, export.checkpoint)
+    return costs(_coded_edits(export, planned))
+
+
+def _coded_edits(export: Export, planned: PlannedModel) -> dict[str, CodedEdit]:
+    folds = {u.name: _fold_of(u) for u in export.plan.tensors if u.replacement is None}
+    rounding = export.rounding or "feedback"
+    return coded_edits(planned, export.checkpoint, folds.get, rounding)
+
+
+def _made(export: Export, planned: PlannedModel) -> tuple[NewCheckpoint, Mapping[str, CodedEdit]]:
+    """Return the checkpoint to write, and what of it is written back as codes."""
+    plan, base = export.plan, export.checkpoint
+    extra = edit_files(plan.reference, plan.edits)
+    edits: Mapping[str, CodedEdit] = {}
+    if base.coded and not export.dequantize:
+        edits = _coded_edits(export, planned)
+    plain = replace(planned, tensors={n: t for n, t in planned.tensors.items() if n not in edits})
+    rounding = _feedbacks(plan, export.rounding or "nearest")
+    kept, reshaped, new = stored_tensors(plain, base, rounding)
+    text = planned.config_text
+    if export.dequantize:
+        return dequantised(kept, reshaped, new, base, text, extra), edits
+    if base.coded:
+        if reshaped:
+            raise not_as_codes(min(reshaped))
+        changes = {**_changes(plan), **left_alone(base.as_stored.config, new)}
+        text = patch_config(base.as_stored.config_text, changes)
+        return written_back(kept, new, edits, base, text, extra), edits
+    return NewCheckpoint(base, kept, new, text, extra, reshaped), edits
 
 
 def planned_model(
@@ -93,8 +153,12 @@ def planned_model(
         dtype = plan.layout.dtype if bias.create else checkpoint.tensors[bias.name].dtype
         tiles = _bias_tiles(bias, plan.layout.shapes, checkpoint, digests)
         tensors[bias.name] = PlannedTensor(bias.name, dtype, bias.shape, tiles)
-    changes = {c.key: DELETE if c.new is None else c.new for c in plan.config}
-    return PlannedModel(plan.digest, tensors, patch_config(checkpoint.config_text, changes))
+    text = patch_config(checkpoint.config_text, _changes(plan))
+    return PlannedModel(plan.digest, tensors, text)
+
+
+def _changes(plan: Plan) -> dict[str, object]:
+    return {c.key: DELETE if c.new is None else c.new for c in plan.config}
 
 
 Feedbacks = Mapping[str, Callable[[], Feedback | None]]

@@ -44,7 +44,8 @@ class Export:
         outtype: for ``llama_cpp`` the type of the weights.
         rounding: ``feedback``, which makes the edit survive the rounding where the type allows, or
             ``nearest``, which under five bits undoes most edits. None: to nearest in a checkpoint,
-            with feedback in a GGUF that is edited.
+            with feedback in codes, of a GGUF that is edited and of a quantised base.
+        dequantize: of a quantised base, write every weight in a floating-point type.
         bars: asked for the progress of what is written, by its name.
     """
 
@@ -60,6 +61,7 @@ class Export:
     storage: StorageRecord | None = None
     outtype: Outtype = "f16"
     rounding: Rounding | None = None
+    dequantize: bool = False
     bars: Bars = no_bars
 
     def model(self) -> Gguf | None:
@@ -103,8 +105,8 @@ def options_record(export: Export, carrier: str, name: str) -> ExportOptions | N
         return ExportOptions(
             converter=digest, outtype=export.outtype, name=name, rounding=export.rounding
         )
-    if carrier == "checkpoint" and export.rounding is not None:
-        return ExportOptions(rounding=export.rounding)
+    if carrier == "checkpoint" and (export.rounding is not None or export.dequantize):
+        return ExportOptions(rounding=export.rounding, dequantize=export.dequantize)
     if export.gguf is None or carrier not in ("gguf", "gguf-lora"):
         return None
     parts = gguf_parts(export.gguf)

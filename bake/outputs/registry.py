@@ -52,7 +52,21 @@ def refuse(export: Export, carrier: str) -> None:
             fix="name the base's GGUF with --gguf FILE, or a llama.cpp checkout with "
             "--llama-cpp DIR",
         )
+    refuse_plain(export)
     plan_carriers.refuse(export.plan, carrier, export.allow)
+
+
+def refuse_plain(export: Export) -> None:
+    """Raise when a base is to be dequantised that is not quantised.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if export.dequantize and not export.checkpoint.coded:
+        raise UsageError(
+            f"{export.checkpoint.source} is not quantised, so that nothing is to be dequantised",
+            fix="leave --dequantize, or dequantize in [export], out",
+        )
 
 
 def prepare(export: Export, carrier: str) -> CarrierWriter:

@@ -99,6 +99,7 @@ def _adapters(what: Export, names: Mapping[str, object]) -> bool:
 def _identity(what: Export, names: Sequence[str]) -> Identity:
     types = dict(storage_types(what.gguf_type, "gguf_type"))
     options = [sorted(what.allow), types, what.most_kl, what.outtype, what.rounding]
+    options.append(what.dequantize)
     base = [str(what.checkpoint.path), what.checkpoint.digest()]
     places = [None if path is None else str(path.resolve()) for path in (what.gguf, what.llama_cpp)]
     record = None if what.record is None else what.record.to_json()

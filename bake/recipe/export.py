@@ -33,6 +33,7 @@ def read_export(values: Toml, where: str) -> ExportTable:
         gguf_type=_types(table.gguf_type, where),
         rounding=table.rounding,
         widen=table.widen,
+        dequantize=table.dequantize,
     )
     _check_read(export.to, export.target if "target" in values else (), where)
     return export

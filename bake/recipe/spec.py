@@ -242,6 +242,8 @@ class ExportTable(Table, frozen=True, kw_only=True):
     """None: what each carrier does by itself."""
     widen: Annotated[int, Meta(ge=1, extra=_NONE_NEW)] | None = None
     """How many dimensions a model that is widened gets; None: as few as runtimes take."""
+    dequantize: bool = False
+    """Whether the checkpoint of a quantised base is written in floating point."""
 
 
 class CardTable(Table, frozen=True, kw_only=True):

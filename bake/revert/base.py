@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bake.artifact.schema import Record
 from bake.checkpoints import Checkpoint, open_checkpoint
+from bake.checkpoints.quantised.view import KEYS
 from bake.errors import BakeError, InputError
 
 
@@ -42,6 +43,13 @@ def open_base(folder: Path, record: Record, named: str | None, revision: str | N
 
 def _check_recorded(record: Record, base: Checkpoint) -> None:
     """Refuse a base whose config, index or headers are not those that the artifact was made of."""
+    if any(base.config.get(key) is not None for key in KEYS):
+        raise InputError(
+            "an edit of a quantised base is not reverted",
+            where=base.source,
+            why="several tensors hold one weight, and a dequantised checkpoint has none of them",
+            fix=f"take the base itself, {record.base.address}",
+        )
     known = record.base.address
     if base.digest() != (record.base.digest or base.digest()):
         raise InputError(

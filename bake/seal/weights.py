@@ -1,6 +1,8 @@
 """The weights of an artifact: strict headers, a closed index, finite numbers, untouched tensors."""
 
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from bake.checkpoints.folder import regular_file
 from bake.checkpoints.gguf import header as gguf
 from bake.checkpoints.header import PREFIX, TensorInfo, header_length, parse_header
 from bake.checkpoints.index import INDEX
-from bake.errors import InputError
+from bake.checkpoints.quantised.view import decoded
+from bake.errors import CheckpointError, InputError
+from bake.tiles import spans
 
 MAX_HEADER = 25_000_000
 """Longest header text that the Hub's own client reads."""
@@ -93,7 +97,7 @@ def metadata(folder: Path, name: str) -> dict[str, Any]:
 
 def _check_checkpoint(folder: Path, record: Record) -> list[Problem]:
     try:
-        checkpoint = open_checkpoint(folder)
+        checkpoint = decoded(open_checkpoint(folder))
     except InputError as error:
         return [problem_of(error, INDEX)]
     problems = [
@@ -113,7 +117,7 @@ def _check_total(checkpoint: Checkpoint) -> list[Problem]:
     if checkpoint.index_text is None:
         return []
     stated = strictjson.parse_object(checkpoint.index_text, where=INDEX).get("metadata", {})
-    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    total = sum(info.nbytes for info in checkpoint.as_stored.tensors.values())
     if "total_size" in stated and stated["total_size"] != total:
         return [Problem(INDEX, f"total_size is {stated['total_size']}, the tensors have {total}")]
     return []
@@ -123,7 +127,7 @@ def check_finite(folder: Path, record: Record) -> list[Problem]:
     """Return the edited tensors that hold NaN or an infinity."""
     if not KINDS[record.kind].checkpoint:
         return []
-    checkpoint = open_checkpoint(folder.resolve())
+    checkpoint = decoded(open_checkpoint(folder.resolve()))
     return [
         Problem(checkpoint.tensors[name].shard, f"{name} holds NaN or an infinity", "export again")
         for name in sorted(record.plan.changed & checkpoint.tensors.keys())
@@ -132,11 +136,38 @@ def check_finite(folder: Path, record: Record) -> list[Problem]:
 
 
 def _is_finite(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    if info.name in checkpoint.coded:
+        return _is_decodable(checkpoint, info)
     if info.dtype not in _FLOATS:
         return True
     chunks = checkpoint.chunks(info.shard, info.start, info.stop)
     values = (torch.frombuffer(chunk, dtype=info.torch_dtype) for chunk in chunks)
     return all(bool(torch.isfinite(part).all()) for part in values)
+
+
+def _spans(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    return spans((info.shape[0], math.prod(info.shape[1:])))
+
+
+def _is_decodable(checkpoint: Checkpoint, info: TensorInfo) -> bool:
+    """Whether every code and every scale of a quantised weight stands for a number."""
+    try:
+        for start, stop in _spans(info):
+            checkpoint.read_part(info.name, start, stop)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _is_same(ours: Checkpoint, theirs: Checkpoint, info: TensorInfo) -> bool:
+    """Whether a tensor is the base's, which may have been dequantised."""
+    if info.name not in theirs.coded or info.name in ours.coded:
+        return ours.tensor_digest(info.name) == theirs.tensor_digest(info.name)
+    pairs = (
+        (theirs.read_part(info.name, *span), ours.read_part(info.name, *span))
+        for span in _spans(info)
+    )
+    return all(torch.equal(values.to(have.dtype), have) for values, have in pairs)
 
 
 def check_unchanged(folder: Path, record: Record, base: Path) -> list[Problem]:
@@ -146,7 +177,7 @@ def check_unchanged(folder: Path, record: Record, base: Path) -> list[Problem]:
     """
     if not KINDS[record.kind].checkpoint:
         return []
-    ours, theirs = open_checkpoint(folder.resolve()), open_checkpoint(base)
+    ours, theirs = (decoded(open_checkpoint(place)) for place in (folder.resolve(), base))
     problems = []
     before = record.base_tensors
     for name, info in theirs.tensors.items():
@@ -158,8 +189,8 @@ def check_unchanged(folder: Path, record: Record, base: Path) -> list[Problem]:
         found = ours.tensors.get(name)
         if found is None:
             problems.append(Problem(info.shard, f"{name} of the base is not in the artifact"))
-        elif (found.dtype, found.shape) != (info.dtype, info.shape) or (
-            ours.tensor_digest(name) != theirs.tensor_digest(name)
+        elif (found.dtype, found.shape) != (info.dtype, info.shape) or not _is_same(
+            ours, theirs, info
         ):
             problems.append(
                 Problem(found.shard, f"{name} differs from the base, and the plan leaves it alone")

@@ -10,6 +10,7 @@ import torch
 
 from bake.artifact.schema import Gate
 from bake.checkpoints import Checkpoint, open_checkpoint
+from bake.checkpoints.quantised.view import decoded
 from bake.edits import Edit
 from bake.errors import InputError, UsageError
 from bake.families import Layout, fit
@@ -217,7 +218,7 @@ def _beside(asked: Verification, base: Checkpoint, shape: Shape, *, streamed: bo
 
 def _check_runs(base: Checkpoint) -> None:
     """Refuse what transformers cannot run in float64, where no table has."""
-    if base.config.get("quantization_config") is not None:
+    if base.coded:
         raise InputError(
             "the base is quantised, and a verification computes in float64",
             where=base.source,
@@ -227,7 +228,7 @@ def _check_runs(base: Checkpoint) -> None:
 
 def _baked(artifact: Baked, base: Checkpoint) -> Checkpoint:
     """Return the baked checkpoint, in whose config the same keys change nothing."""
-    return replace(open_checkpoint(artifact.path), harmless=base.harmless)
+    return replace(decoded(open_checkpoint(artifact.path)), harmless=base.harmless)
 
 
 def _check(inputs: Inputs) -> None:
@@ -272,7 +273,7 @@ def open_base(artifact: Baked, base: str | None) -> Checkpoint:
         InputError: it is another one than the artifact was made from.
     """
     place = place_of_base(artifact) if base is None else base
-    return check_base(artifact, open_checkpoint(place, complete=True))
+    return check_base(artifact, decoded(open_checkpoint(place, complete=True)))
 
 
 def place_of_base(artifact: Baked) -> str:

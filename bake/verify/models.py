@@ -154,10 +154,15 @@ def load(
     Raises:
         InputError: a tensor that the class does not expect, or lacks.
     """
-    # transformers first: what it says of a file is what any user would read.
-    model = on_meta(checkpoint, dtype) if streamed else _whole(checkpoint, dtype, device_map)
+    # transformers first: what it says of a file is what any user would read. What is decoded from
+    # codes is in no file that it reads as values.
+    on_disk = not (streamed or checkpoint.coded)
+    model = _whole(checkpoint, dtype, device_map) if on_disk else on_meta(checkpoint, dtype)
     layout = layout_of(checkpoint, family) if hooked else None
     live = Live(model, units_of(model, checkpoint.tensors), layout, checkpoint, streamed)
+    if checkpoint.coded and not streamed:
+        load_units(model, live.units, live.read)
+        model.to(device_map)  # a device, or None for the processor
     if streamed and wrap is not None:
         live.model = stream_wrapped(model, live.units, live.read, wrap)
     elif streamed:

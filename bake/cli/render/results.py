@@ -14,7 +14,7 @@ from bake.cli.render.tensors import changed_tensors
 
 if TYPE_CHECKING:
     from bake.artifact import Artifact
-    from bake.artifact.schema import GgufTensor
+    from bake.artifact.schema import CodedTensor
     from bake.directions import Directions
     from bake.directions.describe import Row
     from bake.jobs.exporting import Exported
@@ -51,7 +51,7 @@ def exported_brief(result: "Exported") -> list[RenderableType]:
     return [facts(rows)]
 
 
-def _rounded(tensors: "Sequence[GgufTensor]") -> str:
+def _rounded(tensors: "Sequence[CodedTensor]") -> str:
     """Return what rounding did to the worst of the tensors of a GGUF that were edited."""
     kept = [tensor.change for tensor in tensors if tensor.change is not None]
     if not kept:
@@ -73,9 +73,12 @@ def _artifact(result: "Exported", written: "Artifact", *, verbose: bool) -> list
         edited = sum(row.nbytes for row in changed if not row.new)
         new = sum(row.nbytes for row in changed if row.new)
         total = sum(info.nbytes for info in checkpoint.tensors.values())
+        dequantised = result.options(written).dequantize
+        copied = f"{total - edited:,} bytes of tensors, " + (
+            "decoded or as they were" if dequantised else "as they were"
+        )
         rows += [
-            ("copied", f"{total - edited:,} bytes of tensors, as they were"),
-            ("edited", f"{edited:,} bytes of tensors"),
+            *([] if measured else [("copied", copied), ("edited", f"{edited:,} bytes of tensors")]),
             *([("new", f"{new:,} bytes of tensors")] if new else []),
             *_unindexed(checkpoint.unindexed),
         ]

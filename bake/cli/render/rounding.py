@@ -8,11 +8,11 @@ from rich.console import RenderableType
 from bake.cli.render.pieces import section, size, table
 
 if TYPE_CHECKING:
-    from bake.artifact.schema import GgufTensor, StorageRecord
-    from bake.jobs.storage import Storage
+    from bake.artifact.schema import CodedTensor, StorageRecord
+    from bake.jobs.storage import CodedStorage, Storage
 
 
-def rounding(tensors: "Sequence[GgufTensor]", *, verbose: bool) -> list[RenderableType]:
+def rounding(tensors: "Sequence[CodedTensor]", *, verbose: bool) -> list[RenderableType]:
     """Return the table of what rounding did; unless ``verbose`` tensors of one type share a row.
 
     Of several tensors the worst counts: the least of the edit, the largest leak and error.
@@ -54,6 +54,19 @@ def storage(found: "Storage") -> RenderableType:
     return section(f"Storage in {found.file} (may lose {found.limit:.0%} of the KL)", rows)
 
 
+def coded_storage(found: "CodedStorage") -> RenderableType:
+    """Return the table of what writing back as codes comes to, and what dequantising does."""
+    columns = ("checkpoint", "noise", "KL lost")
+    rows = table("quantised weights", *columns, "", right=columns)
+    for way in found.ways:
+        cost = way.cost
+        told = ("", "not measured") if cost is None else (f"{cost.noise:.1e}", f"{cost.lost:.1%}")
+        rows.add_row(way.title, size(way.nbytes), *told, "taken" if way.taken else "")
+    return section(
+        f"The base is quantised: {found.edited} of {found.coded} such weights are edited", rows
+    )
+
+
 def storage_told(types: Mapping[str, str], why: "StorageRecord") -> str:
     """Return the types of the edited tensors, and why they are these."""
     lost = f"up to {why.lost:.2g} of the edit's KL is lost to rounding"
@@ -73,13 +86,13 @@ def types_shown(types: Mapping[str, str]) -> str:
     return ", ".join(f"{part} {word}" for part, word in types.items())
 
 
-def _type(tensor: "GgufTensor") -> str:
+def _type(tensor: "CodedTensor") -> str:
     base, kind = tensor.base_type, tensor.type
     return kind if base in (kind, None) else f"{base} → {kind}"
 
 
-def _grouped(found: "Sequence[GgufTensor]") -> list["list[GgufTensor]"]:
-    groups: dict[tuple[str, str], list[GgufTensor]] = {}
+def _grouped(found: "Sequence[CodedTensor]") -> list["list[CodedTensor]"]:
+    groups: dict[tuple[str, str], list[CodedTensor]] = {}
     for tensor in found:
         groups.setdefault((_type(tensor), tensor.rounding or ""), []).append(tensor)
     return list(groups.values())

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -82,11 +82,14 @@ def _write(export: Export, how: Conversion, run: CarrierRun) -> Artifact:
     # The converter takes the model's name from the folder's.
     with run.place.scratch() as folder:
         baked = folder / run.place.final.name
-        if run.baked is not None:
+        base = export.checkpoint
+        if run.baked is not None and (export.dequantize or not base.coded):
             _link(run.baked, baked, run.record)
         else:
             baked.mkdir()
-            write_edited(export, run, EmptyFolder(baked))
+            # Of a quantised base the converter is given values: it would round codes once more.
+            plain = replace(export, dequantize=bool(base.coded))
+            write_edited(plain, run, EmptyFolder(baked))
         return convert_checkpoint(baked, run.place, how)
 
 

@@ -18,7 +18,7 @@ from bake.checkpoints.writer import require_space
 from bake.edit_store import edit_files
 from bake.families.gguf import gguf_names
 from bake.outputs.gguf.modelfile import MODELFILE, modelfile
-from bake.outputs.gguf.tensor import Measure
+from bake.outputs.measure import Measure
 from bake.plan import Plan
 from bake.plan.record import plan_record
 from bake.progress import Progress
