@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
+from bake.edits import Edit
 from bake.errors import FamilyError
 from bake.families import find_family
 from bake.families.fit import layout_of
@@ -42,7 +43,12 @@ def base_of(path: Path) -> Base:
 
 def baked(base: Base, out: Path) -> Callable[[Path], float]:
     """Write an ablation of the whole stream, and return how far a checkpoint is from its hooks."""
-    edits = [edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")]
+    whole = edit(base, "ablate", make.ablate(vector(base.layout.hidden)), "resid")
+    return written_as(base, [whole], out)
+
+
+def written_as(base: Base, edits: list[Edit], out: Path) -> Callable[[Path], float]:
+    """Write an exact plan, and return how far a checkpoint is from its hooks."""
     plan = plan_of(base, edits)
     assert plan.exactness is Exactness.EXACT, plan.findings
     written("checkpoint", plan, base.checkpoint, out, record={"base": {"model": str(base.path)}})
@@ -163,3 +169,27 @@ def test_a_record_names_the_class_that_loads_a_wrapper(
     base = Base(path, open_checkpoint(path), tiny.load(path), layout)
     plan = plan_of(base, [edit(base, "ablate", make.ablate(vector(layout.hidden)), "resid")])
     assert plan_record(plan).loader == loader
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("ernie4_5_moe", "offset"), ("ernie4_5_moe", "affine"), ("gptj", "affine"), ("phi", "affine")],
+)
+def test_a_tied_head_with_a_bias_takes_a_constant(
+    name: str, kind: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """The constant goes through the head, which is stored as the embedding and nowhere else."""
+    path = tiny_checkpoint(name, tied=True)
+    base = base_of(path)
+    assert base.layout.tied and not base.layout.head_is_stored
+    width = base.layout.hidden
+    map_ = make.offset(vector(width))
+    if kind == "affine":
+        map_ = make.affine(vector(width), mean=vector(width, 1), alpha=0.7)
+    other = edit(base, "ablate", make.ablate(vector(width, 2)), "embed")  # no part of the head
+    edits = [edit(base, kind, map_, "ln_final_out"), other]
+    error = written_as(base, edits, tmp_path / "out")
+    was = tiny.tensors_of(path)
+    bias = {base.layout.unembed.bias.name: was[base.layout.unembed.bias.name]}
+    config = tiny.config_of(tmp_path / "out")
+    assert error(changed(tmp_path / "out", tmp_path / "left", config, **bias)) > 1e-3

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bake.families import Linear
 from bake.plan.pieces import Context, LayerChange, Pieces, joined
 from bake.plan.readers import fold_readers
 from bake.plan.stream_fold import Failure
@@ -49,14 +50,20 @@ def assemble(context: Context) -> Assembly:
     )
 
 
-def _tensor(context: Context, layer: LayerChange) -> TensorUpdate:
-    linear, layout = layer.linear, context.layout
+def _stored(context: Context, linear: Linear) -> str:
+    """Return the base tensor that a layer's weight is: a tied head may be the embedding alone."""
+    layout = context.layout
     made_of_embedding = linear.weight == layout.unembed.weight and not layout.head_is_stored
+    return layout.embed if made_of_embedding else linear.weight
+
+
+def _tensor(context: Context, layer: LayerChange) -> TensorUpdate:
+    linear = layer.linear
     moved = layer.input is not None and not layer.input.is_translation()
     edits = (layer.edits | layer.stream) & context.hooks.of_weights | layer.added_by
     return TensorUpdate(
         linear.weight,
-        layout.embed if made_of_embedding else linear.weight,
+        _stored(context, linear),
         linear.shape,
         linear.output_axis,
         tuple(part for part in layer.outputs if not part.map.is_translation()),
@@ -86,7 +93,7 @@ def _bias(context: Context, layer: LayerChange) -> BiasUpdate:
         name=linear.bias.name,
         size=linear.bias.size,
         create=create,
-        weight=linear.weight if shifted else None,
+        weight=_stored(context, linear) if shifted else None,
         output_axis=linear.output_axis,
         shift=layer.input.bias if shifted and layer.input else None,
         updates=layer.updates if shifted else (),
