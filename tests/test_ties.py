@@ -1,5 +1,6 @@
 """Where config.json says what of a wrapped model, and whether the head is the embedding."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from core import WRAPPED
 from exporting import written
 from harness import RELATIVE, Base, edit, logits, plain_logits, plan_of, vector
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from bake import edits as make
 from bake.checkpoints import open_checkpoint
@@ -135,6 +138,25 @@ def test_a_head_of_its_own_where_nothing_says_that_it_is_tied(
     said = changed(source, tmp_path / "said", {**config, "tie_word_embeddings": True})
     with pytest.raises(FamilyError, match="another matrix than the embedding"):
         layout_of(open_checkpoint(said))
+
+
+@pytest.mark.parametrize("name", sorted(WRAPPED))
+def test_a_wrapper_is_tied_where_its_class_ties_it(name: str) -> None:
+    """Some classes read the top level, some the text model's part, and some both."""
+    written_by_class = AutoConfig.for_model(**WRAPPED[name].config).to_dict()
+    found = {}
+    for top, text in ((None, None), (None, True), (False, True), (True, False)):
+        config = copy.deepcopy(written_by_class)
+        for part, said in ((config, top), (config["text_config"], text)):
+            part.pop("tie_word_embeddings", None)
+            part.update({} if said is None else {"tie_word_embeddings": said})
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
+        config["architectures"] = [type(model).__name__]
+        ties = any(key.endswith("lm_head.weight") for key in model.all_tied_weights_keys)
+        assert read_settings(find_family(config), config).tied is ties, (top, text)
+        found[top, text] = ties
+    assert len(set(found.values())) == 2, "no part of config.json matters"
 
 
 def test_a_second_key_that_ties_the_head(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

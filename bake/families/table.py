@@ -247,9 +247,9 @@ class Wrapper(Table, frozen=True, kw_only=True):
     defaults: Mapping[str, Json] = {}
     """Defaults of the text model's class, for keys that its files leave unsaid."""
     tied: bool
-    """Whether the class ties the head where the top level of config.json does not say."""
-    tied_by_text: bool = False
-    """Whether the class ties it as well where the text model's configuration says so."""
+    """Whether the class ties the head where config.json does not say."""
+    tie_said: Literal["on top", "in either", "in text"] = "on top"
+    """Where it has to say so: on top, in the text model's configuration, or in either of them."""
     text_types: Texts
     """The values of ``model_type`` in there that are this family; of a flat file those on top."""
     names: tuple[Mapping[str, str], ...]
@@ -328,19 +328,25 @@ class Family(Table, frozen=True, kw_only=True):
     def section(self, config: Mapping[str, Json]) -> Mapping[str, Json]:
         """Return the part of config.json that is of this table: all of it, or the text model's.
 
-        The head of a wrapped model is tied as the top level says.
+        The head of a wrapped model is tied as the parts say that its class reads.
         """
         if self.within is None:
             return config
-        tied, inner = config.get(TIED, self.within.tied), self.text(config)
-        if self.within.tied_by_text and not tied:
-            tied = inner.get(TIED, tied)
-        return {**inner, TIED: tied}
+        said = [part[TIED] for part in self._tying(config) if TIED in part]
+        # Of two parts the one that ties it is heard; what is no boolean is found out later.
+        tied = next((value for value in said if value), said[0] if said else self.within.tied)
+        return {**self.text(config), TIED: tied}
+
+    def _tying(self, config: Mapping[str, Json]) -> tuple[Mapping[str, Json], ...]:
+        """Return the parts of config.json in which a class looks for whether the head is tied."""
+        if self.within is None:
+            return (config,)
+        parts = {"on top": (config,), "in text": (self.text(config),)}
+        return parts.get(self.within.tie_said, (config, self.text(config)))
 
     def states_tie(self, config: Mapping[str, Json]) -> bool:
         """Return whether config.json itself says that the head is tied, or is not."""
-        text = self.text(config) if self.within is not None and self.within.tied_by_text else {}
-        return any(key in part for part in (config, text) for key in self.tied_by)
+        return any(key in part for part in self._tying(config) for key in self.tied_by)
 
     def text(self, config: Mapping[str, Json]) -> Mapping[str, Json]:
         """Return what a wrapper's config.json says of its text model."""
