@@ -641,6 +641,9 @@ CORE: dict[str, Core] = {
         tied=True,
         gain_offset=1.0,
     ),
+    "youtu": Core(
+        {**_LATENT, "model_type": "youtu", "q_lora_rank": 14, "pad_token_id": None}, tied=True
+    ),
 }
 
 _TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

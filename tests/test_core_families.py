@@ -5,6 +5,7 @@ share is tested over the served ones. What must be exact is said in ``core.py``,
 """
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
@@ -117,6 +118,27 @@ def the_towers_are_as_they_were(baked: "Baked") -> None:
     assert any("towers" in note for note in baked.plan.notes)
 
 
+def test_a_row_that_the_class_does_not_load_is_refused(tmp_path: Path) -> None:
+    """Youtu's sets the padding token's row to zero, tied or not; without such a token none."""
+    for pad in (0, 3, None):
+        path = tmp_path / str(pad)
+        tiny.write_checkpoint(tiny.make_model("youtu", pad_token_id=pad), path)
+        stored = tiny.tensors_of(path)["model.embed_tokens.weight"]
+        loaded = tiny.load(path).get_output_embeddings().weight.detach()
+        assert torch.equal(loaded, stored) is (pad is None)
+        if pad is None:
+            continue
+        assert float(loaded[pad].abs().max()) == 0 < float(stored[pad].abs().min())
+        with pytest.raises(FamilyError, match="sets that row of its embedding to zero") as caught:
+            tiny.layout_of(path)
+        # What the error says to do is what helps.
+        config = {**tiny.config_of(path), "pad_token_id": None}
+        (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert "set pad_token_id to null" in str(caught.value.fix)
+        assert torch.equal(tiny.load(path).get_output_embeddings().weight, stored)
+        assert tiny.layout_of(path).tied
+
+
 class Baked:
     """A plan that is exact, as it was written, and the hooked logits that it has to give."""
 
@@ -142,10 +164,17 @@ class Baked:
 
 
 def everything_is_drawn(base: Base, of: Core) -> None:
-    """See that no gain is 1, no bias 0 and no flag closed."""
+    """See that no gain is 1, no bias 0 and no flag closed, and that the class loads what is there.
+
+    Some classes set the embedding's row of ``pad_token_id`` to zero when they load a file.
+    """
     assert base.layout.tied is of.tied
     assert all(linear.bias.state != "closed" for linear in base.layout.linears)
     for name, tensor in tiny.tensors_of(base.path).items():
+        if name == base.layout.embed:
+            assert torch.equal(base.model.get_input_embeddings().weight, tensor)
+        elif name == base.layout.unembed.weight:
+            assert torch.equal(base.model.get_output_embeddings().weight, tensor)
         if tensor.dim() == 1:
             assert tensor.abs().min() > 0 and (tensor - 1 + of.gain_offset).abs().min() > 0, name
 

@@ -102,6 +102,11 @@ def check_config(
                 why="the key changes the arithmetic of the forward pass",
                 fix="bring a table for this variant with --family FILE",
             )
+    if family.embed.zeroed and configured(family, inner, family.embed.zeroed) not in (
+        MISSING,
+        None,
+    ):
+        raise _zeroed(family, inner[family.embed.zeroed])
     unknown = {key: inner[key] for key in set(inner) - known_keys(family)}
     if family.within is not None:
         around = HARMLESS | _READ | MUST.keys() | {family.within.config, *family.within.harmless}
@@ -111,6 +116,19 @@ def check_config(
     if refused:
         raise _unknown(family, unknown, refused)
     return tuple(sorted(unknown))
+
+
+def _zeroed(family: Family, row: Json) -> FamilyError:
+    """Return the error for a row of the embedding that is loaded otherwise than it is stored."""
+    key = family.embed.zeroed
+    return FamilyError(
+        f"{key} = {row!r}, and {family.architectures[0]} sets that row of its embedding to zero "
+        "when it loads a file",
+        where="config.json",
+        why="an edited row would be lost there, a head that is untied would no longer have its "
+        "zeros, and other programs load what is stored",
+        fix=f"set {key} to null in config.json: every program then loads the row that is stored",
+    )
 
 
 def known_keys(family: Family) -> frozenset[str]:

@@ -221,6 +221,8 @@ class EmbedRow(Table, frozen=True, kw_only=True):
     multiplied_by: Literal["module", "model"] = "module"
     """Who multiplies: the embedding module itself (Gemma), or the model behind it (Granite)."""
     positions: Texts = ()
+    zeroed: str = ""
+    """A config key with the number of a row that the class sets to zero when it loads a file."""
 
 
 class UnembedRow(Table, frozen=True, kw_only=True):
