@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gguf_files
@@ -22,7 +22,7 @@ from bake.verify.inputs import opened
 from bake.verify.runtimes.registry import Runtimes
 from bake.verify.stored.blocks import steps_of, values_of
 from bake.verify.stored.check import FilesChecked, check_files
-from bake.verify.stored.deviation import deviation, float_steps
+from bake.verify.stored.deviation import DIRECTION, NOISE, Deviation, deviation, float_steps
 from bake.verify.stored.files import Directions, Rows
 from bake.verify.verification import Verification
 
@@ -93,6 +93,28 @@ def test_rounding_to_nearest_is_a_twelfth_of_the_squared_step() -> None:
     found = deviation(Given(exact, wrong, 1 / 8, axis), "w")
     assert found.outside == 1 and not found.held and found.score > 1
     assert not deviation(Given(exact, wrong * torch.nan, 1 / 8), "w").held
+
+
+def test_what_one_matrix_of_a_stack_is_off_by_is_its_own() -> None:
+    """Errors of experts neither make up for each other, nor add up where the experts are alike."""
+    mean = Directions(0, torch.full((1, 48), 48**-0.5, dtype=torch.float64))
+
+    def found(exact: torch.Tensor, have: torch.Tensor) -> Deviation:
+        given = Given(exact, have.flatten(0, 1), 1 / 8, mean)
+        given.planned["w"] = replace(given.planned["w"], tiles=lambda: iter(exact))
+        return deviation(given, "w")
+
+    exact = random(8, 48, 64)
+    nearest = (exact * 8).round() / 8
+    lost = nearest.clone()
+    lost[2], lost[5] = (exact[2] * 8).floor() / 8, (exact[5] * 8).ceil() / 8
+    assert found(exact, nearest).held
+    one = found(exact, lost)
+    assert one.outside == 0 and one.noise < NOISE and one.direction > DIRECTION
+    alike = exact[:1].expand(64, -1, -1)
+    assert found(alike, nearest[:1].expand(64, -1, -1)).direction < 1.5
+    apart = [found(exact[:1], lost[2:3] - exact[2:3] + exact[:1]), found(exact[:1], nearest[:1])]
+    assert [x.held for x in apart] == [False, True]  # as of a matrix alone
 
 
 def test_blocks_of_codes_are_read_by_gguf_py() -> None:

@@ -111,7 +111,7 @@ class _Sums:
     def __init__(self, directions: Directions | None) -> None:
         self.directions = directions
         self.values = self.outside = self.columns = 0
-        self.errors = self.expected = self.along_expected = self.within = 0.0
+        self.errors = self.expected = self.along_expected = self.along = 0.0
         self.across: Tensor | None = None
 
     def add(self, error: Rows, steps: Rows, reach: float, slack: float, start: int) -> None:
@@ -131,26 +131,35 @@ class _Sums:
         basis = self.directions.basis
         if self.directions.axis == 1:
             self.columns += error.shape[0]
-            self.within += float((error @ basis.T).square().sum())
+            self.along += float((error @ basis.T).square().sum())
             self.along_expected += float((square @ basis.square().T).sum())
             return
-        # Of a stack of matrices the tiles are of one each, and the directions those of every one.
+        # Of a stack of matrices the tiles are of one each, and the directions those of every one:
+        # what one of them is off by is not made up for by another.
         first = start % basis.shape[1]
+        if first == 0:
+            self._close()
         part = basis[:, first : first + error.shape[0]]
-        self.columns = error.shape[1]
+        self.columns += error.shape[1] if first == 0 else 0
         found = part @ error
         self.across = found if self.across is None else self.across.add_(found)
         self.along_expected += float((part.square() @ square).sum())
 
+    def _close(self) -> None:
+        """Count what the matrix that has passed is off by along the directions."""
+        if self.across is not None:
+            self.along += float(self.across.square().sum())
+            self.across = None
+
     def deviation(self, name: str) -> Deviation:
-        along = self.within if self.across is None else float(self.across.square().sum())
+        self._close()
         judged = self.columns >= COLUMNS
         return Deviation(
             name,
             self.values,
             self.outside,
             _ratio(self.errors, self.expected),
-            _ratio(along, self.along_expected) if judged else 0.0,
+            _ratio(self.along, self.along_expected) if judged else 0.0,
         )
 
 
