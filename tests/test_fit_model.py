@@ -116,6 +116,25 @@ def test_activations_are_those_of_each_prompt_by_itself(
             assert near(found[sites[-1]][i], norm(states[1][0])[start:stop].mean(0), SINGLE)
 
 
+@pytest.mark.parametrize(("name", "at"), [("opt", "mlp_act.1"), ("llama4", "mlp_out.1")])
+def test_a_module_that_takes_all_tokens_in_one_row(
+    name: str, at: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """OPT's MLP and Llama 4's mixture see [batch · length, d]; a mean is over one prompt's."""
+    live = load(open_checkpoint(tiny_checkpoint(name)), torch.float64)
+    assert live.layout is not None
+    prompts = [tiny.tokens(batch=1, length=n, seed=n)[0].tolist() for n in (7, 7, 4)]
+    spans = [(2, 7), (6, 7), (0, 3)]
+    (site,) = expand([at], layers=live.layout.layers, stream=live.layout.stream)
+    found = collect(live, texts_of(prompts, spans), [site], Tally(3, None))[site]
+    assert found.shape == (3, live.layout.width(site))
+    for i, (prompt, span) in enumerate(zip(prompts, spans, strict=True)):
+        alone = collect(live, texts_of([prompt], [span]), [site], Tally(1, None))[site][0]
+        assert near(found[i], alone, SINGLE)
+        other = collect(live, texts_of([prompt], [(0, span[1] - 1)]), [site], Tally(1, None))[site]
+        assert not near(found[i], other[0], 1e-2)
+
+
 # At which tokens
 
 

@@ -18,6 +18,7 @@ from bake.checkpoints import open_checkpoint
 from bake.errors import InputError
 from bake.jobs.planned import judged
 from bake.merge.merge import merge_adapter
+from bake.sites import Site, SiteKind
 from bake.verify.models import layout_of, load
 from bake.verify.observe import block_sites
 from bake.verify.runs import batches_of, halves, run
@@ -25,6 +26,21 @@ from bake.verify.units import blocks_of, units_of
 from bake.verify.verification import Verification
 
 PROMPTS = ((5, 6, 7, 8), (9,) * 12, tuple(range(20)), (3,))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama4", "falcon_h1", "granitemoeshared"])
+def test_what_writers_add_is_the_stream(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    """Writers that give [batch · length, width], and several whose outputs add up, included."""
+    base = base_at(tiny_checkpoint(family))
+    last = Site(SiteKind.RESID_POST, base.layout.layers - 1)
+    for batches in (batches_of(PROMPTS), batches_of([tuple(range(9))] * 2)):
+        whole = load(base.checkpoint, torch.float64)
+        found = run(whole, batches, sites=[last], writes=True)
+        stream, writes = found.streams[last], found.writes
+        error, size = (sum(writes) - stream).abs().max(), stream.abs().max()
+        assert float(error) <= 1e-10 * float(size)
+        for write in writes:
+            assert write.shape == stream.shape and float(write.abs().max()) > 1e-2 * float(size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["F32", "BF16"])
@@ -142,6 +158,7 @@ import torch
 torch.set_num_threads(1)
 from bake.jobs.planned import judged
 from bake.merge.merge import merge_adapter
+from bake.sites import Site, SiteKind
 from bake.verify.verification import Verification
 import transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM

@@ -44,7 +44,7 @@ def collect(live: Live, texts: Texts, sites: Sequence[Site], tally: Tally) -> Ac
     for batch in batches_of([texts.tokens[i] for i in order]):
         count = len(batch.lengths)
         spans = [texts.spans[i] for i in order[begun : begun + count]]
-        see = _keeper(rows, spans)
+        see = _keeper(rows, spans, batch.tokens.shape)
         with watched(live.model, live.layout, sites, see), _precision(live):
             # Without the head, whose logits would be most of the memory.
             live.model.base_model(batch.tokens.to(live.device), use_cache=False)
@@ -59,9 +59,10 @@ def _precision(live: Live) -> AbstractContextManager[None]:
     return double_precision() if live.model.dtype == torch.float64 else nullcontext()
 
 
-def _keeper(rows: Mapping[Site, list[Tensor]], spans: Sequence[Span]) -> See:
+def _keeper(rows: Mapping[Site, list[Tensor]], spans: Sequence[Span], shape: Sequence[int]) -> See:
     def see(site: Site, x: Tensor) -> None:
-        rows[site].append(_pooled(x, spans))
+        # Some modules take and give [batch · length, d]: OPT's MLP, Llama 4's mixture.
+        rows[site].append(_pooled(x.reshape(*shape, x.shape[-1]), spans))
 
     return see
 

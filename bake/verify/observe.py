@@ -165,7 +165,8 @@ class _Recorder:
         self._after(self._module(terms[-1][0]), close)
 
     def _rows(self, x: Tensor) -> Tensor:
-        return x[self.keep.to(x.device)].detach().to("cpu")
+        # Some modules take and give [batch · length, width]: OPT's MLP, Llama 4's mixture.
+        return x.reshape(*self.keep.shape, x.shape[-1])[self.keep.to(x.device)].detach().to("cpu")
 
     def _module(self, path: str) -> nn.Module:
         found: nn.Module = self.model.get_submodule(path)
