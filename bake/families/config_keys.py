@@ -102,11 +102,9 @@ def check_config(
                 why="the key changes the arithmetic of the forward pass",
                 fix="bring a table for this variant with --family FILE",
             )
-    if family.embed.zeroed and configured(family, inner, family.embed.zeroed) not in (
-        MISSING,
-        None,
-    ):
-        raise _zeroed(family, inner[family.embed.zeroed])
+    zeroed = configured(family, inner, family.embed.zeroed) if family.embed.zeroed else None
+    if zeroed is not MISSING and zeroed is not None:
+        raise _zeroed(family, zeroed)
     unknown = {key: inner[key] for key in set(inner) - known_keys(family)}
     if family.within is not None:
         around = HARMLESS | _READ | MUST.keys() | {family.within.config, *family.within.harmless}
@@ -141,6 +139,7 @@ def known_keys(family: Family) -> frozenset[str]:
         | _READ
         | MUST.keys()
         | {
+            *filter(None, (family.embed.zeroed,)),
             *family.tied_by,
             *family.when,
             *family.must,
