@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ NAMES = (
     *("w4", "w8", "w4-zeros", "w4-order", "gptq", "gptq-order", "gptq8", "awq"),
     *("bnb-nf4", "bnb-nf4-twice", "bnb-fp4"),
 )
-OURS = ("fine-fp8", "fine-short", "fine-ue8m0", "mxfp4", "modelopt-fp8", "modelopt-nvfp4")
+TURNED = ("turned-w4", "turned-int8-channel", "turned-gptq-order")
+OURS = (
+    *("fine-fp8", "fine-short", "fine-ue8m0", "mxfp4", "modelopt-fp8", "modelopt-nvfp4"),
+    *TURNED,
+)
 """Those whose oracle is here: transformers, or a formula."""
 WEIGHT = "layer.weight"
 
@@ -68,6 +72,29 @@ def generator() -> torch.Generator:
 
 def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator())
+
+
+def _changed(
+    name: str, part: str, tensor: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a sample with one of its tensors stored otherwise."""
+    config, tensors, _ = sample(name)
+    return config, {**tensors, f"layer.{part}": tensor(tensors[f"layer.{part}"])}
+
+
+def _added(name: str, part: str, tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config, tensors, _ = sample(name)
+    return config, {**tensors, f"layer.{part}": tensor}
+
+
+def mx_compressed(scale: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """MXFP4 of compressed-tensors, whose exponents are of some type."""
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "config_groups": groups}
+    exponents = torch.full((4, 2), 2).to(scale)
+    packed = torch.zeros(4, 32, dtype=torch.uint8)
+    return config, {"layer.weight_packed": packed, "layer.weight_scale": exponents}
 
 
 def _fine(rows: int, columns: int, **more: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -139,6 +166,16 @@ def modelopt_nvfp4() -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
     return {"quant_method": "modelopt", "quant_algo": "NVFP4"}, tensors, values
 
 
+def turned(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """A sample of which every second output has scales below 0, as AutoRound's symmetric ones."""
+    config, tensors, values = sample(name.removeprefix("turned-"))
+    key = next(key for key in tensors if key.endswith(("weight_scale", "scales")))
+    sign = 1.0 - 2 * (torch.arange(values.shape[0]) % 2)
+    along = sign if key.endswith("scales") else sign.unsqueeze(1)
+    scale = (tensors[key] * along).to(tensors[key].dtype)
+    return config, {**tensors, key: scale}, values * sign.unsqueeze(1)
+
+
 MADE: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor], Tensor]]] = {
     "fine-fp8": fine_fp8,
     "fine-short": fine_short,
@@ -146,6 +183,7 @@ MADE: dict[str, Callable[[], tuple[dict[str, Any], dict[str, Tensor], Tensor]]] 
     "mxfp4": mxfp4,
     "modelopt-fp8": modelopt_fp8,
     "modelopt-nvfp4": modelopt_nvfp4,
+    **{name: partial(turned, name) for name in TURNED},
 }
 EVERY = (*NAMES, *OURS)
 
@@ -252,7 +290,10 @@ def test_a_block_that_outgrows_its_scale_gets_another(name: str, tmp_path: Path)
         ((have - exact).abs() <= grown.steps(0, *exact.shape[:1], exact) * 0.5 + 1e-9).all()
     )
     before, table = weight.scales.read(), grown.scales.read()
-    assert bool((table.scale >= before.scale).all()) and not torch.equal(table.scale, before.scale)
+    assert torch.equal(table.scale.sign(), before.scale.sign())
+    assert bool((table.scale.abs() >= before.scale.abs()).all()) and not torch.equal(
+        table.scale, before.scale
+    )
     # The base's scales would clip: the control of the bound above.
     clipped = read_back(tmp_path, name, {weight.codes.name: made[weight.codes.name]})
     assert float((clipped.reshape(exact.shape)[2] - exact[2]).abs().max()) > float(
@@ -323,6 +364,30 @@ REFUSED = {
         "is to be ignored, and is quantised",
     ),
     "no zeros": (lambda: without("w4-zeros", "layer.weight_zero_point"), "no weight_zero_point"),
+    "zeros that are not in words": (
+        lambda: _changed("w4-zeros", "weight_zero_point", lambda zero: zero.to(torch.int8)),
+        "has zeros I8",
+    ),
+    "zeros of other rows": (
+        lambda: _changed("w4-zeros", "weight_zero_point", lambda zero: zero.repeat(2, 1)),
+        "which are no words",
+    ),
+    "bytes in an order": (
+        lambda: _added("int8-channel", "weight_g_idx", torch.zeros(4, dtype=torch.int32)),
+        "bytes in an order of groups",
+    ),
+    "powers that are no exponents": (
+        lambda: mx_compressed(torch.float8_e8m0fnu),
+        "exponents stored as F8_E8M0",
+    ),
+    "FP8 scales of 32 columns": (
+        lambda: mx_compressed(torch.float8_e4m3fn),
+        "exponents stored as F8_E4M3",
+    ),
+    "another layout of GPTQ": (
+        lambda: ({**sample("gptq")[0], "checkpoint_format": "bitblas"}, sample("gptq")[1]),
+        "in the layout 'bitblas'",
+    ),
     "no state": (
         lambda: without("bnb-nf4", "layer.weight.quant_map"),
         "lacks a part of its state",
@@ -349,6 +414,11 @@ def test_what_is_not_read_is_refused_by_name(case: str, tmp_path: Path) -> None:
     said = " ".join(str(p) for p in (error.value.what, error.value.fix))
     assert words in said
     assert "unquantised" in said or "fetch config.json" in said
+
+
+def test_exponents_in_bytes_are_read(tmp_path: Path) -> None:
+    """The control of those that are refused."""
+    assert "layer.weight" in decoded(folder(tmp_path, *mx_compressed(torch.uint8))).coded
 
 
 def test_a_code_that_is_no_number_is_refused(tmp_path: Path) -> None:

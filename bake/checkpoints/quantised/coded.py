@@ -150,11 +150,11 @@ class Coded:
         """Return the distance of the two neighbours of some values, for some rows."""
         found, count = self.scales.read(), self.levels.values.shape[0]
         scale = found.at(found.scale, start, stop)
-        ideal = exact / scale.clamp(min=torch.finfo(torch.float64).tiny)
+        ideal = torch.where(scale == 0, 0.0, exact / scale)
         if found.zero is not None:
             ideal = ideal + found.at(found.zero, start, stop)
         above = torch.bucketize(ideal.contiguous(), self.levels.values).clamp_(1, count - 1)
-        return (self.levels.values[above] - self.levels.values[above - 1]) * scale
+        return (self.levels.values[above] - self.levels.values[above - 1]) * scale.abs()
 
 
 def blocks(size: int, each: int) -> Int64[Tensor, " size"]:

@@ -105,6 +105,8 @@ def _bytes(checkpoint: Stored, module: str, weights: Mapping[str, Any], dtype: s
         "block": tuple(block) if block else None,
         "group": (1, int(group)) if group else None,
     }
+    if f"{module}.weight_g_idx" in checkpoint.tensors:
+        raise disagreeing(checkpoint, _METHOD, f"{module} has bytes in an order of groups")
     if strategy not in sizes or (strategy in ("block", "group") and sizes[strategy] is None):
         raise disagreeing(checkpoint, _METHOD, f"{module} has scales by {strategy!r}")
     kind = "FP8" if weights["type"] == "float" else "INT8"
@@ -134,6 +136,10 @@ def _words(checkpoint: Stored, module: str, weights: Mapping[str, Any], dtype: s
     if not weights.get("symmetric", True):
         if f"{module}.weight_zero_point" not in tensors:
             raise disagreeing(checkpoint, _METHOD, f"{module} has no weight_zero_point")
+        stored = tensors[f"{module}.weight_zero_point"]
+        if stored.dtype != "I32" or stored.shape != (-(-shape[0] // (32 // bits)), groups):
+            said = f"{module} has zeros {stored.dtype} {list(stored.shape)}, which are no words"
+            raise disagreeing(checkpoint, _METHOD, said)
         zero = ZeroPoints(checkpoint, f"{module}.weight_zero_point", bits, lowest, None)
     return Coded(
         name=f"{module}.weight",
@@ -170,6 +176,8 @@ def _nvfp4(checkpoint: Stored, module: str, weights: Mapping[str, Any], dtype: s
 
 def _mxfp4(checkpoint: Stored, module: str, weights: Mapping[str, Any], dtype: str) -> Coded:
     shape = _fp4_shape(checkpoint, module, 32)
+    if (stored := checkpoint.tensors[f"{module}.weight_scale"].dtype) != "U8":
+        raise disagreeing(checkpoint, _METHOD, f"{module} has exponents stored as {stored}")
     scales = ExponentScales(checkpoint, f"{module}.weight_scale", 32)
     return _fp4(checkpoint, module, shape, dtype, "MXFP4", scales)
 

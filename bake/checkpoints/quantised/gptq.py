@@ -17,14 +17,16 @@ from bake.checkpoints.quantised.words import ColumnWords, Groups, GroupScales, Z
 from bake.errors import CheckpointError
 
 _PARTS = ("qzeros", "scales")
+_LAYOUTS = ("gptq", "gptq_v2")
+"""Of ``checkpoint_format``: others (marlin, bitblas) hold the same bits in another order."""
 
 
 def find(checkpoint: Stored, settings: Mapping[str, Any], dtype: str) -> Found:
     """Return the weights of a checkpoint whose configuration says ``gptq``.
 
     Raises:
-        CheckpointError: the configuration and the tensors disagree, or the bits of a code may lie
-            in two words.
+        CheckpointError: the configuration and the tensors disagree, the bits of a code may lie in
+            two words, or it is another layout.
     """
     bits = settings.get("bits")
     if bits not in (2, 4, 8):
@@ -32,6 +34,13 @@ def find(checkpoint: Stored, settings: Mapping[str, Any], dtype: str) -> Found:
             f"the weights are quantised by GPTQ to {bits!r} bits",
             where=checkpoint.source,
             why="bake reads codes of 2, 4 and 8 bits, which do not lie across two words",
+            fix="start from the unquantised base",
+        )
+    if (layout := settings.get("checkpoint_format", "gptq")) not in _LAYOUTS:
+        raise CheckpointError(
+            f"the weights are quantised by GPTQ in the layout {layout!r}",
+            where=checkpoint.source,
+            why=f"bake reads {' and '.join(_LAYOUTS)}",
             fix="start from the unquantised base",
         )
     names = [name for name in checkpoint.tensors if name.endswith(".qweight")]

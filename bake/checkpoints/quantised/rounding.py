@@ -56,10 +56,11 @@ class Recoded:
         for tile in self.exact():
             old.largest(need, self._needed(tile, old, start), start)
             start += tile.shape[0]
-        grown = need > old.scale * (1 + _REACH)
+        grown = need > old.scale.abs() * (1 + _REACH)
         if not bool(grown.any()):
             return old
-        scale = torch.where(grown, coded.scales.hold(need), old.scale)
+        held = coded.scales.hold(need)
+        scale = torch.where(grown, torch.where(old.scale < 0, -held, held), old.scale)
         if not math.isfinite(float(scale.sum())):
             raise InputError(
                 f"the edited tensor {coded.name} does not fit {coded.format}: a block needs a "
@@ -70,10 +71,13 @@ class Recoded:
         return ScaleTable(scale, old.rows, old.columns, old.zero)
 
     def _needed(self, tile: Tensor, old: ScaleTable, start: int) -> Tensor:
-        """Return the least scale under which the levels reach every value of a tile.
+        """Return the least size of a scale under which the levels reach every value of a tile.
 
-        Infinite where no scale does: all levels are on the other side of their zero.
+        A scale keeps its sign: quantisers turn some blocks so that the end with one level more is
+        on the side of the largest value. Infinite where no scale does: all levels are on the other
+        side of their zero.
         """
+        tile = torch.where(old.at(old.scale, start, start + tile.shape[0]) < 0, -tile, tile)
         zero: Tensor | float = 0.0
         if old.zero is not None:
             zero = old.at(old.zero, start, start + tile.shape[0])
@@ -155,11 +159,12 @@ class _Neighbours:
     def moves(self, where: Where) -> Moves:
         """Return what some values may do."""
         near, errors = self.place[where].to(torch.int64), self.errors[where]
-        other = (near - errors.sign().to(torch.int64)).clamp_(0, self.levels.shape[0] - 1)
+        way = (errors.sign() * self.scale[where].sign()).to(torch.int64)
+        other = (near - way).clamp_(0, self.levels.shape[0] - 1)
         unit = ((self.levels[other] - self.levels[near]) * self.scale[where]).contiguous()
         return Moves(unit, torch.zeros_like(unit), torch.ones_like(unit))
 
     def move(self, where: Where, counts: Tensor) -> None:
         """Move them; the errors are those behind the move, of what moved on its other side."""
-        way = self.errors[where].sign()
+        way = self.errors[where].sign() * self.scale[where].sign()
         self.place[where] += (counts * way).to(torch.int16)

@@ -24,7 +24,10 @@ KEYS = ("quantization_config", "compression_config")
 """Of a configuration, what says how the weights are quantised."""
 BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files that say it once more."""
-_LEFT_ALONE = ("ignore", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules")
+_LEFT_ALONE = (
+    *("ignore", "modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules"),
+    "exclude_modules",
+)
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # What no unquantised checkpoint has, and what none calls a tensor. Integers say nothing: GPT-NeoX
 # keeps its attention mask in U8.
