@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bake.checkpoints import Checkpoint, open_checkpoint
+from bake.checkpoints.planned import PlannedTensor
 from bake.checkpoints.quantised.coded import Coded, not_less, powers_of_two
 from bake.checkpoints.quantised.levels import e2m1, float8, integers
 from bake.checkpoints.quantised.packing import from_bytes, from_words, to_bytes, to_words
@@ -20,6 +21,7 @@ from bake.checkpoints.quantised.rounding import Recoded
 from bake.checkpoints.quantised.view import decoded
 from bake.errors import CheckpointError, InputError
 from bake.rounding import Feedback
+from bake.verify.stored.scales import needless
 
 SAMPLES = Path(__file__).parent / "quantised" / "samples.safetensors"
 NAMES = (
@@ -294,6 +296,12 @@ def test_a_block_that_outgrows_its_scale_gets_another(name: str, tmp_path: Path)
     assert bool((table.scale.abs() >= before.scale.abs()).all()) and not torch.equal(
         table.scale, before.scale
     )
+    planned = PlannedTensor(WEIGHT, "F32", tuple(exact.shape), lambda: iter(exact.split(7)))
+    assert not needless(weight, grown, planned)
+    # The base's values need no such scale.
+    unmoved = weight.values(0, weight.matrix[0])
+    small = PlannedTensor(WEIGHT, "F32", tuple(exact.shape), lambda: iter(unmoved.split(7)))
+    assert needless(weight, grown, small)
     # The base's scales would clip: the control of the bound above.
     clipped = read_back(tmp_path, name, {weight.codes.name: made[weight.codes.name]})
     assert float((clipped.reshape(exact.shape)[2] - exact[2]).abs().max()) > float(
@@ -376,6 +384,10 @@ REFUSED = {
         lambda: _added("int8-channel", "weight_g_idx", torch.zeros(4, dtype=torch.int32)),
         "bytes in an order of groups",
     ),
+    "zeros of symmetric bytes": (
+        lambda: _added("int8-channel", "weight_zero_point", torch.ones(4, 1, dtype=torch.int8)),
+        "has zeros other than 0",
+    ),
     "powers that are no exponents": (
         lambda: mx_compressed(torch.float8_e8m0fnu),
         "exponents stored as F8_E8M0",
@@ -419,6 +431,27 @@ def test_what_is_not_read_is_refused_by_name(case: str, tmp_path: Path) -> None:
 def test_exponents_in_bytes_are_read(tmp_path: Path) -> None:
     """The control of those that are refused."""
     assert "layer.weight" in decoded(folder(tmp_path, *mx_compressed(torch.uint8))).coded
+
+
+@pytest.mark.parametrize(
+    ("targets", "refused"),
+    [(["re:.*er"], False), (["re:lay.*"], False), (["layer"], True), (["re:x"], False)],
+)
+def test_a_name_comes_before_an_expression_and_both_before_a_class(
+    targets: list[str], refused: bool, tmp_path: Path
+) -> None:
+    """The other group, of INT8, comes first: it is taken where the weight's own names it less."""
+    config, tensors, _ = sample("w4")
+    (own,) = config["config_groups"].values()
+    other = {"targets": targets, "weights": {**own["weights"], "num_bits": 8}}
+    mine = ["Linear"] if targets == ["re:x"] else ["layer"]
+    groups = {"a": other, "b": {**own, "targets": mine}}
+    checkpoint = folder(tmp_path, {**config, "config_groups": groups}, tensors)
+    if refused:
+        with pytest.raises(CheckpointError, match="the tensors disagree"):
+            decoded(checkpoint)
+    else:
+        assert WEIGHT in decoded(checkpoint).coded
 
 
 def test_a_code_that_is_no_number_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from bake.artifact.record import read_record
 from bake.checkpoints import open_checkpoint
 from bake.checkpoints.planned import PlannedModel, PlannedTensor
+from bake.checkpoints.quantised.rounding import Recoded
 from bake.checkpoints.quantised.view import decoded, left_alone
 from bake.errors import UsageError
 from bake.jobs.planned import planned_of
@@ -287,3 +288,51 @@ def test_a_verification_judges_it(
     rows = {row["name"]: row for row in report["rows"]}
     lost = next(row for name, row in rows.items() if name.startswith("lost in storage"))
     assert lost["passed"] and (lost["value"] > 1e-3) is not bool(more)
+
+
+@pytest.mark.parametrize("name", ["W4A16", "FP8 by channel", "bitsandbytes NF4"])
+def test_scales_that_are_larger_than_they_need_be_are_no_larger_tolerance(
+    name: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Under them each value is one of its two neighbours, which lie as far apart as one likes."""
+    path = base(name)
+    out = export(tmp_path, path, "--allow", "approximate")
+    assert held(checked(path, out))
+    view = decoded(open_checkpoint(out))
+    weight = next(one for key, one in sorted(view.coded.items()) if "o_proj" in key)
+    (scales,) = weight.scales.names
+    exact = weight.values(0, weight.matrix[0])
+    coarse = out.parent / "coarse"
+    shutil.copytree(out, coarse)
+    rewrite(coarse, lambda tensors: tensors.update({scales: tensors[scales] * 64}))
+    other = decoded(open_checkpoint(coarse)).coded[weight.name]
+    codes = torch.cat(list(other.codes.stored(Recoded(other, lambda: iter([exact])).codes())))
+    rewrite(coarse, lambda tensors: tensors.update({weight.codes.name: codes}))
+    assert not held(checked(path, coarse))
+
+
+@pytest.mark.parametrize("more", [(), ("--dequantize",)])
+def test_codes_and_scales_may_lie_in_different_shards(
+    more: tuple[str, ...], base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Dequantised, a shard of nothing but scales is left out, and the index knows of none."""
+    path = base("W4A16")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    apart = {key: 2 if key.endswith(("_scale", "_shape")) else 1 for key in tensors}
+    shards = {key: f"model-0000{number}-of-00002.safetensors" for key, number in apart.items()}
+    for shard in set(shards.values()):
+        save_file({k: t for k, t in tensors.items() if shards[k] == shard}, path / shard)
+    index = {"metadata": {}, "weight_map": shards}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = export(tmp_path, path, "--allow", "approximate", *more)
+    assert held(checked(path, out))
+    assert len(list(out.glob("*.safetensors"))) == (1 if more else 2)
+    found = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert found.keys() == decoded(open_checkpoint(out)).as_stored.tensors.keys()
+    wrong = codes_of(path, "q_proj") if not more else "model.layers.0.self_attn.q_proj.weight"
+    shard = out / found[wrong]
+    spoiled = {k: t.clone() for k, t in load_file(shard).items()}
+    spoiled[wrong].view(torch.uint8)[0, :2] ^= 0x77
+    save_file(spoiled, shard)
+    assert not held(checked(path, out))

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from bake.checkpoints.quantised.coded import Coded
 from bake.checkpoints.quantised.fine_grained import CACHE
 from bake.checkpoints.quantised.found import Found, beside, disagreeing
@@ -49,14 +51,16 @@ def find(checkpoint: Stored, settings: Mapping[str, Any], dtype: str) -> Found:
 def _weights(checkpoint: Stored, module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what the configuration says of a layer's weights.
 
-    Targets that name the layer come before those that name its class.
+    Targets that are the layer's name come before expressions, and those before its class, as in
+    compressed-tensors' ``utils/match.py: match_targets``.
     """
     if any(_matches(module, target) for target in settings.get("ignore") or ()):
         raise disagreeing(checkpoint, _METHOD, f"{module} is to be ignored, and is quantised")
     groups = [g for g in settings["config_groups"].values() if isinstance(g, Mapping)]
+    exact = [g for g in groups if module in (g.get("targets") or ())]
     named = [g for g in groups if any(_matches(module, t) for t in g.get("targets") or ())]
     by_class = [g for g in groups if "Linear" in (g.get("targets") or ())]
-    found = (named or by_class)[:1]
+    found = (exact or named or by_class)[:1]
     weights = found[0].get("weights") if found else None
     if not isinstance(weights, Mapping):
         raise disagreeing(checkpoint, _METHOD, f"{module} is quantised, and no group is about it")
@@ -107,6 +111,9 @@ def _bytes(checkpoint: Stored, module: str, weights: Mapping[str, Any], dtype: s
     }
     if f"{module}.weight_g_idx" in checkpoint.tensors:
         raise disagreeing(checkpoint, _METHOD, f"{module} has bytes in an order of groups")
+    zero = f"{module}.weight_zero_point"
+    if zero in checkpoint.tensors and bool(checkpoint.read(zero).to(torch.float32).any()):
+        raise disagreeing(checkpoint, _METHOD, f"{module} is symmetric, and has zeros other than 0")
     if strategy not in sizes or (strategy in ("block", "group") and sizes[strategy] is None):
         raise disagreeing(checkpoint, _METHOD, f"{module} has scales by {strategy!r}")
     kind = "FP8" if weights["type"] == "float" else "INT8"

@@ -13,6 +13,7 @@ from bake.checkpoints.dtypes import torch_dtype
 from bake.checkpoints.planned import PlannedModel, PlannedTensor, base_rows
 from bake.verify.stored.deviation import float_steps
 from bake.verify.stored.files import WIDE, Directions, Rows
+from bake.verify.stored.scales import needless
 
 _VALUES = 1 << 20  # that are compared at a time
 _ROWS = 256  # of which the steps of a matrix are taken
@@ -54,6 +55,7 @@ class StoredTensors:
         """Yield what the plan leaves alone and the files do not."""
         before, after = self.original.tensors, self.baked.tensors
         yield from self._stray_parts()
+        yield from self._stray_scales()
         yield from sorted(after.keys() - before.keys() - self.planned.keys())
         for name in (*before, *(name for name in self.planned if name not in before)):
             if name not in after or not self._is_kept(name):
@@ -106,6 +108,13 @@ class StoredTensors:
             same = have is not None and (have.dtype, have.shape) == (was.dtype, was.shape)
             if not same or (name not in free and not self._same_bytes(before, after, name)):
                 yield name
+
+    def _stray_scales(self) -> Iterator[str]:
+        """Yield the scales of planned weights that are larger than those values call for."""
+        for name, planned in self.planned.items():
+            was, have = self.original.coded.get(name), self.baked.coded.get(name)
+            if was is not None and have is not None and needless(was, have, planned):
+                yield from have.scales.names
 
     @staticmethod
     def _same_bytes(original: Checkpoint, baked: Checkpoint, name: str) -> bool:
