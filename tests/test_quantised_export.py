@@ -336,3 +336,21 @@ def test_codes_and_scales_may_lie_in_different_shards(
     spoiled[wrong].view(torch.uint8)[0, :2] ^= 0x77
     save_file(spoiled, shard)
     assert not held(checked(path, out))
+
+
+@pytest.mark.parametrize("more", [(), ("--dequantize",)])
+def test_transformers_loads_what_block_fp8_becomes(
+    more: tuple[str, ...], base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its own decoding of the edited weights is bake's; that of the base's is not."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    path = base("block FP8")
+    out = export(tmp_path, path, "--allow", "approximate", *more)
+    asked = {} if more else {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **asked)
+    ours, before = (decoded(open_checkpoint(one)) for one in (out, path))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    have = model.get_parameter(name).detach().double()
+    assert torch.allclose(have, ours.read(name).double(), rtol=2.0**-8, atol=1e-9)
+    assert not torch.allclose(have, before.read(name), rtol=2.0**-8, atol=1e-9)
