@@ -388,6 +388,10 @@ REFUSED = {
         lambda: _added("int8-channel", "weight_zero_point", torch.ones(4, 1, dtype=torch.int8)),
         "has zeros other than 0",
     ),
+    "codes of NF4 in another type": (
+        lambda: _changed("bnb-nf4", "weight", lambda t: t.reshape(-1, 2).view(torch.bfloat16)),
+        "has its codes in BF16 (bnb_4bit_quant_storage)",
+    ),
     "powers that are no exponents": (
         lambda: mx_compressed(torch.float8_e8m0fnu),
         "exponents stored as F8_E8M0",

@@ -133,6 +133,13 @@ def _coded(checkpoint: Stored, stem: str, name: str, kind: str, dtype: str) -> C
     state = _state(checkpoint, name)
     shape, block = tuple(state["shape"]), int(state["blocksize"])
     rows, columns = shape
+    if (storage := tensors[stem].dtype) != "U8":
+        raise CheckpointError(
+            f"{stem} has its codes in {storage} (bnb_4bit_quant_storage)",
+            where=checkpoint.source,
+            why="bake reads codes that are stored in bytes",
+            fix="start from the unquantised base",
+        )
     if columns % block or tensors[stem].shape != (rows * columns // 2, 1):
         raise CheckpointError(
             f"{stem} of {rows} × {columns} is quantised in blocks of {block} that run across rows",
