@@ -219,6 +219,10 @@ def test_a_head_that_is_untied_is_left_alone_by_name(
     named = {"quantization_config": {"ignore": ["lm_head"]}}
     assert left_alone(named, ["lm_head.weight"]) == {}
     assert left_alone({}, ["lm_head.weight"]) == {}
+    other = {"quantization_config": {"exclude_modules": []}}  # Model Optimizer's word
+    assert left_alone(other, ["lm_head.weight"]) == {
+        "quantization_config": {"exclude_modules": ["lm_head"]}
+    }
 
 
 def test_another_shape_is_not_written_as_codes(base: Callable[..., Path]) -> None:
