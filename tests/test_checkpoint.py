@@ -40,6 +40,7 @@ from bake.checkpoints import (
 )
 from bake.checkpoints.hashes import sha256_of
 from bake.checkpoints.header import TensorInfo
+from bake.checkpoints.source import Counted
 from bake.checkpoints.writer import Finished
 from bake.errors import CheckpointError, InputError, UsageError
 
@@ -622,6 +623,80 @@ def test_a_worker_that_fails_stops_the_others(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.parametrize("jobs", [1, 3, 20])
+def test_files_that_wait_for_the_disk_do_not_use_up_the_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    (tmp_path / "origin").write_bytes(b"weights")
+    pieces = [stream.Copy(0, 7)]
+    drafts = [stream.Draft(tmp_path / str(n), pieces, tmp_path / "origin") for n in range(60)]
+    held: list[int] = []
+    fsync = os.fsync
+
+    def open_files() -> int:
+        return len(list(Path("/dev/fd").iterdir()))
+
+    def slow(handle: int) -> None:
+        time.sleep(0.003)  # a disk that falls behind
+        held.append(open_files())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    before, done = open_files(), dict[Path, str]()
+    with workers.at_most(jobs):
+        workers.write_all(drafts, advance=lambda _: None, finish=done.__setitem__)
+    assert set(done.values()) == {hashlib.sha256(b"weights").hexdigest()} and len(done) == 60
+    # Two handles a file: of those that wait, and of those that a worker has made or hashes.
+    assert 2 < max(held) - before <= 2 * (workers._AHEAD + 2 * jobs)
+
+
+def test_bytes_are_counted_in_all_threads() -> None:
+    class Source:
+        def read_into(self, file: str, start: int, buffer: memoryview) -> None:
+            """Read nothing."""
+
+    class Buffer:
+        def __len__(self) -> int:
+            time.sleep(0)  # others have their turn amid the addition
+            return 3
+
+    counted = Counted(Source())  # type: ignore[arg-type]
+
+    def read() -> None:
+        for _ in range(200):
+            counted.read_into("", 0, Buffer())  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted.count == 4 * 200 * 3
+
+
+def test_a_clone_of_a_base_that_has_become_shorter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new length would be made of zeros."""
+    (tmp_path / "origin").write_bytes(b"weights")
+    pieces = [stream.Literal(b"W"), stream.Copy(1, 8)]
+
+    def fake_clone(origin: Any, target: Any) -> bool:
+        target.write(origin.read())
+        return True
+
+    def written() -> str:
+        target, origin = tmp_path / "out", tmp_path / "origin"
+        return workers.write_file(target, pieces, origin=origin, advance=lambda _: None)
+
+    monkeypatch.setattr(workers, "clone", fake_clone)
+    with pytest.raises(CheckpointError, match=r"became shorter .* at byte 7") as caught:
+        written()
+    assert str(tmp_path / "origin") in str(caught.value)
+    (tmp_path / "origin").write_bytes(b"weights, and more")  # the control
+    assert written() == hashlib.sha256(b"Weights,").hexdigest()
+
+
 def test_a_filesystem_with_clones_writes_the_edited_bytes_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -847,6 +922,57 @@ def test_a_killed_run_is_taken_up(tmp_path: Path) -> None:
     assert sorted(calls) == ["a.weight", "b.weight"]
     write(base, tmp_path / "whole", replace=good(base, RESUMABLE))
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_a_run_of_several_workers_is_taken_up_wherever_it_is_killed(tmp_path: Path) -> None:
+    """At every ninth write, sync and note of a shard, of which others are under way."""
+    base = make_checkpoint(tmp_path / "base", shards=4)
+    script = f"""
+        import os, signal, sys
+        from itertools import count
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from bake.artifact.staged import Stage
+        from bake.checkpoints import open_checkpoint, stream
+        from bake.checkpoints.workers import at_most
+        from exporting import write_new
+        source, calls, last = open_checkpoint(Path({str(base)!r})), count(), 0
+
+        def fatal(real):
+            def call(*args):
+                if next(calls) == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args)
+            return call
+
+        def edited(name):
+            return lambda: source.read(name).neg().split(1)
+
+        def run(out):
+            replace = {{name: edited(name) for name in {RESUMABLE!r}}}
+            with at_most(3):
+                write_new(source, Path({str(tmp_path)!r}) / out, replace=replace)
+
+        stream.write_at, stream._copy = fatal(stream.write_at), fatal(stream._copy)
+        os.fsync, Stage.record = fatal(os.fsync), fatal(Stage.record)
+        for last in range(3, 50, 9):
+            child = os.fork()
+            if not child:
+                run(f"out{{last}}")
+                os._exit(0)
+            print(last, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    ran = programs.run(textwrap.dedent(script))
+    ends = dict(map(int, line.split()) for line in ran.stdout.splitlines())
+    killed = [last for last, status in ends.items() if status == -signal.SIGKILL]
+    assert len(killed) > 4 and set(ends.values()) <= {0, -signal.SIGKILL}
+    write(base, tmp_path / "whole", replace=good(base, RESUMABLE))
+    for last in killed:
+        out = tmp_path / f"out{last}"
+        assert not out.exists() and (tmp_path / f".{out.name}.bake-partial").exists()
+        write(base, out, replace=good(base, RESUMABLE))
+        assert files_of(out) == files_of(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_output_appears_at_the_end_only(tmp_path: Path) -> None:

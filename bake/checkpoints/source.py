@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from bake.errors import CheckpointError
@@ -144,10 +145,11 @@ def read_at(file: FileIO, start: int, buffer: memoryview) -> None:
 
 @dataclass(slots=True)
 class Counted:
-    """Another source, and how many bytes were read from it."""
+    """Another source, and how many bytes were read from it, in all threads together."""
 
     origin: ByteSource
     count: int = 0
+    _turn: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @property
     def stamps(self) -> Stamps:
@@ -161,4 +163,5 @@ class Counted:
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill ``buffer`` from offset ``start`` on."""
         self.origin.read_into(file, start, buffer)
-        self.count += len(buffer)
+        with self._turn:
+            self.count += len(buffer)

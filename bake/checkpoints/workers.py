@@ -22,6 +22,7 @@ from threading import Condition, Lock
 
 from bake.checkpoints.source import read_at
 from bake.checkpoints.stream import CHUNK, Copy, Draft, Fill, Piece, clone, length_of, put
+from bake.errors import CheckpointError
 
 Advance = Callable[[int], None]
 """Called with the length of each stretch that is written."""
@@ -30,6 +31,7 @@ Finish = Callable[[Path, str], None]
 
 _STEP = 16 << 20  # bytes from which on a worker looks what else there is to do
 _HASHED = 4 * _STEP  # most that it hashes before
+_AHEAD = 16  # files that wait for the disk from which on no more is made: each holds two handles
 _KEPT = 31 << 20  # bytes: from 32 MiB on glibc hands every block back
 _JOBS: ContextVar[int | None] = ContextVar("jobs", default=None)
 
@@ -185,8 +187,20 @@ class _File:
                 self._file = target.open("x+b", buffering=0)
                 self._cloned = self._original is not None and clone(self._original, self._file)
                 if self._cloned:
-                    self._file.truncate(self.size)
+                    self._fit()
             return self._file
+
+    def _fit(self) -> None:
+        """Give a clone its new length, once it is known to hold all that is kept of it."""
+        assert self._file is not None
+        found = os.fstat(self._file.fileno()).st_size
+        kept = (piece.stop for piece in self.draft.pieces if isinstance(piece, Copy))
+        if found < max(kept, default=0):
+            raise CheckpointError(
+                f"became shorter while it was read: it ends at byte {found}",
+                where=str(self.draft.origin),
+            )
+        self._file.truncate(self.size)
 
 
 def _steps(pieces: Sequence[Piece]) -> Iterator[list[tuple[int, Piece]]]:
@@ -220,6 +234,7 @@ class _Crew:
         self._pending = deque((f, step) for f in self._files for step in range(len(f.steps)))
         self._unhashed = dict.fromkeys(self._files)
         self._turn = Condition()
+        self._syncing = 0  # files that are made and hashed, and not yet on disk
         self._stopped = False
         self._news: SimpleQueue[int | tuple[Path, str] | BaseException] = SimpleQueue()
         self._workers = ThreadPoolExecutor(_jobs())
@@ -266,7 +281,7 @@ class _Crew:
                 for file in self._unhashed:
                     if file.waits:
                         return partial(self._hash, file, file.claim())
-                if self._pending:
+                if self._pending and self._syncing < _AHEAD:
                     return partial(self._make, *self._pending.popleft())
                 self._turn.wait()
         return None
@@ -286,11 +301,15 @@ class _Crew:
             file.busy = False
             if file.complete:
                 del self._unhashed[file]
+                self._syncing += 1
                 self._syncer.submit(self._sync, file).add_done_callback(self._ended)
             self._turn.notify_all()
 
     def _sync(self, file: _File) -> None:
         self._news.put((file.draft.target, file.sync()))
+        with self._turn:
+            self._syncing -= 1
+            self._turn.notify_all()
 
     def _ended(self, work: Future[None]) -> None:
         """Stop all others where one fails, and let it be raised where all is waited for."""
