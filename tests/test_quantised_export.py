@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,6 +236,29 @@ def test_another_shape_is_not_written_as_codes(base: Callable[..., Path]) -> Non
     same = replace(wide, shape=view.coded[name].shape)
     planned = PlannedModel("", {name: same}, "{}")
     assert coded_edits(planned, view, lambda name: None, "nearest").keys() == {name}
+
+
+def test_what_an_earlier_run_wrote_is_measured_as_a_worker_measures(
+    base: Callable[..., Path],
+) -> None:
+    """With one thread, whatever the caller's: sums of another order are another record."""
+    view = decoded(open_checkpoint(base("block FP8")))
+    name = next(name for name in view.coded if "o_proj" in name)
+    seen: list[int] = []
+
+    def tiles() -> Iterator[torch.Tensor]:
+        seen.append(torch.get_num_threads())
+        yield view.read(name).to(torch.float64)
+
+    planned = PlannedModel("0", {name: PlannedTensor(name, "BF16", (32, 32), tiles)}, "{}")
+    edit = coded_edits(planned, view, lambda name: None, "nearest")[name]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert edit.measured().rounding == {"nearest"}
+        assert set(seen) == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_dequantising_what_is_not_quantised_is_refused(

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from io import FileIO
@@ -82,7 +82,8 @@ def write_all(drafts: Sequence[Draft], *, advance: Advance, finish: Finish) -> N
             has become shorter.
     """
     crew = _Crew(drafts)
-    with _one_thread_each(drafts):
+    fills = any(isinstance(piece, Fill) for draft in drafts for piece in draft.pieces)
+    with one_thread() if fills else nullcontext():
         try:
             crew.begin()
             for count in crew.stretches(finish):
@@ -92,11 +93,11 @@ def write_all(drafts: Sequence[Draft], *, advance: Advance, finish: Finish) -> N
 
 
 @contextmanager
-def _one_thread_each(drafts: Sequence[Draft]) -> Iterator[None]:
-    """Let torch compute with one thread, in workers that are started here."""
-    if not any(isinstance(piece, Fill) for draft in drafts for piece in draft.pieces):
-        yield
-        return
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, here and in workers that are started here.
+
+    What is computed of a file outside of its writing is then what a worker would have found.
+    """
     import torch
 
     before = torch.get_num_threads()

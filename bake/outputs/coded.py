@@ -20,6 +20,7 @@ from bake.checkpoints.planned import PlannedModel, PlannedTensor
 from bake.checkpoints.quantised.coded import Coded
 from bake.checkpoints.quantised.rounding import Recoded
 from bake.checkpoints.quantised.view import BESIDE
+from bake.checkpoints.workers import one_thread
 from bake.errors import InexactPlan, UsageError
 from bake.fold import WeightFold
 from bake.outputs.functionals import feedback_of, guarded, removed
@@ -67,8 +68,9 @@ class CodedEdit:
     def measured(self) -> Measure:
         """Return what rounding did, which is found out now where an earlier run has written it."""
         if not self.measure.rounding:
-            for _ in self._codes(Recoded(self.coded, self._tiles)):
-                pass
+            with one_thread():
+                for _ in self._codes(Recoded(self.coded, self._tiles)):
+                    pass
         return self.measure
 
     def _tiles(self) -> Iterator[Tensor]:
