@@ -10,12 +10,9 @@ import torch
 from bake import __version__
 from bake.verify import verdict
 from bake.verify.adapter import as_merge, peft_version
-from bake.verify.as_system import system_rows
 from bake.verify.evidence import Evidence
 from bake.verify.inputs import SAMPLES, Inputs
-from bake.verify.leak import leaks
 from bake.verify.limits import Limits
-from bake.verify.metrics import stream_differences
 from bake.verify.models import LOADING
 from bake.verify.report import Headline, Report, Sample
 from bake.verify.rows import Row
@@ -43,7 +40,7 @@ def report_of(
         shown = compared[name] = found["stored"]
     elif served.compared and served.effect is not None:
         shown, effect = next(iter(served.compared.values())), served.effect
-    leaking = _leaks(inputs, evidence)
+    leaking = tuple(map(asdict, evidence.leaks))
     rows = (
         verdict.effect_row(limits),
         *verdict.plan_rows(limits),
@@ -51,7 +48,7 @@ def report_of(
         *verdict.cost_rows(limits),
         *served.rows,
         *(verdict.metric_rows(name, found["stored"]) if "stored" in found else ()),
-        *_as_system(evidence),
+        *evidence.system,
         *verdict.greedy_rows(evidence),
         *verdict.leak_rows(leaking),
     )
@@ -78,22 +75,6 @@ def report_of(
         runtimes=served.records,
         timing={"forward": evidence.seconds},
     )
-
-
-def _as_system(evidence: Evidence) -> tuple[Row, ...]:
-    """Return how far the plan is from what the edits' own systems do, where that is asked for."""
-    if evidence.system is None:
-        return ()
-    hooked, base, planned = (t.logits for t in (evidence.hooked, evidence.base, evidence.planned))
-    return system_rows(evidence.system, hooked, base, planned)
-
-
-def _leaks(inputs: Inputs, evidence: Evidence) -> tuple[dict[str, Any], ...]:
-    """Return what every writer adds along the edited directions, before and after."""
-    if inputs.layout is None:
-        return ()  # a merge has no directions
-    before, after = evidence.base.writes, evidence.planned.writes
-    return tuple(map(asdict, leaks(inputs.layout, inputs.artifact.edits, before, after)))
 
 
 def _headline(limits: Limits, rows: Sequence[Row], served: Served) -> Headline:
@@ -155,14 +136,11 @@ def _environment(inputs: Inputs) -> dict[str, str]:
 
 def _layers(inputs: Inputs, evidence: Evidence) -> Mapping[str, Any]:
     """Return how far each stream lies from that of the hooked model in float64, point by point."""
-    sites = [site for site in inputs.sites if site in evidence.hooked.streams]
-    if not sites:
+    if not evidence.streams:
         return {}
-    others = {"effect": evidence.base, "plan, not rounded": evidence.planned}
-    if evidence.stored is not None:
-        others[f"stored in {inputs.stored_name}"] = evidence.stored
-    reference = evidence.hooked.streams
+    named = {"base": "effect", "planned": "plan, not rounded"}
+    named["stored"] = f"stored in {inputs.stored_name}"
     return {
-        "sites": [str(site) for site in sites],
-        **{key: stream_differences(reference, run.streams, sites) for key, run in others.items()},
+        "sites": [str(site) for site in evidence.streams],
+        **{named[name]: values for name, values in evidence.apart.items()},
     }

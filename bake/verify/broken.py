@@ -39,7 +39,9 @@ class BrokenPlans:
     sites: Sequence[Site]
     """Stream sites to record."""
     limits: Limits
-    """With the runs of base, reference and plan in float64."""
+    """With the runs of base and reference in float64."""
+    whole: Trace | None
+    """The sound plan in float64 over all prompts; None where broken ones are run on a few."""
 
     @property
     def fitted(self) -> bool:
@@ -68,13 +70,15 @@ class BrokenPlans:
     def batches(self) -> tuple[Batch, ...]:
         """What broken plans are run on."""
         runner = self.runner
-        return runner.batches if self.fitted else batches_of(runner.transcript.tokens[:FEW])
+        return (
+            runner.batches if self.whole is not None else batches_of(runner.transcript.tokens[:FEW])
+        )
 
     @cached_property
     def sound(self) -> Trace:
         """The planned model over these batches: in others the same tokens round apart."""
-        if self.fitted:
-            return self.limits.evidence.planned
+        if self.whole is not None:
+            return self.whole
         name, double = "planned model, first prompts", torch.float64
         return self.runner.trace(name, "planned", double, batches=self.batches, sites=self.sites)
 

@@ -1,19 +1,18 @@
 """Everything that a verification runs: base, hooked, planned and stored model, and the controls."""
 
-from collections.abc import Sequence
-
 import torch
 
-from bake.verify.as_system import run_as_system
+from bake.verify.as_system import run_as_system, system_rows
 from bake.verify.broken import BrokenPlans
 from bake.verify.decoded import run_decoded
 from bake.verify.evidence import Evidence
 from bake.verify.fixed_point import stream_sites
 from bake.verify.greedy import Generated
 from bake.verify.inputs import GREEDY, SAMPLES, Inputs
+from bake.verify.leak import Written, leaks, written
 from bake.verify.limits import Limits
-from bake.verify.loss import Divergence, mean_of, split
-from bake.verify.metrics import compare_logits, divergences, largest_difference
+from bake.verify.loss import Divergence, divergence, mean_of
+from bake.verify.metrics import largest_difference
 from bake.verify.moved import DRAWS, MOST_DRAWS, moved
 from bake.verify.runner import Runner
 from bake.verify.runs import Trace
@@ -23,44 +22,79 @@ from bake.verify.transcript import Transcript
 
 def collect(runner: Runner) -> Limits:
     """Run everything, one model in memory at a time, and return what it is held to, with it."""
-    inputs, double = runner.inputs, torch.float64
-    texts = _answers(runner)
-    sites, held, writes = inputs.sites, stream_sites(inputs.nulled), inputs.layout is not None
-    everything = tuple(dict.fromkeys((*sites, *held)))
-    narrow = runner.reference(torch.float32)
-    drawn = [moved(runner, number) for number in range(DRAWS)] if inputs.files.rounds else []
-    base = runner.trace("base model", "base", double, sites=sites, writes=writes)
-    hooked = runner.reference(double, sites=sites)
-    system = run_as_system(runner) if inputs.asked.as_system else None
-    meant = hooked
-    if inputs.artifact.fitted is not None:
-        name = "base and stand-ins as hooks"
-        meant = runner.trace(name, "base", double, inputs.artifact.fitted)
-    planned = runner.trace("planned model", "planned", double, sites=everything, writes=writes)
-    evidence = Evidence(runner.transcript, base, hooked, planned, meant, narrow, texts)
-    evidence.system = system
-    evidence.missed = largest_difference(planned.logits, meant.logits)
-    evidence.draws = _draws(runner, evidence, drawn)
-    limits = Limits(inputs, evidence)
-    evidence.controls = BrokenPlans(runner, held, limits).runs()
+    evidence, before = _references(runner)
+    limits = Limits(runner.inputs, evidence)
+    _run_plan(runner, limits, before)
     evidence.decoded = run_decoded(runner)
-    others = {"base": base, "planned": planned}
-    if inputs.baked is not None:
-        dtype = double if inputs.storage == double else torch.float32
-        others["stored"] = evidence.stored = runner.trace(
-            "stored model", "stored", dtype, sites=sites
-        )
-        if inputs.generate:
-            texts["baked"] = runner.stored_text(evidence.stored, _shown(inputs))
-    last = [site for site in sites[-1:] if site in hooked.streams]
-    evidence.compared = compare_logits(
-        hooked.logits,
-        {name: trace.logits for name, trace in others.items()},
-        hidden={n: (hooked.streams[s], t.streams[s]) for n, t in others.items() for s in last},
-    )
+    if runner.inputs.baked is not None:
+        _run_stored(runner, evidence)
     _draw_for_files(runner, evidence)
     evidence.seconds = runner.seconds
     return limits
+
+
+def _references(runner: Runner) -> tuple[Evidence, tuple[Written, ...]]:
+    """Run what everything is held against, base and reference, and how far rounding takes it.
+
+    What the base's writers add comes with it, for the plan's to be laid beside.
+    """
+    inputs, double = runner.inputs, torch.float64
+    texts = _answers(runner)
+    base = runner.trace("base model", "base", double, sites=inputs.sites, writes=_writes(runner))
+    before = _written(runner, base)
+    hooked = meant = runner.reference(double, sites=inputs.sites)
+    if inputs.artifact.fitted is not None:
+        name = "base and stand-ins as hooks"
+        meant = runner.trace(name, "base", double, inputs.artifact.fitted)
+    evidence = Evidence(runner.transcript, base.without_activations(), hooked, meant, texts)
+    evidence.add("base", base)
+    del base
+    narrow = runner.reference(torch.float32)
+    evidence.amplified = largest_difference(narrow.logits, hooked.logits)
+    del narrow
+    for number in range(DRAWS if inputs.files.rounds else 0):
+        evidence.draws.append(_draw(runner, evidence, number))
+    return evidence, before
+
+
+def _run_plan(runner: Runner, limits: Limits, before: tuple[Written, ...]) -> None:
+    """Run the plan, of which nothing is rounded, and broken ones in its place."""
+    inputs, evidence, double = runner.inputs, limits.evidence, torch.float64
+    system = run_as_system(runner) if inputs.asked.as_system else None
+    held = stream_sites(inputs.nulled)
+    sites = tuple(dict.fromkeys((*inputs.sites, *held)))
+    planned = runner.trace("planned model", "planned", double, sites=sites, writes=_writes(runner))
+    evidence.missed = largest_difference(planned.logits, evidence.meant.logits)
+    evidence.leaks = leaks(before, _written(runner, planned))
+    evidence.held = {site: planned.streams[site] for site in held if site in planned.streams}
+    evidence.add("planned", planned)
+    if system is not None:
+        hooked, base = evidence.hooked.logits, evidence.base.logits
+        evidence.system = system_rows(system, hooked, base, planned.logits)
+        del system
+    whole = planned if inputs.artifact.fitted is not None else None
+    del planned
+    evidence.controls = BrokenPlans(runner, held, limits, whole).runs()
+
+
+def _run_stored(runner: Runner, evidence: Evidence) -> None:
+    """Run the artifact's own weights."""
+    inputs = runner.inputs
+    dtype = torch.float64 if inputs.storage == torch.float64 else torch.float32
+    stored = runner.trace("stored model", "stored", dtype, sites=inputs.sites)
+    if inputs.generate:
+        evidence.texts["baked"] = runner.stored_text(stored, _shown(inputs))
+    evidence.add("stored", stored)
+
+
+def _writes(runner: Runner) -> bool:
+    """Whether what every writer adds is recorded: a merge has no directions."""
+    return runner.inputs.layout is not None
+
+
+def _written(runner: Runner, trace: Trace) -> tuple[Written, ...]:
+    layout = runner.inputs.layout
+    return () if layout is None else written(layout, runner.inputs.artifact.edits, trace.writes)
 
 
 def draw_further(runner: Runner, evidence: Evidence) -> None:
@@ -71,7 +105,7 @@ def draw_further(runner: Runner, evidence: Evidence) -> None:
     """
     if 0 < len(evidence.draws) < MOST_DRAWS:
         for number in range(len(evidence.draws), MOST_DRAWS):
-            evidence.draws += _draws(runner, evidence, [moved(runner, number)])
+            evidence.draws.append(_draw(runner, evidence, number))
         evidence.seconds = runner.seconds
 
 
@@ -84,13 +118,10 @@ def _draw_for_files(runner: Runner, evidence: Evidence) -> None:
         draw_further(runner, evidence)
 
 
-def _draws(runner: Runner, evidence: Evidence, drawn: Sequence[Trace]) -> list[Divergence]:
-    """Return how far runs over moved weights lie from that over weights that were not."""
-    if not drawn:
-        return []
+def _draw(runner: Runner, evidence: Evidence, number: int) -> Divergence:
+    """Return how far a run over moved weights lies from that over weights that were not."""
     unmoved = evidence.base if runner.inputs.artifact.merged else evidence.hooked
-    apart = divergences(unmoved.logits, [trace.logits for trace in drawn])
-    return [split(kl, runner.transcript.speaking) for kl in apart]
+    return divergence(unmoved.logits, moved(runner, number).logits, runner.transcript.speaking)
 
 
 def _answers(runner: Runner) -> dict[str, Generated]:

@@ -56,10 +56,10 @@ class Spoiling:
     def rows(self, control: Control, start: int, stop: int) -> Tensor:
         """Return what a mistake makes of some rows of its tensor."""
         name, kind = control.tensor, control.kind
-        have = self.result(name, start, stop)
         if kind == TIED:
             assert self.tied is not None
             return self.result(self.tied[1], start, stop)
+        have = self.result(name, start, stop)
         if kind == BLOCK:
             return _shifted(have) if start == 0 else have
         if kind == AXIS:

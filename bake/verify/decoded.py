@@ -17,7 +17,7 @@ from torch import Tensor
 from bake.checkpoints.gguf.file import Gguf
 from bake.families import Layout
 from bake.families.gguf import GgufPlace, gguf_places
-from bake.verify.inputs import Inputs
+from bake.verify.inputs import PROMPTS, Inputs
 from bake.verify.loss import Divergence, divergence
 from bake.verify.models import Values
 from bake.verify.runner import Runner
@@ -30,12 +30,12 @@ LogProbs = Float32[Tensor, "tokens vocab"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """Runs over the whole transcript.
+    """Runs over the whole transcript; their logits let go of, one after another.
 
     Attributes:
         effect: how far the decoded base lies from itself under the edits as hooks.
         lost: how far the decoded artifact lies from that.
-        logprobs: of the decoded base, and of the decoded artifact.
+        logprobs: of the decoded base, and of the decoded artifact, over what runtimes are asked.
     """
 
     effect: Divergence
@@ -55,18 +55,15 @@ def run_decoded(runner: Runner) -> Decoded | None:
     edits, double = inputs.artifact.edits, torch.float64
     base = weights.values(edited=False)
     hooked = runner.trace("decoded base and hooks", "planned", double, edits, tensors=base).logits
-    plain = runner.trace("decoded base", "planned", double, tensors=base).logits
-    name, speaking = "decoded artifact", runner.transcript.speaking
-    stored = runner.trace(name, "planned", double, tensors=weights.values(edited=True)).logits
-    return Decoded(
-        effect=divergence(hooked, plain, speaking),
-        lost=divergence(hooked, stored, speaking),
-        logprobs=(_narrow(plain), _narrow(stored)),
-    )
 
+    def beside(name: str, tensors: Values) -> tuple[Divergence, LogProbs]:
+        logits = runner.trace(name, "planned", double, tensors=tensors).logits
+        asked = logits[: runner.transcript.rows(PROMPTS)].log_softmax(-1).to(torch.float32)
+        return divergence(hooked, logits, runner.transcript.speaking), asked
 
-def _narrow(logits: Tensor) -> LogProbs:
-    return logits.log_softmax(-1).to(torch.float32)
+    effect, plain = beside("decoded base", base)
+    lost, stored = beside("decoded artifact", weights.values(edited=True))
+    return Decoded(effect, lost, (plain, stored))
 
 
 def _weights_of(inputs: Inputs) -> "_Weights | None":

@@ -30,6 +30,8 @@ from bake.verify.verification import CPU, Verification
 
 GREEDY = 16
 """Greedy tokens after each prompt, with the model in memory."""
+PROMPTS = 8
+"""How many prompts a runtime is asked for, the first ones."""
 SAMPLES = 3
 """Prompts whose texts a report shows."""
 

@@ -35,26 +35,49 @@ class Leak:
     """The rest of it: the rms of what differs from token to token."""
 
 
-def leaks(
-    layout: Layout, edits: Sequence[Edit], before: Sequence[Tensor], after: Sequence[Tensor]
-) -> tuple[Leak, ...]:
-    """Return the leak of every writer that an edit stands behind.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one writer of one model adds along the directions of one concept, as in ``Leak``."""
+
+    concept: str
+    writer: Writer
+    rms: float
+    constant: float
+    varying: float
+
+
+def written(layout: Layout, edits: Sequence[Edit], writes: Sequence[Tensor]) -> tuple[Written, ...]:
+    """Return what every writer that an edit stands behind adds along its directions.
 
     Args:
         layout: of the base model; the writers of the baked one are the same.
         edits: those of the plan.
-        before: what each writer adds in the base model, [tokens, width].
-        after: the same in the baked model.
+        writes: what each writer adds in one of the two models, [tokens, width].
     """
     found = []
-    for index, writer in enumerate(writers_of(layout)):
+    for writer, added in zip(writers_of(layout), writes, strict=True):
         for concept, basis in _bases(edits, writer, layout.hidden).items():
-            was, now = (_along(basis, writes[index]) for writes in (before, after))
-            mean = after[index].to(torch.float64).mean(0)
+            mean = added.to(torch.float64).mean(0)
+            rest = _along(basis, added.to(torch.float64) - mean)
             constant = float((basis @ mean).norm())
-            rest = _along(basis, after[index].to(torch.float64) - mean)
-            found.append(Leak(concept, writer.name, writer.layer, was, now, constant, rest))
+            found.append(Written(concept, writer, _along(basis, added), constant, rest))
     return tuple(found)
+
+
+def leaks(before: Sequence[Written], after: Sequence[Written]) -> tuple[Leak, ...]:
+    """Return the leak of every writer, from what it adds in the base and in the baked model."""
+    return tuple(
+        Leak(
+            now.concept,
+            now.writer.name,
+            now.writer.layer,
+            was.rms,
+            now.rms,
+            now.constant,
+            now.varying,
+        )
+        for was, now in zip(before, after, strict=True)
+    )
 
 
 def _bases(edits: Sequence[Edit], writer: Writer, hidden: int) -> Mapping[str, Tensor]:

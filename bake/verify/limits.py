@@ -58,8 +58,7 @@ class Limits:
             torch.float64, layers=shape.layers, hidden=shape.hidden, scale=scale
         )
         unit = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        amplified = largest_difference(evidence.narrow.logits, evidence.hooked.logits)
-        return bound + FLOOR_FACTOR * unit * amplified
+        return bound + FLOOR_FACTOR * unit * evidence.amplified
 
     @property
     def plan(self) -> float:
@@ -75,7 +74,7 @@ class Limits:
     @cached_property
     def fixed_point(self) -> float:
         """How far a nulling plan's stream may be from a fixed point of its edits."""
-        _, scale = distance(self.inputs.nulled, self.evidence.planned.streams)
+        _, scale = distance(self.inputs.nulled, self.evidence.held)
         return stream_tolerance(torch.float64, layers=self.inputs.shape.layers, scale=scale)
 
     @cached_property

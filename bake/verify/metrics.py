@@ -143,9 +143,10 @@ class _Spread:
 
     def add(self, values: Tensor, start: int) -> None:
         flat = values.flatten()
-        # The sample is every n-th logit of all, so it starts where the last piece left off.
+        # The sample is every n-th logit of all, so it starts where the last piece left off. It is a
+        # copy: a view would keep the piece, and all pieces are as large as the logits.
         first = -(start * values.shape[1]) % self.stride
-        self.sample.append(flat[first :: self.stride])
+        self.sample.append(flat[first :: self.stride].clone())
         self.count += flat.numel()
         self.total += float(flat.sum())
         self.largest = max(self.largest, float(flat.max()))

@@ -52,6 +52,10 @@ class Trace:
         writes = tuple(value[:, :width] for value in self.writes)
         return replace(self, streams=streams, writes=writes)
 
+    def without_activations(self) -> "Trace":
+        """Return the logits alone."""
+        return replace(self, streams={}, writes=())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the trace as named tensors."""
         streams = {f"stream {site}": value for site, value in self.streams.items()}
@@ -109,6 +113,13 @@ def _batch(prompts: Sequence[Sequence[int]]) -> Batch:
     return Batch(torch.tensor(rows), lengths)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return batches of activations as one tensor; the list is emptied."""
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    parts.clear()
+    return whole
+
+
 def run(
     live: Live,
     batches: Sequence[Batch],
@@ -126,7 +137,9 @@ def run(
         sites: stream sites to record.
         writes: whether to record what every writer adds to the stream.
     """
-    record, logits, seconds = Observed(), [], 0.0
+    record, seconds = Observed(), 0.0
+    logits: Tensor | None = None
+    filled, count = 0, sum(sum(batch.lengths) for batch in batches)
     dtype = live.model.dtype
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -139,9 +152,13 @@ def run(
                 tokens = batch.tokens.to(live.device)
                 result = live.model(tokens, use_cache=False).logits
                 seconds += perf_counter() - start
-            logits.append(result[batch.keep.to(result.device)].to("cpu"))
-            del result
-    streams = {site: torch.cat(parts) for site, parts in record.streams.items() if parts}
-    return Trace(
-        torch.cat(logits), streams, tuple(torch.cat(parts) for parts in record.writes), seconds
-    )
+            if logits is None:
+                logits = torch.empty(count, result.shape[-1], dtype=result.dtype)
+            # They are most of a run's memory: no part of them is held twice but this batch's.
+            for row, length in zip(result, batch.lengths, strict=True):
+                logits[filled : filled + length] = row[:length]
+                filled += length
+            del result, row
+    streams = {site: _joined(parts) for site, parts in record.streams.items() if parts}
+    assert logits is not None, "there are prompts"
+    return Trace(logits, streams, tuple(map(_joined, record.writes)), seconds)

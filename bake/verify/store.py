@@ -66,9 +66,7 @@ class Store:
         # Another verification of the same artifact may have ended, and cleared the folder.
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".partial-{os.getpid()}")
-        # One activation may be two sites, and a file holds no tensor twice.
-        whole = {key: value.clone().contiguous() for key, value in tensors.items()}
-        save_file(whole, partial, metadata={"seconds": repr(seconds)})
+        save_file(_apart(tensors), partial, metadata={"seconds": repr(seconds)})
         partial.replace(path)
 
     def clear(self) -> None:
@@ -80,6 +78,22 @@ class Store:
         if self.folder is None:
             return None
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, each contiguous and in memory of its own.
+
+    One activation may be two sites, and a file holds no tensor twice. What is alone in its memory
+    is no copy: logits may be gigabytes.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        memory = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if memory in seen else whole
+        seen.add(memory)
+    return found
 
 
 def question(**parts: Any) -> dict[str, Any]:

@@ -7,12 +7,9 @@ from torch import Tensor
 
 from bake.verify.evidence import Evidence
 from bake.verify.greedy import Generated
-from bake.verify.inputs import GREEDY
+from bake.verify.inputs import GREEDY, PROMPTS
 from bake.verify.limits import Limits
 from bake.verify.loss import Divergence, divergence
-
-PROMPTS = 8
-"""How many prompts a runtime is asked for, the first ones."""
 
 LogProbs = Float[Tensor, "tokens vocab"]
 
@@ -70,14 +67,14 @@ def target_of(evidence: Evidence, limits: Limits) -> Target:
         limits: what rounding and storage may cost.
     """
     transcript, text = evidence.transcript, evidence.texts["hooked"]
-    whole = Target(
-        prompts=transcript.prompts,
-        spoken=transcript.tokens,
-        hooked=evidence.hooked.logits.log_softmax(-1),
-        base=evidence.base.logits.log_softmax(-1),
-        speaking=transcript.speaking,
-        greedy=text,
+    rows = transcript.rows(PROMPTS)
+    return Target(
+        prompts=transcript.prompts[:PROMPTS],
+        spoken=transcript.tokens[:PROMPTS],
+        hooked=evidence.hooked.logits[:rows].log_softmax(-1),
+        base=evidence.base.logits[:rows].log_softmax(-1),
+        speaking=transcript.speaking[:rows],
+        greedy=text.first(PROMPTS, GREEDY),
         limits=limits,
         decoded=None if evidence.decoded is None else evidence.decoded.logprobs,
     )
-    return whole.first(PROMPTS)

@@ -21,6 +21,10 @@ class Transcript:
         pairs = zip(self.prompts, self.answers, strict=True)
         return tuple((*prompt, *answer) for prompt, answer in pairs)
 
+    def rows(self, count: int) -> int:
+        """Return how many tokens the first few prompts have, with their answers."""
+        return sum(map(len, self.tokens[:count]))
+
     @property
     def speaking(self) -> Bool[Tensor, " tokens"]:
         """True at every token after which an answer's next token is chosen."""

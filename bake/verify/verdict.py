@@ -36,7 +36,7 @@ def plan_rows(limits: Limits) -> tuple[Row, ...]:
 def _plan_row(limits: Limits) -> Row:
     evidence = limits.evidence
     if limits.exactness == "nulling":
-        value, _ = distance(limits.inputs.nulled, evidence.planned.streams)
+        value, _ = distance(limits.inputs.nulled, evidence.held)
         name = "plan: max |h(x) − x|, not rounded, in float64"
         return at_most(name, value, limits.fixed_point, "", "plan")
     if limits.exactness == "relocated":
