@@ -136,11 +136,11 @@ def _environment(inputs: Inputs) -> dict[str, str]:
 
 def _layers(inputs: Inputs, evidence: Evidence) -> Mapping[str, Any]:
     """Return how far each stream lies from that of the hooked model in float64, point by point."""
-    if not evidence.streams:
+    if not evidence.sites:
         return {}
     named = {"base": "effect", "planned": "plan, not rounded"}
     named["stored"] = f"stored in {inputs.stored_name}"
     return {
-        "sites": [str(site) for site in evidence.streams],
+        "sites": [str(site) for site in evidence.sites],
         **{named[name]: values for name, values in evidence.apart.items()},
     }

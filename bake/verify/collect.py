@@ -46,7 +46,8 @@ def _references(runner: Runner) -> tuple[Evidence, tuple[Written, ...]]:
     if inputs.artifact.fitted is not None:
         name = "base and stand-ins as hooks"
         meant = runner.trace(name, "base", double, inputs.artifact.fitted)
-    evidence = Evidence(runner.transcript, base.without_activations(), hooked, meant, texts)
+    sites = tuple(site for site in inputs.sites if site in hooked.streams)
+    evidence = Evidence(runner.transcript, base.without_activations(), hooked, meant, sites, texts)
     evidence.add("base", base)
     del base
     narrow = runner.reference(torch.float32)

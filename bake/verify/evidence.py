@@ -62,6 +62,8 @@ class Evidence:
     meant: Trace
     """What the plan is held against: the hooked model; where stand-ins were fitted, these as
     hooks."""
+    sites: tuple[Site, ...]
+    """Where their streams are compared, in forward order."""
     texts: dict[str, Generated]
     """Greedy text in float32 of ``base``, ``hooked`` (the reference) and ``baked`` (the files).
     Where none is scored, ``base`` has the first few, and behind these ``baked`` may end with the
@@ -77,7 +79,7 @@ class Evidence:
     """``base``, ``planned`` (in float64) and ``stored`` (in float32 or what is wider; of a
     checkpoint alone) beside the hooked model."""
     apart: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """How far the streams of the same models lie from the hooked one's, per site of ``streams``."""
+    """How far the streams of the same models lie from the hooked one's, per site of ``sites``."""
     leaks: tuple[Leak, ...] = ()
     """What every writer adds along the edited directions, in base and planned model."""
     controls: list[ControlRun] = field(default_factory=list)
@@ -91,11 +93,6 @@ class Evidence:
     """Spent in the models' own forward passes, by all runs."""
 
     @property
-    def streams(self) -> tuple[Site, ...]:
-        """Where the stream was recorded, in forward order."""
-        return tuple(self.hooked.streams)
-
-    @property
     def storage(self) -> tuple[Divergence, Divergence] | None:
         """The edit's effect, and what the stored weights lose of it; None where none were run."""
         if "stored" in self.compared:
@@ -104,7 +101,7 @@ class Evidence:
 
     def add(self, name: str, trace: Trace) -> None:
         """Compare a run with the hooked model: its logits, and the streams that it recorded."""
-        sites = [site for site in self.streams if site in trace.streams]
+        sites = [site for site in self.sites if site in trace.streams]
         ours, theirs = self.hooked.streams, trace.streams
         last = [(name, (ours[site], theirs[site])) for site in sites[-1:]]
         self.compared |= compare_logits(self.hooked.logits, {name: trace.logits}, hidden=dict(last))
