@@ -433,7 +433,7 @@ def test_an_interrupted_export_says_what_it_kept(
         yield move
 
     monkeypatch.setattr(screen, "progress", interrupting)
-    limit = 0.0
+    limit = -1.0  # when 0 bytes are said, before a worker begins
     result = run("export", made.recipe, "--out", out, "-q")
     assert result.exit_code == 130
     assert result.stderr == "\ninterrupted: nothing was written\n"

@@ -7,7 +7,7 @@ import pytest
 from adapters import NO_BIAS
 from click.testing import CliRunner
 from harness import base_at, edit, plan_of, vector
-from peft_samples import base_of
+from peft_samples import ARCHITECTURES, base_of
 from test_merge import trained
 from test_merge_kinds import make as adapted
 
@@ -57,15 +57,19 @@ def test_they_are_told(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_of_a_class_without_a_table_nothing_is_known(tmp_path: Path) -> None:
-    base = base_of("bloom", True, "plain", tmp_path / "bases")
-    adapter = adapted(base, tmp_path / "a", target_modules=["query_key_value"])
+def test_of_a_class_without_a_table_nothing_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+    monkeypatch.setitem(ARCHITECTURES, "codegen", {"model_type": "codegen", **sizes})
+    base = base_of("codegen", True, "plain", tmp_path / "bases")
+    adapter = adapted(base, tmp_path / "a", target_modules=["qkv_proj"])
     from bake.checkpoints import open_checkpoint
 
     out = merge_adapter(adapter, open_checkpoint(base.path), tmp_path / "out").path
     verdicts = read_record(out).plan.runtimes
     assert {one.status for one in verdicts} == {"not tested"}
     assert all(
-        "no table describes it" in one.reason and "BloomForCausalLM" in one.reason
+        "no table describes it" in one.reason and "CodeGenForCausalLM" in one.reason
         for one in verdicts
     )

@@ -86,7 +86,9 @@ def random_map(kind: EditKind, width: int, seed: int = 0) -> AffineMap | Nonline
         EditKind.SCALE: lambda: edits.scale(1 + 0.5 * draw(width), shift=0.3 * draw(width)),
         EditKind.ROTATE: lambda: edits.rotate(torch.linalg.qr(draw(width, width))[0]),
         EditKind.LINEAR: lambda: edits.linear(draw(width, width) / width**0.5, shift=draw(width)),
-        EditKind.CLAMP: lambda: Clamp(draw(width, 2), draw(2, width), draw(width), -0.3, 0.2, True),
+        EditKind.CLAMP: lambda: Clamp(
+            draw(width, 2), draw(2, width), draw(width), -0.3, 0.2, (0.0, 0.1)
+        ),
         EditKind.MASKED_SCALE: lambda: Masked(
             1 + draw(width), draw(width), -draw(width).abs(), draw(width).abs()
         ),

@@ -185,7 +185,7 @@ def test_the_command_writes_the_report_and_says_where(
     arguments = ["verify", str(out), "--base", str(base.path), "--generate", "2"]
     result = CliRunner().invoke(main, [*arguments, "--no-plots"])
     assert result.exit_code == 0, result.output
-    assert "verify.json" in result.stdout
+    assert "verify.md" in re.sub(r"\s+", "", result.stdout)  # a long path is broken
     assert not (out / "plots").exists()
     assert not list(out.glob(".bake*"))
     elsewhere = tmp_path / "elsewhere"

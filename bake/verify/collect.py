@@ -11,12 +11,11 @@ from bake.verify.greedy import Generated
 from bake.verify.inputs import GREEDY, SAMPLES, Inputs
 from bake.verify.leak import Written, leaks, written
 from bake.verify.limits import Limits
-from bake.verify.loss import Divergence, divergence, mean_of
+from bake.verify.loss import Divergence, divergence
 from bake.verify.metrics import largest_difference
 from bake.verify.moved import DRAWS, MOST_DRAWS, moved
 from bake.verify.runner import Runner
 from bake.verify.runs import Trace
-from bake.verify.tolerance import LOSS_FACTOR
 from bake.verify.transcript import Transcript
 
 
@@ -28,7 +27,7 @@ def collect(runner: Runner) -> Limits:
     evidence.decoded = run_decoded(runner)
     if runner.inputs.baked is not None:
         _run_stored(runner, evidence)
-    _draw_for_files(runner, evidence)
+    _draw_for_files(runner, limits)
     evidence.seconds = runner.seconds
     return limits
 
@@ -110,12 +109,17 @@ def draw_further(runner: Runner, evidence: Evidence) -> None:
         evidence.seconds = runner.seconds
 
 
-def _draw_for_files(runner: Runner, evidence: Evidence) -> None:
-    """Draw further where the stored weights lose more than the first draws allow."""
+def _draw_for_files(runner: Runner, limits: Limits) -> None:
+    """Draw further where the stored weights lose more than the first draws allow.
+
+    Where they lose more than may be lost at all, no floor would pass them.
+    """
+    evidence = limits.evidence
     if evidence.storage is None or not evidence.draws:
         return
     effect, lost = evidence.storage
-    if lost.over(effect) > LOSS_FACTOR * mean_of(evidence.draws).over(effect):
+    allowed = limits.loss(effect, limits.floor.over(effect))
+    if allowed is not None and allowed < lost.over(effect) <= limits.most:
         draw_further(runner, evidence)
 
 
