@@ -120,6 +120,21 @@ def test_an_edit_is_written_back_in_the_format(
         assert not held(checked(path, spoiled))
 
 
+def test_no_runtime_is_said_to_serve_a_quantised_base_exactly(
+    base: Callable[..., Path], tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Nobody ran a family in a format; of a base in floating point the table's runs hold."""
+
+    def verdicts(path: Path) -> dict[str, str]:
+        found = data_of("plan", recipe_of(tmp_path, path))
+        return {one["runtime"]: one["status"] for one in found["plan"]["runtimes"]}
+
+    plain = tiny_checkpoint("llama", dtype=torch.bfloat16, hidden_size=32)
+    codes, floats = verdicts(base("W4A16")), verdicts(plain)
+    assert "exact" not in codes.values() and "not tested" in codes.values()
+    assert "exact" in floats.values()
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_dequantised_checkpoint_is_one_of_no_format(
     name: str, base: Callable[..., Path], tmp_path: Path

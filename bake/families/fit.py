@@ -1,5 +1,6 @@
 """One checkpoint against its table: its layout."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from bake.checkpoints import Checkpoint
@@ -43,7 +44,8 @@ def layout_of(
     except BakeError as error:
         where = model.source if error.where is None else f"{model.source}: {error.where}"
         raise type(error)(error.what, where=where, why=error.why, fix=error.fix) from error
-    return layout
+    formats = sorted({coded.format for coded in model.coded.values()})
+    return replace(layout, coded=", ".join(formats) or None)
 
 
 def _is_copy(model: Checkpoint, layout: Layout) -> bool:

@@ -178,6 +178,8 @@ class Layout:
     """Every site of the model (heads left out), in forward order."""
     assumed: tuple[str, ...]
     """Keys of config.json that the table does not know and the user took to change nothing."""
+    coded: str | None = None
+    """The number format of weights that are stored as codes; None where all are floating point."""
     _dims: dict[Site, Mapping[str, int] | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -123,6 +123,9 @@ def _verdict(
         status = "refused" if known else "not tested"
         return verdict(status=status, reason=hindered, known=known)
     source = _source(plan.layout, name, kind)
+    if plan.layout.coded is not None:
+        untried = f"no test runs this family of a base in {plan.layout.coded}; `bake verify` does"
+        return verdict(status="not tested", reason=untried)
     if kind.name not in plan.layout.family.run.get(name, ()):
         untested = f"read, not run ({source})"
         if name in GENERAL:  # a table of the user's own
