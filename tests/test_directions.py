@@ -1354,6 +1354,12 @@ REFUSALS: dict[str, tuple[Callable[[Path], Path], Options, str, Options | None]]
         "holds no threshold",
         {"method": None},
     ),
+    "a feature that its encoder never reads": (
+        lambda d: scope(d, W_enc=torch.zeros(4, 9)),
+        {"feature": 1, "method": "encoder"},
+        "the encoder of feature 1 reads nothing",
+        {"method": None},
+    ),
     "an encoder of another width": (
         lambda d: scope(d, W_enc=torch.ones(5, 9)),
         {"feature": 1, "method": "encoder"},

@@ -127,6 +127,10 @@ def _encoder(
             why="it reads one place and writes another, as a transcoder does",
             fix="leave method out to add the feature's row where it is written",
         )
+    if not w.any():
+        raise DirectionError(
+            f"the encoder of feature {feature} reads nothing: its row is zero", fix=_ROW
+        )
     constant = number("b_enc") - w @ before
     # The ReLU stands before the threshold: below zero there is nothing left to compare.
     threshold = number("threshold").clamp(min=0) if "threshold" in names else w.new_zeros(1)
