@@ -24,7 +24,7 @@ from bake.verify.rows import Row
 from bake.verify.runtimes.exchange import ask
 from bake.verify.runtimes.registry import RUNTIMES, Runtimes
 from bake.verify.runtimes.request import RuntimeRequest, RuntimeResult
-from bake.verify.served_rows import ServedRun, served_rows
+from bake.verify.served_rows import ServedRows, ServedRun, served_rows
 from bake.verify.stored.beside import base_beside
 from bake.verify.stored.registry import gguf_file
 from bake.verify.target import Target, target_of
@@ -63,19 +63,28 @@ def serve(limits: Limits, draw_further: Callable[[], None]) -> Served:
         return Served()
     target = target_of(limits.evidence, limits)
     answers = {name: _answer(name, runtimes, target) for name in runtimes.names}
-    runs = {name: run for name, run in answers.items() if isinstance(run, ServedRun)}
-    if close := [name for name, run in runs.items() if _is_close(name, run, target)]:
+    rows = _rows(answers, target)
+    if close := [name for name, found in rows.items() if _is_close(found, target)]:
         draw_further()
         count = len(target.prompts)
-        again = [name for name in close if runs[name].unedited is not None]
-        for name in (name for name in again if runs[name].few < count):
-            answers[name] = _answer(name, runtimes, target, count)
-    return _served(answers, target)
+        for name in close:
+            run = answers[name]
+            if isinstance(run, ServedRun) and run.unedited is not None and run.few < count:
+                answers[name] = _answer(name, runtimes, target, count)
+        rows = _rows(answers, target)  # beside another floor
+    return _served(answers, rows, target)
 
 
-def _is_close(name: str, run: ServedRun, target: Target) -> bool:
+def _rows(
+    answers: Mapping[str, ServedRun | RuntimeFailed], target: Target
+) -> dict[str, ServedRows]:
+    """Return what came of every runtime that answered."""
+    runs = {name: run for name, run in answers.items() if isinstance(run, ServedRun)}
+    return {name: served_rows(name, run, target) for name, run in runs.items()}
+
+
+def _is_close(found: ServedRows, target: Target) -> bool:
     """Whether chance may have decided: the floor forbids what a larger one would allow."""
-    found = served_rows(name, run, target)
     failed = [row for row in found.rows if row.group == "runtime" and row.passed is False]
     most = target.limits.most
     return any(row.limit and row.limit < row.value <= most for row in failed)
@@ -91,7 +100,11 @@ def _answer(
         return error
 
 
-def _served(answers: Mapping[str, ServedRun | RuntimeFailed], target: Target) -> Served:
+def _served(
+    answers: Mapping[str, ServedRun | RuntimeFailed],
+    found_rows: Mapping[str, ServedRows],
+    target: Target,
+) -> Served:
     """Return rows and records of runtimes that were asked."""
     rows, records = list[Row](), list[dict[str, Any]]()
     compared, texts = dict[str, Compared](), tuple[tuple[int, ...], ...]()
@@ -100,7 +113,7 @@ def _served(answers: Mapping[str, ServedRun | RuntimeFailed], target: Target) ->
             records.append({"runtime": name, "status": "failed", "reason": str(found)})
             rows.append(Row(f"{name}: serves the artifact", 0.0, 1.0, False, found.what, "runtime"))
             continue
-        own = served_rows(name, found, target)
+        own = found_rows[name]
         rows += own.rows
         compared |= compare_logits(target.hooked, {name: found.logprobs})
         texts = texts or found.texts
